@@ -1,0 +1,133 @@
+"""Read checkpoint files safely and load them strictly."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+
+
+def read_state(path_or_url: str) -> dict[str, Tensor]:
+    """Return the state dictionary inside a checkpoint file.
+
+    Understood are a bare state dictionary, LAVIS's and BLIP-2's ``{"model": ...}``, and any dictionary of which
+    exactly one value is a state dictionary, such as SPRC's ``{"epoch": ..., "Blip2QformerCirAlignPrompt": ...}``.
+    Only tensors and plain containers are unpickled (``weights_only``).
+
+    Args:
+        path_or_url: A local file, or a URL that is downloaded once into torch's hub cache.
+
+    Raises:
+        FileNotFoundError: If the file is missing or the download fails.
+        ValueError: If the file is not a checkpoint, holds anything but tensors and plain containers, or holds no
+            state dictionary or several.
+    """
+    path = _local_file(path_or_url)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint {path}: cannot be read as tensors and plain containers ({_first_line(error)}). It is "
+            "truncated, no checkpoint, or holds other Python objects, which are never unpickled."
+        ) from error
+    if _is_state(content):
+        return dict(content)
+    states = {key: value for key, value in content.items() if _is_state(value)} if isinstance(content, Mapping) else {}
+    if "model" in states:
+        return dict(states["model"])
+    if len(states) == 1:
+        return dict(next(iter(states.values())))
+    found = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+    raise ValueError(
+        f"checkpoint {path}: expected one state dictionary (name to tensor), found {len(states)} (content: {found})."
+    )
+
+
+def load_strictly(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    *,
+    unused: Sequence[str] = (),
+    fresh: Sequence[str] = (),
+    may_lack: Sequence[str] = (),
+) -> None:
+    """Load a state dictionary, refusing everything that does not match.
+
+    Args:
+        model: Takes the weights; unchanged if anything is refused.
+        state: Name to tensor.
+        source: The file's name, for the messages.
+        unused: Prefixes of names in the checkpoint that this model has no use for.
+        fresh: Prefixes of names in the model that start anew when the checkpoint lacks them.
+        may_lack: Prefixes of names that the checkpoint may leave out because they were loaded before.
+
+    Raises:
+        ValueError: If names are unexpected or missing, or shapes differ; with counts and the first of them.
+    """
+    own = model.state_dict()
+    known = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(unused))}
+    unexpected = [name for name in known if name not in own]
+    missing = [name for name in own if name not in known and not name.startswith((*fresh, *may_lack))]
+    # Buffers such as position ids are constants that some versions write and others do not.
+    buffers = {name for name, _ in model.named_buffers()}
+    missing = [name for name in missing if name not in buffers]
+    reshaped = [name for name in known if name in own and known[name].shape != own[name].shape]
+    loaded = len(known) - len(unexpected) - len(reshaped)
+    problems = []
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected keys (first: {unexpected[0]})")
+    if missing:
+        problems.append(f"{len(missing)} missing keys (first: {missing[0]})")
+    if reshaped:
+        name = reshaped[0]
+        problems.append(
+            f"{len(reshaped)} keys of another shape (first: {name} is {tuple(known[name].shape)} there and "
+            f"{tuple(own[name].shape)} here)"
+        )
+    if problems:
+        raise ValueError(
+            f"checkpoint {source}: {', '.join(problems)}; {loaded} of {len(own)} keys match. It belongs to another "
+            "model or type: check model.arch, model.model_type and model.fusion against it."
+        )
+    model.load_state_dict(known, strict=False)
+    logging.info("loaded %d of %d tensors from %s", len(known), len(own), source)
+
+
+def _local_file(path_or_url: str) -> Path:
+    if urlparse(path_or_url).scheme in ("http", "https"):
+        return _download(path_or_url)
+    path = Path(path_or_url).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"checkpoint {path} does not exist (looked from {os.getcwd()}). Set model.pretrained or model.finetuned "
+            "to a local file or a URL."
+        )
+    return path
+
+
+def _download(url: str) -> Path:
+    from lavis.common.dist_utils import download_cached_file
+
+    try:
+        return Path(download_cached_file(url, check_hash=False, progress=True))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"checkpoint {url} cannot be downloaded ({_first_line(error)}). Without a network, download it elsewhere "
+            "and set model.pretrained or model.finetuned to the local file."
+        ) from error
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(item, Tensor) for item in value.values())
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

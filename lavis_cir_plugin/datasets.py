@@ -1,0 +1,175 @@
+"""LAVIS datasets and builders over the benchmarks: every file in ``benchmarks`` with a reader becomes a builder."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import pkgutil
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from lavis.common.registry import registry
+from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+from torch.utils.data import Dataset, default_collate
+
+from lavis_cir_plugin import CONFIGS, benchmarks
+from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Triplet
+from lavis_cir_plugin.benchmarks.images import open_rgb
+from lavis_cir_plugin.config import as_plain
+from lavis_cir_plugin.garments import GarmentsConfig, cache_root, make_garments
+
+Processor = Callable[[Any], Any]
+
+
+def image_id(name: str) -> int:
+    """Return a stable 63-bit id of an image name: the same picture has it in every data set and process."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class CirDataset(Dataset):
+    """What the data sets of composed retrieval share: picture loading and a collater that drops nothing."""
+
+    def __init__(self, image_paths: Mapping[str, Path], vis_processor: Processor, text_processor: Processor) -> None:
+        self.image_paths = image_paths
+        self.vis_processor = vis_processor
+        self.text_processor = text_processor
+
+    def load_image(self, name: str) -> torch.Tensor:
+        """Return the preprocessed picture ``(3, H, W)``; an unreadable one is an error that names the file."""
+        return self.vis_processor(open_rgb(self.image_paths[name]))
+
+    def collater(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Stack tensors and list strings."""
+        return default_collate(list(samples))
+
+
+class TripletDataset(CirDataset):
+    """Training triplets: ``image``, ``text_input``, ``target`` and ``target_id``.
+
+    A triplet whose annotation has several texts gets one drawn by ``training_text`` each time it is read, from
+    Python's global generator, which LAVIS seeds and torch seeds in each worker.
+    """
+
+    def __init__(
+        self,
+        triplets: Sequence[Triplet],
+        image_paths: Mapping[str, Path],
+        vis_processor: Processor,
+        text_processor: Processor,
+        training_text: Callable[[tuple[str, ...], Any], str],
+    ) -> None:
+        super().__init__(image_paths, vis_processor, text_processor)
+        self.triplets = triplets
+        self.training_text = training_text
+
+    def __len__(self) -> int:
+        """Return the number of triplets."""
+        return len(self.triplets)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return one triplet in LAVIS's keys."""
+        triplet = self.triplets[index]
+        return {
+            "image": self.load_image(triplet.reference),
+            "target": self.load_image(triplet.target),
+            "text_input": self.text_processor(self.training_text(triplet.captions, random)),
+            "target_id": image_id(triplet.target),
+        }
+
+
+class BenchmarkDataset(CirDataset):
+    """A benchmark's images, each once, in a fixed order; ``queries`` is its data set of queries."""
+
+    def __init__(self, benchmark: Benchmark, vis_processor: Processor, text_processor: Processor) -> None:
+        super().__init__(benchmark.image_paths, vis_processor, text_processor)
+        self.benchmark = benchmark
+        # Categories of FashionIQ share images; each goes through the model once.
+        self.names = list(dict.fromkeys(name for group in benchmark.groups for name in group.gallery))
+        self.queries = QueryDataset(self)
+
+    def __len__(self) -> int:
+        """Return the number of distinct gallery images."""
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return one gallery image."""
+        return {"image": self.load_image(self.names[index])}
+
+
+class QueryDataset(CirDataset):
+    """Every text of every query of a benchmark, group by group: ``image`` and ``text_input``."""
+
+    def __init__(self, dataset: BenchmarkDataset) -> None:
+        super().__init__(dataset.image_paths, dataset.vis_processor, dataset.text_processor)
+        self.rows = [
+            (query.reference, text)
+            for group in dataset.benchmark.groups
+            for query in group.queries
+            for text in query.texts
+        ]
+
+    def __len__(self) -> int:
+        """Return the number of (query, text) rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return one row."""
+        reference, text = self.rows[index]
+        return {"image": self.load_image(reference), "text_input": self.text_processor(text)}
+
+
+class BenchmarkBuilder(BaseDatasetBuilder):
+    """Builds ``train`` and evaluation splits of one benchmark; keys of its section, besides LAVIS's processors:
+
+    * ``splits``: which to build; an evaluation file leaves ``train`` out, a training run may leave ``val`` out.
+    * ``build_info``: passed to the benchmark's reader, which names its keys.
+    * ``garments``: settings of the embedded world; drawn into the cache on first use and read like a download.
+    """
+
+    benchmark_module: ModuleType
+
+    def _download_data(self) -> None:
+        """Draw the embedded world if the config asks for it; real data sets are never downloaded."""
+        self._build_info()
+
+    def _build_info(self) -> dict[str, Any]:
+        build_info = dict(as_plain(self.config.get("build_info")))
+        if self.config.get("garments") is not None:
+            world = GarmentsConfig(**as_plain(self.config.garments))
+            build_info["root"] = str(make_garments(cache_root(), world))
+        return build_info
+
+    def build(self) -> dict[str, Dataset]:
+        """Return the data sets by split."""
+        self.build_processors()
+        build_info = self._build_info()
+        datasets: dict[str, Dataset] = {}
+        for split in self.config.splits:
+            stage = "train" if split == "train" else "eval"
+            processors = self.vis_processors[stage], self.text_processors[stage]
+            if split == "train":
+                triplets, image_paths = self.benchmark_module.read_train(build_info)
+                text = self.benchmark_module.training_text
+                datasets[split] = TripletDataset(triplets, image_paths, *processors, text)
+            else:
+                benchmark = self.benchmark_module.read_benchmark(build_info, split)
+                datasets[split] = BenchmarkDataset(benchmark, *processors)
+        return datasets
+
+
+def _register_builders() -> None:
+    for found in pkgutil.iter_modules(benchmarks.__path__):
+        module = importlib.import_module(f"{benchmarks.__name__}.{found.name}")
+        if not hasattr(module, "read_benchmark"):
+            continue
+        configs = {path.stem: str(path) for path in (CONFIGS / "datasets" / found.name).glob("*.yaml")}
+        attributes = {"benchmark_module": module, "DATASET_CONFIG_DICT": configs, "__doc__": module.__doc__}
+        builder = type(f"{found.name.title()}Builder", (BenchmarkBuilder,), {**attributes, "__module__": __name__})
+        registry.register_builder(found.name)(builder)
+
+
+_register_builders()

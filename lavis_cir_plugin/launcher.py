@@ -1,0 +1,133 @@
+"""What ``python -m lavis.train`` and ``python -m lavis.evaluate`` do: LAVIS's own steps, checked and made portable."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lavis import tasks
+from lavis.common.config import Config
+from lavis.common.dist_utils import get_rank, is_main_process, setup_for_distributed
+from lavis.common.logger import setup_logger
+from lavis.common.registry import registry
+from omegaconf import DictConfig, OmegaConf
+
+from lavis_cir_plugin import PROJECTS, config
+from lavis_cir_plugin.runners.portable import portable, process_environment
+
+# Long enough to download a checkpoint on one process while the others wait, short enough to notice a dead one.
+_PROCESS_TIMEOUT = timedelta(minutes=60)
+
+
+def main(command: str, arguments: Optional[Sequence[str]] = None) -> None:
+    """Train or evaluate as a config file says.
+
+    Args:
+        command: ``train`` or ``evaluate``.
+        arguments: The command line; ``sys.argv`` by default.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m lavis.{command}")
+    parser.add_argument("--cfg-path", required=True, help="YAML file; projects/... is also found where none is local")
+    parser.add_argument("--options", nargs="+", default=[], help="overrides such as run.wrf.gamma=0 run.seed=1")
+    try:
+        run(command, parser.parse_args(arguments))
+    except (ValueError, OSError) as error:
+        if not _is_ours(error):
+            raise
+        sys.exit(f"lavis.{command}: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run(command: str, args: argparse.Namespace) -> None:
+    """Build config, task, data sets, model and runner as LAVIS's scripts do, then train or evaluate."""
+    cfg = _complete(config.read_config(str(_find_config(args.cfg_path)), args.options))
+    config.check_values(cfg, command)
+    _join_processes(cfg.run_cfg)
+    cfg.run_cfg.output_dir = str(Path(cfg.run_cfg.output_dir).expanduser().absolute())
+    _seed(int(cfg.run_cfg.seed) + get_rank())
+    setup_logger()
+    cfg.pretty_print()
+
+    task = tasks.setup_task(cfg)
+    datasets = task.build_datasets(cfg)
+    model = task.build_model(cfg)
+    runner_class = portable(registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base")))
+    runner = runner_class(cfg=cfg, job_id=_job_id(), task=task, model=model, datasets=datasets)
+    if command == "train":
+        runner.train()
+    else:
+        runner.evaluate(skip_reload=True)
+    if is_main_process():
+        logging.info("output: %s", runner.output_dir)
+
+
+def _complete(merged: DictConfig) -> Config:
+    """Let LAVIS add the defaults of model and data sets; it insists on reading the project from a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "project.yaml"
+        OmegaConf.save(merged, path)
+        return Config(argparse.Namespace(cfg_path=str(path), options=[]))
+
+
+def _find_config(path: str) -> Path:
+    """Return the config file, looking in the shipped projects when a relative ``projects/...`` is not local."""
+    local = Path(path).expanduser()
+    if local.is_file():
+        return local
+    shipped = PROJECTS.joinpath(*local.parts[1:]) if local.parts[:1] == ("projects",) else local
+    if shipped.is_file():
+        return shipped
+    available = ", ".join(sorted(f"projects/{found.relative_to(PROJECTS)}" for found in PROJECTS.rglob("*.yaml")))
+    raise FileNotFoundError(f"--cfg-path {path} does not exist (looked from {os.getcwd()}). Shipped: {available}.")
+
+
+def _join_processes(run_cfg: DictConfig) -> None:
+    """Open the process group: torchrun's, or one of a single process, on gloo for a CPU and NCCL for GPUs."""
+    on_gpu = str(run_cfg.device).startswith("cuda")
+    backend = "nccl" if on_gpu else "gloo"
+    environment = process_environment()
+    run_cfg.distributed = environment is not None
+    if environment is None:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    run_cfg.rank, run_cfg.world_size, run_cfg.gpu = environment
+    if on_gpu:
+        torch.cuda.set_device(run_cfg.gpu)
+    dist.init_process_group(backend, timeout=_PROCESS_TIMEOUT)
+    setup_for_distributed(get_rank() == 0)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (LAVIS's processors draw from the global generator)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def _job_id() -> str:
+    """Return a folder name that no other run has; all processes of a run agree on it."""
+    name: list[Any] = [f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]
+    dist.broadcast_object_list(name)
+    return str(name[0])
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised the error; such a message is written for users and needs no traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)

@@ -1,0 +1,81 @@
+"""Training losses of composed image retrieval as pure functions: tensors in, scalar out."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_with_grad
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
+from torch import Tensor
+
+from lavis_cir_plugin.ranking import similarity
+
+
+def gather_with_gradient(tensor: Tensor) -> Tensor:
+    """Concatenate the tensors of all processes along dim 0, in rank order, keeping the gradient to each of them.
+
+    Args:
+        tensor: ``(B, ...)``, the same shape on every process.
+
+    Returns:
+        ``(world_size * B, ...)``; the tensor itself in a single process. With losses averaged over processes (as
+        DistributedDataParallel does with gradients) the gradient equals the one of a single process that sees the
+        whole batch.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return tensor
+    if not tensor.requires_grad:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+    return torch.cat(dist_with_grad.all_gather(tensor.contiguous()))
+
+
+def contrastive_loss(
+    query: Tensor, targets: Tensor, temperature: Tensor | float, target_ids: Optional[Tensor] = None
+) -> Tensor:
+    r"""In-batch contrastive loss from query to target over the batches of all processes.
+
+    .. math:: L = -\frac1B \sum_i \log \frac{\exp(s_{ii}/\tau)}{\exp(s_{ii}/\tau) + \sum_{j \in N_i} \exp(s_{ij}/\tau)},
+              \qquad s_{ij} = \max_k q_i \cdot v_{jk}
+
+    :math:`N_i` holds every target of the global batch that is another image than target i. CIRR repeats targets up to
+    nine times; counting such a repetition as a negative would push the right answer away.
+
+    Args:
+        query: ``(B, D)``, unit length.
+        targets: ``(B, K, D)`` or ``(B, D)``, unit length; row i is the target of query i.
+        temperature: :math:`\tau > 0`, divides.
+        target_ids: ``(B,)`` int64; equal ids mean the same image. ``None``: all targets are taken to differ.
+
+    Returns:
+        Scalar; ``log(world_size * B)`` when all scores are equal and no target repeats, 0 for a single target.
+
+    Source: SPRC (arXiv 2310.05473) without the mask; BLIP-2 (arXiv 2301.12597) for the maximum over query tokens.
+    """
+    all_targets = gather_with_gradient(targets)
+    rank = dist.get_rank() if all_targets.shape[0] > targets.shape[0] else 0
+    positives = torch.arange(query.shape[0], device=query.device) + rank * query.shape[0]
+    logits = similarity(query, all_targets) / temperature
+    if target_ids is not None:
+        repeated = target_ids[:, None] == gather_with_gradient(target_ids)[None, :]
+        repeated[torch.arange(query.shape[0], device=query.device), positives] = False
+        logits = logits.masked_fill(repeated, -torch.inf)
+    return F.cross_entropy(logits, positives)
+
+
+def alignment_loss(sentence_prompt: Tensor, prompt_tokens: Tensor) -> Tensor:
+    r"""Pull the mean sentence prompt to the mean learned prompt.
+
+    .. math:: L = \lVert \bar Z - \mathrm{stopgrad}(\bar P) \rVert_2^2 / H \quad\text{averaged over the batch}
+
+    Args:
+        sentence_prompt: ``(B, N, H)``, the query outputs Z of the first Q-Former pass.
+        prompt_tokens: ``(1, N, H)``, the learned prompt P; receives no gradient.
+
+    Source: SPRC (arXiv 2310.05473), prompt alignment.
+    """
+    mean_prompt = prompt_tokens.detach().mean(dim=1).expand(sentence_prompt.shape[0], -1)
+    return F.mse_loss(sentence_prompt.mean(dim=1), mean_prompt)

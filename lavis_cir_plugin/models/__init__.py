@@ -1,0 +1,1 @@
+"""Models: each file registers one with LAVIS."""

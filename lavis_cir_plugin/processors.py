@@ -1,0 +1,73 @@
+"""Image preprocessing that belongs to the protocols of composed retrieval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Optional
+
+from lavis.common.registry import registry
+from lavis.processors.blip_processors import BlipImageBaseProcessor
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+
+def pad_to_ratio(image: Image.Image, target_ratio: float) -> Image.Image:
+    """Pad the short side with black until the long side is at most ``target_ratio`` times the short one.
+
+    Args:
+        image: RGB; returned as it is when its ratio is already small enough.
+        target_ratio: >= 1.
+
+    Source: CLIP4Cir's target padding with 1.25, which SPRC and Bi-Blip4CIR keep.
+    """
+    width, height = image.size
+    short = round(max(width, height) / target_ratio)
+    horizontal, vertical = max(0, short - width), max(0, short - height)
+    if not horizontal and not vertical:
+        return image
+    left, top = horizontal // 2, vertical // 2
+    return ImageOps.expand(image, border=(left, top, horizontal - left, vertical - top), fill=0)
+
+
+@registry.register_processor("target_pad")
+class TargetPadProcessor(BlipImageBaseProcessor):
+    """Target padding, bicubic resize of the short side, centre crop, CLIP's mean and standard deviation.
+
+    Deterministic: training and evaluation see the same pixels, as in CLIP4Cir, SPRC and Bi-Blip4CIR.
+
+    Args:
+        image_size: Pixels per side of the result.
+        target_ratio: Largest ratio of long to short side that is left unpadded, >= 1.
+
+    Raises:
+        ValueError: If ``target_ratio`` is below 1 or ``image_size`` below 1.
+    """
+
+    def __init__(self, image_size: int = 224, target_ratio: float = 1.25) -> None:
+        super().__init__()
+        if target_ratio < 1 or image_size < 1:
+            raise ValueError(
+                f"target_pad: target_ratio must be >= 1 and image_size >= 1, got {target_ratio} and {image_size}; "
+                "change them under datasets.<name>.vis_processor."
+            )
+        self.target_ratio = target_ratio
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize(image_size, interpolation=InterpolationMode.BICUBIC),
+                transforms.CenterCrop(image_size),
+                transforms.ToTensor(),
+                self.normalize,
+            ]
+        )
+
+    def __call__(self, item: Image.Image) -> Tensor:
+        """Return ``(3, image_size, image_size)`` float32 of an RGB picture."""
+        return self.transform(pad_to_ratio(item, self.target_ratio))
+
+    @classmethod
+    def from_config(cls, cfg: Optional[Mapping[str, Any]] = None) -> TargetPadProcessor:
+        """Build from a ``vis_processor`` section."""
+        cfg = cfg or {}
+        return cls(image_size=cfg.get("image_size", 224), target_ratio=cfg.get("target_ratio", 1.25))

@@ -1,0 +1,1 @@
+"""Runners: each file registers one with LAVIS, except ``portable``, which they share."""

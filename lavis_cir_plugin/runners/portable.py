@@ -1,0 +1,119 @@
+"""LAVIS's runners, freed from what they take for granted: a GPU, torchrun, and writes that never fail."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from lavis.common import logger as lavis_logger
+from lavis.common.registry import registry
+from lavis.runners import runner_base
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lavis_cir_plugin.checkpoints import load_strictly, read_state
+
+
+class PortableRunner:
+    """Mix-in that goes before one of LAVIS's runners; it overrides no loop and changes no arithmetic.
+
+    * Trains and evaluates on a CPU, in one process or several.
+    * Several runners may live in one process.
+    * A checkpoint is written beside its place and then moved there, so a half-written one never has its name.
+    * The best checkpoint is read without unpickling objects and must match the trained tensors.
+    """
+
+    def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Any, job_id: str) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            # LAVIS's loop ends each epoch with a barrier that needs a group, also of one process.
+            backend = "nccl" if str(cfg.run_cfg.device).startswith("cuda") else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        for name in ("result_dir", "output_dir"):
+            registry.mapping["paths"].pop(name, None)
+        super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
+        if not self.cuda_enabled:
+            # LAVIS's tasks move evaluation batches to a GPU unless told otherwise, and its meters sum there.
+            task.evaluation = partial(task.evaluation, cuda_enabled=False)
+            lavis_logger.SmoothedValue.synchronize_between_processes = _synchronize_meter
+
+    @property
+    def model(self) -> nn.Module:
+        """The model on its device, inside DistributedDataParallel in a distributed run."""
+        if self._wrapped_model is None:
+            self._model = self._model.to(self.device)
+            self._wrapped_model = self._model
+            if self.use_distributed:
+                devices = [self.config.run_cfg.gpu] if self.cuda_enabled else None
+                self._wrapped_model = DistributedDataParallel(self._model, device_ids=devices)
+        return self._wrapped_model
+
+    def create_loaders(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Return LAVIS's loaders; on a CPU without its prefetcher, which opens a CUDA stream."""
+        if self.cuda_enabled:
+            return super().create_loaders(*args, **kwargs)
+        with mock.patch.object(runner_base, "PrefetchLoader", lambda loader: loader):
+            return super().create_loaders(*args, **kwargs)
+
+    def _save_checkpoint(self, cur_epoch: Any, is_best: bool = False) -> None:
+        with self._staged_output():
+            super()._save_checkpoint(cur_epoch, is_best=is_best)
+
+    @contextmanager
+    def _staged_output(self) -> Iterator[None]:
+        """Let the stock method write into a folder beside the checkpoints, then move what it wrote into place."""
+        final = self.output_dir
+        try:
+            with tempfile.TemporaryDirectory(prefix=".saving-", dir=final) as staging:
+                self.output_dir = Path(staging)
+                yield
+                for name in os.listdir(staging):
+                    os.replace(os.path.join(staging, name), os.path.join(final, name))
+        except (OSError, RuntimeError) as error:
+            # torch reports a failed write as a RuntimeError of its zip writer.
+            raise OSError(
+                f"no checkpoint could be written to {final} ({str(error).splitlines()[0]}). Earlier checkpoints there "
+                "are untouched; free some space or set run.output_dir to another disk."
+            ) from error
+        finally:
+            self.output_dir = final
+
+    def _reload_best_model(self, model: nn.Module) -> nn.Module:
+        path = os.path.join(self.output_dir, "checkpoint_best.pth")
+        if not os.path.isfile(path):
+            logging.warning("no validation metric was above 0, so there is no best checkpoint; the last weights stay.")
+            return model
+        frozen = tuple(name for name, weight in model.named_parameters() if not weight.requires_grad)
+        load_strictly(model, read_state(path), path, may_lack=frozen)
+        return model
+
+
+def portable(runner: type) -> type:
+    """Return a runner class of LAVIS with :class:`PortableRunner` before it, or the class itself if it is one."""
+    if issubclass(runner, PortableRunner):
+        return runner
+    return type(runner.__name__, (PortableRunner, runner), {"__module__": runner.__module__, "__doc__": runner.__doc__})
+
+
+def _synchronize_meter(meter: lavis_logger.SmoothedValue) -> None:
+    """Sum a meter over processes on the CPU; LAVIS's own sums on a GPU."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    total = torch.tensor([meter.count, meter.total], dtype=torch.float64)
+    dist.all_reduce(total)
+    count, meter.total = total.tolist()
+    meter.count = int(count)
+
+
+def process_environment() -> Optional[tuple[int, int, int]]:
+    """Return (rank, world size, local rank) as torchrun sets them, ``None`` outside of it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    return tuple(int(os.environ[name]) for name in names) if all(name in os.environ for name in names) else None

@@ -1,0 +1,55 @@
+"""The WRF4CIR runner: LAVIS's training with adversarial weight perturbation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lavis.common.registry import registry
+from lavis.runners.runner_base import RunnerBase
+
+from lavis_cir_plugin.perturbation import PerturbingOptimizer, WeightPerturbation
+from lavis_cir_plugin.runners.portable import PortableRunner
+
+
+@registry.register_runner("runner_wrf4cir")
+class RunnerWrf4Cir(PortableRunner, RunnerBase):
+    """LAVIS's epoch runner whose training steps minimise the loss at adversarially perturbed weights.
+
+    min over theta, max over delta of L(theta + delta), delta bounded relative to theta (WRF4CIR, arXiv 2604.05583).
+    ``run.wrf`` holds the fields of :class:`~lavis_cir_plugin.perturbation.WeightPerturbation`. The task gets, in place
+    of the model, a callable that perturbs; LAVIS's loop is not copied. ``run.wrf.gamma: 0`` is LAVIS's own training,
+    bit for bit. ``run.adam_eps`` sets AdamW's epsilon, which LAVIS leaves at 1e-8.
+    """
+
+    @property
+    def optimizer(self) -> PerturbingOptimizer:
+        """LAVIS's AdamW inside the wrapper that owns the perturbation."""
+        if self._optimizer is None:
+            stock = super().optimizer
+            for group in stock.param_groups:
+                group["eps"] = float(self.config.run_cfg.get("adam_eps", group["eps"]))
+            settings = WeightPerturbation(**self.config.run_cfg.get("wrf", {}))
+            self._optimizer = PerturbingOptimizer(stock, self.model, settings)
+        return self._optimizer
+
+    def train_epoch(self, epoch: int) -> dict[str, Any]:
+        """Train one epoch of LAVIS's loop on the perturbed model."""
+        with self._perturbed_training():
+            return super().train_epoch(epoch)
+
+    @contextmanager
+    def _perturbed_training(self) -> Iterator[None]:
+        stock = self.task.train_epoch
+
+        def train_epoch(**arguments: Any) -> dict[str, Any]:
+            scaler = arguments.get("scaler")
+            scale = scaler.get_scale if scaler is not None else lambda: 1.0
+            return stock(**{**arguments, "model": self.optimizer.perturb(arguments["model"], scale)})
+
+        self.task.train_epoch = train_epoch
+        try:
+            yield
+        finally:
+            del self.task.train_epoch

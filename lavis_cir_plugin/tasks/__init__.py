@@ -1,0 +1,1 @@
+"""Tasks: each file registers one with LAVIS."""

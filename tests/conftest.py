@@ -1,0 +1,70 @@
+"""What several test files share: small real models and the real annotation files where they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Small enough for milliseconds, with every kind of layer of the real model.
+SMALL: dict[str, Any] = {
+    "vit_model": "eva_clip_g",
+    "image_size": 16,
+    "vit_config": {"patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 2, "mlp_ratio": 2},
+    "vit_precision": "fp32",
+    "freeze_vit": False,
+    "tokenizer": "blip2_cir_tiny_vocab.txt",
+    "num_query_token": 3,
+    "qformer_config": {
+        "hidden_size": 8,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 40,
+        "initializer_range": 0.2,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+    "embed_dim": 6,
+}
+
+
+@pytest.fixture
+def small_model():
+    """Return a factory of small real ``blip2_cir`` models, each from the same seed."""
+    from lavis_cir_plugin.models.blip2_cir import Blip2Cir
+
+    def make(**changes: Any) -> Blip2Cir:
+        torch.manual_seed(0)
+        return Blip2Cir(**{**SMALL, **changes})
+
+    return make
+
+
+@pytest.fixture
+def triplets():
+    """Return a factory of random batches of triplets in LAVIS's keys."""
+
+    def make(size: int, seed: int = 1) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        texts = ["is red", "has longer sleeves and no collar", "is more colorful", "plain blue", "is darker"]
+        return {
+            "image": torch.randn(size, 3, 16, 16, generator=generator),
+            "target": torch.randn(size, 3, 16, 16, generator=generator),
+            "text_input": [texts[index % len(texts)] for index in range(size)],
+            "target_id": torch.arange(size),
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_annotations() -> Path:
+    """Return the folder of the real annotation files (``CIR_DATA``), or skip."""
+    folder = Path(os.environ.get("CIR_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
+    if not (folder / "fashionIQ_dataset").is_dir():
+        pytest.skip("real annotation files are not here; set CIR_DATA to their folder")
+    return folder
