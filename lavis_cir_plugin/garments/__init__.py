@@ -1,0 +1,9 @@
+"""Draw the project's own benchmark: a procedural world of dresses, shirts and tops in FashionIQ's files."""
+
+from .attributes import Garment as Garment
+from .drawing import draw as draw
+from .drawing import draw_for_name as draw_for_name
+from .fashioniq import GarmentsConfig as GarmentsConfig
+from .fashioniq import make_garments as make_garments
+from .fashioniq import write_fashioniq as write_fashioniq
+from .wording import words as words

@@ -1,0 +1,311 @@
+"""The garments world: what a garment is, how one is sampled, and how one is edited.
+
+A picture is a `Garment` (what a caption can speak of) in a `Photo` (what no caption speaks of: background, pose, body,
+light, noise). Everything is drawn from an explicit `random.Random`; equal seeds give equal garments on every platform.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+CATEGORIES = ("dress", "shirt", "toptee")
+
+COLOURS: Mapping[str, tuple[int, int, int]] = {
+    "red": (205, 28, 38),
+    "orange": (241, 126, 34),
+    "yellow": (246, 212, 58),
+    "green": (48, 142, 70),
+    "teal": (22, 152, 156),
+    "light blue": (148, 194, 238),
+    "blue": (38, 88, 204),
+    "navy": (28, 36, 92),
+    "purple": (122, 58, 164),
+    "pink": (246, 146, 184),
+    "burgundy": (112, 18, 46),
+    "brown": (112, 70, 42),
+    "beige": (224, 200, 160),
+    "gray": (142, 142, 146),
+    "black": (26, 26, 29),
+    "white": (244, 244, 241),
+}
+
+SLEEVES = ("sleeveless", "short", "elbow", "long")
+"""Ordered from the barest to the most covered."""
+
+LENGTHS: Mapping[str, tuple[str, ...]] = {
+    "dress": ("mini", "knee", "midi", "maxi"),
+    "shirt": ("cropped", "regular", "tunic"),
+    "toptee": ("cropped", "regular", "tunic"),
+}
+"""Ordered from the shortest to the longest."""
+
+NECKLINES = ("v", "square", "round", "boat", "collar", "high")
+"""Ordered from the lowest to the highest; only `v` and `square` are low, only `high` is high."""
+
+FITS = ("fitted", "regular", "loose")
+"""Ordered from the tightest to the loosest."""
+
+_PATTERNS = {
+    "solid": 6,
+    "stripes": 3,
+    "vertical stripes": 2,
+    "dots": 3,
+    "plaid": 2,
+    "floral": 3,
+    "zigzag": 2,
+    "two tone": 1.5,
+}
+_SLEEVE_WEIGHTS = {"sleeveless": 3, "short": 3, "elbow": 2, "long": 3}
+_NO_GRAPHIC = {"none": 1}
+_GRAPHICS = {"none": 5, "star": 1, "heart": 1, "lettering": 1, "circle": 1, "moon": 1}
+
+VALUES: Mapping[str, Mapping[str, Mapping[str, float]]] = {
+    "dress": {
+        "colour": dict.fromkeys(COLOURS, 1),
+        "pattern": _PATTERNS,
+        "sleeve": _SLEEVE_WEIGHTS,
+        "length": {"mini": 2, "knee": 3, "midi": 2, "maxi": 2},
+        "neckline": {"v": 3, "square": 2, "round": 3, "boat": 2, "high": 1},
+        "fit": {"fitted": 2, "regular": 2, "loose": 2},
+        "graphic": _NO_GRAPHIC,
+        "buttons": {"no": 5, "yes": 1},
+        "belt": {"no": 3, "yes": 1},
+        "hem": {"straight": 4, "ruffled": 1},
+        "finish": {"matte": 4, "shiny": 1},
+    },
+    "shirt": {
+        "colour": dict.fromkeys(COLOURS, 1),
+        "pattern": _PATTERNS,
+        "sleeve": {"sleeveless": 1, "short": 4, "elbow": 2, "long": 4},
+        "length": {"cropped": 1, "regular": 4, "tunic": 2},
+        "neckline": {"v": 2, "round": 4, "collar": 4, "high": 1},
+        "fit": {"fitted": 1, "regular": 3, "loose": 2},
+        "graphic": _GRAPHICS,
+        "buttons": {"no": 1, "yes": 1},
+        "belt": {"no": 1},
+        "hem": {"straight": 1},
+        "finish": {"matte": 6, "shiny": 1},
+    },
+    "toptee": {
+        "colour": dict.fromkeys(COLOURS, 1),
+        "pattern": _PATTERNS,
+        "sleeve": _SLEEVE_WEIGHTS,
+        "length": {"cropped": 2, "regular": 4, "tunic": 2},
+        "neckline": {"v": 3, "square": 2, "round": 4, "boat": 2, "high": 1},
+        "fit": {"fitted": 2, "regular": 3, "loose": 2},
+        "graphic": _GRAPHICS,
+        "buttons": {"no": 6, "yes": 1},
+        "belt": {"no": 1},
+        "hem": {"straight": 4, "ruffled": 1},
+        "finish": {"matte": 5, "shiny": 1},
+    },
+}
+"""category -> attribute -> value -> weight; an attribute with one value cannot be edited in that category."""
+
+_EDIT_WEIGHTS = {
+    "colour": 6.0,
+    "secondary": 1.5,
+    "pattern": 4.0,
+    "sleeve": 4.0,
+    "length": 3.0,
+    "neckline": 2.5,
+    "fit": 1.5,
+    "graphic": 2.5,
+    "buttons": 1.0,
+    "belt": 1.5,
+    "hem": 1.0,
+    "finish": 1.0,
+}
+
+BACKGROUNDS = ("studio", "gradient", "wall", "street", "curtain")
+BODIES = ("mannequin", "porcelain", "light", "tan", "brown", "dark")
+
+
+@dataclass(frozen=True)
+class Photo:
+    """Hold what distinguishes two photographs of one garment; no caption speaks of it.
+
+    rotation in degrees; shift_x, shift_y and scale relative to the picture's width; light in degrees, 90 = from above;
+    gain and warmth multiply the channels; noise is the standard deviation in grey levels of 255.
+    """
+
+    background: str
+    tint: float
+    body: str
+    hair: int
+    legwear: int
+    rotation: float
+    shift_x: float
+    shift_y: float
+    scale: float
+    arm_angle: float
+    light: float
+    gain: float
+    warmth: float
+    noise: float
+    texture_seed: int
+
+
+@dataclass(frozen=True)
+class Garment:
+    """Describe one garment in one photo.
+
+    Invariants (kept by `sample` and `edited`): `secondary`, the colour of pattern and graphic, is "" exactly when the
+    garment is solid without a graphic; a graphic occurs on solid cloth only; every value is in ``VALUES[category]``.
+    """
+
+    category: str
+    colour: str
+    secondary: str
+    pattern: str
+    sleeve: str
+    length: str
+    neckline: str
+    fit: str
+    graphic: str
+    buttons: str
+    belt: str
+    hem: str
+    finish: str
+    photo: Photo
+
+
+ATTRIBUTES: tuple[str, ...] = tuple(f.name for f in fields(Garment) if f.name not in ("category", "photo"))
+
+
+def attributes(garment: Garment) -> tuple[str, ...]:
+    """Return the values of `ATTRIBUTES`, in that order; two garments with equal tuples differ in the photo only."""
+    return tuple(getattr(garment, name) for name in ATTRIBUTES)
+
+
+def changed(reference: Garment, target: Garment) -> tuple[str, ...]:
+    """Name the attributes in which two garments differ, in the order of `ATTRIBUTES`."""
+    return tuple(name for name in ATTRIBUTES if getattr(reference, name) != getattr(target, name))
+
+
+def lightness(colour: str) -> float:
+    """Return a colour's luma in [0, 1] (ITU-R BT.601 weights)."""
+    red, green, blue = COLOURS[colour]
+    return (0.299 * red + 0.587 * green + 0.114 * blue) / 255
+
+
+def chroma(colour: str) -> float:
+    """Return a colour's chroma in [0, 1]: largest minus smallest channel."""
+    return (max(COLOURS[colour]) - min(COLOURS[colour])) / 255
+
+
+def contrasting(colour: str) -> tuple[str, ...]:
+    """List the colours that stay readable as a pattern on `colour` even in a small picture."""
+    return tuple(
+        other
+        for other in COLOURS
+        if abs(lightness(other) - lightness(colour)) > 0.22
+        and sum((a - b) ** 2 for a, b in zip(COLOURS[other], COLOURS[colour])) > 130**2
+    )
+
+
+def _pick(rng: random.Random, weights: Mapping[str, float], unlike: str | None = None) -> str:
+    values = [value for value in weights if value != unlike]
+    return rng.choices(values, [weights[value] for value in values])[0]
+
+
+def sample_photo(rng: random.Random) -> Photo:
+    """Draw a photo: background, body, pose, light and noise."""
+    return Photo(
+        background=rng.choice(BACKGROUNDS),
+        tint=rng.random(),
+        body=rng.choice(BODIES),
+        hair=rng.randrange(6),
+        legwear=rng.randrange(5),
+        rotation=rng.uniform(-4, 4),
+        shift_x=rng.uniform(-0.04, 0.04),
+        shift_y=rng.uniform(-0.02, 0.03),
+        scale=rng.uniform(0.93, 1.07),
+        arm_angle=rng.uniform(-3, 9),
+        light=rng.uniform(35, 145),
+        gain=rng.uniform(0.9, 1.08),
+        warmth=rng.uniform(-0.04, 0.04),
+        noise=rng.uniform(1, 4),
+        texture_seed=rng.randrange(2**32),
+    )
+
+
+def sample(category: str, rng: random.Random) -> Garment:
+    """Draw a garment of a category, in a photo.
+
+    Raises:
+        ValueError: the category is none of `CATEGORIES`.
+    """
+    if category not in VALUES:
+        raise ValueError(f"garments: category must be one of {', '.join(CATEGORIES)}, got {category!r}.")
+    values = {name: _pick(rng, weights) for name, weights in VALUES[category].items()}
+    if values["pattern"] != "solid":
+        values["graphic"] = "none"
+    garment = Garment(category=category, secondary="", photo=sample_photo(rng), **values)
+    return _consistent(garment, rng)
+
+
+def edited(garment: Garment, rng: random.Random, edits: int, only: Sequence[str] = tuple(_EDIT_WEIGHTS)) -> Garment:
+    """Change `edits` different attributes of a garment, each to another value, and leave the photo as it is.
+
+    An edit can drag others along to keep the garment possible: a graphic makes the cloth solid and a pattern removes the
+    graphic; both bring, change or remove the secondary colour. `only` restricts the attributes that are chosen.
+
+    Raises:
+        ValueError: fewer than `edits` of the attributes in `only` can be changed on this garment.
+    """
+    chosen: list[str] = []
+    result = garment
+    for _ in range(edits):
+        free = {
+            name: _EDIT_WEIGHTS[name]
+            for name in only
+            if name not in chosen
+            and not (name == "graphic" and "pattern" in chosen)
+            and not (name == "pattern" and "graphic" in chosen)
+            and not (name == "secondary" and {"pattern", "graphic"} & set(chosen))
+            and (result.secondary != "" if name == "secondary" else len(VALUES[garment.category][name]) > 1)
+        }
+        if not free:
+            raise ValueError(f"garments: {edits} edits asked of a {garment.category}, only {len(chosen)} are possible.")
+        name = _pick(rng, free)
+        chosen.append(name)
+        result = _edit(result, name, rng)
+    return result
+
+
+def _edit(garment: Garment, name: str, rng: random.Random) -> Garment:
+    if name == "secondary":
+        others = [colour for colour in contrasting(garment.colour) if colour != garment.secondary]
+        return replace(garment, secondary=rng.choice(others))
+    value = _pick(rng, VALUES[garment.category][name], unlike=getattr(garment, name))
+    garment = replace(garment, **{name: value})
+    if name == "graphic" and value != "none":
+        garment = replace(garment, pattern="solid")
+    elif name == "pattern" and value != "solid":
+        garment = replace(garment, graphic="none")
+    return _consistent(garment, rng)
+
+
+def _consistent(garment: Garment, rng: random.Random) -> Garment:
+    """Give the garment a secondary colour where it shows one, readable on the main colour, and none elsewhere."""
+    if garment.pattern == "solid" and garment.graphic == "none":
+        return replace(garment, secondary="")
+    readable = contrasting(garment.colour)
+    if garment.secondary in readable:
+        return garment
+    neutral = [colour for colour in ("white", "black") if colour in readable]
+    return replace(garment, secondary=rng.choice(neutral if neutral and rng.random() < 0.5 else readable))
+
+
+def is_held_out(garment: Garment, share: float) -> bool:
+    """Tell whether a garment's (colour, pattern, sleeve) combination is kept out of training.
+
+    The decision hashes the combination alone, so it is the same in every category, run and process; `share` in [0, 1] is
+    the expected fraction of the combinations that is held out, and a larger share holds out a superset.
+    """
+    key = f"{garment.colour}/{garment.pattern}/{garment.sleeve}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") < share * 2**64

@@ -1,0 +1,301 @@
+"""Write a garments world as FashionIQ's files: captions, image splits and images.
+
+A split of a category grows in families: a family starts with a garment of its own, and every further image is an edit of
+an earlier member, in a new photo. A reference, its target and the hardest distractors (other edits of the same garments)
+are therefore siblings, which a query can tell apart by its captions only, while the captions fit members of many families.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .attributes import CATEGORIES, Garment, attributes, edited, is_held_out, sample, sample_photo
+from .drawing import draw
+from .wording import captions, phrases
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may then both draw the world, and the first to finish wins.
+    fcntl = None  # type: ignore[assignment]
+
+GENERATOR_VERSION = 1
+"""Part of the cache key; raise it with every change of the written files."""
+
+SPLITS = ("train", "val", "test")
+
+_FAMILY_SIZE = 24
+_ATTEMPTS = 1000
+_MARKER = "complete.json"
+
+
+@dataclass(frozen=True)
+class GarmentsConfig:
+    """Set a world's sizes; all counts are per category (dress, shirt, toptee).
+
+    seed: everything follows from it. train_triplets <= 0.95 * train_images, and so for val and test: every target occurs
+    once, and one image in about 24 starts a family. image_width, image_height: pixels, >= 32. image_suffix: ".jpg" or
+    ".png". held_out: expected share in [0, 0.5] of the (colour, pattern, sleeve) combinations that training never shows.
+
+    FashionIQ's own size is about train_images=15537, train_triplets=6000, val_images=5179, val_queries=2005.
+
+    Raises:
+        ValueError: a value outside these ranges.
+    """
+
+    seed: int = 0
+    train_triplets: int = 1000
+    train_images: int = 1100
+    val_queries: int = 275
+    val_images: int = 400
+    test_queries: int = 100
+    test_images: int = 150
+    image_width: int = 144
+    image_height: int = 180
+    image_suffix: str = ".jpg"
+    held_out: float = 0.2
+
+    def __post_init__(self) -> None:
+        for split in SPLITS:
+            queries, images = self.counts(split)
+            if not 0 < queries <= 0.95 * images:
+                name = "train_triplets" if split == "train" else f"{split}_queries"
+                raise ValueError(
+                    f"garments: {name} must lie between 1 and 95 % of {split}_images = {images}, got {queries}."
+                )
+        if min(self.image_width, self.image_height) < 32:
+            raise ValueError(
+                "garments: image_width and image_height must be at least 32 pixels, "
+                f"got {self.image_width} x {self.image_height}."
+            )
+        if self.image_suffix not in (".jpg", ".png"):
+            raise ValueError(f"garments: image_suffix must be '.jpg' or '.png', got {self.image_suffix!r}.")
+        if not 0 <= self.held_out <= 0.5:
+            raise ValueError(f"garments: held_out must lie in [0, 0.5], got {self.held_out}.")
+
+    def counts(self, split: str) -> tuple[int, int]:
+        """Return the number of queries (triplets in training) and of images of a split, per category."""
+        queries = self.train_triplets if split == "train" else getattr(self, f"{split}_queries")
+        return queries, getattr(self, f"{split}_images")
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Hold one triplet: image names and two captions."""
+
+    candidate: str
+    target: str
+    captions: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """Hold a split of a category before it is drawn: its garments by image name, in gallery order, and its triplets."""
+
+    images: dict[str, Garment]
+    annotations: tuple[Annotation, ...]
+
+
+def image_name(seed: int, category: str, split: str, index: int) -> str:
+    """Return the name of an image: ten characters, "B0" and eight of 0-9A-Z, as Amazon numbers its articles.
+
+    Different arguments give different names for index < 10**7 (a number is scrambled by a bijection modulo 36**8).
+    """
+    number = (SPLITS.index(split) * len(CATEGORIES) + CATEGORIES.index(category)) * 10**7 + index
+    number = (number * 1_645_333_507_937 + seed * 97_003_331) % 36**8
+    digits = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    return "B0" + "".join(digits[number // 36**power % 36] for power in range(7, -1, -1))
+
+
+def plan_split(config: GarmentsConfig, category: str, split: str) -> SplitPlan:
+    """Invent the garments and triplets of a split: pure, and equal for equal arguments.
+
+    No two images of a split show the same garment, so a query has one right answer; in training no held-out combination
+    occurs. Targets are different images, and a target is never its own reference.
+
+    Raises:
+        ValueError: the world has no room for that many different garments.
+    """
+    rng = random.Random(f"garments/{config.seed}/{category}/{split}")
+    queries, images = config.counts(split)
+    garments: list[Garment] = []
+    parents: list[int | None] = []
+    seen: set[tuple[str, ...]] = set()
+    family_start = 0
+    families = max(1, min(round(images / _FAMILY_SIZE), images - queries))
+    starts = {round(k * images / families) for k in range(families)}
+    for index in range(images):
+        if index in starts:
+            family_start = index
+        parent = None if index == family_start else rng.randrange(family_start, index)
+        garment = _unseen(config, category, split, None if parent is None else garments[parent], seen, rng)
+        seen.add(attributes(garment))
+        garments.append(garment)
+        parents.append(parent)
+    order = list(range(images))
+    rng.shuffle(order)
+    position = {garment: place for place, garment in enumerate(order)}
+    names = [image_name(config.seed, category, split, position[index]) for index in range(images)]
+    edits = [(index, parent) for index, parent in enumerate(parents) if parent is not None]
+    annotations = [
+        Annotation(names[parent], names[index], captions(garments[parent], garments[index], rng))
+        for index, parent in rng.sample(edits, queries)
+    ]
+    return SplitPlan({names[index]: garments[index] for index in order}, tuple(annotations))
+
+
+def _unseen(
+    config: GarmentsConfig, category: str, split: str, parent: Garment | None, seen: set[tuple[str, ...]], rng: random.Random
+) -> Garment:
+    for _ in range(_ATTEMPTS):
+        if parent is None:
+            garment = sample(category, rng)
+        else:
+            garment = edited(parent, rng, edits=rng.choices((1, 2, 3), (3, 4, 3))[0])
+            garment = replace(garment, photo=sample_photo(rng))
+            if not phrases(parent, garment):
+                continue
+        if attributes(garment) not in seen and not (split == "train" and is_held_out(garment, config.held_out)):
+            return garment
+    raise ValueError(
+        f"garments: no unused {category} was found for {split} in {_ATTEMPTS} attempts; lower {split}_images or held_out."
+    )
+
+
+def write_fashioniq(root: Path, config: GarmentsConfig, progress: bool = True, workers: int | None = None) -> Path:
+    """Write captions/, image_splits/ and images/ below `root`, in FashionIQ's format, and return `root`.
+
+    The files depend on `config` alone, not on `workers`, the number of drawing processes (default: one per core).
+
+    Raises:
+        OSError: a file could not be written; a full disk is named as such.
+    """
+    root = Path(root)
+    pictures: dict[str, Garment] = {}
+    try:
+        for folder in ("captions", "image_splits", "images"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        for category in CATEGORIES:
+            for split in SPLITS:
+                plan = plan_split(config, category, split)
+                pictures.update(plan.images)
+                _write_json(root / "image_splits" / f"split.{category}.{split}.json", list(plan.images))
+                rows = [asdict(annotation) for annotation in plan.annotations]
+                if split == "test":
+                    for row in rows:
+                        del row["target"]
+                _write_json(root / "captions" / f"cap.{category}.{split}.json", rows)
+        size = (config.image_width, config.image_height)
+        jobs = [
+            (garment, size, str(root / "images" / f"{name}{config.image_suffix}")) for name, garment in pictures.items()
+        ]
+        for _ in tqdm(_drawn(jobs, workers), total=len(jobs), desc="garments", unit="image", disable=not progress):
+            pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                error.errno,
+                f"garments: no space left on the disk of {root} while writing {len(pictures)} images of "
+                f"{config.image_width} x {config.image_height}; free some, choose another folder, or lower train_images.",
+            ) from error
+        raise
+    return root
+
+
+def _write_json(path: Path, rows: list) -> None:
+    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+_Job = tuple[Garment, tuple[int, int], str]
+
+
+def _drawn(jobs: list[_Job], workers: int | None) -> Iterator[None]:
+    """Draw every job's picture, in this process or in several, and yield once for each."""
+    workers = os.cpu_count() or 1 if workers is None else workers
+    if workers <= 1 or len(jobs) < 100:
+        yield from map(_draw_job, jobs)
+        return
+    # A forked worker has the modules already; a fresh interpreter would first import the whole plugin.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method)) as pool:
+            try:
+                yield from pool.map(_draw_job, jobs, chunksize=16)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+
+def _draw_job(job: _Job) -> None:
+    garment, size, path = job
+    picture, encoded = draw(garment, size), io.BytesIO()
+    if path.endswith(".png"):
+        picture.save(encoded, "PNG")
+    else:
+        picture.save(encoded, "JPEG", quality=90)
+    Path(path).write_bytes(encoded.getvalue())
+
+
+def world_name(config: GarmentsConfig) -> str:
+    """Return the folder name of a world: a hash of its configuration and of the generator's version."""
+    text = json.dumps([GENERATOR_VERSION, asdict(config)], sort_keys=True)
+    return f"garments-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def make_garments(cache_root: Path, config: GarmentsConfig, progress: bool = True, workers: int | None = None) -> Path:
+    """Return the folder of a world in FashionIQ's format below `cache_root`; draw it on the first call only.
+
+    A world is drawn beside its place and moved there when it is whole, so what stands there is complete; what an
+    interrupted call left is removed by the next one. Processes that call at once wait for the one that draws.
+
+    Raises:
+        OSError: see `write_fashioniq`; nothing of the unfinished world is left.
+    """
+    cache_root = Path(cache_root)
+    place = cache_root / world_name(config)
+    if (place / _MARKER).is_file():
+        return place
+    cache_root.mkdir(parents=True, exist_ok=True)
+    with _locked(cache_root / f".{place.name}.lock"):
+        if (place / _MARKER).is_file():
+            return place
+        if fcntl is not None:
+            for left_over in cache_root.glob(f".{place.name}.part-*"):
+                shutil.rmtree(left_over, ignore_errors=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{place.name}.part-", dir=cache_root))
+        try:
+            write_fashioniq(part, config, progress, workers)
+            part.chmod(0o755)
+            _write_json(part / _MARKER, [{"generator_version": GENERATOR_VERSION, **asdict(config)}])
+            if place.exists() and not (place / _MARKER).is_file():
+                shutil.rmtree(place)
+            with contextlib.suppress(FileExistsError):
+                part.rename(place)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return place
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that the system releases when its holder dies; without such locks, hold nothing."""
+    with path.open("w") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

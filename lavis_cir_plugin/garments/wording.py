@@ -1,0 +1,394 @@
+"""Say in FashionIQ's manner how a target garment differs from its reference.
+
+Every phrase states something true of the target that is not true of the reference (or a true comparison of the two);
+`{}` in the tables stands for the value's own words. A phrase is either an "is" phrase (an adjective) or a "has" phrase
+(a noun), so that any two can be joined.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from .attributes import FITS, LENGTHS, NECKLINES, SLEEVES, Garment, changed, chroma, lightness
+
+_COLOUR_WORDS: Mapping[str, tuple[str, ...]] = {
+    "red": ("red", "bright red"),
+    "orange": ("orange",),
+    "yellow": ("yellow", "bright yellow"),
+    "green": ("green",),
+    "teal": ("teal", "turquoise"),
+    "light blue": ("light blue", "pale blue", "baby blue"),
+    "blue": ("blue", "royal blue"),
+    "navy": ("navy", "navy blue", "dark blue"),
+    "purple": ("purple", "violet"),
+    "pink": ("pink", "light pink"),
+    "burgundy": ("burgundy", "dark red", "maroon"),
+    "brown": ("brown", "dark brown"),
+    "beige": ("beige", "cream", "tan"),
+    "gray": ("gray", "grey"),
+    "black": ("black",),
+    "white": ("white",),
+}
+_PATTERN_ADJECTIVES: Mapping[str, tuple[str, ...]] = {
+    "solid": ("solid", "plain", "one color"),
+    "stripes": ("striped", "horizontally striped"),
+    "vertical stripes": ("vertically striped", "pinstriped"),
+    "dots": ("polka dotted", "dotted", "spotted"),
+    "plaid": ("plaid", "checkered"),
+    "floral": ("floral", "flowery"),
+    "zigzag": ("zigzag patterned", "zigzagged"),
+    "two tone": ("two toned", "color blocked"),
+}
+_PATTERN_NOUNS: Mapping[str, tuple[str, ...]] = {
+    "solid": ("no pattern", "a solid color", "no print"),
+    "stripes": ("horizontal stripes", "stripes across", "a striped pattern"),
+    "vertical stripes": ("vertical stripes", "stripes up and down", "vertical lines"),
+    "dots": ("polka dots", "dots", "a polka dot print"),
+    "plaid": ("a plaid pattern", "a checkered print", "checks"),
+    "floral": ("a floral pattern", "a flower print", "flowers all over"),
+    "zigzag": ("a zigzag pattern", "chevron stripes", "zigzags"),
+    "two tone": ("two colors", "a color block design", "a different colored bottom"),
+}
+_PATTERN_PLURALS: Mapping[str, str] = {
+    "stripes": "horizontal stripes",
+    "vertical stripes": "vertical stripes",
+    "dots": "polka dots",
+    "plaid": "checks",
+    "floral": "flowers",
+    "zigzag": "zigzags",
+}
+_SLEEVE_ADJECTIVES: Mapping[str, tuple[str, ...]] = {
+    "sleeveless": ("sleeveless", "without sleeves"),
+    "short": ("short sleeved",),
+    "elbow": ("half sleeved",),
+    "long": ("long sleeved",),
+}
+_SLEEVE_NOUNS: Mapping[str, tuple[str, ...]] = {
+    "sleeveless": ("no sleeves",),
+    "short": ("short sleeves", "short cap sleeves"),
+    "elbow": ("elbow length sleeves", "half sleeves", "mid length sleeves"),
+    "long": ("long sleeves", "full length sleeves"),
+}
+_LENGTH_ADJECTIVES: Mapping[str, tuple[str, ...]] = {
+    "mini": ("very short", "mini length"),
+    "knee": ("knee length",),
+    "midi": ("calf length", "midi length"),
+    "maxi": ("floor length", "maxi length", "ankle length"),
+    "cropped": ("cropped", "waist length"),
+    "regular": ("hip length", "regular length"),
+    "tunic": ("tunic length", "thigh length"),
+}
+_NECKLINE_NOUNS: Mapping[str, tuple[str, ...]] = {
+    "v": ("a v neck", "a v shaped neckline"),
+    "square": ("a square neckline", "a square neck"),
+    "round": ("a round neck", "a crew neck", "a round neckline"),
+    "boat": ("a boat neck", "a wide straight neckline"),
+    "collar": ("a collar", "a collared neck"),
+    "high": ("a high neck", "a turtleneck", "a mock neck"),
+}
+_FIT_ADJECTIVES: Mapping[str, tuple[str, ...]] = {
+    "fitted": ("tight fitting", "form fitting"),
+    "regular": ("regular fitting",),
+    "loose": ("loose fitting", "flowy"),
+}
+_GRAPHIC_NOUNS: Mapping[str, tuple[str, ...]] = {
+    "none": ("no graphic", "no logo", "nothing on the chest"),
+    "star": ("a star on it", "a star on the chest", "a star graphic"),
+    "heart": ("a heart on it", "a heart on the front", "a heart graphic"),
+    "lettering": ("writing on it", "lettering on the chest", "words on the front"),
+    "circle": ("a circle on it", "a round logo", "a circle graphic"),
+    "moon": ("a moon on it", "a moon on the chest", "a moon graphic"),
+}
+_GRAPHIC_NAMES = {"star": "star", "heart": "heart", "lettering": "letters", "circle": "circle", "moon": "moon"}
+_TOGGLES: Mapping[tuple[str, str], tuple[tuple[str, str], ...]] = {
+    ("buttons", "yes"): (("has", "buttons"), ("has", "buttons down the front"), ("is", "buttoned")),
+    ("buttons", "no"): (("has", "no buttons"), ("is", "without buttons")),
+    ("belt", "yes"): (("has", "a belt"), ("is", "belted"), ("has", "a belt at the waist")),
+    ("belt", "no"): (("has", "no belt"), ("is", "without a belt")),
+    ("hem", "ruffled"): (("has", "a ruffled hem"), ("has", "ruffles"), ("is", "more frilly")),
+    ("hem", "straight"): (("has", "no ruffles"), ("has", "a straight hem"), ("is", "less frilly")),
+    ("finish", "shiny"): (("is", "shinier"), ("is", "shiny"), ("has", "a satin look")),
+    ("finish", "matte"): (("is", "less shiny"), ("is", "matte"), ("has", "no shine")),
+}
+_NOUNS: Mapping[str, tuple[str, ...]] = {"dress": ("dress",), "shirt": ("shirt",), "toptee": ("top", "shirt")}
+
+_OTHER_WORDS = """
+a and at bottom in instead is it of the with not no has color colored design print graphic different
+darker lighter brighter more less colorful patterned busy solid
+much slightly little longer shorter sleeves body hem higher lower neckline collar collared looser tighter fitted fit
+""".split()
+
+_ABSOLUTE, _RELATIVE = True, False
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """Say one true thing: `verb` is "is" or "has", `covers` the changed attributes that it speaks of.
+
+    absolute: the phrase names the target's value; otherwise it only compares.
+    """
+
+    verb: str
+    text: str
+    covers: tuple[str, ...]
+    absolute: bool
+
+
+def _step(reference: str, target: str, order: tuple[str, ...]) -> int:
+    return order.index(target) - order.index(reference)
+
+
+def _colour_phrases(reference: Garment, target: Garment) -> Iterable[Phrase]:
+    covers = ("colour",)
+    for words in _COLOUR_WORDS[target.colour]:
+        for text in (words, f"{words} in color", f"{words} colored"):
+            yield Phrase("is", text, covers, _ABSOLUTE)
+        for noun in _NOUNS[target.category]:
+            yield Phrase("is", f"a {words} {noun}", covers, _ABSOLUTE)
+        old = _COLOUR_WORDS[reference.colour][0]
+        yield Phrase("is", f"{words} instead of {old}", covers, _ABSOLUTE)
+        yield Phrase("is", f"{words} not {old}", covers, _ABSOLUTE)
+        if target.pattern == "solid" and target.graphic == "none":
+            yield Phrase("is", f"solid {words}" if reference.pattern != "solid" else words, covers, _ABSOLUTE)
+    difference = lightness(target.colour) - lightness(reference.colour)
+    if abs(difference) > 0.15:
+        word = "lighter" if difference > 0 else "darker"
+        for text in (word, f"{word} in color", f"{word} colored"):
+            yield Phrase("is", text, covers, _RELATIVE)
+        yield Phrase("has", f"a {word} color", covers, _RELATIVE)
+    vividness = chroma(target.colour) - chroma(reference.colour)
+    if abs(vividness) > 0.4:
+        yield Phrase("is", "more colorful" if vividness > 0 else "less colorful", covers, _RELATIVE)
+        if vividness > 0 and difference > 0:
+            yield Phrase("is", "brighter", covers, _RELATIVE)
+
+
+def _pattern_phrases(reference: Garment, target: Garment) -> Iterable[Phrase]:
+    new, old = target.pattern, reference.pattern
+    if new == old:
+        return
+    if target.graphic != "none":
+        yield Phrase("is", "solid", ("pattern",), _ABSOLUTE)
+        yield Phrase("has", "no pattern", ("pattern",), _ABSOLUTE)
+    else:
+        for text in _PATTERN_ADJECTIVES[new]:
+            yield Phrase("is", text, ("pattern",), _ABSOLUTE)
+        for text in _PATTERN_NOUNS[new]:
+            yield Phrase("has", text, ("pattern",), _ABSOLUTE)
+    if new in _PATTERN_PLURALS:
+        plural = _PATTERN_PLURALS[new]
+        for words in _COLOUR_WORDS[target.secondary][:2]:
+            yield Phrase("has", f"{words} {plural}", ("pattern", "secondary"), _ABSOLUTE)
+        if old in _PATTERN_PLURALS:
+            yield Phrase("has", f"{plural} instead of {_PATTERN_PLURALS[old]}", ("pattern",), _ABSOLUTE)
+    if "colour" in changed(reference, target) and new != "two tone":
+        for words in _COLOUR_WORDS[target.colour][:2]:
+            adjective = _PATTERN_ADJECTIVES[new][0]
+            yield Phrase("is", f"a {adjective} {words} {_NOUNS[target.category][0]}", ("pattern", "colour"), _ABSOLUTE)
+    if old == "solid":
+        yield Phrase("is", "more patterned", ("pattern",), _RELATIVE)
+    elif new == "solid":
+        yield Phrase("is", "less patterned", ("pattern",), _RELATIVE)
+        yield Phrase("is", "less busy", ("pattern",), _RELATIVE)
+
+
+def _secondary_phrases(reference: Garment, target: Garment) -> Iterable[Phrase]:
+    if not target.secondary:
+        return
+    for words in _COLOUR_WORDS[target.secondary]:
+        if target.pattern in _PATTERN_PLURALS:
+            yield Phrase("has", f"{words} {_PATTERN_PLURALS[target.pattern]}", ("secondary",), _ABSOLUTE)
+        elif target.pattern == "two tone":
+            yield Phrase("is", f"{words} at the bottom", ("secondary",), _ABSOLUTE)
+            yield Phrase("has", f"a {words} bottom", ("secondary",), _ABSOLUTE)
+        else:
+            yield Phrase("has", f"a {words} design", ("secondary",), _ABSOLUTE)
+            yield Phrase("has", f"{words} {_GRAPHIC_NAMES[target.graphic]} print", ("secondary",), _ABSOLUTE)
+
+
+def _sleeve_phrases(reference: Garment, target: Garment) -> Iterable[Phrase]:
+    for text in _SLEEVE_ADJECTIVES[target.sleeve]:
+        yield Phrase("is", text, ("sleeve",), _ABSOLUTE)
+    for text in _SLEEVE_NOUNS[target.sleeve]:
+        yield Phrase("has", text, ("sleeve",), _ABSOLUTE)
+    step = _step(reference.sleeve, target.sleeve, SLEEVES)
+    word = "longer" if step > 0 else "shorter"
+    yield Phrase("has", f"{word} sleeves", ("sleeve",), _RELATIVE)
+    if abs(step) > 1:
+        yield Phrase("has", f"much {word} sleeves", ("sleeve",), _RELATIVE)
+    if reference.sleeve == "sleeveless":
+        yield Phrase("has", "sleeves", ("sleeve",), _RELATIVE)
+
+
+def _length_phrases(reference: Garment, target: Garment) -> Iterable[Phrase]:
+    for text in _LENGTH_ADJECTIVES[target.length]:
+        yield Phrase("is", text, ("length",), _ABSOLUTE)
+    step = _step(reference.length, target.length, LENGTHS[target.category])
+    word = "longer" if step > 0 else "shorter"
+    yield Phrase("is", word, ("length",), _RELATIVE)
+    yield Phrase("has", f"a {word} body" if target.category != "dress" else f"a {word} hem", ("length",), _RELATIVE)
+    for degree in ("much",) if abs(step) > 1 else ("slightly", "a little"):
+        yield Phrase("is", f"{degree} {word}", ("length",), _RELATIVE)
+
+
+def _neckline_phrases(reference: Garment, target: Garment) -> Iterable[Phrase]:
+    for text in _NECKLINE_NOUNS[target.neckline]:
+        yield Phrase("has", text, ("neckline",), _ABSOLUTE)
+    if target.neckline == "collar":
+        yield Phrase("is", "collared", ("neckline",), _ABSOLUTE)
+    elif reference.neckline == "collar":
+        yield Phrase("has", "no collar", ("neckline",), _RELATIVE)
+    low, high = NECKLINES[:2], NECKLINES[-1:]
+    if (target.neckline in low) != (reference.neckline in low) or (target.neckline in high) != (reference.neckline in high):
+        word = "higher" if _step(reference.neckline, target.neckline, NECKLINES) > 0 else "lower"
+        yield Phrase("has", f"a {word} neckline", ("neckline",), _RELATIVE)
+
+
+def _fit_phrases(reference: Garment, target: Garment) -> Iterable[Phrase]:
+    for text in _FIT_ADJECTIVES[target.fit]:
+        yield Phrase("is", text, ("fit",), _ABSOLUTE)
+    looser = _step(reference.fit, target.fit, FITS) > 0
+    for text in ("looser", "less fitted") if looser else ("tighter", "more fitted"):
+        yield Phrase("is", text, ("fit",), _RELATIVE)
+    yield Phrase("has", "a looser fit" if looser else "a tighter fit", ("fit",), _RELATIVE)
+
+
+def _graphic_phrases(reference: Garment, target: Garment) -> Iterable[Phrase]:
+    if target.pattern != "solid" and target.graphic == "none":
+        return
+    for text in _GRAPHIC_NOUNS[target.graphic]:
+        yield Phrase("has", text, ("graphic",), _ABSOLUTE)
+    if target.graphic == "none":
+        return
+    for words in _COLOUR_WORDS[target.secondary][:2]:
+        name = _GRAPHIC_NAMES[target.graphic]
+        text = f"{words} {name}" if target.graphic == "lettering" else f"a {words} {name}"
+        yield Phrase("has", text, ("graphic", "secondary"), _ABSOLUTE)
+    yield Phrase("has", "a graphic" if reference.graphic == "none" else "a different graphic", ("graphic",), _RELATIVE)
+
+
+_SPEAKERS = {
+    "colour": _colour_phrases,
+    "secondary": _secondary_phrases,
+    "pattern": _pattern_phrases,
+    "sleeve": _sleeve_phrases,
+    "length": _length_phrases,
+    "neckline": _neckline_phrases,
+    "fit": _fit_phrases,
+    "graphic": _graphic_phrases,
+}
+
+
+def phrases(reference: Garment, target: Garment) -> dict[str, tuple[Phrase, ...]]:
+    """List, for every changed attribute, all that can be said of its change; attributes nobody would mention are left out.
+
+    Not mentioned are a graphic that a pattern has covered, and a secondary colour that came or went with its pattern.
+    """
+    said: dict[str, tuple[Phrase, ...]] = {}
+    names = changed(reference, target)
+    for name in names:
+        if name == "secondary" and (not reference.secondary or "pattern" in names or "graphic" in names):
+            continue
+        if name in _SPEAKERS:
+            found = tuple(_SPEAKERS[name](reference, target))
+        else:
+            toggles = _TOGGLES[name, getattr(target, name)]
+            found = tuple(Phrase(verb, text, (name,), _ABSOLUTE) for verb, text in toggles)
+        if found:
+            said[name] = found
+    return said
+
+
+def _choose(options: tuple[Phrase, ...], rng: random.Random, absolute: bool) -> Phrase:
+    wanted = [phrase for phrase in options if phrase.absolute == absolute] or list(options)
+    return rng.choice(wanted)
+
+
+def _sentence(chosen: list[Phrase], category: str, rng: random.Random) -> str:
+    """Join one to three phrases as annotators do: "is red and has long sleeves", "is red with long sleeves", "red"."""
+    first, *rest = sorted(chosen, key=lambda phrase: phrase.verb, reverse=rng.random() < 0.8)
+    text = first.text if rng.random() < 0.1 else f"{first.verb} {first.text}"
+    if rng.random() < 0.05:
+        text = f"{rng.choice(('the ' + _NOUNS[category][0], 'it'))} {first.verb} {first.text}"
+    previous = first.verb
+    for phrase in rest:
+        if phrase.verb == previous:
+            text += f" and {phrase.text}"
+        elif phrase.verb == "has" and rng.random() < 0.5:
+            text += f" with {phrase.text}"
+        else:
+            text += f" and {phrase.verb} {phrase.text}"
+        previous = phrase.verb
+    return text
+
+
+def _as_typed(text: str, rng: random.Random) -> str:
+    """Add what annotators leave behind, in about FashionIQ's shares: capitals, a full stop, a blank."""
+    if rng.random() < 0.15:
+        text = text[0].upper() + text[1:]
+    if rng.random() < 0.08:
+        text += "."
+    if rng.random() < 0.03:
+        text = rng.choice((f" {text}", f"{text} "))
+    return text
+
+
+def captions(reference: Garment, target: Garment, rng: random.Random) -> tuple[str, str]:
+    """Write the two captions that two annotators give the pair (reference, target).
+
+    Together they speak of up to four changes; each names one or two, often different ones. A change is told by its new
+    value in at least one caption in about five cases of six, else only by a comparison.
+
+    Raises:
+        ValueError: the garments differ in nothing that can be said.
+    """
+    said = phrases(reference, target)
+    if not said:
+        raise ValueError("garments: reference and target differ in nothing that a caption could mention.")
+    names = list(said)
+    rng.shuffle(names)
+    split = min(len(names), rng.choice((1, 2)))
+    parts = [names[:split], names[split : split + 2]]
+    while not parts[1] or (len(parts[1]) == 1 and len(names) > 1 and rng.random() < 0.45):
+        parts[1].append(rng.choice([name for name in names if name not in parts[1]]))
+    absolute = {name: rng.random() < 0.85 for name in names}
+    told: list[str] = []
+    texts = []
+    for part in parts:
+        chosen: list[Phrase] = []
+        for name in part:
+            if not any(name in phrase.covers for phrase in chosen):
+                chosen.append(_choose(said[name], rng, absolute[name] if name not in told else rng.random() < 0.5))
+        told.extend(part)
+        texts.append(_as_typed(_sentence(_without_repeats(chosen), reference.category, rng), rng))
+    rng.shuffle(texts)
+    return texts[0], texts[1]
+
+
+def _without_repeats(chosen: list[Phrase]) -> list[Phrase]:
+    """Drop a phrase whose attributes another phrase already speaks of ("a red floral dress" makes "red" idle)."""
+    return [
+        phrase
+        for phrase in chosen
+        if not any(other is not phrase and set(phrase.covers) < set(other.covers) for other in chosen)
+    ]
+
+
+def tokens(text: str) -> list[str]:
+    """Split a caption into its lower-case words, without punctuation."""
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def words() -> list[str]:
+    """List every word the captions can contain, lower case, sorted: the vocabulary a tokenizer needs."""
+    tables = (
+        _COLOUR_WORDS, _PATTERN_ADJECTIVES, _PATTERN_NOUNS, _SLEEVE_ADJECTIVES, _SLEEVE_NOUNS, _LENGTH_ADJECTIVES,
+        _NECKLINE_NOUNS, _FIT_ADJECTIVES, _GRAPHIC_NOUNS, _NOUNS,
+    )  # fmt: skip
+    texts = [text for table in tables for values in table.values() for text in values]
+    texts += [*_PATTERN_PLURALS.values(), *_GRAPHIC_NAMES.values(), *_OTHER_WORDS]
+    texts += [text for values in _TOGGLES.values() for _, text in values]
+    return sorted({word for text in texts for word in tokens(text)})
