@@ -1,0 +1,438 @@
+"""Show what an evaluation and a training run gave: tables, ``metrics.json``, contact sheets and training curves.
+
+Every product names the protocol its numbers belong to, because a recall without its gallery cannot be compared. Files
+are written under another name first and then moved into place, so that nobody reads half a file, and they depend on
+the arguments alone: the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import random
+import textwrap
+from collections import defaultdict
+from collections.abc import Mapping
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query
+from lavis_cir_plugin.ranking import Ranking
+
+TABLE_WIDTH = 120  # characters; the notes below a table are wrapped here
+
+OVERALL = "overall"  # heading of the metrics that belong to no group
+
+# The contact sheet, in pixels.
+PICTURE = (120, 150)  # width and height of the box a picture is fitted into: garments stand upright
+GAP = 14
+SECTION_GAP = 40
+TEXT_WIDTH = 260
+TEXT_SIZE = 16
+LINE_HEIGHT = 21
+LABEL_HEIGHT = 22
+FRAME = 4
+MARGIN = 32
+BLACK, GREY, LIGHT_GREY, WHITE = "#1a1a1a", "#6b6b6b", "#d4d4d4", "#ffffff"
+GREEN, ORANGE, BLUE = "#14944a", "#e67800", "#1f5fa8"
+
+
+def metrics_table(rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark) -> str:
+    """Lay out metrics as a plain-text table, one line per ranking.
+
+    rows: name of a ranking (``"trained model"``, ``"random (expected)"``) to ``{metric: percent}`` as
+    ``benchmark.metrics`` returns it. A metric named ``<group>_<rest>`` stands as ``<rest>`` below its group, every
+    other one below ``overall``; the headings are left out where all metrics are overall ones. Groups keep the
+    benchmark's order, metrics that of the rows. A metric that a ranking lacks shows as ``-``. The lines below the
+    table give the number of queries and the gallery size of every group, and the protocol.
+
+    The borders are ASCII; the text ends without a newline.
+    """
+    names = ["", "percent", *rows]
+    blocks = [[name.ljust(max(map(len, names))) for name in names]]
+    columns = _columns(rows, benchmark)
+    for heading, keys in columns.items():
+        cells = [
+            [label.rjust(6), *(f"{row[key]:6.2f}" if key in row else "-" for row in rows.values())]
+            for label, key in keys.items()
+        ]
+        lines = ["  ".join(cell.rjust(len(column[0])) for cell, column in zip(line, cells)) for line in zip(*cells)]
+        width = max(len(heading), len(lines[0]))
+        blocks.append([heading.center(width), *(line.rjust(width) for line in lines)])
+    border = "-+-".join("-" * len(block[0]) for block in blocks).join(("+-", "-+"))
+    headings, labels, *body = [" | ".join(line).join(("| ", " |")) for line in zip(*blocks)]
+    table = [border, *([headings] if set(columns) - {OVERALL} else []), labels, border, *body, border]
+    sizes = ", ".join(f"{group.name} {len(group.queries):,} / {len(group.gallery):,}" for group in benchmark.groups)
+    notes = (f"Queries / gallery images: {sizes}", f"Protocol: {benchmark.protocol}")
+    return "\n".join([*table, *(line for note in notes for line in textwrap.wrap(note, TABLE_WIDTH))])
+
+
+def _columns(rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark) -> dict[str, dict[str, str]]:
+    """Sort metric names under headings: ``{group: {label: metric}}``, the overall metrics last, no empty heading."""
+    names = [group.name for group in benchmark.groups]
+    columns: dict[str, dict[str, str]] = {name: {} for name in names}
+    overall = {}
+    for key in dict.fromkeys(key for row in rows.values() for key in row):
+        group = max((name for name in names if key.startswith(f"{name}_")), key=len, default=None)
+        if group is None:
+            overall[key] = key
+        else:
+            columns[group][key[len(group) + 1 :]] = key
+    return {heading: keys for heading, keys in [*columns.items(), (OVERALL, overall)] if keys}
+
+
+def expected_random(benchmark: Benchmark) -> dict[str, float]:
+    r"""Compute what a uniformly random ranking scores on average: exact expectations in percent, nothing is drawn.
+
+    .. math:: \mathbb{E}[\mathrm{R@}K] = 100 \cdot \min(K, n) / n
+
+    for a target among :math:`n` candidates (the gallery, less the reference where the group removes it; for
+    ``R_subset@K`` the members of the image set). The formula is not restated per metric: a recall is an average over
+    queries, so its expectation depends only on how often every rank occurs, and a random ranking gives every rank 0 to
+    n-1 equally often. Handing ``benchmark.metrics`` a :class:`Ranking` in which each rank occurs equally often
+    therefore yields the expectation itself, for any K and for any sum or mean of recalls over groups.
+
+    Queries of a group that differ in :math:`n` are weighted by their number. A query whose target is unknown, removed
+    or not in the gallery keeps rank -1. ``top`` is empty, so a metric that reads it (mAP) is outside this function.
+    """
+    chances = {group.name: sorted(_candidates(group)) or [(0, 0)] for group in benchmark.groups}
+    # Usually every query of a group has the same chances, the cuts are 0 and 1, and metrics is called once.
+    cuts = {Fraction(1)}
+    for pairs in chances.values():
+        cuts |= {Fraction(i, len(pairs)) for i in range(len(pairs)) if i == 0 or pairs[i] != pairs[i - 1]}
+    edges = sorted(cuts)
+    expected: defaultdict[str, float] = defaultdict(float)
+    for low, high in zip(edges, edges[1:]):
+        rankings = {name: _every_rank(*pairs[int(low * len(pairs))]) for name, pairs in chances.items()}
+        for metric, percent in benchmark.metrics(rankings).items():
+            expected[metric] += float(high - low) * percent
+    return dict(expected)
+
+
+def _candidates(group: Group) -> list[tuple[int, int]]:
+    """Count, per query, among how many gallery images and how many members its target is ranked; 0 = never found."""
+    gallery = set(group.gallery)
+
+    def among(query: Query) -> tuple[int, int]:
+        removed = {query.reference} if group.reference_removed else set()
+        found = query.target in gallery and query.target not in removed
+        members = gallery.intersection(query.members) - removed
+        return found * (len(gallery) - len(removed & gallery)), (query.target in members) * len(members)
+
+    return [among(query) for query in group.queries]
+
+
+def _every_rank(candidates: int, members: int) -> Ranking:
+    """Make a ranking with all ranks below candidates, and subset ranks below members, equally often (0: all -1)."""
+    order = torch.arange(math.lcm(candidates or 1, members or 1))
+    missing = torch.full_like(order, -1)
+    return Ranking(
+        ranks=order % candidates if candidates else missing,
+        top=order.new_empty((len(order), 0)),
+        subset_ranks=order % members if members else missing,
+    )
+
+
+def write_metrics(
+    path: str | Path, rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark, extra: Mapping[str, Any]
+) -> None:
+    """Write metrics as JSON, together with everything needed to compare them: benchmark, split, protocol, sizes.
+
+    rows: as for :func:`metrics_table`, in percent; a value that is not finite becomes ``null``. extra: what the caller
+    knows of the run (checkpoint, seed, commit ...), stored under ``extra``; what JSON lacks (paths) is stored as text.
+    Folders are created, an older file is replaced in one step.
+
+    Raises:
+        OSError: the file cannot be written (a full disk, say); an older file is then left as it was.
+    """
+    content = {
+        "benchmark": benchmark.name,
+        "split": benchmark.split,
+        "protocol": benchmark.protocol,
+        "unit": "percent",
+        "selection_metric": benchmark.selection_metric,
+        "groups": {
+            group.name: {
+                "num_queries": len(group.queries),
+                "gallery_size": len(group.gallery),
+                "reference_removed": group.reference_removed,
+            }
+            for group in benchmark.groups
+        },
+        "metrics": {
+            name: {metric: percent if math.isfinite(percent) else None for metric, percent in row.items()}
+            for name, row in rows.items()
+        },
+        "extra": dict(extra),
+    }
+    _replace(Path(path), (json.dumps(content, indent=2, default=str) + "\n").encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put content at path in one step: readers see the old file or the new one, never a part."""
+    # One name per process, beside the target: os.replace is atomic within one file system only.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written: {error.strerror or error}; "
+            "free some space there or set run.output_dir to another folder."
+        ) from error
+
+
+def contact_sheet(
+    benchmark: Benchmark,
+    group: Group,
+    top: Tensor,
+    ranks: Tensor,
+    path: str | Path,
+    rows: int = 8,
+    columns: int = 10,
+    seed: int = 0,
+) -> None:
+    """Draw queries with the pictures retrieved for them, as a PNG.
+
+    top: ``(Q, k)`` int64, gallery indices, best first, -1 = no candidate left; ranks: ``(Q,)`` int64, 0-based, -1 = no
+    target or not in the gallery; both from the :class:`Ranking` of this group. One line per query: reference image,
+    modification text, the best ``min(columns, k)`` gallery pictures, numbered from 1. The right answer has a green
+    frame; where it is not among those shown, it stands apart at the end in an orange frame with its rank.
+
+    The ``min(rows, Q)`` queries are drawn at random with ``seed`` and shown in the benchmark's order: the sheet is no
+    selection of successes, and its caption says so. Pictures keep their aspect ratio.
+
+    Raises:
+        ValueError: top or ranks do not have one entry per query.
+        OSError: a picture cannot be read or the sheet cannot be written.
+    """
+    num_queries = len(group.queries)
+    if len(top) != num_queries or len(ranks) != num_queries:
+        raise ValueError(
+            f"contact_sheet: group {group.name!r} has {num_queries} queries, but top has {len(top)} entries and ranks "
+            f"has {len(ranks)}; pass both from the ranking of this group."
+        )
+    columns = min(columns, top.shape[1])
+    chosen = sorted(random.Random(seed).sample(range(num_queries), min(rows, num_queries)))
+    text_left = MARGIN + PICTURE[0] + GAP
+    top_left = text_left + TEXT_WIDTH + SECTION_GAP
+    answer_left = top_left + columns * (PICTURE[0] + GAP) - GAP + SECTION_GAP
+    row_height = PICTURE[1] + LABEL_HEIGHT + GAP
+    width = answer_left + PICTURE[0] + MARGIN
+    header = _header(benchmark, group, len(chosen), columns, seed, width)
+    sheet = Image.new("RGB", (width, header.height + LABEL_HEIGHT + len(chosen) * row_height + MARGIN - GAP), WHITE)
+    sheet.paste(header, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    y = header.height
+    titles = {MARGIN: "reference", text_left: "modification text", top_left: "retrieved, best first"}
+    for x, title in {**titles, answer_left: "right answer"}.items():
+        draw.text((x, y - 4), title, GREY, _font(13))
+    for row, index in enumerate(chosen):
+        query, rank = group.queries[index], int(ranks[index])
+        # A ranking with fewer than k candidates ends in -1, which would index the last image of the gallery.
+        shown = [group.gallery[i] for i in top[index, :columns].tolist() if i >= 0]
+        y = header.height + LABEL_HEIGHT + row * row_height
+        _draw_picture(sheet, (MARGIN, y), benchmark.image_paths[query.reference])
+        _draw_text(draw, (text_left, y), " / ".join(query.texts))
+        for column, name in enumerate(shown):
+            frame = GREEN if column == rank else ""
+            label = f"{column + 1} (reference)" if name == query.reference else str(column + 1)
+            place = (top_left + column * (PICTURE[0] + GAP), y)
+            _draw_picture(sheet, place, benchmark.image_paths[name], label, frame)
+        if rank >= columns and query.target is not None:
+            label = f"rank {rank + 1:,}"
+            _draw_picture(sheet, (answer_left, y), benchmark.image_paths[query.target], label, ORANGE)
+        draw.text((text_left, y + PICTURE[1]), *_verdict(rank, columns), _font(13), anchor="ls")
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    _replace(Path(path), buffer.getvalue())
+
+
+def _verdict(rank: int, columns: int) -> tuple[str, str]:
+    """Say at which rank the right answer stands, and in which colour to write it."""
+    if rank < 0:
+        return "right answer not public or not in gallery", GREY
+    return f"right answer at rank {rank + 1:,}", GREEN if rank < columns else ORANGE
+
+
+def _header(benchmark: Benchmark, group: Group, num_shown: int, columns: int, seed: int, width: int) -> Image.Image:
+    """Draw the title, the protocol, how the queries were chosen, and the meaning of the two colours."""
+    num_queries = len(group.queries)
+    choice = (
+        f"all {num_queries:,} queries"
+        if num_shown == num_queries
+        else f"{num_shown} of {num_queries:,} queries, chosen at random with seed {seed} and not by their result"
+    )
+    notes = (f"Protocol: {benchmark.protocol}", f"Shown: {choice}; gallery of {len(group.gallery):,} images")
+    lines = [line for note in notes for line in _wrap(note, 15, width - 2 * MARGIN)]
+    header = Image.new("RGB", (width, MARGIN + 42 + 22 * (len(lines) + 1) + 2 * GAP), WHITE)
+    draw = ImageDraw.Draw(header)
+    draw.text((MARGIN, MARGIN), f"{benchmark.name} {benchmark.split}: {group.name}", BLACK, _font(26))
+    y = MARGIN + 42
+    for line in lines:
+        draw.text((MARGIN, y), line, GREY, _font(15))
+        y += 22
+    x = float(MARGIN)
+    for colour, meaning in ((GREEN, f"right answer among the first {columns}"), (ORANGE, "right answer ranked lower")):
+        draw.rectangle((x + 1, y + 3, x + 13, y + 15), outline=colour, width=3)
+        draw.text((x + 22, y), meaning, BLACK, _font(15))
+        x += 22 + _font(15).getlength(meaning) + 2 * GAP
+    return header
+
+
+def _draw_picture(sheet: Image.Image, place: tuple[int, int], path: Path, label: str = "", frame: str = "") -> None:
+    """Fit a picture into the box at place (left, top), its label below it, with a coloured frame or a thin grey one."""
+    left, top = place
+    draw = ImageDraw.Draw(sheet)
+    right, bottom = left + PICTURE[0] - 1, top + PICTURE[1] - 1
+    with Image.open(path) as file:
+        picture = file.convert("RGB")
+    # Inside the frame, so that a frame never hides a part of the picture.
+    inner = (PICTURE[0] - 2 * FRAME, PICTURE[1] - 2 * FRAME)
+    scale = min(inner[0] / picture.width, inner[1] / picture.height)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
+    sheet.paste(picture, (left + (PICTURE[0] - size[0]) // 2, top + (PICTURE[1] - size[1]) // 2))
+    draw.rectangle((left, top, right, bottom), outline=frame or LIGHT_GREY, width=FRAME if frame else 1)
+    draw.text((left + PICTURE[0] / 2, bottom + 4), label, frame or GREY, _font(13), anchor="ma")
+
+
+def _draw_text(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str) -> None:
+    """Write a modification text beside its reference image, cut with an ellipsis where it has more lines than fit."""
+    lines = _wrap(text, TEXT_SIZE, TEXT_WIDTH)
+    fitting = (PICTURE[1] - LABEL_HEIGHT) // LINE_HEIGHT
+    if len(lines) > fitting:
+        lines = [*lines[: fitting - 1], lines[fitting - 1] + " ..."]
+    for number, line in enumerate(lines):
+        draw.text((place[0], place[1] + LINE_HEIGHT * number), line, BLACK, _font(TEXT_SIZE))
+
+
+def _wrap(text: str, font_size: int, width: int) -> list[str]:
+    """Break a text into lines of at most width pixels, at blanks; a single word that is wider is broken inside."""
+    font = _font(font_size)
+    lines = [""]
+    for word in text.split():
+        if font.getlength(f"{lines[-1]} {word}".strip()) <= width:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+            continue
+        lines.append("")
+        for character in word:
+            if font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return [line for line in lines if line]
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """Load DejaVu Sans, which comes with matplotlib: Pillow's own default font differs between its versions."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
+
+
+def training_curve(log_path: str | Path, png_path: str | Path, metric: str) -> None:
+    """Draw the training loss and a validation metric over the epochs of the last run in LAVIS's ``log.txt``, as a PNG.
+
+    metric: a key of ``benchmark.metrics``, in percent; LAVIS logs it as ``val_<metric>``. A dashed line marks the
+    epoch that LAVIS keeps as ``checkpoint_best``: the first with the largest ``val_agg_metrics``. Epochs are counted
+    from 0, as LAVIS names its checkpoints, and from the first epoch of the run, since a resumed run does not log where
+    it went on.
+
+    A log may have no validation (one panel) or one epoch; a last line that is still being written is left out. Losses
+    that are not finite leave a gap, and the legend tells how many there are.
+
+    Raises:
+        FileNotFoundError: there is no log.
+        ValueError: the log holds no epoch of its last run, a line that is not JSON, or validations without this metric.
+        OSError: the PNG cannot be written.
+    """
+    losses, validations = _last_run(Path(log_path))
+    if not losses and not validations:
+        raise ValueError(f"{log_path} holds no finished epoch of its last run; draw the curve after the first epoch.")
+    values = {epoch: record[f"val_{metric}"] for epoch, record in validations.items() if f"val_{metric}" in record}
+    if validations and not values:
+        known = sorted({key[len("val_") :] for record in validations.values() for key in record})
+        raise ValueError(f"{log_path} has no validation metric {metric!r}; pass one of: {', '.join(known)}.")
+    panels = [name for name, content in (("loss", losses), ("metric", values)) if content]
+    figure = Figure(figsize=(7.5, 0.6 + 2.7 * len(panels)), constrained_layout=True)
+    FigureCanvasAgg(figure)
+    axes = dict(zip(panels, figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]))
+    if losses:
+        wrong = sum(not math.isfinite(loss) for loss in losses.values())
+        label = "training loss" + (f" (not finite in {wrong} of {len(losses)} epochs)" if wrong else "")
+        _draw_curve(axes["loss"], losses, label, GREY)
+        axes["loss"].set_ylabel("mean loss per epoch")
+    if values:
+        _draw_curve(axes["metric"], values, f"validation {metric}", BLUE)
+        axes["metric"].set_ylabel(f"{metric} in percent")
+        best = max(values, key=lambda epoch: validations[epoch].get("val_agg_metrics", values[epoch]))
+        label = f"best: epoch {best}, {metric} {values[best]:.2f} %"
+        for panel in axes.values():
+            panel.axvline(best, color=ORANGE, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+        axes["metric"].plot([], [], color=ORANGE, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
+    for panel in axes.values():
+        panel.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncol=2)
+    last = max([*losses, *validations])
+    bottom = axes[panels[-1]]
+    bottom.set_xlabel("epoch of this run, counted from 0")
+    bottom.set_xlim(-0.03 * last - 0.3, 1.03 * last + 0.3)
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    _replace(Path(png_path), buffer.getvalue())
+
+
+def _draw_curve(axes: Axes, points: Mapping[int, float], label: str, colour: str) -> None:
+    """Draw ``{epoch: value}`` as a line with a mark per epoch (a single epoch has no line), on plain axes."""
+    axes.plot(list(points), list(points.values()), color=colour, linewidth=1.8, marker="o", markersize=4, label=label)
+    axes.grid(axis="y", color=LIGHT_GREY, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _last_run(log_path: Path) -> tuple[dict[int, float], dict[int, dict[str, float]]]:
+    """Read ``{epoch: training loss}`` and ``{epoch: validation record}`` of the last run in LAVIS's ``log.txt``.
+
+    LAVIS appends: every run starts with its configuration, pretty-printed from a line ``{`` on, and then adds one line
+    per epoch and kind. Lines of other kinds (a second validation split) are passed over.
+    """
+    if not log_path.is_file():
+        raise FileNotFoundError(f"{log_path} does not exist; LAVIS writes log.txt into run.output_dir/<job id>.")
+    lines = log_path.read_text(encoding="utf-8").splitlines()
+    losses: dict[int, float] = {}
+    validations: dict[int, dict[str, float]] = {}
+    epoch = -1
+    for number, line in enumerate(lines, start=1):
+        if line == "{":
+            losses, validations, epoch = {}, {}, -1
+        if not line.startswith('{"'):
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{log_path}, line {number} is not JSON ({error}); repair or remove that line.") from error
+        if any(key.startswith("train_") for key in record):
+            epoch += 1
+            if "train_loss" in record:
+                losses[epoch] = float(record["train_loss"])
+        elif any(key.startswith("val_") for key in record):
+            validations[max(epoch, 0)] = record
+    return losses, validations

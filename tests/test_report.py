@@ -1,0 +1,471 @@
+"""What a report says is what the rankings gave: tables, metrics.json, contact sheets, training curves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageColor
+
+from lavis_cir_plugin import report
+from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query
+from lavis_cir_plugin.ranking import Ranking, recall_at
+
+FASHIONIQ_SIZES = {"dress": (2017, 3817), "shirt": (2038, 6346), "toptee": (1961, 5373)}
+FASHIONIQ_PROTOCOL = (
+    "FashionIQ val, original-split gallery (3,817 / 6,346 / 5,373), reference kept, captions 'a and b', "
+    "ties by gallery order"
+)
+
+
+def fashioniq_metrics(rankings):
+    metrics = {f"{name}_R@{k}": recall_at(ranking.ranks, k) for name, ranking in rankings.items() for k in (10, 50)}
+    for k in (10, 50):
+        metrics[f"R@{k}"] = sum(metrics[f"{name}_R@{k}"] for name in rankings) / len(rankings)
+    return {**metrics, "mean": (metrics["R@10"] + metrics["R@50"]) / 2}
+
+
+def cirr_metrics(rankings):
+    (ranking,) = rankings.values()
+    metrics = {f"R@{k}": recall_at(ranking.ranks, k) for k in (1, 5, 10, 50)}
+    metrics.update({f"R_subset@{k}": recall_at(ranking.subset_ranks, k) for k in (1, 2, 3)})
+    return {**metrics, "mean": (metrics["R@5"] + metrics["R_subset@1"]) / 2}
+
+
+def make_benchmark(groups, metrics=fashioniq_metrics, protocol=FASHIONIQ_PROTOCOL, image_paths=None):
+    return Benchmark("fashioniq", "val", tuple(groups), image_paths or {}, protocol, metrics, "mean")
+
+
+def make_group(name, num_queries, gallery_size, reference_removed=False):
+    gallery = tuple(f"{name}{i}" for i in range(gallery_size))
+    return Group(name, gallery, (Query(gallery[0], ("is red",), gallery[1]),) * num_queries, reference_removed)
+
+
+@pytest.fixture(scope="module")
+def fashioniq():
+    return make_benchmark(make_group(name, *sizes) for name, sizes in FASHIONIQ_SIZES.items())
+
+
+@pytest.fixture(scope="module")
+def cirr():
+    """CIRR val: 2,297 images, the reference removed, image sets of 6 with the reference."""
+    gallery = tuple(f"dev-{i}" for i in range(2297))
+    query = Query(gallery[0], ("two dogs",), gallery[1], gallery[1:6])
+    return make_benchmark([Group("cirr", gallery, (query,) * 3, reference_removed=True)], cirr_metrics, "CIRR val")
+
+
+def cells(line):
+    return line.replace("|", " ").split()
+
+
+# -- the random row --------------------------------------------------------------------------------------------------
+
+
+def test_expected_random_of_fashioniq(fashioniq):
+    """10 of n and 50 of n; the overall numbers are means over the categories and then of R@10 and R@50.
+
+    R@10: 1000/3817 = 0.261986, 1000/6346 = 0.157580, 1000/5373 = 0.186116, mean 0.201894;
+    R@50 is five times that, 1.009469; their mean is three times the first, 0.605682.
+    """
+    expected = report.expected_random(fashioniq)
+    by_hand = {"dress_R@10": 0.261986, "shirt_R@10": 0.157580, "toptee_R@10": 0.186116}
+    by_hand.update({"R@10": 0.201894, "R@50": 1.009469, "mean": 0.605682})
+    assert {metric: expected[metric] for metric in by_hand} == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_expected_random_of_cirr_counts_neither_the_reference_nor_strangers_to_the_set(cirr):
+    """2,296 candidates: R@1 = 100/2296 = 0.043554, R@50 = 2.177700; five members: 20, 40, 60 percent.
+
+    mean = (R@5 + R_subset@1) / 2 = (0.217770 + 20) / 2 = 10.108885.
+    """
+    expected = report.expected_random(cirr)
+    by_hand = {"R@1": 0.043554, "R@5": 0.217770, "R@50": 2.177700, "mean": 10.108885}
+    by_hand.update({"R_subset@1": 20.0, "R_subset@2": 40.0, "R_subset@3": 60.0})
+    assert {metric: expected[metric] for metric in by_hand} == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_expected_random_is_100_where_k_exceeds_the_gallery():
+    expected = report.expected_random(make_benchmark([make_group("dress", 2, 12)]))
+    assert expected["dress_R@10"] == pytest.approx(100 * 10 / 12)
+    assert expected["dress_R@50"] == 100.0
+
+
+def test_expected_random_weighs_queries_with_different_chances():
+    """Gallery of 20, reference removed: 3 queries with the reference inside (19 candidates), 1 outside (20), 2 without
+    a target and 2 whose target is the removed reference (0).
+
+    R@10 = 100 * (3 * 10/19 + 1 * 10/20 + 0) / 8 = 25.986842.
+    The second group, all alike, must not be disturbed: 100 * 10/40.
+    """
+    gallery = tuple(f"i{i}" for i in range(20))
+    queries = (
+        *(Query("i0", ("a",), "i1"),) * 3,
+        Query("elsewhere", ("a",), "i1"),
+        *(Query("i0", ("a",), None),) * 2,
+        *(Query("i0", ("a",), "i0"),) * 2,
+    )
+    expected = report.expected_random(make_benchmark([Group("a", gallery, queries, True), make_group("b", 5, 40)]))
+    assert expected["a_R@10"] == pytest.approx(25.986842, abs=1e-6)
+    assert expected["b_R@10"] == pytest.approx(25.0)
+    assert expected["R@10"] == pytest.approx((25.986842 + 25.0) / 2, abs=1e-6)
+
+
+def test_expected_random_is_the_mean_of_all_rankings():
+    """Naive loop: every position the target can take among 4 candidates and 3 members, averaged."""
+
+    def metrics(rankings):
+        return {"R@2": recall_at(rankings["g"].ranks, 2), "R_subset@2": recall_at(rankings["g"].subset_ranks, 2)}
+
+    gallery = ("ref", "a", "b", "c", "d")
+    benchmark = make_benchmark([Group("g", gallery, (Query("ref", ("x",), "b", ("a", "b", "c")),), True)], metrics)
+    naive = {"R@2": 0.0, "R_subset@2": 0.0}
+    for position in range(4):
+        for subset_position in range(3):
+            one = Ranking(torch.tensor([position]), torch.zeros(1, 0), torch.tensor([subset_position]))
+            for metric, percent in metrics({"g": one}).items():
+                naive[metric] += percent / 12
+    assert report.expected_random(benchmark) == pytest.approx(naive)
+
+
+def test_expected_random_of_a_split_without_public_targets_is_empty():
+    benchmark = make_benchmark([Group("g", ("a", "b"), (Query("a", ("x",), None),), False)], lambda rankings: {})
+    assert report.expected_random(benchmark) == {}
+
+
+# -- table -----------------------------------------------------------------------------------------------------------
+
+
+def test_table_of_fashioniq(fashioniq):
+    model = {f"{name}_R@{k}": i + k / 100 for i, name in enumerate(FASHIONIQ_SIZES) for k in (10, 50)}
+    model.update({"R@10": 100.0, "R@50": 8.126, "mean": 9.0})
+    rows = {"trained model": model, "random (expected)": report.expected_random(fashioniq)}
+    lines = report.metrics_table(rows, fashioniq).split("\n")
+    assert max(map(len, lines)) <= 120
+    assert cells(lines[1]) == ["dress", "shirt", "toptee", "overall"]
+    assert cells(lines[2]) == ["percent", *["R@10", "R@50"] * 4, "mean"]
+    values = ["0.10", "0.50", "1.10", "1.50", "2.10", "2.50", "100.00", "8.13", "9.00"]
+    assert cells(lines[4]) == ["trained", "model", *values]
+    assert cells(lines[5])[:4] == ["random", "(expected)", "0.26", "1.31"]
+    assert lines[7] == "Queries / gallery images: dress 2,017 / 3,817, shirt 2,038 / 6,346, toptee 1,961 / 5,373"
+    assert " ".join(lines[8:]) == f"Protocol: {FASHIONIQ_PROTOCOL}"
+
+
+def test_table_columns_are_aligned(fashioniq):
+    rows = {"a": report.expected_random(fashioniq), "a much longer name": {"dress_R@10": 100.0}}
+    body = report.metrics_table(rows, fashioniq).split("\n")[:7]
+    assert len(set(map(len, body))) == 1
+    assert {tuple(i for i, sign in enumerate(line) if sign in "|+") for line in body} == {
+        tuple(i for i, sign in enumerate(body[0]) if sign == "+")
+    }
+    assert set(body[0]) == {"+", "-"}
+    assert cells(body[5])[4:] == ["100.00", *["-"] * 8]
+
+
+def test_table_of_a_benchmark_with_overall_metrics_only_has_no_headings(cirr):
+    lines = report.metrics_table({"random (expected)": report.expected_random(cirr)}, cirr).split("\n")
+    assert cells(lines[1]) == ["percent", "R@1", "R@5", "R@10", "R@50", *(f"R_subset@{k}" for k in (1, 2, 3)), "mean"]
+    assert cells(lines[3])[2:] == ["0.04", "0.22", "0.44", "2.18", "20.00", "40.00", "60.00", "10.11"]
+    assert max(map(len, lines)) <= 120
+
+
+def test_table_gives_a_metric_to_the_longest_group_name():
+    benchmark = make_benchmark([make_group("top", 1, 5), make_group("top_tee", 1, 5)])
+    lines = report.metrics_table({"m": {"top_R@1": 1.0, "top_tee_R@1": 2.0}}, benchmark).split("\n")
+    assert [cells(line) for line in lines[1:3]] == [["top", "top_tee"], ["percent", "R@1", "R@1"]]
+    assert cells(lines[4]) == ["m", "1.00", "2.00"]
+
+
+def test_table_without_metrics_still_names_the_protocol(cirr):
+    assert report.metrics_table({"trained model": {}}, cirr).endswith("Protocol: CIRR val")
+
+
+# -- metrics.json ----------------------------------------------------------------------------------------------------
+
+
+def test_metrics_file_holds_numbers_with_their_protocol(tmp_path, cirr):
+    path = tmp_path / "new" / "folder" / "metrics.json"
+    rows = {"trained model": {"R@1": 12.5, "mean": float("nan")}}
+    report.write_metrics(path, rows, cirr, {"seed": 42, "checkpoint": Path("best.pth")})
+    assert json.loads(path.read_text()) == {
+        "benchmark": "fashioniq",
+        "split": "val",
+        "protocol": "CIRR val",
+        "unit": "percent",
+        "selection_metric": "mean",
+        "groups": {"cirr": {"num_queries": 3, "gallery_size": 2297, "reference_removed": True}},
+        "metrics": {"trained model": {"R@1": 12.5, "mean": None}},
+        "extra": {"seed": 42, "checkpoint": "best.pth"},
+    }
+    assert [file.name for file in path.parent.iterdir()] == ["metrics.json"]
+
+
+@pytest.mark.parametrize("failing", ["write_bytes", "replace"])
+def test_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, cirr, monkeypatch, failing):
+    path = tmp_path / "metrics.json"
+    path.write_text("old")
+
+    def full_disk(*arguments):
+        if failing == "write_bytes":
+            with open(arguments[0], "wb") as file:  # a full disk takes the first bytes
+                file.write(arguments[1][:5])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*{"write_bytes": (Path, "write_bytes"), "replace": (os, "replace")}[failing], full_disk)
+    with pytest.raises(OSError, match=r"metrics\.json could not be written: No space left on device; free") as caught:
+        report.write_metrics(path, {}, cirr, {})
+    assert caught.value.__cause__.errno == errno.ENOSPC
+    assert "\n" not in str(caught.value)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# -- contact sheet ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Fourteen pictures of one colour each, tall, wide and square; the colour's red value is 10 times the number."""
+    paths = {}
+    for i in range(14):
+        paths[f"p{i}"] = tmp_path / f"p{i}.png"
+        Image.new("RGB", [(60, 120), (120, 60), (80, 80)][i % 3], (10 * i, 0, 200)).save(paths[f"p{i}"])
+    return paths
+
+
+def sheet(pictures, queries, top, ranks, path, reference_removed=False, **options):
+    group = Group("dress", tuple(pictures), tuple(queries), reference_removed)
+    benchmark = make_benchmark([group], image_paths=pictures)
+    report.contact_sheet(benchmark, group, torch.tensor(top), torch.tensor(ranks), path, **options)
+    return Image.open(path).convert("RGB")
+
+
+def frames(image, colour, size=report.PICTURE):
+    """Find boxes (left, top) with a border of this colour, 4 pixels thick: the fourth line from the top counts."""
+    matching = (np.asarray(image) == ImageColor.getrgb(colour)).all(axis=2)
+    found = []
+    for y, x in np.argwhere(matching).tolist():
+        right, bottom = x + size[0] - 1, y + size[1] - 1
+        if right < image.width and bottom < image.height and not (x and matching[y, x - 1]) and not matching[y - 1, x]:
+            sides = (matching[y, x : right + 1], matching[bottom, x : right + 1])
+            sides += (matching[y : bottom + 1, x], matching[y : bottom + 1, right], matching[y + 3, x : right + 1])
+            if all(side.all() for side in sides):
+                found.append((x, y))
+    return found
+
+
+def centre(image, left, top):
+    return image.getpixel((left + report.PICTURE[0] // 2, top + report.PICTURE[1] // 2))
+
+
+def test_sheet_frames_the_right_answers(tmp_path, pictures):
+    """Query 0 finds p3 at rank 3 of its row; query 1 finds p13 at rank 14, so it stands after the ten, in orange."""
+    queries = [Query("p0", ("is longer",), "p3"), Query("p1", ("is shorter",), "p13")]
+    order = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]
+    image = sheet(pictures, queries, order, [2, 13], tmp_path / "sheet.png")
+    ((green_x, green_y),) = frames(image, report.GREEN)
+    ((orange_x, orange_y),) = frames(image, report.ORANGE)
+    assert centre(image, green_x, green_y) == (30, 0, 200)
+    assert centre(image, orange_x, orange_y) == (130, 0, 200)
+    step = report.PICTURE[0] + report.GAP
+    row = [centre(image, green_x + (i - 2) * step, green_y)[0] for i in range(10)]
+    assert row == [10 * i for i in range(1, 11)]
+    assert [centre(image, green_x + (i - 2) * step, orange_y)[0] for i in range(10)] == [10 * i for i in range(2, 12)]
+    assert orange_x >= green_x + 8 * step + report.SECTION_GAP - report.GAP
+    assert centre(image, report.MARGIN, green_y) == (0, 0, 200)
+    assert centre(image, report.MARGIN, orange_y) == (10, 0, 200)
+
+
+def test_sheet_keeps_the_aspect_ratio(tmp_path, pictures):
+    """p3 is 60 x 120: within 112 x 142 it becomes 71 x 142. p1 is 120 x 60: it becomes 112 x 56."""
+    queries = [Query("p0", ("x",), "p3"), Query("p0", ("x",), "p1")]
+    image = sheet(pictures, queries, [[3], [1]], [0, 0], tmp_path / "sheet.png")
+    sizes = []
+    for left, top in frames(image, report.GREEN):
+        box = image.crop((left, top, left + report.PICTURE[0], top + report.PICTURE[1]))
+        ys, xs = np.nonzero((np.asarray(box) == centre(image, left, top)).all(axis=2))
+        sizes.append((np.ptp(xs) + 1, np.ptp(ys) + 1))
+    assert sizes == [(71, 142), (112, 56)]
+
+
+@pytest.mark.parametrize("target", [None, "absent"])
+def test_sheet_of_a_query_without_an_answer_has_no_frame(tmp_path, pictures, target):
+    image = sheet(pictures, [Query("p0", ("x",), target)], [[1, 2]], [-1], tmp_path / "sheet.png")
+    assert frames(image, report.GREEN) == frames(image, report.ORANGE) == []
+
+
+def test_sheet_leaves_places_of_a_short_ranking_empty(tmp_path, pictures):
+    """-1 pads top and must not show the last image of the gallery."""
+    image = sheet(pictures, [Query("p0", ("x",), "p1")], [[1, -1]], [0], tmp_path / "sheet.png")
+    ((x, y),) = frames(image, report.GREEN)
+    assert centre(image, x + report.PICTURE[0] + report.GAP, y) == (255, 255, 255)
+
+
+def test_sheet_says_where_the_reference_was_retrieved(tmp_path, pictures, monkeypatch):
+    labels = []
+    monkeypatch.setattr(report, "_draw_picture", lambda sheet, place, path, label="", frame="": labels.append(label))
+    sheet(pictures, [Query("p0", ("x",), "p9")], [[4, 0, 5]], [8], tmp_path / "sheet.png")
+    assert labels == ["", "1", "2 (reference)", "3", "rank 9"]
+
+
+def test_sheet_chooses_queries_by_seed(tmp_path, pictures):
+    queries = [Query(f"p{i}", ("x",), "p13") for i in range(12)]
+    top, ranks = [[13, 0]] * 12, [0] * 12
+
+    def references(seed):
+        image = sheet(pictures, queries, top, ranks, tmp_path / f"{seed}.png", rows=4, seed=seed)
+        return [centre(image, report.MARGIN, y)[0] // 10 for _, y in frames(image, report.GREEN)]
+
+    chosen = references(0)
+    assert len(chosen) == 4
+    assert chosen == sorted(chosen)
+    first = (tmp_path / "0.png").read_bytes()
+    assert references(0) == chosen
+    assert (tmp_path / "0.png").read_bytes() == first
+    assert any(references(seed) != chosen for seed in (1, 2, 3))
+
+
+def test_sheet_takes_any_text(tmp_path, pictures):
+    texts = ("", "w" * 300, "longer " * 200, "“ombré” 更长 \n two\tlines")
+    queries = [Query("p0", (text, "and reverse"), "p1") for text in texts]
+    image = sheet(pictures, queries, [[1]] * 4, [0] * 4, tmp_path / "sheet.png")
+    assert len(frames(image, report.GREEN)) == 4
+
+
+def test_sheet_refuses_the_ranking_of_another_group(tmp_path, pictures):
+    with pytest.raises(ValueError, match="'dress' has 1 queries, but top has 2 entries and ranks has 1"):
+        sheet(pictures, [Query("p0", ("x",), "p1")], [[1], [2]], [0], tmp_path / "sheet.png")
+
+
+def test_text_wraps_at_blanks_and_breaks_a_word_that_is_too_wide():
+    font = report._font(16)
+    text = "is much longer and has a floral print"
+    lines = report._wrap(text, 16, 120)
+    assert " ".join(lines) == text
+    assert len(lines) > 1
+    broken = report._wrap("w" * 40, 16, 120)
+    assert "".join(broken) == "w" * 40
+    assert all(font.getlength(line) <= 120 for line in lines + broken)
+    assert report._wrap("  ", 16, 120) == []
+
+
+# -- training curve --------------------------------------------------------------------------------------------------
+
+CONFIG = json.dumps({"run": {"task": "composed_retrieval", "nested": [{"train_loss": 1}]}}, indent=4)
+
+
+def train(loss):
+    return json.dumps({"train_lr": "0.000010", "train_loss": loss})
+
+
+def val(percent, agg=None, **others):
+    return json.dumps({"val_mean": percent, "val_agg_metrics": percent if agg is None else agg, **others})
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Collect the figures that are drawn."""
+    made = []
+
+    class Recorded(report.Figure):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(report, "Figure", Recorded)
+    return made
+
+
+def curve(tmp_path, lines, metric="mean"):
+    (tmp_path / "log.txt").write_text("\n".join(lines) + "\n")
+    report.training_curve(tmp_path / "log.txt", tmp_path / "curve.png", metric)
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.format == "PNG"
+
+
+def points(axes):
+    return [(int(x), float(y)) for x, y in axes.lines[0].get_xydata()]
+
+
+def legend(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_curve_shows_the_last_run_and_its_best_epoch(tmp_path, figures):
+    """Ties go to the first epoch, as in LAVIS, which replaces its best only by a larger value."""
+    first = [CONFIG, train("9.000"), val(99.0), train("8.000"), val(99.5)]
+    last = [CONFIG, train("2.500"), val(10.0), train("1.500"), val(30.0), train("1.000"), val(30.0)]
+    curve(tmp_path, [*first, *last])
+    ((loss, metric),) = (figure.axes for figure in figures)
+    assert points(loss) == [(0, 2.5), (1, 1.5), (2, 1.0)]
+    assert points(metric) == [(0, 10.0), (1, 30.0), (2, 30.0)]
+    assert legend(loss) == ["training loss"]
+    assert legend(metric) == ["validation mean", "best: epoch 1, mean 30.00 %"]
+
+
+def test_curve_takes_the_best_epoch_from_what_chose_the_checkpoint(tmp_path, figures):
+    curve(tmp_path, [CONFIG, train("2"), val(50.0, agg=1.0), train("1"), val(40.0, agg=2.0)])
+    assert legend(figures[0].axes[1])[1] == "best: epoch 1, mean 40.00 %"
+
+
+def test_curve_without_validation_has_one_panel(tmp_path, figures):
+    curve(tmp_path, [CONFIG, train("2.0"), train("1.0")])
+    (loss,) = figures[0].axes
+    assert points(loss) == [(0, 2.0), (1, 1.0)]
+
+
+def test_curve_of_an_evaluation_alone_has_one_panel(tmp_path, figures):
+    curve(tmp_path, [CONFIG, val(12.0)])
+    (metric,) = figures[0].axes
+    assert points(metric) == [(0, 12.0)]
+
+
+def test_curve_of_one_epoch_has_whole_epochs_on_its_axis(tmp_path, figures):
+    curve(tmp_path, [CONFIG, train("2.0"), val(12.0)])
+    metric = figures[0].axes[1]
+    low, high = metric.get_xlim()
+    assert [tick for tick in metric.get_xticks() if low <= tick <= high] == [0]
+    assert metric.lines[0].get_marker() == "o"
+
+
+def test_curve_says_that_a_loss_is_not_finite(tmp_path, figures):
+    curve(tmp_path, [CONFIG, train("2.0"), train("nan"), train("inf")])
+    assert legend(figures[0].axes[0]) == ["training loss (not finite in 2 of 3 epochs)"]
+
+
+def test_curve_passes_over_other_splits_and_a_line_in_the_making(tmp_path, figures):
+    test = json.dumps({"test_mean": 1.0, "test_agg_metrics": 1.0})
+    curve(tmp_path, [CONFIG, train("2.0"), val(12.0), test, train("1.0")[:20]])
+    assert [points(axes) for axes in figures[0].axes] == [[(0, 2.0)], [(0, 12.0)]]
+
+
+def test_curve_is_deterministic(tmp_path):
+    lines = [CONFIG, train("2.0"), val(12.0), train("1.0"), val(13.0)]
+    curve(tmp_path, lines)
+    first = (tmp_path / "curve.png").read_bytes()
+    curve(tmp_path, lines)
+    assert (tmp_path / "curve.png").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([CONFIG], "no finished epoch of its last run"),
+        ([CONFIG, train("1.0"), CONFIG], "no finished epoch of its last run"),
+        ([CONFIG, train("1.0"), val(3.0)[:15], train("1.0")], r"line \d+ is not JSON"),
+        ([CONFIG, train("1.0"), json.dumps({"val_R@1": 1.0})], "no validation metric 'mean'; pass one of: R@1"),
+    ],
+)
+def test_curve_refuses_a_log_it_cannot_show(tmp_path, lines, message):
+    with pytest.raises(ValueError, match=message):
+        curve(tmp_path, lines)
+    assert not (tmp_path / "curve.png").exists()
+
+
+def test_curve_without_log(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"log\.txt does not exist; LAVIS writes"):
+        report.training_curve(tmp_path / "log.txt", tmp_path / "curve.png", "mean")
