@@ -1,0 +1,1 @@
+"""Benchmarks of composed image retrieval: annotation files in, queries, galleries, protocol and metrics out."""

@@ -1,0 +1,287 @@
+"""What every benchmark is made of, and how its annotation files and its configuration are read."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from lavis_cir_plugin.ranking import Ranking
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """One training example.
+
+    Attributes:
+        reference: Name (file stem) of the reference image.
+        target: Name of the target image.
+        captions: What ``training_text`` makes the modification text of.
+        category: FashionIQ's; empty elsewhere.
+    """
+
+    reference: str
+    target: str
+    captions: tuple[str, ...]
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Query:
+    """One evaluation query.
+
+    Attributes:
+        reference: Name of the reference image.
+        texts: Modification texts; the query features of several are averaged and normalised again.
+        target: ``None`` where the split's targets are not public.
+        members: The image set that a subset metric ranks, without the reference (CIRR).
+    """
+
+    reference: str
+    texts: tuple[str, ...]
+    target: str | None
+    members: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Queries that are ranked against one gallery.
+
+    Attributes:
+        name: Of the group (FashionIQ: the category).
+        gallery: Distinct image names in protocol order; equal scores are ordered by it.
+        queries: Each with its target in the gallery.
+        reference_removed: The reference is taken out of its own ranking.
+    """
+
+    name: str
+    gallery: tuple[str, ...]
+    queries: tuple[Query, ...]
+    reference_removed: bool
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A split with its protocol.
+
+    Attributes:
+        name: Of the benchmark, as registered.
+        split: ``"val"`` or ``"test"``.
+        groups: At least one.
+        image_paths: File of every gallery and reference image.
+        protocol: One line that says what makes the numbers comparable; print it beside them.
+        metrics: Ranking per group name to metrics in percent; empty where the targets are not public.
+        selection_metric: The metric that chooses the best checkpoint.
+    """
+
+    name: str
+    split: str
+    groups: tuple[Group, ...]
+    image_paths: Mapping[str, Path]
+    protocol: str
+    metrics: Callable[[Mapping[str, Ranking]], dict[str, float]]
+    selection_metric: str
+
+
+def no_metrics(rankings: Mapping[str, Ranking]) -> dict[str, float]:
+    """Return no metric: the targets of the split are not public."""
+    return {}
+
+
+def without_missing(group: Group, image_paths: Mapping[str, Path]) -> Group:
+    """Leave missing images out of the gallery, and out of the queries those that need one of them.
+
+    Raises:
+        ValueError: no query is left.
+    """
+    gallery = tuple(name for name in group.gallery if name in image_paths)
+    queries = tuple(
+        query
+        for query in group.queries
+        if all(name in image_paths for name in (query.reference, query.target, *query.members) if name is not None)
+    )
+    if not queries:
+        raise ValueError(f"{group.name}: every query needs an image that is missing; check build_info.images.")
+    return replace(group, gallery=gallery, queries=queries)
+
+
+def coverage(complete: Sequence[Group], groups: Sequence[Group]) -> str:
+    """Say what missing images took out of a benchmark, to be appended to its protocol line; empty for nothing."""
+    images, all_images = (sum(len(group.gallery) for group in some) for some in (groups, complete))
+    queries, all_queries = (sum(len(group.queries) for group in some) for some in (groups, complete))
+    if images == all_images:
+        return ""
+    return (
+        f"; incomplete: {all_images - images:,} of {all_images:,} gallery images missing, "
+        f"{all_queries - queries:,} of {all_queries:,} queries left out"
+    )
+
+
+def listed(names: Sequence[Any], limit: int = 5) -> str:
+    """Write the first few names for an error sentence: ``first: a, b, c``."""
+    return "first: " + ", ".join(str(name) for name in names[:limit])
+
+
+# -- annotation files ------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> Any:
+    """Read a UTF-8 JSON file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not UTF-8, or not JSON (with line and column).
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
+            f"correct the file or copy it again."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 or copy it again.") from error
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read an annotation file that is a list of objects.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_json`, or the content is not a non-empty list of objects.
+    """
+    records = read_json(path)
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{path} must hold a non-empty list of objects, got {_shown(records)}.")
+    for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise record_error(path, number, f"must be an object, got {_shown(record)}")
+    return records
+
+
+def text_field(record: Mapping[str, Any], key: str, path: Path, number: int, optional: bool = False) -> str | None:
+    """Return a text of a record; ``None`` only where it is optional and absent.
+
+    Raises:
+        ValueError: the field is missing or not text.
+    """
+    value = record.get(key)
+    if isinstance(value, str) or (optional and value is None):
+        return value
+    problem = f"has no '{key}'" if key not in record else f"has {key} = {_shown(value)}"
+    raise record_error(path, number, f"{problem}; it must be text")
+
+
+def record_error(path: Path, number: int, problem: str) -> ValueError:
+    """Build the error of one record; `number` counts from 0."""
+    return ValueError(f"{path}: record {number} (counting from 0) {problem}; correct the file or copy it again.")
+
+
+def require_listed(names: Sequence[str], split: Mapping[str, Any], path: Path, split_path: Path) -> None:
+    """Check that every image that an annotation file uses is in its split file.
+
+    Raises:
+        ValueError: with the number of unlisted images and the first five.
+    """
+    unlisted = [name for name in dict.fromkeys(names) if name not in split]
+    if unlisted:
+        raise ValueError(
+            f"{path} uses {len(unlisted):,} images that {split_path} does not list ({listed(unlisted)}); "
+            f"the two files must belong together."
+        )
+
+
+def find_annotation(bases: Sequence[Path], folders: Sequence[str], name: str, dataset: str) -> Path:
+    """Find an annotation file in the first of ``base/folder`` that has it.
+
+    Raises:
+        FileNotFoundError: naming the places that were looked at and the key to set.
+    """
+    places = [base / folder for base in bases for folder in folders]
+    for place in places:
+        if (place / name).is_file():
+            return place / name
+    raise FileNotFoundError(
+        f"{dataset}: annotation file {name} is in none of {', '.join(map(str, places))}; set "
+        f"datasets.{dataset}.build_info.root to the data set's folder, or build_info.annotations to that of its JSON files."
+    )
+
+
+# -- configuration ---------------------------------------------------------------------------------------------------
+
+
+def one_of(default: str, *others: str) -> Any:
+    """Declare a configuration field that takes one of a few words."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+def some_of(*choices: str) -> Any:
+    """Declare a configuration field that takes a non-empty list of distinct words; all of them by default."""
+    return field(default=choices, metadata={"choices": choices})
+
+
+def config_from_mapping(cls: type[Config], dataset: str, mapping: Mapping[str, Any]) -> Config:
+    """Build the frozen configuration of a data set from its ``build_info``.
+
+    Args:
+        cls: Dataclass whose fields are ``str``, ``str | None``, ``bool``, or declared by `one_of` or `some_of`.
+        dataset: Its registered name, for the messages.
+        mapping: The ``build_info``.
+
+    Raises:
+        ValueError: one message with every unknown key, missing key and impossible value.
+    """
+    where = f"datasets.{dataset}.build_info"
+    known = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
+    values, errors = {}, []
+    for key, value in mapping.items():
+        if key not in known:
+            errors.append(f"{where}.{key} is not a known key{_did_you_mean(key, known)} Known: {', '.join(known)}.")
+            continue
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            value = tuple(value)
+        problem = _problem(known[key].type, known[key].metadata.get("choices", ()), value)
+        if problem:
+            errors.append(f"{where}.{key} must be {problem}")
+        values[key] = value
+    errors += [
+        f"{where}.{name} is required; set it to the data set's folder."
+        for name, item in known.items()
+        if item.default is MISSING and name not in mapping
+    ]
+    if errors:
+        raise ValueError("\n".join(errors))
+    return cls(**values)
+
+
+def _problem(kind: Any, choices: tuple[str, ...], value: Any) -> str:
+    """Say what a value must be, with what it is; empty where it is right. `kind` is the annotation's source text."""
+    if kind == "bool":
+        return "" if isinstance(value, bool) else f"true or false, got {_shown(value)}."
+    if kind.startswith("tuple"):
+        is_right = isinstance(value, tuple) and value and len(set(map(str, value))) == len(value)
+        if is_right and all(item in choices for item in value):
+            return ""
+        return f"a non-empty list of distinct names from {', '.join(choices)}, got {_shown(value)}."
+    if choices:
+        return "" if value in choices else f"one of {', '.join(choices)}, got {_shown(value)}{_did_you_mean(value, choices)}"
+    if value is None and kind.endswith("None"):
+        return ""
+    return "" if isinstance(value, str) and value else f"the path of a folder, got {_shown(value)}."
+
+
+def _did_you_mean(word: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else "."
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

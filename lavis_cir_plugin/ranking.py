@@ -1,0 +1,199 @@
+"""Ranking of a gallery for composed queries: exact, reproducible, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WORKING_BYTES = 256 * 2**20
+"""Size that each temporary array of `rank` stays under (one query against the whole gallery is the least)."""
+
+FIXED_POINT_BITS = 26
+"""2 x 26 bits of product and a bit of rounding fit into the 53 bits of a float64: see `rank`."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Result of ranking Q queries.
+
+    Attributes:
+        ranks: ``(Q,)`` int64, 0-based rank of the target; -1 where a query has none or it is not among the candidates.
+        top: ``(Q, k)`` int64, gallery indices, best first, without the excluded image; -1 pads short rankings.
+        subset_ranks: ``(Q,)`` int64, 0-based rank of the target among the query's members; -1 where it is not one.
+    """
+
+    ranks: Tensor
+    top: Tensor
+    subset_ranks: Tensor
+
+
+def similarity(query: Tensor, gallery: Tensor) -> Tensor:
+    r"""Compare every query with every gallery image.
+
+    .. math:: s(q, t) = \max_k \; q^\top v_{t,k}
+
+    Args:
+        query: ``(Q, D)``.
+        gallery: ``(G, K, D)`` with K features per image, or ``(G, D)``.
+
+    Returns:
+        ``(Q, G)``, differentiable; in [-1, 1] for unit features. Source: BLIP-2 (Li et al., 2023), section 3.1.
+    """
+    if gallery.dim() == 2:
+        return query @ gallery.T
+    return (query @ gallery.flatten(0, 1).T).unflatten(1, gallery.shape[:2]).amax(dim=2)
+
+
+def rank(
+    query: Tensor,
+    gallery: Tensor,
+    targets: Tensor,
+    *,
+    excluded: Tensor | None = None,
+    members: Tensor | None = None,
+    top_k: int = 50,
+    chunk: int | None = None,
+) -> Ranking:
+    r"""Rank the gallery for every query; equal scores are ordered by gallery index.
+
+    .. math:: \mathrm{rank}(t) = |\{j : s_j > s_t\}| + |\{j < t : s_j = s_t\}|
+
+    Memory is O(chunk x G), however many features K an image has.
+
+    Floating-point products depend in the last bit on the shape of the matrices and on the device, so that two equal
+    features need not get equal scores. Features are therefore rounded to fixed point (a step of 2^-25 at unit length,
+    finer than the error of a float32 product) and multiplied in float64, which is exact. Guaranteed: equal features
+    tie, and no result depends on `chunk`, on the device or on the number of threads.
+
+    Args:
+        query: ``(Q, D)``.
+        gallery: ``(G, K, D)`` or ``(G, D)``, on the query's device or on another one (moved block by block).
+        targets: ``(Q,)`` gallery index of the target, -1 for none.
+        excluded: ``(Q,)`` gallery index that is taken out of the query's ranking (its reference), -1 for none.
+        members: ``(Q, M)`` distinct gallery indices of the query's image set, padded with -1.
+        top_k: How many of the best to return (fewer where the gallery is smaller).
+        chunk: Queries at a time; by default as many as `WORKING_BYTES` allows.
+
+    Returns:
+        The ranking, on the device of `query`.
+
+    Raises:
+        ValueError: shapes do not fit, an index is outside the gallery, or a feature is not finite.
+    """
+    _check(query, gallery, targets, excluded, members, top_k, chunk)
+    device, size = query.device, len(gallery)
+    targets = targets.to(device)
+    excluded = torch.full_like(targets, -1) if excluded is None else excluded.to(device)
+    members = targets.new_empty(len(targets), 0) if members is None else members.to(device)
+
+    features = gallery if gallery.dim() == 3 else gallery.unsqueeze(1)
+    query_step, gallery_step = _step(query, "query"), _step(features, "gallery")
+    rows = chunk or max(1, WORKING_BYTES // (32 * size))
+    columns = max(1, WORKING_BYTES // (8 * features.shape[1] * max(min(rows, len(query)), features.shape[2])))
+
+    ranks, top, subset_ranks = [], [], []
+    for start in range(0, len(query), rows):
+        part = slice(start, start + rows)
+        fixed_query = _fixed_point(query[part], query_step)
+        scores = torch.cat(
+            [
+                similarity(fixed_query, _fixed_point(features[first : first + columns].to(device), gallery_step))
+                for first in range(0, size, columns)
+            ],
+            dim=1,
+        )
+        _mask(scores, excluded[part])
+        ranks.append(_rank_among(scores, targets[part], None))
+        subset_ranks.append(_rank_among(scores, targets[part], members[part]))
+        top.append(_best(scores, min(top_k, size)))
+    return Ranking(torch.cat(ranks), torch.cat(top), torch.cat(subset_ranks))
+
+
+def recall_at(ranks: Tensor, k: int) -> float:
+    """Compute Recall@K in percent: the share of queries whose target is among the first K.
+
+    Args:
+        ranks: ``(Q,)`` 0-based; -1 (target not in the gallery) counts as a miss.
+        k: At least 1.
+
+    Raises:
+        ValueError: there is no query.
+    """
+    if ranks.numel() == 0:
+        raise ValueError("recall of zero queries is undefined; the split or group holds no query.")
+    return 100.0 * int(((ranks >= 0) & (ranks < k)).sum()) / ranks.numel()
+
+
+def _rank_among(scores: Tensor, targets: Tensor, members: Tensor | None) -> Tensor:
+    """Rank the target among the candidates: all columns, or those that `members` names."""
+    index = torch.arange(scores.shape[1], device=scores.device).unsqueeze(0) if members is None else members
+    candidates = scores if members is None else scores.gather(1, members.clamp(min=0))
+    target = targets.unsqueeze(1)
+    own = scores.gather(1, target.clamp(min=0))
+    better = (candidates > own) | ((candidates == own) & (index < target))
+    is_candidate = (index == target).any(dim=1) & (targets >= 0) & (own.squeeze(1) > -math.inf)
+    return torch.where(is_candidate, (better & (index >= 0)).sum(dim=1), -1)
+
+
+def _best(scores: Tensor, k: int) -> Tensor:
+    """Return the indices of the k best columns per row; of equal scores the first ones, which `topk` does not promise."""
+    least = scores.topk(k, dim=1).values[:, -1:]
+    above, equal = scores > least, scores == least
+    chosen = above | (equal & (equal.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
+    columns = chosen.nonzero()[:, 1].unflatten(0, (len(scores), k))
+    best, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return columns.gather(1, order).masked_fill(best == -math.inf, -1)
+
+
+def _mask(scores: Tensor, excluded: Tensor) -> None:
+    rows = (excluded >= 0).nonzero().squeeze(1)
+    scores[rows, excluded[rows]] = -math.inf
+
+
+def _step(features: Tensor, name: str) -> float:
+    """Return the power of two under which every feature vector, counted in steps, is shorter than 2^26."""
+    norms = torch.linalg.vector_norm(features, dim=-1, dtype=torch.promote_types(features.dtype, torch.float32))
+    finite = norms.isfinite()
+    if not finite.all():
+        bad = (~finite).reshape(len(features), -1).any(dim=1).nonzero().squeeze(1)
+        raise ValueError(
+            f"{len(bad):,} of {len(features):,} {name} features are not finite (first: number {int(bad[0])}); "
+            f"the model has diverged, or its half precision overflows: evaluate an earlier checkpoint or use float32."
+        )
+    _, exponent = math.frexp(float(norms.max()))
+    return 2.0 ** (exponent - FIXED_POINT_BITS)
+
+
+def _fixed_point(features: Tensor, step: float) -> Tensor:
+    return (features.double() / step).round_()
+
+
+def _check(
+    query: Tensor,
+    gallery: Tensor,
+    targets: Tensor,
+    excluded: Tensor | None,
+    members: Tensor | None,
+    top_k: int,
+    chunk: int | None,
+) -> None:
+    if query.dim() != 2 or gallery.dim() not in (2, 3) or query.shape[-1] != gallery.shape[-1] or not query.shape[-1]:
+        raise ValueError(
+            f"query must be (Q, D) and gallery (G, D) or (G, K, D), got {tuple(query.shape)} and {tuple(gallery.shape)}."
+        )
+    if 0 in query.shape or 0 in gallery.shape:
+        raise ValueError(f"nothing to rank: query {tuple(query.shape)}, gallery {tuple(gallery.shape)}.")
+    if top_k < 1 or (chunk is not None and chunk < 1):
+        raise ValueError(f"top_k and chunk must be at least 1, got {top_k} and {chunk}.")
+    for name, indices, dim in (("targets", targets, 1), ("excluded", excluded, 1), ("members", members, 2)):
+        if indices is None:
+            continue
+        if indices.dim() != dim or len(indices) != len(query):
+            raise ValueError(f"{name} must have {dim} dimension(s) and {len(query)} rows, got {tuple(indices.shape)}.")
+        if indices.numel() and not -1 <= int(indices.min()) <= int(indices.max()) < len(gallery):
+            raise ValueError(
+                f"{name} must be -1 or gallery indices under {len(gallery)}, got {int(indices.min())} to {int(indices.max())}."
+            )

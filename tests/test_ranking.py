@@ -1,0 +1,212 @@
+"""Ranking against naive loops, hand-derived cases and exactness guarantees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lavis_cir_plugin import ranking
+from lavis_cir_plugin.ranking import rank, recall_at, similarity
+
+
+def naive_rank(scores: list[float], target: int, candidates: list[int]) -> int:
+    if target not in candidates:
+        return -1
+    return sorted(candidates, key=lambda j: (-scores[j], j)).index(target)
+
+
+def small_integers(*shape: int, seed: int = 0) -> Tensor:
+    """Features from {-1, 0, 1}: many ties, negative scores, and products that any arithmetic gets right."""
+    return torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def test_similarity_takes_the_best_of_k_features():
+    """q = (1, 2). Image 0: (3, 0) -> 3, (0, 1) -> 2, best 3. Image 1: (-1, 0) -> -1, (0, -1) -> -2, best -1."""
+    query = torch.tensor([[1.0, 2.0]])
+    gallery = torch.tensor([[[3.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.0, -1.0]]])
+    assert similarity(query, gallery).tolist() == [[3.0, -1.0]]
+    assert similarity(query, gallery[:, 0]).tolist() == [[3.0, -1.0]]
+
+
+def test_ties_are_broken_by_gallery_index():
+    """Scores 0, 1, 1, 2, 1: order 3, 1, 2, 4, 0; the target 2 comes after 3 (better) and 1 (equal, earlier)."""
+    gallery = torch.tensor([[0.0], [1.0], [1.0], [2.0], [1.0]])
+    result = rank(torch.ones(1, 1), gallery, torch.tensor([2]))
+    assert result.ranks.tolist() == [2]
+    assert result.top.tolist() == [[3, 1, 2, 4, 0]]
+    assert rank(torch.ones(1, 1), gallery, torch.tensor([2]), top_k=2).top.tolist() == [[3, 1]]
+
+
+@pytest.mark.parametrize("num_features", [None, 1, 3])
+@pytest.mark.parametrize("chunk", [None, 1, 4, 7])
+def test_agrees_with_a_naive_double_loop(num_features: int | None, chunk: int | None):
+    """Ties, negative scores, targets -1, excluded images, padded members; 13 queries do not divide by the chunks."""
+    num_queries, size = 13, 23
+    generator = torch.Generator().manual_seed(1)
+    query = small_integers(num_queries, 4)
+    gallery = small_integers(size, 4, seed=2) if num_features is None else small_integers(size, num_features, 4, seed=2)
+    targets = torch.randint(-1, size, (num_queries,), generator=generator)
+    excluded = torch.randint(-1, size, (num_queries,), generator=generator)
+    members = torch.stack([torch.randperm(size, generator=generator)[:5] for _ in range(num_queries)])
+    members[:, 0] = targets
+    members[::3, 4] = -1
+    members[5] = -1
+
+    result = rank(query, gallery, targets, excluded=excluded, members=members, top_k=30, chunk=chunk)
+
+    for q in range(num_queries):
+        scores = []
+        for j in range(size):
+            features = gallery[j].reshape(-1, 4)
+            scores.append(max(sum(float(a) * float(b) for a, b in zip(query[q], vector)) for vector in features))
+        candidates = [j for j in range(size) if j != excluded[q]]
+        order = sorted(candidates, key=lambda j: (-scores[j], j))
+        assert result.ranks[q] == naive_rank(scores, int(targets[q]), candidates)
+        assert result.top[q].tolist() == order + [-1] * (size - len(order))
+        subset = [j for j in candidates if j in members[q].tolist()]
+        assert result.subset_ranks[q] == naive_rank(scores, int(targets[q]), subset)
+
+
+def test_one_query_and_one_image():
+    result = rank(torch.ones(1, 2), torch.ones(1, 2), torch.tensor([0]))
+    assert (result.ranks.tolist(), result.top.tolist(), result.subset_ranks.tolist()) == ([0], [[0]], [-1])
+
+
+def test_an_excluded_target_is_a_miss():
+    result = rank(torch.ones(1, 1), torch.ones(3, 1), torch.tensor([1]), excluded=torch.tensor([1]))
+    assert result.ranks.tolist() == [-1]
+    assert result.top.tolist() == [[0, 2, -1]]
+
+
+@pytest.mark.parametrize("dim", [16, 255])
+def test_equal_features_tie_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, dim: int):
+    """Of 500 images every second is a copy of its predecessor: the copy's rank is always one more.
+
+    A float32 product gives copies different last bits now and then, and another chunk or block size other bits.
+    """
+    generator = torch.Generator().manual_seed(0)
+    query = torch.nn.functional.normalize(torch.randn(61, dim, generator=generator), dim=-1)
+    gallery = torch.nn.functional.normalize(torch.randn(250, 2, dim, generator=generator), dim=-1)
+    gallery = gallery.repeat_interleave(2, dim=0)
+    first = 2 * torch.randint(250, (61,), generator=generator)
+
+    whole = rank(query, gallery, first)
+    assert torch.equal(rank(query, gallery, first + 1).ranks, whole.ranks + 1)
+    assert torch.equal(whole.top[:, 1::2], whole.top[:, ::2] + 1)
+
+    monkeypatch.setattr(ranking, "WORKING_BYTES", 50_000)
+    for chunk in (None, 1, 7, 60, 61):
+        parts = rank(query, gallery, first, chunk=chunk)
+        assert torch.equal(parts.ranks, whole.ranks)
+        assert torch.equal(parts.top, whole.top)
+
+
+def test_scores_that_are_equal_on_paper_tie():
+    """A query of equal entries scores every permutation of a vector the same, so that ranks are gallery indices.
+
+    A float32 product sums in another order for each of them and spreads the scores over several last bits.
+    """
+    generator = torch.Generator().manual_seed(0)
+    query = torch.full((3, 200), 200**-0.5)
+    vector = torch.nn.functional.normalize(torch.randn(200, generator=generator), dim=-1)
+    gallery = torch.stack([vector[torch.randperm(200, generator=generator)] for _ in range(40)])
+    assert len((query[0] @ gallery.T).unique()) > 1
+    result = rank(query, gallery, torch.tensor([0, 20, 39]), top_k=40)
+    assert result.ranks.tolist() == [0, 20, 39]
+    assert result.top.tolist() == [list(range(40))] * 3
+
+
+def test_ranks_agree_with_exact_arithmetic():
+    """Scores in double precision without rounding give the same ranks: the fixed point is fine enough."""
+    generator = torch.Generator().manual_seed(3)
+    query = torch.nn.functional.normalize(torch.randn(40, 64, generator=generator), dim=-1)
+    gallery = torch.nn.functional.normalize(torch.randn(300, 64, generator=generator), dim=-1)
+    targets = torch.randint(300, (40,), generator=generator)
+    scores = query.double() @ gallery.double().T
+    expected = (scores > scores.gather(1, targets[:, None])).sum(dim=1)
+    assert torch.equal(rank(query, gallery, targets).ranks, expected)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_ranks_do_not_depend_on_the_scale_of_the_features(scale: float):
+    query, gallery, targets = small_integers(9, 8), small_integers(30, 8, seed=4), torch.arange(9)
+    assert torch.equal(rank(query * scale, gallery, targets).top, rank(query, gallery, targets).top)
+    assert torch.equal(rank(query, gallery * scale, targets).ranks, rank(query, gallery, targets).ranks)
+
+
+def test_a_constant_added_to_one_querys_scores_changes_no_rank():
+    """Appending (c) to the query and (1) to every gallery vector adds c to all scores of that query."""
+    query, gallery, targets = small_integers(6, 5), small_integers(20, 5, seed=5), torch.arange(6)
+    shifted = torch.cat([query, torch.full((6, 1), 3.0)], dim=1), torch.cat([gallery, torch.ones(20, 1)], dim=1)
+    assert torch.equal(rank(*shifted, targets).ranks, rank(query, gallery, targets).ranks)
+
+
+def test_half_precision_features_are_accepted():
+    query, gallery = small_integers(3, 4), small_integers(8, 2, 4, seed=6)
+    expected = rank(query, gallery, torch.arange(3)).top
+    assert torch.equal(rank(query.bfloat16(), gallery.half(), torch.arange(3)).top, expected)
+
+
+def test_the_working_memory_bounds_every_product(monkeypatch: pytest.MonkeyPatch):
+    """20 queries x 100 images x 8 features are 16,000 scores = 128,000 bytes; under 16,384 no product is larger."""
+    sizes = []
+
+    def spy(query: Tensor, gallery: Tensor) -> Tensor:
+        sizes.append(8 * len(query) * gallery.shape[0] * gallery.shape[1])
+        return similarity(query, gallery)
+
+    monkeypatch.setattr(ranking, "similarity", spy)
+    monkeypatch.setattr(ranking, "WORKING_BYTES", 16_384)
+    rank(torch.rand(20, 4), torch.rand(100, 8, 4), torch.arange(20))
+    assert sum(sizes) == 128_000
+    assert max(sizes) <= 16_384
+
+
+def test_recall_is_monotone_in_k_and_complete_at_gallery_size():
+    result = rank(torch.rand(30, 4), torch.rand(50, 4), torch.arange(30))
+    recalls = [recall_at(result.ranks, k) for k in range(1, 51)]
+    assert recalls == sorted(recalls)
+    assert recalls[-1] == 100.0
+
+
+def test_recall_by_hand():
+    """Ranks 0, 1, 2, missing: at 1 one of four, at 2 two, at 3 three; the missing one never."""
+    ranks = torch.tensor([0, 1, 2, -1])
+    assert [recall_at(ranks, k) for k in (1, 2, 3, 1000)] == [25.0, 50.0, 75.0, 75.0]
+
+
+def test_recall_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="zero queries"):
+        recall_at(torch.tensor([], dtype=torch.long), 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_features_that_are_not_finite_are_refused(value: float):
+    good, bad = torch.ones(4, 3), torch.ones(4, 3)
+    bad[2:, 1] = value
+    with pytest.raises(ValueError, match=r"2 of 4 query features are not finite \(first: number 2\)"):
+        rank(bad, good, torch.arange(4))
+    with pytest.raises(ValueError, match=r"2 of 4 gallery features are not finite \(first: number 2\)"):
+        rank(good, bad.unsqueeze(1), torch.arange(4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.ones(2, 5)}, "query must be"),
+        ({"query": torch.ones(2)}, "query must be"),
+        ({"query": torch.ones(0, 3)}, "nothing to rank"),
+        ({"gallery": torch.ones(0, 3)}, "nothing to rank"),
+        ({"targets": torch.tensor([0, 4])}, "targets must be -1 or gallery indices under 4, got 0 to 4"),
+        ({"targets": torch.tensor([0])}, "targets must have 1 dimension"),
+        ({"excluded": torch.tensor([0, -2])}, "excluded must be -1 or gallery indices"),
+        ({"members": torch.tensor([0, 1])}, "members must have 2 dimension"),
+        ({"top_k": 0}, "top_k and chunk must be at least 1"),
+        ({"chunk": 0}, "top_k and chunk must be at least 1"),
+    ],
+)
+def test_wrong_arguments_are_refused(change: dict, message: str):
+    arguments = {"query": torch.ones(2, 3), "gallery": torch.ones(4, 3), "targets": torch.tensor([0, 1])}
+    with pytest.raises(ValueError, match=message):
+        rank(**{**arguments, **change})
