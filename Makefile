@@ -1,0 +1,47 @@
+# make install | demo | test | lint | bench; PYTHON=python3.12 chooses the interpreter, VENV=folder where it is installed.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
+
+BIN := $(VENV)/bin
+LAVIS := $(shell sed -n 's/^ *\(salesforce-lavis==[^;]*\);.*/\1/p' setup.cfg)
+# The checkout's own path counts: a cached environment may hold the editable install of another checkout.
+STATE := $(shell { echo "$(CURDIR)"; cat setup.cfg setup.py pyproject.toml; } | cksum | tr ' ' -)
+INSTALLED := $(VENV)/.installed-$(STATE)
+TESTABLE := $(VENV)/.testable-$(STATE)
+
+.PHONY: install demo test lint format bench
+
+install: $(INSTALLED)
+
+demo: install
+	$(BIN)/python -m lavis.train --cfg-path projects/wrf4cir/demo.yaml
+
+test: $(TESTABLE)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(TESTABLE)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(TESTABLE)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+$(INSTALLED): EXTRAS := cpu
+$(TESTABLE): EXTRAS := cpu,test
+
+$(INSTALLED) $(TESTABLE):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9) and "Python >= 3.9 is needed, $(PYTHON) is older; set PYTHON=")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.installed-* $(VENV)/.testable-*
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --editable '.[$(EXTRAS)]'
+	@# Python >= 3.12 cannot meet LAVIS's own pins; the libraries that it needs came with the line above.
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then \
+		$(BIN)/python -m pip install --no-deps $(LAVIS); fi
+	@touch $(INSTALLED) $@

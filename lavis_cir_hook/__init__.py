@@ -1,0 +1,67 @@
+"""Make ``python -m lavis.train`` and ``python -m lavis.evaluate`` exist, and let today's libraries import LAVIS.
+
+No LAVIS release ships the two modules and LAVIS has no hook for plugins. ``lavis_cir_hook.pth``, installed beside this
+package, calls :func:`install` at every interpreter start; therefore nothing but ``sys`` is imported here, and the
+finder looks at three names only.
+"""
+
+import sys
+
+TYPE_CHECKING = False  # typing's own flag would import typing at every interpreter start
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+_LAUNCHERS = ("lavis.train", "lavis.evaluate")
+
+
+class LavisFinder:
+    """Meta path finder for ``lavis``, ``lavis.train`` and ``lavis.evaluate``; it declines every other name."""
+
+    @classmethod
+    def find_spec(
+        cls, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
+        """Return the launcher's spec, or None to let the import go its usual way.
+
+        fullname: absolute module name. path: ``lavis.__path__`` when ``fullname`` is a launcher, else None.
+        """
+        if fullname == "lavis":
+            _prepare()
+        elif fullname in _LAUNCHERS:
+            return _launcher(fullname, path)
+        return None
+
+
+def install() -> None:
+    """Put the finder first in ``sys.meta_path``; a second call changes nothing."""
+    if LavisFinder not in sys.meta_path:
+        sys.meta_path.insert(0, LavisFinder)
+
+
+def _prepare() -> None:
+    """Apply the compatibility module before LAVIS's first import; without LAVIS there is nothing to prepare."""
+    if _found_elsewhere("lavis", None):
+        from lavis_cir_hook import compat
+
+        compat.apply()
+
+
+def _launcher(fullname: str, path: "Sequence[str] | None") -> "ModuleSpec | None":
+    """Find this project's ``train.py`` or ``evaluate.py`` under LAVIS's name; a module of LAVIS's own wins."""
+    from importlib.util import find_spec, spec_from_file_location
+
+    if _found_elsewhere(fullname, path):
+        import lavis_cir_plugin  # noqa: F401  LAVIS's own launcher must know this project's entries too
+
+        return None
+    plugin = find_spec("lavis_cir_plugin")  # a top-level name: located, not imported
+    if plugin is None or not plugin.submodule_search_locations:
+        return None
+    folder = next(iter(plugin.submodule_search_locations))
+    return spec_from_file_location(fullname, f"{folder}/{fullname.rpartition('.')[2]}.py")
+
+
+def _found_elsewhere(fullname: str, path: "Sequence[str] | None") -> bool:
+    return any(finder.find_spec(fullname, path) for finder in sys.meta_path if finder is not LavisFinder)
