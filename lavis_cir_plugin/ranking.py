@@ -44,7 +44,7 @@ def similarity(query: Tensor, gallery: Tensor) -> Tensor:
     """
     if gallery.dim() == 2:
         return query @ gallery.T
-    return (query @ gallery.flatten(0, 1).T).unflatten(1, gallery.shape[:2]).amax(dim=2)
+    return (query @ gallery.flatten(0, 1).T).reshape(len(query), *gallery.shape[:2]).amax(dim=2)
 
 
 def rank(
@@ -139,11 +139,11 @@ def _rank_among(scores: Tensor, targets: Tensor, members: Tensor | None) -> Tens
 
 
 def _best(scores: Tensor, k: int) -> Tensor:
-    """Return the indices of the k best columns per row; of equal scores the first ones, which `topk` does not promise."""
+    """Return the indices of the k best columns per row; of equal scores the first, which `topk` does not promise."""
     least = scores.topk(k, dim=1).values[:, -1:]
     above, equal = scores > least, scores == least
     chosen = above | (equal & (equal.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
-    columns = chosen.nonzero()[:, 1].unflatten(0, (len(scores), k))
+    columns = chosen.nonzero()[:, 1].reshape(len(scores), k)
     best, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
     return columns.gather(1, order).masked_fill(best == -math.inf, -1)
 
@@ -180,9 +180,10 @@ def _check(
     top_k: int,
     chunk: int | None,
 ) -> None:
-    if query.dim() != 2 or gallery.dim() not in (2, 3) or query.shape[-1] != gallery.shape[-1] or not query.shape[-1]:
+    if query.dim() != 2 or gallery.dim() not in (2, 3) or query.shape[-1] != gallery.shape[-1]:
         raise ValueError(
-            f"query must be (Q, D) and gallery (G, D) or (G, K, D), got {tuple(query.shape)} and {tuple(gallery.shape)}."
+            f"query must be (Q, D) and gallery (G, D) or (G, K, D), got {tuple(query.shape)} "
+            f"and {tuple(gallery.shape)}."
         )
     if 0 in query.shape or 0 in gallery.shape:
         raise ValueError(f"nothing to rank: query {tuple(query.shape)}, gallery {tuple(gallery.shape)}.")
@@ -195,5 +196,6 @@ def _check(
             raise ValueError(f"{name} must have {dim} dimension(s) and {len(query)} rows, got {tuple(indices.shape)}.")
         if indices.numel() and not -1 <= int(indices.min()) <= int(indices.max()) < len(gallery):
             raise ValueError(
-                f"{name} must be -1 or gallery indices under {len(gallery)}, got {int(indices.min())} to {int(indices.max())}."
+                f"{name} must be -1 or gallery indices under {len(gallery)}, "
+                f"got {int(indices.min())} to {int(indices.max())}."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from lavis_cir_plugin.ranking import Ranking
 
 Config = TypeVar("Config")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,32 @@ def no_metrics(rankings: Mapping[str, Ranking]) -> dict[str, float]:
     return {}
 
 
+def check_split(split: str, dataset: str) -> None:
+    """Raise ValueError unless ``split`` is one that benchmarks evaluate on."""
+    if split not in ("val", "test"):
+        raise ValueError(
+            f"{dataset} has the evaluation splits val and test, got '{split}'; change datasets.{dataset}.splits."
+        )
+
+
+def complete_triplets(triplets: list[Triplet], image_paths: Mapping[str, Path], dataset: str) -> list[Triplet]:
+    """Leave out the triplets that need a missing image, and log how many.
+
+    Raises:
+        ValueError: no triplet is left.
+    """
+    complete = [t for t in triplets if t.reference in image_paths and t.target in image_paths]
+    if not complete:
+        raise ValueError(
+            f"{dataset} train: every triplet needs an image that is missing; "
+            f"check datasets.{dataset}.build_info.images."
+        )
+    if len(complete) < len(triplets):
+        left_out = len(triplets) - len(complete)
+        logger.warning("%s train: %d of %d triplets left out, images missing.", dataset, left_out, len(triplets))
+    return complete
+
+
 def without_missing(group: Group, image_paths: Mapping[str, Path]) -> Group:
     """Leave missing images out of the gallery, and out of the queries those that need one of them.
 
@@ -148,7 +177,7 @@ def read_json(path: Path) -> Any:
             f"correct the file or copy it again."
         ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 or copy it again.") from error
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -209,8 +238,9 @@ def find_annotation(bases: Sequence[Path], folders: Sequence[str], name: str, da
         if (place / name).is_file():
             return place / name
     raise FileNotFoundError(
-        f"{dataset}: annotation file {name} is in none of {', '.join(map(str, places))}; set "
-        f"datasets.{dataset}.build_info.root to the data set's folder, or build_info.annotations to that of its JSON files."
+        f"{dataset}: annotation file {name} is in none of {', '.join(map(str, places))}; "
+        f"set datasets.{dataset}.build_info.root to the data set's folder, or build_info.annotations to that of its "
+        f"JSON files."
     )
 
 
@@ -271,7 +301,8 @@ def _problem(kind: Any, choices: tuple[str, ...], value: Any) -> str:
             return ""
         return f"a non-empty list of distinct names from {', '.join(choices)}, got {_shown(value)}."
     if choices:
-        return "" if value in choices else f"one of {', '.join(choices)}, got {_shown(value)}{_did_you_mean(value, choices)}"
+        allowed = f"one of {', '.join(choices)}, got {_shown(value)}"
+        return "" if value in choices else allowed + _did_you_mean(value, choices)
     if value is None and kind.endswith("None"):
         return ""
     return "" if isinstance(value, str) and value else f"the path of a folder, got {_shown(value)}."

@@ -1,12 +1,11 @@
 """FashionIQ (Wu et al., CVPR 2021): 3 categories of garments, two captions per triplet, recall at 10 and 50.
 
-Published numbers follow several protocols that differ in the gallery, in whether the reference image stays in it and in
-how the two captions become queries; `FashionIQConfig` offers them, and every benchmark's ``protocol`` line names its own.
+Published numbers follow several protocols, which differ in the gallery, in whether the reference image stays in it and
+in how the two captions become queries. `FashionIQConfig` offers them; a benchmark's ``protocol`` line names its own.
 """
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from lavis_cir_plugin.benchmarks.benchmark import (
     Group,
     Query,
     Triplet,
+    check_split,
+    complete_triplets,
     config_from_mapping,
     coverage,
     find_annotation,
@@ -45,8 +46,6 @@ _CAPTION_MODES = {
     "two_queries": "two queries per triplet ('a and b', 'b and a')",
     "per_caption": "one query per caption",
 }
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,17 +112,8 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
         for category in _read_split(settings, "train")
         for record in category.records
     ]
-    paths, missing = _find_images(settings, (name for t in triplets for name in (t.reference, t.target)))
-    if missing:
-        kept = [t for t in triplets if t.reference in paths and t.target in paths]
-        logger.warning(
-            "fashioniq train: %d images missing; %d of %d triplets left out.",
-            len(missing),
-            len(triplets) - len(kept),
-            len(triplets),
-        )
-        triplets = kept
-    return triplets, paths
+    paths, _ = _find_images(settings, (name for t in triplets for name in (t.reference, t.target)))
+    return complete_triplets(triplets, paths, "fashioniq"), paths
 
 
 def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
@@ -136,17 +126,20 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
         ValueError: a key, value or record of the configuration or an annotation file is wrong, or no such split.
         FileNotFoundError: an annotation file or an image is missing.
     """
-    if split not in ("val", "test"):
-        raise ValueError(f"fashioniq has the evaluation splits val and test, got '{split}'; change datasets.fashioniq.splits.")
+    check_split(split, "fashioniq")
     settings = FashionIQConfig.from_mapping(config)
-    groups = [
-        Group(category.name, _gallery(category, settings), _queries(category, settings), settings.reference == "removed")
+    if split == "test" and settings.gallery == "val":
+        raise ValueError(
+            "the VAL-split gallery is made of a split's targets, which test does not have; "
+            "set datasets.fashioniq.build_info.gallery to original."
+        )
+    is_removed = settings.reference == "removed"
+    complete = [
+        Group(category.name, _gallery(category, settings), _queries(category, settings), is_removed)
         for category in _read_split(settings, split)
     ]
-    paths, missing = _find_images(settings, (name for group in groups for name in group.gallery))
-    complete = groups
-    if missing:
-        groups = [without_missing(group, paths) for group in groups]
+    paths, missing = _find_images(settings, (name for group in complete for name in group.gallery))
+    groups = [without_missing(group, paths) for group in complete] if missing else complete
     has_targets = all(query.target is not None for group in groups for query in group.queries)
     return Benchmark(
         name="fashioniq",
@@ -160,7 +153,7 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
 
 
 def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
-    """Draw the text of a triplet: 'a and b', 'b and a', 'a' or 'b', 25 % each (SPRC); the only one if the rest is empty."""
+    """Draw the text of a triplet: 'a and b', 'b and a', 'a' or 'b', 25 % each (SPRC); of one caption, itself."""
     texts = _clean(captions)
     if len(texts) < 2:
         return "".join(texts)
@@ -245,7 +238,7 @@ def _read_category(bases: list[Path], category: str, split: str) -> _Category:
         raise ValueError(f"{split_path} must hold a non-empty list of image names; correct the file or copy it again.")
     listed = dict.fromkeys(names)
     if len(listed) < len(names):
-        raise ValueError(f"{split_path} lists {len(names) - len(listed):,} images twice; a gallery needs distinct names.")
+        raise ValueError(f"{split_path} lists {len(names) - len(listed):,} images twice; its names must be distinct.")
     records = [_record(item, path, number, split) for number, item in enumerate(read_records(path))]
     used = [name for record in records for name in (record.candidate, record.target) if name is not None]
     require_listed(used, listed, path, split_path)
@@ -254,8 +247,7 @@ def _read_category(bases: list[Path], category: str, split: str) -> _Category:
 
 def _record(item: Mapping[str, Any], path: Path, number: int, split: str) -> _Record:
     captions = item.get("captions")
-    is_pair = isinstance(captions, list) and len(captions) == 2 and all(isinstance(text, str) for text in captions)
-    if not is_pair:
+    if not isinstance(captions, list) or [type(text) for text in captions] != [str, str]:
         raise record_error(path, number, "needs 'captions', a list of 2 texts")
     candidate = text_field(item, "candidate", path, number)
     target = text_field(item, "target", path, number, optional=split == "test")
@@ -264,7 +256,7 @@ def _record(item: Mapping[str, Any], path: Path, number: int, split: str) -> _Re
 
 def _find_images(settings: FashionIQConfig, names: Iterable[str]) -> tuple[dict[str, Path], list[str]]:
     guesses = [base / folder for base in _bases(settings) for folder in _IMAGE_FOLDERS]
-    folders = image_folders(settings.images, guesses, "fashioniq")
+    folders = image_folders([Path(settings.images).expanduser()] if settings.images else guesses, "fashioniq")
     paths, missing = find_images(names, folders, "fashioniq", settings.missing_images)
     if settings.verify_images:
         verify_images(paths.values())

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lavis_cir_plugin.benchmarks.benchmark import listed
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 """Accepted file suffixes (any case); the first wins where a name has several files."""
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def scan_images(folders: Iterable[Path]) -> dict[str, Path]:
@@ -80,17 +80,16 @@ def find_images(
     return {name: scanned[name] for name in wanted if name in scanned}, missing
 
 
-def image_folders(images: str | None, guesses: Sequence[Path], dataset: str) -> list[Path]:
-    """Return the folders to look for images in: the configured one, else every guess that exists.
+def image_folders(guesses: Sequence[Path], dataset: str) -> list[Path]:
+    """Return the guessed image folders that exist.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: none does.
     """
-    folders = [Path(images).expanduser()] if images else list(guesses)
-    existing = [folder for folder in folders if folder.is_dir()]
+    existing = [folder for folder in guesses if folder.is_dir()]
     if not existing:
         raise FileNotFoundError(
-            f"{dataset}: no image folder; looked for {', '.join(map(str, folders))}; set "
+            f"{dataset}: no image folder; looked for {', '.join(map(str, guesses))}; set "
             f"datasets.{dataset}.build_info.images to the folder that holds the images."
         )
     return existing
@@ -144,7 +143,7 @@ def verify_images(paths: Iterable[Path]) -> None:
         )
 
 
-def _read(path: Path, use: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _read(path: Path, use: Callable[[Image.Image], T]) -> T:
     try:
         with Image.open(path) as image:
             return use(image)

@@ -1,0 +1,186 @@
+"""CIRR (Liu et al., ICCV 2021): one caption per pair, recall on the whole gallery and within sets of six images."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lavis_cir_plugin.benchmarks.benchmark import (
+    Benchmark,
+    Group,
+    Query,
+    Triplet,
+    check_split,
+    complete_triplets,
+    config_from_mapping,
+    coverage,
+    find_annotation,
+    no_metrics,
+    one_of,
+    read_json,
+    read_records,
+    record_error,
+    require_listed,
+    text_field,
+    without_missing,
+)
+from lavis_cir_plugin.benchmarks.images import find_images, image_folders, verify_images
+from lavis_cir_plugin.ranking import Ranking, recall_at
+
+CUTOFFS = (1, 5, 10, 50)
+SUBSET_CUTOFFS = (1, 2, 3)
+
+_FILE_SPLITS = {"train": "train", "val": "val", "test": "test1"}
+_ROOT_NAMES = ("cirr_dataset", "CIRR", "cirr")
+
+
+@dataclass(frozen=True)
+class CIRRConfig:
+    """Keys of ``datasets.cirr.build_info``.
+
+    Attributes:
+        root: The data set's folder (with ``cirr/captions/`` or ``captions/``, and ``train/``, ``dev/``, ``test1/`` in
+            it or in ``img_raw/``) or its parent.
+        annotations: Folder of the JSON files where it is not below ``root``.
+        images: Folder with ``train/``, ``dev/`` and ``test1/`` where it is not below ``root``.
+        missing_images: ``error``, or ``skip`` what needs a missing image and say how much that is.
+        verify_images: Check every image file before the run.
+    """
+
+    root: str
+    annotations: str | None = None
+    images: str | None = None
+    missing_images: str = one_of("error", "skip")
+    verify_images: bool = False
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> CIRRConfig:
+        """Build the configuration; raise ValueError with every unknown key and impossible value."""
+        return config_from_mapping(cls, "cirr", mapping)
+
+
+def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:
+    """Read the training triplets, in file order, and the paths of their images.
+
+    ``pairid``, ``target_soft`` and ``img_set`` are not needed.
+
+    Raises:
+        ValueError: a key, value or record of the configuration or an annotation file is wrong.
+        FileNotFoundError: an annotation file or an image is missing.
+    """
+    settings = CIRRConfig.from_mapping(config)
+    queries, split = _read_split(settings, "train")
+    triplets = [Triplet(query.reference, str(query.target), query.texts) for query in queries]
+    used = dict.fromkeys(name for t in triplets for name in (t.reference, t.target))
+    paths, _ = _find_images(settings, {name: split[name] for name in used})
+    return complete_triplets(triplets, paths, "cirr"), paths
+
+
+def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
+    """Read the ``val`` or ``test`` split (file name ``test1``; without targets, hence without metrics).
+
+    The gallery is the split file: 137 images of test1 are never a reference. The reference is removed from every
+    ranking. The target is ``target_hard``; ``target_soft`` contradicts it in 42 queries of val and is not used.
+    With ``missing_images: skip`` the gallery shrinks and queries that need a missing image, be it only as a member of
+    their image set, are left out; the protocol line says how many.
+
+    Raises:
+        ValueError: a key, value or record of the configuration or an annotation file is wrong, or no such split.
+        FileNotFoundError: an annotation file or an image is missing.
+    """
+    check_split(split, "cirr")
+    settings = CIRRConfig.from_mapping(config)
+    queries, gallery = _read_split(settings, split)
+    complete = group = Group("cirr", tuple(gallery), tuple(queries), reference_removed=True)
+    paths, missing = _find_images(settings, gallery)
+    if missing:
+        group = without_missing(group, paths)
+    has_targets = all(query.target is not None for query in queries)
+    return Benchmark(
+        name="cirr",
+        split=split,
+        groups=(group,),
+        image_paths=paths,
+        protocol=_protocol(split, group) + coverage([complete], [group]),
+        metrics=_metrics if has_targets else no_metrics,
+        selection_metric="mean",
+    )
+
+
+def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
+    """Return the only caption of a triplet."""
+    return captions[0]
+
+
+def _protocol(split: str, group: Group) -> str:
+    return (
+        f"CIRR {_FILE_SPLITS[split]}, gallery of {len(group.gallery):,} images, reference removed, "
+        f"{len(group.queries):,} queries, hard targets, R_subset among the 5 other members of the image set, "
+        f"ties by gallery order"
+    )
+
+
+def _metrics(rankings: Mapping[str, Ranking]) -> dict[str, float]:
+    """Compute R@K, R_subset@K and ``mean`` = (R@5 + R_subset@1) / 2, in percent."""
+    ranking = rankings["cirr"]
+    metrics = {f"R@{k}": recall_at(ranking.ranks, k) for k in CUTOFFS}
+    metrics.update({f"R_subset@{k}": recall_at(ranking.subset_ranks, k) for k in SUBSET_CUTOFFS})
+    return {**metrics, "mean": (metrics["R@5"] + metrics["R_subset@1"]) / 2}
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def _bases(settings: CIRRConfig) -> list[Path]:
+    root = Path(settings.root).expanduser()
+    below = dict.fromkeys(root / name / part for name in _ROOT_NAMES for part in ("", "cirr"))
+    return [root, *(place for place in below if place.is_dir())]
+
+
+def _read_split(settings: CIRRConfig, split: str) -> tuple[list[Query], dict[str, str]]:
+    """Return the queries (texts: the caption) and the split file: image name to path under the image folder."""
+    bases = [Path(settings.annotations).expanduser()] if settings.annotations else _bases(settings)
+    path = find_annotation(bases, ("captions", ""), f"cap.rc2.{_FILE_SPLITS[split]}.json", "cirr")
+    split_path = find_annotation(bases, ("image_splits", ""), f"split.rc2.{_FILE_SPLITS[split]}.json", "cirr")
+    images = read_json(split_path)
+    if not isinstance(images, dict) or not images or not all(isinstance(place, str) for place in images.values()):
+        raise ValueError(f"{split_path} must map image names to paths; correct the file or copy it again.")
+    queries = [_query(item, path, number, split) for number, item in enumerate(read_records(path))]
+    used = (name for query in queries for name in (query.reference, query.target, *query.members) if name is not None)
+    require_listed(list(used), images, path, split_path)
+    return queries, images
+
+
+def _query(item: Mapping[str, Any], path: Path, number: int, split: str) -> Query:
+    reference = str(text_field(item, "reference", path, number))
+    caption = str(text_field(item, "caption", path, number)).strip()
+    target = text_field(item, "target_hard", path, number, optional=split == "test")
+    if split == "train":
+        return Query(reference, (caption,), target)
+    image_set = item.get("img_set")
+    members = image_set.get("members") if isinstance(image_set, dict) else None
+    if not isinstance(members, list) or not all(isinstance(name, str) for name in members):
+        raise record_error(path, number, "needs 'img_set' with 'members', a list of image names")
+    if len(set(members)) < len(members) or not {reference, target or reference} <= set(members):
+        raise record_error(path, number, "needs distinct 'members' that include the reference and the target")
+    return Query(reference, (caption,), target, tuple(name for name in members if name != reference))
+
+
+def _find_images(settings: CIRRConfig, split: Mapping[str, str]) -> tuple[dict[str, Path], list[str]]:
+    tops = list(dict.fromkeys(_top_folder(place) for place in split.values()))
+    bases = [Path(settings.images).expanduser()] if settings.images else _bases(settings)
+    guesses = [base / below / top for base in bases for below in ("", "img_raw") for top in tops]
+    folders = image_folders(guesses, "cirr")
+    paths, missing = find_images(split, folders, "cirr", settings.missing_images)
+    if settings.verify_images:
+        verify_images(paths.values())
+    return paths, missing
+
+
+def _top_folder(place: str) -> str:
+    """Return ``train`` of ``./train/34/train-11041-2-img0.png``: its images are found by name below it."""
+    parts = PurePosixPath(place).parts
+    return parts[0] if len(parts) > 1 else ""
