@@ -248,11 +248,20 @@ def sample(category: str, rng: random.Random) -> Garment:
     return _consistent(garment, rng)
 
 
+def varying_attributes(category: str, rng: random.Random, count: int) -> tuple[str, ...]:
+    """Draw `count` different attributes in which the members of one family may differ; the colour is always one."""
+    weights = {name: _EDIT_WEIGHTS[name] for name, values in VALUES[category].items() if len(values) > 1}
+    chosen = ["colour"]
+    while len(chosen) < min(count, len(weights)):
+        chosen.append(_pick(rng, {name: weight for name, weight in weights.items() if name not in chosen}))
+    return tuple(chosen)
+
+
 def edited(garment: Garment, rng: random.Random, edits: int, only: Sequence[str] = tuple(_EDIT_WEIGHTS)) -> Garment:
     """Change `edits` different attributes of a garment, each to another value, and leave the photo as it is.
 
-    An edit can drag others along to keep the garment possible: a graphic makes the cloth solid and a pattern removes the
-    graphic; both bring, change or remove the secondary colour. `only` restricts the attributes that are chosen.
+    An edit can drag others along to keep the garment possible: a graphic makes the cloth solid and a pattern removes
+    the graphic; both bring, change or remove the secondary colour. `only` restricts the attributes that are chosen.
 
     Raises:
         ValueError: fewer than `edits` of the attributes in `only` can be changed on this garment.
@@ -282,7 +291,7 @@ def _edit(garment: Garment, name: str, rng: random.Random) -> Garment:
         others = [colour for colour in contrasting(garment.colour) if colour != garment.secondary]
         return replace(garment, secondary=rng.choice(others))
     value = _pick(rng, VALUES[garment.category][name], unlike=getattr(garment, name))
-    garment = replace(garment, **{name: value})
+    garment = replace(garment, **{name: value})  # type: ignore[arg-type]
     if name == "graphic" and value != "none":
         garment = replace(garment, pattern="solid")
     elif name == "pattern" and value != "solid":
@@ -304,8 +313,8 @@ def _consistent(garment: Garment, rng: random.Random) -> Garment:
 def is_held_out(garment: Garment, share: float) -> bool:
     """Tell whether a garment's (colour, pattern, sleeve) combination is kept out of training.
 
-    The decision hashes the combination alone, so it is the same in every category, run and process; `share` in [0, 1] is
-    the expected fraction of the combinations that is held out, and a larger share holds out a superset.
+    The decision hashes the combination alone, so it is the same in every category, run and process; `share` in [0, 1]
+    is the expected fraction of the combinations that is held out, and a larger share holds out a superset.
     """
     key = f"{garment.colour}/{garment.pattern}/{garment.sleeve}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") < share * 2**64

@@ -1,8 +1,9 @@
 """Write a garments world as FashionIQ's files: captions, image splits and images.
 
-A split of a category grows in families: a family starts with a garment of its own, and every further image is an edit of
-an earlier member, in a new photo. A reference, its target and the hardest distractors (other edits of the same garments)
-are therefore siblings, which a query can tell apart by its captions only, while the captions fit members of many families.
+A split of a category grows in families: a family starts with a garment of its own, and every further image is an edit
+of an earlier member, in a new photo; only a few attributes vary within a family. A reference, its target and the
+hardest distractors are therefore siblings, which only the captions tell apart, while the captions fit members of many
+families: neither the picture nor the text alone finds the target.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import random
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
-from .attributes import CATEGORIES, Garment, attributes, edited, is_held_out, sample, sample_photo
+from .attributes import CATEGORIES, Garment, attributes, edited, is_held_out, sample, sample_photo, varying_attributes
 from .drawing import draw
 from .wording import captions, phrases
 
@@ -39,7 +40,9 @@ GENERATOR_VERSION = 1
 
 SPLITS = ("train", "val", "test")
 
-_FAMILY_SIZE = 24
+_FAMILY_SIZE = 40
+_VARYING = 4
+_EDITS = {1: 3, 2: 5, 3: 2}
 _ATTEMPTS = 1000
 _MARKER = "complete.json"
 
@@ -48,9 +51,10 @@ _MARKER = "complete.json"
 class GarmentsConfig:
     """Set a world's sizes; all counts are per category (dress, shirt, toptee).
 
-    seed: everything follows from it. train_triplets <= 0.95 * train_images, and so for val and test: every target occurs
-    once, and one image in about 24 starts a family. image_width, image_height: pixels, >= 32. image_suffix: ".jpg" or
-    ".png". held_out: expected share in [0, 0.5] of the (colour, pattern, sleeve) combinations that training never shows.
+    seed: everything follows from it. train_triplets < train_images, and so for val and test: every target occurs once;
+    images that are neither target nor reference are distractors. image_width, image_height: pixels, >= 32.
+    image_suffix: ".jpg" or ".png". held_out: expected share, in [0, 0.5], of the (colour, pattern, sleeve) combinations
+    that training never shows.
 
     FashionIQ's own size is about train_images=15537, train_triplets=6000, val_images=5179, val_queries=2005.
 
@@ -60,11 +64,11 @@ class GarmentsConfig:
 
     seed: int = 0
     train_triplets: int = 1000
-    train_images: int = 1100
+    train_images: int = 1040
     val_queries: int = 275
     val_images: int = 400
     test_queries: int = 100
-    test_images: int = 150
+    test_images: int = 120
     image_width: int = 144
     image_height: int = 180
     image_suffix: str = ".jpg"
@@ -73,10 +77,10 @@ class GarmentsConfig:
     def __post_init__(self) -> None:
         for split in SPLITS:
             queries, images = self.counts(split)
-            if not 0 < queries <= 0.95 * images:
+            if not 0 < queries < images:
                 name = "train_triplets" if split == "train" else f"{split}_queries"
                 raise ValueError(
-                    f"garments: {name} must lie between 1 and 95 % of {split}_images = {images}, got {queries}."
+                    f"garments: {name} must be at least 1 and less than {split}_images = {images}, got {queries}."
                 )
         if min(self.image_width, self.image_height) < 32:
             raise ValueError(
@@ -137,13 +141,14 @@ def plan_split(config: GarmentsConfig, category: str, split: str) -> SplitPlan:
     parents: list[int | None] = []
     seen: set[tuple[str, ...]] = set()
     family_start = 0
+    varying: tuple[str, ...] = ()
     families = max(1, min(round(images / _FAMILY_SIZE), images - queries))
     starts = {round(k * images / families) for k in range(families)}
     for index in range(images):
         if index in starts:
-            family_start = index
+            family_start, varying = index, varying_attributes(category, rng, _VARYING)
         parent = None if index == family_start else rng.randrange(family_start, index)
-        garment = _unseen(config, category, split, None if parent is None else garments[parent], seen, rng)
+        garment = _unseen(config, category, split, None if parent is None else garments[parent], varying, seen, rng)
         seen.add(attributes(garment))
         garments.append(garment)
         parents.append(parent)
@@ -160,20 +165,28 @@ def plan_split(config: GarmentsConfig, category: str, split: str) -> SplitPlan:
 
 
 def _unseen(
-    config: GarmentsConfig, category: str, split: str, parent: Garment | None, seen: set[tuple[str, ...]], rng: random.Random
+    config: GarmentsConfig,
+    category: str,
+    split: str,
+    parent: Garment | None,
+    varying: tuple[str, ...],
+    seen: set[tuple[str, ...]],
+    rng: random.Random,
 ) -> Garment:
+    """Draw a garment, or an edit of `parent` in `varying` attributes, that the split does not hold yet and may hold."""
     for _ in range(_ATTEMPTS):
         if parent is None:
             garment = sample(category, rng)
         else:
-            garment = edited(parent, rng, edits=rng.choices((1, 2, 3), (3, 4, 3))[0])
+            garment = edited(parent, rng, rng.choices(tuple(_EDITS), tuple(_EDITS.values()))[0], varying)
             garment = replace(garment, photo=sample_photo(rng))
             if not phrases(parent, garment):
                 continue
         if attributes(garment) not in seen and not (split == "train" and is_held_out(garment, config.held_out)):
             return garment
     raise ValueError(
-        f"garments: no unused {category} was found for {split} in {_ATTEMPTS} attempts; lower {split}_images or held_out."
+        f"garments: no unused {category} was found for {split} in {_ATTEMPTS} attempts; "
+        f"lower {split}_images or held_out."
     )
 
 
@@ -211,13 +224,13 @@ def write_fashioniq(root: Path, config: GarmentsConfig, progress: bool = True, w
             raise OSError(
                 error.errno,
                 f"garments: no space left on the disk of {root} while writing {len(pictures)} images of "
-                f"{config.image_width} x {config.image_height}; free some, choose another folder, or lower train_images.",
+                f"{config.image_width} x {config.image_height}; free some, choose another folder or a smaller world.",
             ) from error
         raise
     return root
 
 
-def _write_json(path: Path, rows: list) -> None:
+def _write_json(path: Path, rows: Sequence[object]) -> None:
     path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
@@ -283,13 +296,21 @@ def make_garments(cache_root: Path, config: GarmentsConfig, progress: bool = Tru
             write_fashioniq(part, config, progress, workers)
             part.chmod(0o755)
             _write_json(part / _MARKER, [{"generator_version": GENERATOR_VERSION, **asdict(config)}])
-            if place.exists() and not (place / _MARKER).is_file():
-                shutil.rmtree(place)
-            with contextlib.suppress(FileExistsError):
-                part.rename(place)
+            _moved(part, place)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return place
+
+
+def _moved(part: Path, place: Path) -> None:
+    """Move a whole world to its place; a whole one that another process has put there in the meantime stays."""
+    if place.exists() and not (place / _MARKER).is_file():
+        shutil.rmtree(place)
+    try:
+        part.rename(place)
+    except OSError:
+        if not (place / _MARKER).is_file():
+            raise
 
 
 @contextlib.contextmanager

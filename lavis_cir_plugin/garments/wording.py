@@ -115,11 +115,11 @@ _TOGGLES: Mapping[tuple[str, str], tuple[tuple[str, str], ...]] = {
 }
 _NOUNS: Mapping[str, tuple[str, ...]] = {"dress": ("dress",), "shirt": ("shirt",), "toptee": ("top", "shirt")}
 
-_OTHER_WORDS = """
-a and at bottom in instead is it of the with not no has color colored design print graphic different
-darker lighter brighter more less colorful patterned busy solid
-much slightly little longer shorter sleeves body hem higher lower neckline collar collared looser tighter fitted fit
-""".split()
+_OTHER_WORDS = (
+    "a and at bottom in instead is it of the with not no has color colored design print graphic different",
+    "darker lighter brighter more less colorful patterned busy solid much slightly little longer shorter",
+    "sleeves body hem higher lower neckline collar collared looser tighter fitted fit",
+)
 
 _ABSOLUTE, _RELATIVE = True, False
 
@@ -234,6 +234,11 @@ def _length_phrases(reference: Garment, target: Garment) -> Iterable[Phrase]:
         yield Phrase("is", f"{degree} {word}", ("length",), _RELATIVE)
 
 
+def _neckline_height(garment: Garment) -> int:
+    """Tell low (0), middle (1) and high (2) necklines apart; within a height, none is visibly higher."""
+    return 0 if garment.neckline in ("v", "square") else 2 if garment.neckline == "high" else 1
+
+
 def _neckline_phrases(reference: Garment, target: Garment) -> Iterable[Phrase]:
     for text in _NECKLINE_NOUNS[target.neckline]:
         yield Phrase("has", text, ("neckline",), _ABSOLUTE)
@@ -241,8 +246,7 @@ def _neckline_phrases(reference: Garment, target: Garment) -> Iterable[Phrase]:
         yield Phrase("is", "collared", ("neckline",), _ABSOLUTE)
     elif reference.neckline == "collar":
         yield Phrase("has", "no collar", ("neckline",), _RELATIVE)
-    low, high = NECKLINES[:2], NECKLINES[-1:]
-    if (target.neckline in low) != (reference.neckline in low) or (target.neckline in high) != (reference.neckline in high):
+    if _neckline_height(reference) != _neckline_height(target):
         word = "higher" if _step(reference.neckline, target.neckline, NECKLINES) > 0 else "lower"
         yield Phrase("has", f"a {word} neckline", ("neckline",), _RELATIVE)
 
@@ -283,7 +287,7 @@ _SPEAKERS = {
 
 
 def phrases(reference: Garment, target: Garment) -> dict[str, tuple[Phrase, ...]]:
-    """List, for every changed attribute, all that can be said of its change; attributes nobody would mention are left out.
+    """List, for every changed attribute, all that can be said of it; what nobody would mention is left out.
 
     Not mentioned are a graphic that a pattern has covered, and a secondary colour that came or went with its pattern.
     """
