@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import lavis.common.optims  # noqa: F401 (registers the schedulers)
+import lavis.runners  # noqa: F401 (registers LAVIS's own runners)
 import torch
 import yaml
 from lavis.common.config import Config, create_runner_config_validator

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import pkgutil
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from lavis_cir_plugin import CONFIGS, benchmarks
 from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Triplet
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.config import as_plain
-from lavis_cir_plugin.garments import GarmentsConfig, cache_root, make_garments
+from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 
 Processor = Callable[[Any], Any]
 
@@ -28,6 +29,11 @@ Processor = Callable[[Any], Any]
 def image_id(name: str) -> int:
     """Return a stable 63-bit id of an image name: the same picture has it in every data set and process."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def cache_root() -> Path:
+    """Return where drawn worlds are kept: ``$XDG_CACHE_HOME/lavis_cir_plugin``, by default below ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lavis_cir_plugin"
 
 
 class CirDataset(Dataset):

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from lavis.models import load_model, load_model_and_preprocess, model_zoo
+from conftest import SMALL
+from lavis.models import eva_vit, load_model, load_model_and_preprocess, model_zoo
+from lavis.models.blip2_models import Qformer
+from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
+from omegaconf import OmegaConf
 from PIL import Image
+from torch import nn
 
-from lavis_cir_plugin.models.blip2_cir import Blip2Cir
+from lavis_cir_plugin.models.blip2_cir import Blip2Cir, load_tokenizer
 from lavis_cir_plugin.ranking import similarity
 
 FUSIONS = ("joint", "sentence_prompt")
@@ -345,3 +352,61 @@ def test_impossible_choices_are_refused(changes, message, small_model):
 def test_a_half_precision_tower_on_a_cpu_is_refused(small_model, triplets):
     with pytest.raises(ValueError, match=r"'fp16' needs a GPU; on a CPU set model\.vit_precision: fp32"):
         small_model(vit_precision="fp16", freeze_vit=True)(triplets(2))
+
+
+class SmallBlip2(Blip2Qformer):
+    """LAVIS's own BLIP-2 stage-1 model at small size; its three constructors download, so the test replaces them."""
+
+    @classmethod
+    def init_tokenizer(cls):
+        return load_tokenizer(SMALL["tokenizer"])
+
+    @classmethod
+    def init_vision_encoder(cls, *_):
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        tower = eva_vit.VisionTransformer(img_size=16, qkv_bias=True, norm_layer=norm_layer, **SMALL["vit_config"])
+        return tower, nn.LayerNorm(12)
+
+    @classmethod
+    def init_Qformer(cls, num_query_token, vision_width, cross_attention_freq=2):  # noqa: N802
+        config = Qformer.BertConfig(
+            vocab_size=len(cls.init_tokenizer()),
+            encoder_width=vision_width,
+            add_cross_attention=True,
+            cross_attention_freq=cross_attention_freq,
+            query_length=num_query_token,
+            **SMALL["qformer_config"],
+        )
+        model = Qformer.BertLMHeadModel(config)
+        return model, nn.Parameter(torch.randn(1, num_query_token, config.hidden_size))
+
+
+def test_lavis_own_checkpoint_loads_and_gives_lavis_own_features(tmp_path, small_model, triplets):
+    """The published key layout is what LAVIS's Blip2Qformer writes; the features are those it extracts."""
+    torch.manual_seed(4)
+    theirs = SmallBlip2(num_query_token=3, embed_dim=6, vit_precision="fp32").eval()
+    torch.save({"model": theirs.state_dict()}, tmp_path / "blip2_pretrained.pth")
+    ours = small_model().eval()
+    ours.load_from_pretrained(str(tmp_path / "blip2_pretrained.pth"))
+    batch = triplets(3)
+    expected = theirs.extract_features(batch, mode="image").image_embeds_proj
+    torch.testing.assert_close(ours.encode_target(batch["image"]), expected, atol=1e-5, rtol=1e-4)
+    expected = theirs.extract_features(batch, mode="text").text_embeds_proj[:, 0]
+    torch.testing.assert_close(ours.encode_query(batch, "text"), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "millions", "width", "pixels"),
+    [("pretrain", 985.9, 1408, 224), ("pretrain_vitL", 265.4, 1024, 224), ("coco", 986.5, 1408, 364)],
+)
+def test_real_types_build_offline_at_full_size(model_type, millions, width, pixels):
+    """Towers of the published sizes; BERT-base Q-Former with 32 queries. Only the vocabulary is the shipped one."""
+    cfg = OmegaConf.load(Blip2Cir.default_config_path(model_type)).model
+    cfg.update({"pretrained": None, "tokenizer": SMALL["tokenizer"]})
+    with mock.patch.object(eva_vit, "trunc_normal_"):  # random values are beside the point here and cost a minute
+        model = Blip2Cir.from_config(cfg)
+    assert model.visual_encoder.num_features == width
+    assert sum(p.numel() for p in model.visual_encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.5)
+    assert model.query_tokens.shape == (1, 32, 768)
+    assert model.Qformer["bert"].config.num_hidden_layers == 12
+    assert OmegaConf.load(Blip2Cir.default_config_path(model_type)).preprocess.vis_processor.eval.image_size == pixels

@@ -1,0 +1,222 @@
+"""The runners against LAVIS itself: same arithmetic, same checkpoints, and what the mix-in adds."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from lavis.common.optims import LinearWarmupCosineLRScheduler
+from lavis.common.registry import registry
+from lavis.runners.runner_base import RunnerBase
+from lavis.runners.runner_iter import RunnerIter
+from lavis.tasks.base_task import BaseTask
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from lavis_cir_plugin.perturbation import PerturbingOptimizer
+from lavis_cir_plugin.runners.portable import PortableRunner, portable
+from lavis_cir_plugin.runners.wrf4cir import RunnerWrf4Cir
+
+
+class Triplets(Dataset):
+    """A data set of random triplets in memory, as a LAVIS data set looks to a runner."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return len(self.batch["text_input"])
+
+    def __getitem__(self, index):
+        return {key: values[index] for key, values in self.batch.items()}
+
+    def collater(self, samples):
+        return default_collate(samples)
+
+
+class Scored(BaseTask):
+    """A task of LAVIS's kind whose validation metric is given, so that checkpoint selection can be told."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.scores = iter(scores)
+        self.seen = []
+
+    def evaluation(self, model, data_loader, cuda_enabled=True):
+        assert not cuda_enabled
+        self.seen.append(copy.deepcopy(model.state_dict()))
+        return [0]
+
+    def after_evaluation(self, **_):
+        return {"agg_metrics": next(self.scores)}
+
+
+@pytest.fixture
+def make_runner(tmp_path, small_model, triplets):
+    """Return a factory of runners over the small model; two epochs of three steps."""
+
+    def make(runner=RunnerWrf4Cir, task=None, model=None, splits=(), **run):
+        data = {"train": Triplets(triplets(12))}
+        data.update({split: Triplets(triplets(4)) for split in splits})
+        torch.manual_seed(7)
+        model = model or small_model()
+        cfg = OmegaConf.create(
+            {
+                "run": {
+                    "device": "cpu", "distributed": False, "evaluate": False, "output_dir": str(tmp_path / "out"),
+                    "lr_sched": "linear_warmup_cosine_lr", "init_lr": 1e-2, "min_lr": 1e-3, "weight_decay": 0.05,
+                    "max_epoch": 2, "batch_size_train": 4, "batch_size_eval": 4, "num_workers": 0,
+                    "train_splits": ["train"], "valid_splits": list(splits), "test_splits": [], **run,
+                }
+            }
+        )  # fmt: skip
+        config = type("Config", (), {"run_cfg": cfg.run, "to_dict": lambda _: OmegaConf.to_container(cfg)})()
+        return runner(cfg=config, task=task or BaseTask(), model=model, datasets={"triplets": data}, job_id="job")
+
+    return make
+
+
+def train(runner):
+    torch.manual_seed(11)
+    runner.train()
+    return runner.unwrap_dist_model(runner.model).state_dict()
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def test_gamma_zero_equals_lavis_runner_bit_for_bit(make_runner, tmp_path):
+    """Weights, optimizer state and checkpoint of LAVIS's own epoch loop; only the key "wrf" is added."""
+    ours, stock = make_runner(wrf={"gamma": 0}), make_runner(portable(RunnerBase))
+    assert_same(train(ours), train(stock))
+    saved = ours.optimizer.state_dict()
+    assert saved.pop("wrf")["steps"] == {"perturbed": 0, "skipped": 0}
+    theirs = stock.optimizer.state_dict()
+    assert saved["param_groups"] == theirs["param_groups"]
+    for index, state in theirs["state"].items():
+        assert_same(saved["state"][index], state)
+
+
+def test_gamma_zero_equals_lavis_task_loop_without_any_runner(make_runner, small_model, triplets):
+    """The same two epochs through BaseTask.train_epoch with a bare AdamW."""
+    weights = train(make_runner(wrf={"gamma": 0}))
+    torch.manual_seed(7)
+    model = small_model().train()
+    decayed, plain = [], []
+    for name, p in model.named_parameters():
+        (plain if p.ndim < 2 or "bias" in name or "ln" in name or "bn" in name else decayed).append(p)
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.999))
+    schedule = LinearWarmupCosineLRScheduler(optimizer, max_epoch=2, min_lr=1e-3, init_lr=1e-2)
+    data = Triplets(triplets(12))
+    torch.manual_seed(11)
+    for epoch in range(2):
+        loader = DataLoader(data, batch_size=4, shuffle=True, drop_last=True, collate_fn=data.collater)
+        BaseTask().train_epoch(epoch, model, loader, optimizer, schedule)
+    assert_same(weights, model.state_dict())
+
+
+def test_a_perturbed_run_differs_and_counts_its_steps(make_runner):
+    perturbed = make_runner(wrf={"gamma": 0.05, "warmup_epochs": 1})
+    weights, stock = train(perturbed), train(make_runner(portable(RunnerBase)))
+    assert any(not torch.equal(weights[name], stock[name]) for name in weights)
+    assert isinstance(perturbed.optimizer, PerturbingOptimizer)
+    assert perturbed.optimizer.steps == {"perturbed": 3, "skipped": 0}
+
+
+def test_accumulated_gradients_are_stepped_every_second_batch(make_runner):
+    """LAVIS's loop, not ours, decides; gamma 0 stays bit-equal under accumulation, and perturbed steps all count."""
+    ours = make_runner(wrf={"gamma": 0}, accum_grad_iters=3)
+    stock = make_runner(portable(RunnerBase), accum_grad_iters=3)
+    assert_same(train(ours), train(stock))
+    perturbed = make_runner(wrf={"gamma": 0.05}, accum_grad_iters=3)
+    train(perturbed)
+    assert perturbed.optimizer.steps["perturbed"] == 6
+
+
+def test_evaluations_and_checkpoints_see_clean_weights(make_runner, tmp_path):
+    """At a radius of half the weights, what validation saw equals what the optimizer holds and what was saved."""
+    task = Scored([10.0, 20.0])
+    runner = make_runner(task=task, splits=("val",), wrf={"gamma": 0.5})
+    weights = train(runner)
+    assert_same(task.seen[-1], weights)
+    saved = torch.load(tmp_path / "out/job/checkpoint_best.pth", weights_only=True)
+    assert_same(saved["model"], {name: weights[name] for name in saved["model"]})
+    assert saved["optimizer"]["wrf"]["settings"]["gamma"] == 0.5
+    assert saved["optimizer"]["wrf"]["steps"] == {"perturbed": 6, "skipped": 0}
+
+
+def test_the_best_epoch_is_kept_and_reloaded(make_runner, tmp_path):
+    task = Scored([30.0, 20.0, 25.0])
+    runner = make_runner(task=task, splits=("val",), test_splits=["val"])
+    train(runner)
+    assert torch.load(tmp_path / "out/job/checkpoint_best.pth", weights_only=True)["epoch"] == 0
+    assert_same(task.seen[2], task.seen[0])
+
+
+def test_without_any_score_above_zero_the_last_weights_are_evaluated(make_runner, caplog):
+    task = Scored([0.0, 0.0, 0.0])
+    runner = make_runner(task=task, splits=("val",), test_splits=["val"])
+    with caplog.at_level(logging.WARNING):
+        weights = train(runner)
+    assert_same(task.seen[2], weights)
+    assert "no validation metric was above 0" in caplog.text
+
+
+def test_a_saved_optimizer_state_resumes(make_runner, tmp_path):
+    runner = make_runner(wrf={"gamma": 0.05})
+    train(runner)
+    resumed = make_runner(
+        wrf={"gamma": 0.05}, max_epoch=3, resume_ckpt_path=str(tmp_path / "out/job/checkpoint_1.pth")
+    )
+    train(resumed)
+    assert resumed.optimizer.steps == {"perturbed": 9, "skipped": 0}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
+def test_no_space_left_keeps_the_earlier_checkpoint(error, make_runner, tmp_path, monkeypatch):
+    runner = make_runner()
+    train(runner)
+    before = (tmp_path / "out/job/checkpoint_1.pth").read_bytes()
+
+    def fail(content, path):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match=r"no checkpoint could be written to .*job .*untouched; free some space"):
+        runner._save_checkpoint(1)
+    assert (tmp_path / "out/job/checkpoint_1.pth").read_bytes() == before
+    assert sorted(path.name for path in (tmp_path / "out/job").iterdir()) == [
+        "checkpoint_0.pth", "checkpoint_1.pth", "log.txt", "result",
+    ]  # fmt: skip
+
+
+def test_a_task_is_given_back_as_it_was(make_runner):
+    runner = make_runner()
+    runner.train_epoch(0)
+    assert "train_epoch" not in vars(runner.task)
+
+
+def test_gradient_checkpointing_on_perturbed_layers_is_refused(make_runner, small_model):
+    with pytest.raises(ValueError, match=r"inside 'visual_encoder', which recomputes its activations"):
+        make_runner(model=small_model(use_grad_checkpoint=True)).train()
+    make_runner(model=small_model(use_grad_checkpoint=True, freeze_vit=True)).optimizer  # noqa: B018 (built on access)
+
+
+def test_half_precision_trainable_weights_are_refused(make_runner, small_model):
+    with pytest.raises(ValueError, match=r"trainable tensors are bfloat16 .*Keep trainable weights in float32"):
+        make_runner(model=small_model().to(torch.bfloat16)).train()
+
+
+def test_it_is_registered_and_leaves_lavis_classes_alone():
+    assert "runner_wrf4cir" in registry.list_runners()
+    assert portable(RunnerWrf4Cir) is RunnerWrf4Cir
+    assert issubclass(portable(RunnerIter), (PortableRunner, RunnerIter))
+    assert not issubclass(RunnerBase, PortableRunner)
