@@ -321,8 +321,9 @@ def _pattern(name: str, p: Array, q: Array, cell: float, pixel: float, seed: int
     dy = q / pitch - row - 0.5
     if name == "dots":
         return inside((0.33 - np.hypot(dx, dy)) * pitch)
-    # A sine of the cell's number serves as its random number: cheap, and the same on every platform.
-    hashed = np.abs(np.sin(row * 12.9898 + column * 78.233 + seed % 97) * 43758.55) % 1
+    # Integer arithmetic gives each cell the same random number on every platform, which a hash by sines would not.
+    cells = row.astype(np.int64) * 73_856_093 ^ column.astype(np.int64) * 19_349_663 ^ seed
+    hashed = ((cells * 2_654_435_761 >> 15 & 0xFFFF) / 65536).astype(np.float32)
     dx, dy = dx - 0.2 * (hashed - 0.5), dy - 0.3 * ((hashed * 7) % 1 - 0.5)
     radius = np.hypot(dx, dy)
     petals = (0.33 + 0.1 * hashed) * (0.68 + 0.32 * np.cos(5 * np.arctan2(dy, dx) + 6.28 * hashed))
