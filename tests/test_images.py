@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lavis_cir_plugin.benchmarks.images import find_images, image_folders, open_rgb, scan_images, verify_images
 
@@ -127,7 +127,9 @@ def huge_png(path: Path) -> Path:
     return path
 
 
-def test_broken_files_are_named(tmp_path: Path):
+@pytest.mark.parametrize("lenient", [False, True], ids=["Pillow as it comes", "Pillow as LAVIS sets it"])
+def test_broken_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lenient: bool):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
     whole = saved(tmp_path / "whole.jpg", Image.effect_noise((64, 64), 50))
     truncated = tmp_path / "truncated.jpg"
     truncated.write_bytes(whole.read_bytes()[:-200])
@@ -149,6 +151,7 @@ def test_broken_files_are_named(tmp_path: Path):
         open_rgb(tmp_path / "absent.jpg")
     with pytest.raises(ValueError, match="cannot be read as an image"):
         open_rgb(tmp_path)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
 
 
 def test_verification_counts_and_names_broken_files(tmp_path: Path):

@@ -59,7 +59,7 @@ class Group:
     Attributes:
         name: Of the group (FashionIQ: the category).
         gallery: Distinct image names in protocol order; equal scores are ordered by it.
-        queries: Each with its target in the gallery.
+        queries: In the order of the annotation file.
         reference_removed: The reference is taken out of its own ranking.
     """
 

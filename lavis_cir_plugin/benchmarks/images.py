@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image
+from PIL import Image, ImageFile
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lavis_cir_plugin.benchmarks.benchmark import listed
@@ -17,6 +19,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 """Accepted file suffixes (any case); the first wins where a name has several files."""
 
 T = TypeVar("T")
+
+_pillow_settings = threading.RLock()
 
 
 def scan_images(folders: Iterable[Path]) -> dict[str, Path]:
@@ -113,7 +117,8 @@ def open_rgb(path: Path) -> Image.Image:
             image = image.convert("RGBA")
         return image.convert("RGB")
 
-    return _read(path, decode)
+    with _truncation_is_an_error():
+        return _read(path, decode)
 
 
 def verify_images(paths: Iterable[Path]) -> None:
@@ -133,7 +138,7 @@ def verify_images(paths: Iterable[Path]) -> None:
         return ""
 
     wanted = sorted(set(paths))
-    with ThreadPoolExecutor() as pool:
+    with _truncation_is_an_error(), ThreadPoolExecutor() as pool:
         checked = tqdm(pool.map(problem, wanted), "checking images", len(wanted), unit="file", disable=None)
         problems = [text for text in checked if text]
     if problems:
@@ -141,6 +146,18 @@ def verify_images(paths: Iterable[Path]) -> None:
             f"{len(problems):,} of {len(wanted):,} image files cannot be read; replace or delete them: "
             + " ".join(problems[:5])
         )
+
+
+@contextmanager
+def _truncation_is_an_error() -> Iterator[None]:
+    """Undo for a while that importing LAVIS makes Pillow fill what is missing of any picture with grey."""
+    with _pillow_settings:
+        before = ImageFile.LOAD_TRUNCATED_IMAGES
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _read(path: Path, use: Callable[[Image.Image], T]) -> T:
