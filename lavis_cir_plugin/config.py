@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import lavis.common.optims  # noqa: F401 (registers the schedulers)
+import lavis.common.optims
 import lavis.runners  # noqa: F401 (registers LAVIS's own runners)
 import torch
 import yaml
@@ -45,7 +45,15 @@ RUN_DEFAULTS: dict[str, Any] = {
 _TRAINING_KEYS = ("init_lr", "max_epoch", "batch_size_train")
 
 # Read by LAVIS's runners and tasks, and missing in its own (unused) validator.
-_RUN_KEYS_OF_LAVIS = ("amp", "beta2", "log_freq", "resume_ckpt_path", "train_dataset_ratios", "prompt", "load_gt_from_file")
+_RUN_KEYS_OF_LAVIS = (
+    "amp",
+    "beta2",
+    "log_freq",
+    "resume_ckpt_path",
+    "train_dataset_ratios",
+    "prompt",
+    "load_gt_from_file",
+)
 _OWN_RUN_KEYS = ("wrf", "adam_eps")
 _MODEL_KEYS = ("arch", "model_type", "load_finetuned", "load_pretrained", "pretrained", "finetuned", "vit_pretrained")
 _DATASET_KEYS = ("type", "data_type", "splits", "build_info", "garments", "vis_processor", "text_processor")
@@ -75,6 +83,8 @@ def read_config(path: str, options: Sequence[str]) -> DictConfig:
         raw = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"is not valid YAML ({' '.join(str(error).split())})."]) from error
+    if not isinstance(raw, DictConfig):
+        raise ConfigError(str(path), ["must hold the sections model, datasets and run."])
     malformed = [option for option in options if "=" not in option]
     if malformed:
         raise ConfigError("--options", [f"{option!r} is not of the form key.path=value." for option in malformed])
@@ -112,10 +122,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
 
 
-def _sections(merged: Any) -> Iterator[str]:
-    if not isinstance(merged, DictConfig):
-        yield "must hold the sections model, datasets and run."
-        return
+def _sections(merged: DictConfig) -> Iterator[str]:
     for section in ("model", "datasets", "run"):
         if not isinstance(merged.get(section), DictConfig):
             yield f"section '{section}' is missing or empty."
@@ -208,7 +215,14 @@ def _run_values(run: DictConfig, command: str) -> Iterator[str]:
         for key in _TRAINING_KEYS:
             if run.get(key) is None and not (key == "max_epoch" and counted_by_iterations):
                 yield f"run.{key} is missing."
-    whole = {"max_epoch": 1, "batch_size_train": 1, "batch_size_eval": 1, "num_workers": 0, "seed": 0, "warmup_steps": 0}
+    whole = {
+        "max_epoch": 1,
+        "batch_size_train": 1,
+        "batch_size_eval": 1,
+        "num_workers": 0,
+        "seed": 0,
+        "warmup_steps": 0,
+    }
     whole.update(accum_grad_iters=1, log_freq=1)
     for key, least in whole.items():
         value = run.get(key)

@@ -129,7 +129,9 @@ class QueryDataset(CirDataset):
 
 
 class BenchmarkBuilder(BaseDatasetBuilder):
-    """Builds ``train`` and evaluation splits of one benchmark; keys of its section, besides LAVIS's processors:
+    """Builds the training and evaluation splits of one benchmark.
+
+    Keys of its config section, besides LAVIS's processors:
 
     * ``splits``: which to build; an evaluation file leaves ``train`` out, a training run may leave ``val`` out.
     * ``build_info``: passed to the benchmark's reader, which names its keys.

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from lavis_cir_plugin.runners.portable import portable, process_environment
 _PROCESS_TIMEOUT = timedelta(minutes=60)
 
 
-def main(command: str, arguments: Optional[Sequence[str]] = None) -> None:
+def main(command: str, arguments: Sequence[str] | None = None) -> None:
     """Train or evaluate as a config file says.
 
     Args:
@@ -114,7 +114,7 @@ def _join_processes(run_cfg: DictConfig) -> None:
 
 def _seed(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 (LAVIS's processors draw from the global generator)
+    np.random.seed(seed)
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_with_grad
@@ -34,7 +32,7 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
 
 
 def contrastive_loss(
-    query: Tensor, targets: Tensor, temperature: Tensor | float, target_ids: Optional[Tensor] = None
+    query: Tensor, targets: Tensor, temperature: Tensor | float, target_ids: Tensor | None = None
 ) -> Tensor:
     r"""In-batch contrastive loss from query to target over the batches of all processes.
 

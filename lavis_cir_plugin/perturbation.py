@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -130,11 +130,13 @@ def ascent_step(
 def _norm_of_all(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t.detach().float()) for t in tensors]))
+    norm: Tensor = torch.stack([t.detach().float().norm() for t in tensors]).norm()
+    return norm
 
 
 def _row_norms(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor.detach().float().flatten(1), dim=1).view(-1, *[1] * (tensor.dim() - 1))
+    norms: Tensor = tensor.detach().float().flatten(1).norm(dim=1)
+    return norms.view(-1, *[1] * (tensor.dim() - 1))
 
 
 def select_tensors(model: nn.Module, settings: WeightPerturbation) -> dict[str, nn.Parameter]:
@@ -257,7 +259,7 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         """Show the settings and the wrapped optimizer."""
         return f"{type(self).__name__}({self.settings}, {self.optimizer!r})"
 
-    def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the weights with the gradients that the perturbed pass left in them."""
         return self.optimizer.step(closure) if closure is not None else self.optimizer.step()
 

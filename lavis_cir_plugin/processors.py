@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any
 
 from lavis.common.registry import registry
 from lavis.processors.blip_processors import BlipImageBaseProcessor
@@ -67,7 +67,7 @@ class TargetPadProcessor(BlipImageBaseProcessor):
         return self.transform(pad_to_ratio(item, self.target_ratio))
 
     @classmethod
-    def from_config(cls, cfg: Optional[Mapping[str, Any]] = None) -> TargetPadProcessor:
+    def from_config(cls, cfg: Mapping[str, Any] | None = None) -> TargetPadProcessor:
         """Build from a ``vis_processor`` section."""
         cfg = cfg or {}
         return cls(image_size=cfg.get("image_size", 224), target_ratio=cfg.get("target_ratio", 1.25))

@@ -222,7 +222,10 @@ def published_layout(model):
         "Qformer.cls.predictions.decoder.weight": torch.zeros(vocabulary, hidden),
         "Qformer.bert.embeddings.position_ids": torch.arange(40)[None],
     }
-    return {**{name: torch.randn_like(t) if t.is_floating_point() else t for name, t in model.state_dict().items()}, **extra}
+    return {
+        **{name: torch.randn_like(t) if t.is_floating_point() else t for name, t in model.state_dict().items()},
+        **extra,
+    }
 
 
 def test_a_sprc_checkpoint_loads_and_scores_the_same(tmp_path, small_model, triplets):
@@ -279,7 +282,10 @@ def test_a_run_without_its_frozen_tower_takes_it_from_pretrained(tmp_path, small
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {"visual.proj": torch.zeros(2)}}, r"1 unexpected keys \(first: visual\.proj\), \d+ missing keys.*0 of"),
+        (
+            {"model": {"visual.proj": torch.zeros(2)}},
+            r"1 unexpected keys \(first: visual\.proj\), \d+ missing keys.*0 of",
+        ),
         ({"model": {"temp": torch.zeros(2)}}, r"1 keys of another shape \(first: temp is \(2,\) there and \(\) here\)"),
         ({"a": {"x": torch.zeros(1)}, "b": {"y": torch.zeros(1)}}, "expected one state dictionary .* found 2"),
         ([1, 2], r"found 0 \(content: list\)"),

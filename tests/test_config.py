@@ -45,7 +45,9 @@ def test_every_project_is_valid_down_to_the_last_key(path, tmp_path, monkeypatch
         READERS[name].from_mapping(build_info)
     own = OmegaConf.load(path)
     assert len(path.read_text().splitlines()) <= 35
-    repeated = [key for key, value in own.run.items() if key in config.RUN_DEFAULTS and config.RUN_DEFAULTS[key] == value]
+    repeated = [
+        key for key, value in own.run.items() if key in config.RUN_DEFAULTS and config.RUN_DEFAULTS[key] == value
+    ]
     assert repeated == []
     model_class = registry.get_model_class(own.model.arch)
     defaults = OmegaConf.load(model_class.default_config_path(own.model.model_type)).model
@@ -54,8 +56,14 @@ def test_every_project_is_valid_down_to_the_last_key(path, tmp_path, monkeypatch
 
 
 def test_every_config_file_belongs_to_something_registered():
-    models = {path for m in registry.list_models() for path in registry.get_model_class(m).PRETRAINED_MODEL_CONFIG_DICT.values()}
-    datasets = {path for d in registry.list_datasets() for path in registry.get_builder_class(d).DATASET_CONFIG_DICT.values()}
+    models = {
+        path
+        for m in registry.list_models()
+        for path in registry.get_model_class(m).PRETRAINED_MODEL_CONFIG_DICT.values()
+    }
+    datasets = {
+        path for d in registry.list_datasets() for path in registry.get_builder_class(d).DATASET_CONFIG_DICT.values()
+    }
     files = {str(path) for path in CONFIGS.rglob("*.yaml")}
     assert files
     assert files <= models | datasets
@@ -76,13 +84,22 @@ def test_every_registered_name_of_ours_is_used_by_a_project():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("run.runner=runner_wfr4cir", r"run\.runner: 'runner_wfr4cir' is not registered; did you mean 'runner_wrf4cir'\?"),
+        (
+            "run.runner=runner_wfr4cir",
+            r"run\.runner: 'runner_wfr4cir' is not registered; did you mean 'runner_wrf4cir'\?",
+        ),
         ("run.task=composed_retreival", r"run\.task: .* did you mean 'composed_retrieval'\?"),
         ("model.arch=blip2_cri", r"model\.arch: 'blip2_cri' is not registered; did you mean 'blip2_cir'\?"),
-        ("model.model_type=tinny", r"model\.model_type: 'tinny' is no type of blip2_cir; did you mean 'tiny'\? Types: pre"),
+        (
+            "model.model_type=tinny",
+            r"model\.model_type: 'tinny' is no type of blip2_cir; did you mean 'tiny'\? Types: pre",
+        ),
         ("model.fussion=joint", r"model\.fussion is not a known key; did you mean 'fusion'\?"),
         ("datasets.fashionqi.type=default", r"datasets: 'fashionqi' is not registered; did you mean 'fashioniq'\?"),
-        ("datasets.fashioniq.type=garment", r"datasets\.fashioniq\.type: 'garment' is not one of .*did you mean 'garments'\?"),
+        (
+            "datasets.fashioniq.type=garment",
+            r"datasets\.fashioniq\.type: 'garment' is not one of .*did you mean 'garments'\?",
+        ),
         ("datasets.fashioniq.split=[val]", r"datasets\.fashioniq\.split is not a known key; did you mean 'splits'\?"),
         ("datasets.fashioniq.vis_processor.train.name=target_padd", r"did you mean 'target_pad'\?"),
         ("run.acum_grad_iters=2", r"run\.acum_grad_iters is not a known key; did you mean 'accum_grad_iters'\?"),
@@ -112,7 +129,10 @@ def test_an_unknown_name_is_answered_with_the_nearest(option, message):
         ("run.amp=true", r"run\.amp: true needs a GPU"),
         ("run.resume_ckpt_path=/nowhere.pth", r"run\.resume_ckpt_path: /nowhere\.pth does not exist"),
         ("run.valid_splits=val", r"run\.valid_splits must be a list such as \[val\], got 'val'"),
-        ("run.valid_splits=[dev]", r"run\.valid_splits: dev is not built by datasets\.fashioniq\.splits: \['train', 'val'\]"),
+        (
+            "run.valid_splits=[dev]",
+            r"run\.valid_splits: dev is not built by datasets\.fashioniq\.splits: \['train', 'val'\]",
+        ),
     ],
 )
 def test_an_impossible_value_says_what_is_allowed(option, message, tmp_path):
@@ -163,7 +183,9 @@ def test_an_option_without_a_value_is_refused():
 RECIPES = Path(lavis.__file__).parent / "projects"
 
 
-@pytest.mark.parametrize("recipe", ["blip/train/caption_coco_ft.yaml", "blip/train/vqav2_ft.yaml", "blip2/train/pretrain_stage1.yaml"])
+@pytest.mark.parametrize(
+    "recipe", ["blip/train/caption_coco_ft.yaml", "blip/train/vqav2_ft.yaml", "blip2/train/pretrain_stage1.yaml"]
+)
 def test_lavis_own_recipes_are_let_through(recipe):
     """Keys that only LAVIS's tasks know are no slips."""
     config.read_config(str(RECIPES / recipe), [])

@@ -69,7 +69,13 @@ def test_train_then_evaluate_end_to_end(project, tmp_path, capsys):
     launcher.main("train", ["--cfg-path", project()])
     folder = output_of(tmp_path)
     printed = capsys.readouterr().out
-    for row in ("trained model", "image only", "text only", "random (expected)", "Protocol: FashionIQ val, original-split"):
+    for row in (
+        "trained model",
+        "image only",
+        "text only",
+        "random (expected)",
+        "Protocol: FashionIQ val, original-split",
+    ):
         assert row in printed
     assert str(folder) in printed
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -90,7 +96,7 @@ def test_train_then_evaluate_end_to_end(project, tmp_path, capsys):
 
 def run_module(arguments, nproc=0, cwd=None):
     """Run ``python -m lavis.train`` in a process of its own, as from a checkout that is not installed."""
-    code = "import lavis_cir_hook; lavis_cir_hook.install(); import runpy; runpy.run_module('lavis.train', run_name='__main__')"
+    code = "import runpy, lavis_cir_hook as hook; hook.install(); runpy.run_module('lavis.train', run_name='__main__')"
     script = Path(cwd) / "start.py"
     script.write_text(code)
     command = [sys.executable, "-W", "ignore"]
@@ -120,9 +126,7 @@ def test_lavis_own_recipe_runs_through_the_same_launcher(tmp_path, monkeypatch):
     """LAVIS's COCO captioning recipe as it ships, on a CPU. Only what would download or be large is put in place."""
     monkeypatch.setattr(BlipBase, "init_tokenizer", classmethod(lambda cls: blip_tokenizer()))
     small_tower = {"img_size": 32, "patch_size": 16, "embed_dim": 768, "depth": 1, "num_heads": 2}
-    monkeypatch.setattr(
-        VisionTransformerEncoder, "from_config", classmethod(lambda cls, cfg: cls(**small_tower))
-    )
+    monkeypatch.setattr(VisionTransformerEncoder, "from_config", classmethod(lambda cls, cfg: cls(**small_tower)))
     monkeypatch.setattr(BlipCaption, "load_checkpoint_from_config", lambda self, cfg: None)
     bert = json.loads((Path(lavis.__file__).parent / "configs/models/med_config.json").read_text())
     bert.update(num_hidden_layers=1, vocab_size=len(blip_tokenizer()), intermediate_size=64)
@@ -132,10 +136,23 @@ def test_lavis_own_recipe_runs_through_the_same_launcher(tmp_path, monkeypatch):
     for record in records:
         Image.new("RGB", (40, 40), (90, 80, 120)).save(tmp_path / record["image"])
     annotations = "datasets.coco_caption.build_info.annotations"
-    options = [f"{annotations}.{split}.{key}={tmp_path}/records.json" for split in ("train", "val", "test") for key in ("url", "storage")]
-    options += [f"datasets.coco_caption.build_info.images.storage={tmp_path}", f"model.med_config_path={tmp_path}/bert.json"]
+    options = [
+        f"{annotations}.{split}.{key}={tmp_path}/records.json"
+        for split in ("train", "val", "test")
+        for key in ("url", "storage")
+    ]
+    options += [
+        f"datasets.coco_caption.build_info.images.storage={tmp_path}",
+        f"model.med_config_path={tmp_path}/bert.json",
+    ]
     options += [f"datasets.coco_caption.vis_processor.{stage}.image_size=32" for stage in ("train", "eval")]
-    options += ["run.device=cpu", "run.max_epoch=1", "run.batch_size_train=2", "run.num_workers=0", "run.valid_splits=[]"]
+    options += [
+        "run.device=cpu",
+        "run.max_epoch=1",
+        "run.batch_size_train=2",
+        "run.num_workers=0",
+        "run.valid_splits=[]",
+    ]
     options += ["run.test_splits=[]", f"run.output_dir={tmp_path}/out"]
     recipe = Path(lavis.__file__).parent / "projects/blip/train/caption_coco_ft.yaml"
     launcher.main("train", ["--cfg-path", str(recipe), "--options", *options])

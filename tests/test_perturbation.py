@@ -104,7 +104,11 @@ def test_gradients_equal_a_naive_in_place_step(scope, embeddings, batch):
     names = list(select_tensors(net, settings))
     weights = [dict(naive.named_parameters())[name] for name in names]
     steps = ascent_step(
-        weights, [w.grad for w in weights], 0.1, scope, by_row=[embeddings == "row" and n == "table.weight" for n in names]
+        weights,
+        [w.grad for w in weights],
+        0.1,
+        scope,
+        by_row=[embeddings == "row" and n == "table.weight" for n in names],
     )
     naive.zero_grad()
     with torch.no_grad():

@@ -172,9 +172,7 @@ def test_without_any_score_above_zero_the_last_weights_are_evaluated(make_runner
 def test_a_saved_optimizer_state_resumes(make_runner, tmp_path):
     runner = make_runner(wrf={"gamma": 0.05})
     train(runner)
-    resumed = make_runner(
-        wrf={"gamma": 0.05}, max_epoch=3, resume_ckpt_path=str(tmp_path / "out/job/checkpoint_1.pth")
-    )
+    resumed = make_runner(wrf={"gamma": 0.05}, max_epoch=3, resume_ckpt_path=str(tmp_path / "out/job/checkpoint_1.pth"))
     train(resumed)
     assert resumed.optimizer.steps == {"perturbed": 9, "skipped": 0}
 

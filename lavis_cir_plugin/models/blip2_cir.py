@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
@@ -80,7 +80,8 @@ class Blip2Cir(Blip2Base):
     """
 
     PRETRAINED_MODEL_CONFIG_DICT = {  # noqa: RUF012 (LAVIS's class attribute)
-        name: str(CONFIGS / "models" / f"blip2_cir_{name}.yaml") for name in ("pretrain", "pretrain_vitL", "coco", "tiny")
+        name: str(CONFIGS / "models" / f"blip2_cir_{name}.yaml")
+        for name in ("pretrain", "pretrain_vitL", "coco", "tiny")
     }
 
     def __init__(
@@ -88,7 +89,7 @@ class Blip2Cir(Blip2Base):
         *,
         vit_model: str = "eva_clip_g",
         image_size: int = 224,
-        vit_config: Optional[Mapping[str, Any]] = None,
+        vit_config: Mapping[str, Any] | None = None,
         vit_precision: str = "fp16",
         freeze_vit: bool = True,
         use_grad_checkpoint: bool = False,
@@ -96,12 +97,12 @@ class Blip2Cir(Blip2Base):
         tokenizer: str = "bert-base-uncased",
         num_query_token: int = 32,
         cross_attention_freq: int = 2,
-        qformer_config: Optional[Mapping[str, Any]] = None,
+        qformer_config: Mapping[str, Any] | None = None,
         embed_dim: int = 256,
         max_txt_len: int = 32,
         fusion: str = "joint",
         pooling: str = "text_cls",
-        loss_weights: Optional[Mapping[str, float]] = None,
+        loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         _check_choice("fusion", fusion, FUSIONS)
@@ -174,7 +175,9 @@ class Blip2Cir(Blip2Base):
         """Load what ``from_config`` describes."""
         pretrained, finetuned = cfg.get("pretrained"), cfg.get("finetuned") if cfg.get("load_finetuned") else None
         if cfg.get("load_finetuned") and not finetuned:
-            raise ValueError("model.load_finetuned is true and model.finetuned is empty; name a checkpoint file or URL.")
+            raise ValueError(
+                "model.load_finetuned is true and model.finetuned is empty; name a checkpoint file or URL."
+            )
         state = read_state(finetuned) if finetuned else {}
         is_whole = any(name.startswith("visual_encoder.") for name in state)
         if pretrained and not is_whole:
@@ -183,7 +186,7 @@ class Blip2Cir(Blip2Base):
             may_lack = ("visual_encoder.",) if pretrained and self.freeze_vit else ()
             load_strictly(self, state, finetuned, unused=_UNUSED_IN_CHECKPOINTS, may_lack=may_lack)
 
-    def load_from_pretrained(self, url_or_filename: str, vit_pretrained: Optional[str] = None) -> None:
+    def load_from_pretrained(self, url_or_filename: str, vit_pretrained: str | None = None) -> None:
         """Load BLIP-2 weights in the published key layout; the learned prompt of ``sentence_prompt`` starts anew."""
         state = read_state(url_or_filename)
         if vit_pretrained and not any(name.startswith("visual_encoder.") for name in state):
@@ -226,7 +229,7 @@ class Blip2Cir(Blip2Base):
             text_query = self._project_text(ids, mask)
             losses["rtc"] = contrastive_loss(text_query, targets, self.temp, target_ids)
             losses["align"] = alignment_loss(sentence[:, : self.query_tokens.shape[1]], self.prompt_tokens)
-        total = sum(self.loss_weights[name] * loss for name, loss in losses.items())
+        total = torch.stack([self.loss_weights[name] * loss for name, loss in losses.items()]).sum()
         return {"loss": total, **{f"loss_{name}": loss for name, loss in losses.items()}}
 
     @torch.no_grad()
@@ -332,17 +335,21 @@ class Blip2Cir(Blip2Base):
         return F.normalize(self.text_proj(self._attend(hidden, mask)[:, 0]), dim=-1)
 
     def _attend(
-        self, hidden: Tensor, text_mask: Tensor, image_embeds: Optional[Tensor] = None, query_length: int = 0
+        self, hidden: Tensor, text_mask: Tensor, image_embeds: Tensor | None = None, query_length: int = 0
     ) -> Tensor:
         """Run the layers; ``text_mask`` ``(B, T)`` covers the last T positions, those before are always seen."""
         always = text_mask.new_ones(hidden.shape[0], hidden.shape[1] - text_mask.shape[1])
         seen = torch.cat([always, text_mask], dim=1).to(hidden.dtype)
-        return self.Qformer["bert"].encoder(
-            hidden,
-            attention_mask=(1.0 - seen[:, None, None, :]) * -10000.0,
-            encoder_hidden_states=image_embeds,
-            query_length=query_length,
-        ).last_hidden_state
+        return (
+            self.Qformer["bert"]
+            .encoder(
+                hidden,
+                attention_mask=(1.0 - seen[:, None, None, :]) * -10000.0,
+                encoder_hidden_states=image_embeds,
+                query_length=query_length,
+            )
+            .last_hidden_state
+        )
 
 
 def load_tokenizer(name: str) -> BertTokenizer:
@@ -392,7 +399,7 @@ def _build_tower(
     )
 
 
-def _checked_loss_weights(fusion: str, weights: Optional[Mapping[str, float]]) -> dict[str, float]:
+def _checked_loss_weights(fusion: str, weights: Mapping[str, float] | None) -> dict[str, float]:
     names = LOSSES[fusion]
     given = dict(weights or {})
     unknown = [name for name in given if name not in names]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 from unittest import mock
 
 import torch
@@ -48,13 +48,14 @@ class PortableRunner:
     @property
     def model(self) -> nn.Module:
         """The model on its device, inside DistributedDataParallel in a distributed run."""
-        if self._wrapped_model is None:
-            self._model = self._model.to(self.device)
-            self._wrapped_model = self._model
+        wrapped: nn.Module | None = self._wrapped_model
+        if wrapped is None:
+            wrapped = self._model = self._model.to(self.device)
             if self.use_distributed:
                 devices = [self.config.run_cfg.gpu] if self.cuda_enabled else None
-                self._wrapped_model = DistributedDataParallel(self._model, device_ids=devices)
-        return self._wrapped_model
+                wrapped = DistributedDataParallel(self._model, device_ids=devices)
+            self._wrapped_model = wrapped
+        return wrapped
 
     def create_loaders(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Return LAVIS's loaders; on a CPU without its prefetcher, which opens a CUDA stream."""
@@ -113,7 +114,9 @@ def _synchronize_meter(meter: lavis_logger.SmoothedValue) -> None:
     meter.count = int(count)
 
 
-def process_environment() -> Optional[tuple[int, int, int]]:
+def process_environment() -> tuple[int, int, int] | None:
     """Return (rank, world size, local rank) as torchrun sets them, ``None`` outside of it."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    return tuple(int(os.environ[name]) for name in names) if all(name in os.environ for name in names) else None
+    try:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    except KeyError:
+        return None

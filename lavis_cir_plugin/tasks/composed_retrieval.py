@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,12 +80,13 @@ class Evaluation:
     model: nn.Module
     loader: DataLoader
     cuda_enabled: bool
-    gallery: Optional[Tensor] = None
+    gallery: Tensor | None = None
 
     @property
     def dataset(self) -> BenchmarkDataset:
         """The benchmark's data set."""
-        return self.loader.dataset
+        dataset: BenchmarkDataset = self.loader.dataset  # type: ignore[assignment]
+        return dataset
 
     def rankings(self, mode: str = "multimodal") -> dict[str, Ranking]:
         """Return each group's ranking by queries of ``mode`` (``multimodal``, ``image`` or ``text``)."""
@@ -167,7 +168,9 @@ def rank_group(group: Group, rows: Tensor, gallery: Tensor, device: torch.device
     return rank(
         queries.to(device),
         gallery.to(device),
-        torch.tensor([-1 if query.target is None else index.get(query.target, -1) for query in group.queries]).to(device),
+        torch.tensor([-1 if query.target is None else index.get(query.target, -1) for query in group.queries]).to(
+            device
+        ),
         excluded=references.to(device) if group.reference_removed else None,
         members=members,
     )
