@@ -44,21 +44,22 @@ def small_model():
     return make
 
 
+def make_triplets(size: int, seed: int = 1) -> dict[str, Any]:
+    """Return a random batch of triplets in LAVIS's keys."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = ["is red", "has longer sleeves and no collar", "is more colorful", "plain blue", "is darker"]
+    return {
+        "image": torch.randn(size, 3, 16, 16, generator=generator),
+        "target": torch.randn(size, 3, 16, 16, generator=generator),
+        "text_input": [texts[index % len(texts)] for index in range(size)],
+        "target_id": torch.arange(size),
+    }
+
+
 @pytest.fixture
 def triplets():
-    """Return a factory of random batches of triplets in LAVIS's keys."""
-
-    def make(size: int, seed: int = 1) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(seed)
-        texts = ["is red", "has longer sleeves and no collar", "is more colorful", "plain blue", "is darker"]
-        return {
-            "image": torch.randn(size, 3, 16, 16, generator=generator),
-            "target": torch.randn(size, 3, 16, 16, generator=generator),
-            "text_input": [texts[index % len(texts)] for index in range(size)],
-            "target_id": torch.arange(size),
-        }
-
-    return make
+    """Return the factory of random batches."""
+    return make_triplets
 
 
 @pytest.fixture(scope="session")

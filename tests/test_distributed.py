@@ -1,0 +1,80 @@
+"""Two gloo processes with half a batch each against one process with the whole batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import SMALL, make_triplets
+from torch.nn.parallel import DistributedDataParallel
+
+from lavis_cir_plugin.losses import gather_with_gradient
+from lavis_cir_plugin.models.blip2_cir import Blip2Cir
+from lavis_cir_plugin.perturbation import PerturbingOptimizer, WeightPerturbation
+from lavis_cir_plugin.tasks.composed_retrieval import gather_rows
+
+FUSIONS = ("joint", "sentence_prompt")
+GAMMAS = (0.0, 0.05)
+
+
+def model_and_call(fusion, gamma, wrap=lambda model: model):
+    torch.manual_seed(0)
+    model = Blip2Cir(**{**SMALL, "fusion": fusion})
+    wrapped = wrap(model)
+    optimizer = PerturbingOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), wrapped, WeightPerturbation(gamma=gamma, tensors="all")
+    )
+    return model, optimizer.perturb(wrapped)
+
+
+def whole_batch():
+    """Eight triplets of which rows 1 and 6, on different processes, have the same target image."""
+    batch = make_triplets(8)
+    batch["target"][6] = batch["target"][1]
+    batch["target_id"][6] = batch["target_id"][1]
+    return batch
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    half = {key: values[rank * 4 : rank * 4 + 4] for key, values in whole_batch().items()}
+    found = {}
+    for fusion in FUSIONS:
+        for gamma in GAMMAS:
+            model, call = model_and_call(fusion, gamma, DistributedDataParallel)
+            call(half)["loss"].backward()
+            found[fusion, gamma] = gradients(model)
+    found["gathered"] = gather_with_gradient(torch.tensor([rank]))
+    found["rows"] = [gather_rows(torch.arange(rank, n, 2.0)[:, None], n, torch.device("cpu")) for n in (1, 4, 5)]
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(work, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_gradients_equal_those_of_one_process(fusion, gamma, found):
+    """Negatives and duplicate targets reach across processes, and both share one perturbation."""
+    model, call = model_and_call(fusion, gamma)
+    call(whole_batch())["loss"].backward()
+    for rank in range(2):
+        for name, gradient in gradients(model).items():
+            torch.testing.assert_close(found[rank][fusion, gamma][name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_gathering_keeps_the_order_and_exact_counts(found):
+    for rank in range(2):
+        assert found[rank]["gathered"].tolist() == [0, 1]
+        assert [rows.flatten().tolist() for rows in found[rank]["rows"]] == [[0.0], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
