@@ -6,7 +6,6 @@ LAVIS itself answers an unknown name with an error about NoneType and an unknown
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
 from lavis_cir_plugin.perturbation import WeightPerturbation
 
 # What a project file need not repeat.
@@ -116,10 +116,16 @@ def check_values(cfg: Config, command: str) -> None:
         raise ConfigError("config", problems)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` for the nearest known name, or nothing."""
-    nearest = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean '{nearest[0]}'?" if nearest else ""
+def choose_splits(cfg: Config, command: str) -> None:
+    """Let each of our data sets build only the splits that this run reads, unless its section says which.
+
+    So an evaluation needs no training images, and a training run without ``valid_splits`` no validation images.
+    """
+    keys = ("train_splits", "valid_splits", "test_splits") if command == "train" else ("test_splits",)
+    needed = list(dict.fromkeys(split for key in keys for split in cfg.run_cfg[key]))
+    for name, section in cfg.datasets_cfg.items():
+        if _is_ours(registry.get_builder_class(name)) and section.get("splits") is None:
+            section.splits = needed
 
 
 def _sections(merged: DictConfig) -> Iterator[str]:
@@ -133,7 +139,7 @@ def _sections(merged: DictConfig) -> Iterator[str]:
 
 def _registered(key: str, name: Any, known: Sequence[str]) -> Iterator[str]:
     if name not in known:
-        yield f"{key}: {name!r} is not registered{did_you_mean(name, known) or '.'} Registered: {', '.join(known)}."
+        yield f"{key}: {name!r} is not registered{did_you_mean(name, known)} Registered: {', '.join(known)}."
 
 
 def _known_keys(where: str, given: Iterable[str], known: Iterable[str], is_complete: bool = True) -> Iterator[str]:
@@ -141,8 +147,9 @@ def _known_keys(where: str, given: Iterable[str], known: Iterable[str], is_compl
     known = sorted(known)
     for key in given:
         hint = did_you_mean(key, known)
-        if key not in known and (is_complete or hint):
-            allowed = "" if hint else f". Known: {', '.join(known)}."
+        has_hint = hint != "."
+        if key not in known and (is_complete or has_hint):
+            allowed = "" if has_hint else f" Known: {', '.join(known)}."
             yield f"{where}.{key} is not a known key{hint}{allowed}"
 
 
@@ -181,7 +188,7 @@ def _model_names(model: DictConfig, run: DictConfig) -> Iterator[str]:
     if model.get("model_type") not in types:
         yield (
             f"model.model_type: {model.get('model_type')!r} is no type of {model.arch}"
-            f"{did_you_mean(str(model.get('model_type')), types) or '.'} Types: {', '.join(types)}."
+            f"{did_you_mean(model.get('model_type'), types)} Types: {', '.join(types)}."
         )
     if _is_ours(model_class):
         yield from _known_keys("model", model, (*_MODEL_KEYS, *model_class.__init__.__kwdefaults__))
@@ -197,7 +204,7 @@ def _dataset_names(datasets: DictConfig) -> Iterator[str]:
         if section.get("type", "default") not in types:
             yield (
                 f"datasets.{name}.type: {section.type!r} is not one of {', '.join(types)}"
-                f"{did_you_mean(section.type, types) or '.'}"
+                f"{did_you_mean(section.type, types)}"
             )
         if _is_ours(builder):
             yield from _known_keys(f"datasets.{name}", section, _DATASET_KEYS)
@@ -257,7 +264,7 @@ def _split_values(cfg: Config) -> Iterator[str]:
             yield f"run.{key} must be a list such as [val], got {cfg.run_cfg[key]!r}."
             continue
         for name, section in cfg.datasets_cfg.items():
-            unknown = set(cfg.run_cfg[key]) - set(section.get("splits", cfg.run_cfg[key]))
+            unknown = set(cfg.run_cfg[key]) - set(section.get("splits") or cfg.run_cfg[key])
             if unknown:
                 yield (
                     f"run.{key}: {', '.join(sorted(unknown))} is not built by datasets.{name}.splits: "

@@ -133,7 +133,7 @@ class BenchmarkBuilder(BaseDatasetBuilder):
 
     Keys of its config section, besides LAVIS's processors:
 
-    * ``splits``: which to build; an evaluation file leaves ``train`` out, a training run may leave ``val`` out.
+    * ``splits``: which to build; the launcher fills in those that the run reads.
     * ``build_info``: passed to the benchmark's reader, which names its keys.
     * ``garments``: settings of the embedded world; drawn into the cache on first use and read like a download.
     """
@@ -156,7 +156,7 @@ class BenchmarkBuilder(BaseDatasetBuilder):
         self.build_processors()
         build_info = self._build_info()
         datasets: dict[str, Dataset] = {}
-        for split in self.config.splits:
+        for split in self.config.get("splits") or ("train", "val"):
             stage = "train" if split == "train" else "eval"
             processors = self.vis_processors[stage], self.text_processors[stage]
             if split == "train":

@@ -57,6 +57,7 @@ def run(command: str, args: argparse.Namespace) -> None:
     """Build config, task, data sets, model and runner as LAVIS's scripts do, then train or evaluate."""
     cfg = _complete(config.read_config(str(_find_config(args.cfg_path)), args.options))
     config.check_values(cfg, command)
+    config.choose_splits(cfg, command)
     _join_processes(cfg.run_cfg)
     cfg.run_cfg.output_dir = str(Path(cfg.run_cfg.output_dir).expanduser().absolute())
     _seed(int(cfg.run_cfg.seed) + get_rank())

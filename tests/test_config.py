@@ -130,13 +130,13 @@ def test_an_unknown_name_is_answered_with_the_nearest(option, message):
         ("run.resume_ckpt_path=/nowhere.pth", r"run\.resume_ckpt_path: /nowhere\.pth does not exist"),
         ("run.valid_splits=val", r"run\.valid_splits must be a list such as \[val\], got 'val'"),
         (
-            "run.valid_splits=[dev]",
+            "run.valid_splits=[dev] datasets.fashioniq.splits=[train,val]",
             r"run\.valid_splits: dev is not built by datasets\.fashioniq\.splits: \['train', 'val'\]",
         ),
     ],
 )
 def test_an_impossible_value_says_what_is_allowed(option, message, tmp_path):
-    merged = config.read_config(str(PROJECTS / "wrf4cir/demo.yaml"), [option])
+    merged = config.read_config(str(PROJECTS / "wrf4cir/demo.yaml"), option.split())
     with pytest.raises(config.ConfigError, match=message):
         config.check_values(complete(merged, tmp_path), "train")
 
@@ -146,6 +146,21 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_starts(tmp_path, monkey
     merged = config.read_config(str(PROJECTS / "wrf4cir/demo.yaml"), ["run.device=cuda"])
     with pytest.raises(config.ConfigError, match=r"'cuda' was asked for and torch sees no GPU; set run\.device: cpu"):
         config.check_values(complete(merged, tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "expected"),
+    [
+        ("train", [], ["train", "val"]),
+        ("train", ["run.valid_splits=[]", "run.test_splits=[]"], ["train"]),
+        ("evaluate", [], ["val"]),
+        ("evaluate", ["datasets.fashioniq.splits=[train,val]"], ["train", "val"]),
+    ],
+)
+def test_only_the_splits_that_a_run_reads_are_built(command, options, expected, tmp_path):
+    cfg = complete(config.read_config(str(PROJECTS / "wrf4cir/demo.yaml"), options), tmp_path)
+    config.choose_splits(cfg, command)
+    assert list(cfg.datasets_cfg.fashioniq.splits) == expected
 
 
 def test_all_slips_are_told_at_once():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -273,7 +273,7 @@ def config_from_mapping(cls: type[Config], dataset: str, mapping: Mapping[str, A
     values, errors = {}, []
     for key, value in mapping.items():
         if key not in known:
-            errors.append(f"{where}.{key} is not a known key{_did_you_mean(key, known)} Known: {', '.join(known)}.")
+            errors.append(f"{where}.{key} is not a known key{did_you_mean(key, known)} Known: {', '.join(known)}.")
             continue
         if isinstance(value, Sequence) and not isinstance(value, str):
             value = tuple(value)
@@ -302,13 +302,14 @@ def _problem(kind: Any, choices: tuple[str, ...], value: Any) -> str:
         return f"a non-empty list of distinct names from {', '.join(choices)}, got {_shown(value)}."
     if choices:
         allowed = f"one of {', '.join(choices)}, got {_shown(value)}"
-        return "" if value in choices else allowed + _did_you_mean(value, choices)
+        return "" if value in choices else allowed + did_you_mean(value, choices)
     if value is None and kind.endswith("None"):
         return ""
     return "" if isinstance(value, str) and value else f"the path of a folder, got {_shown(value)}."
 
 
-def _did_you_mean(word: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
+def did_you_mean(word: Any, known: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the nearest known word, or a full stop."""
     close = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else "."
 
