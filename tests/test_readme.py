@@ -1,0 +1,182 @@
+"""README against the code: config keys and their defaults, commands, paths, messages, protocol lines, the example."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lavis.common.config import Config
+from omegaconf import OmegaConf
+
+from lavis_cir_plugin import config
+from lavis_cir_plugin.benchmarks import cirr, fashioniq
+from lavis_cir_plugin.benchmarks.cirr import CIRRConfig
+from lavis_cir_plugin.benchmarks.fashioniq import FashionIQConfig
+from lavis_cir_plugin.garments import GarmentsConfig
+from lavis_cir_plugin.models.blip2_cir import Blip2Cir
+from lavis_cir_plugin.perturbation import WeightPerturbation
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PACKAGES = ("lavis_cir_plugin", "lavis_cir_hook")
+
+
+def section(heading: str) -> str:
+    """Return what stands between a heading and the next one."""
+    found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", README, re.DOTALL | re.MULTILINE)
+    assert found, f"README has no section '{heading}'"
+    return found[1]
+
+
+def table(heading: str) -> dict[str, str]:
+    """Map each key of a section's table, also of several in one cell, to its default as written."""
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \|", section(heading), re.MULTILINE)
+    keys = [(key, default.strip("`")) for names, default in rows for key in re.findall(r"`(\w+)`", names)]
+    assert len(dict(keys)) == len(keys)
+    return dict(keys)
+
+
+def field_defaults(cls: type) -> dict[str, object]:
+    return {
+        field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+        for field in dataclasses.fields(cls)
+        if field.default is not dataclasses.MISSING
+    }
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("heading", "cls"),
+    [
+        ("`datasets.fashioniq.build_info`", FashionIQConfig),
+        ("`datasets.cirr.build_info`", CIRRConfig),
+        ("`datasets.fashioniq.garments`", GarmentsConfig),
+        ("`run.wrf`", WeightPerturbation),
+    ],
+)
+def test_a_table_has_every_field_and_its_default(heading, cls):
+    written = table(heading)
+    assert set(written) == {field.name for field in dataclasses.fields(cls)}
+    defaults = field_defaults(cls)
+    assert {key: yaml.safe_load(written[key]) for key in defaults} == defaults
+    assert {written[key] for key in set(written) - set(defaults)} <= {"required"}
+
+
+def test_the_model_table_has_every_keyword_and_its_default():
+    written = table("`model` (arch `blip2_cir`)")
+    defaults = Blip2Cir.__init__.__kwdefaults__
+    assert set(written) == {*config._MODEL_KEYS, *defaults}
+    assert {key: yaml.safe_load(written[key]) for key in defaults} == defaults
+
+
+def test_the_data_set_table_has_every_key():
+    assert set(table("`datasets.fashioniq` and `datasets.cirr`")) == set(config._DATASET_KEYS)
+
+
+def test_the_run_table_has_every_default_and_no_unknown_key():
+    written = table("`run`")
+    assert set(written) >= {*config.RUN_DEFAULTS, *config._OWN_RUN_KEYS, *config._TRAINING_KEYS}
+    stated = {key: default for key, default in config.RUN_DEFAULTS.items() if written[key] != "set"}
+    assert {key: yaml.safe_load(written[key]) for key in stated} == stated
+    run = {**dict.fromkeys(written), **config.RUN_DEFAULTS, "task": "composed_retrieval", "wrf": {}}
+    assert list(config._run_names(OmegaConf.create({**run, "runner": "runner_wrf4cir"}))) == []
+
+
+COMMANDS = [
+    (line, shlex.split(line))
+    for block in blocks("bash")
+    for line in re.sub(r"\\\n\s*", " ", block).splitlines()
+    if "-m lavis." in line
+]
+
+
+@pytest.mark.parametrize(("line", "words"), COMMANDS, ids=[line[:60] for line, _ in COMMANDS])
+def test_every_command_has_right_keys_and_values(line, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    path, marker, *options = words[words.index("--cfg-path") + 1 :]
+    assert marker == "--options"
+    OmegaConf.save(config.read_config(str(ROOT / path), options), tmp_path / "merged.yaml")
+    completed = Config(argparse.Namespace(cfg_path=str(tmp_path / "merged.yaml"), options=[]))
+    config.check_values(completed, "train" if "lavis.train" in words else "evaluate")
+
+
+def test_there_are_commands():
+    assert {"lavis.train", "lavis.evaluate"} <= {word for _, words in COMMANDS for word in words}
+
+
+def test_every_path_of_the_project_exists():
+    """Paths below the project's own folders, and the targets of links; 'x' is the name of an example."""
+    prose = re.sub(r"^```(?:text|python)\n.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)  # they have tests
+    folders = "benchmarks|configs|docs|lavis_cir_hook|lavis_cir_plugin|projects|tests"
+    paths = re.findall(rf"(?<![\w./-])(?:{folders})/[\w./-]*", prose)
+    paths += [target for target in re.findall(r"\]\(([^)#]+)\)", prose) if "://" not in target]
+    named = {path.rstrip(".") for path in paths if not re.search(r"/x[/.]", path)}
+    assert len(named) > 20
+    assert sorted(path for path in named if not (ROOT / path).exists()) == []
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"^make ([\w-]+)|`make ([\w-]+)", README, re.MULTILINE)
+    assert named
+    assert {first or second for first, second in named} <= set(targets)
+
+
+def test_the_listing_names_every_module():
+    (listing,) = (block for block in blocks("text") if block.startswith("lavis_cir_plugin/"))
+    named, package = set(), ""
+    for line in listing.splitlines():
+        name = line.split()[0]
+        if line[0] != " ":
+            package = name
+        else:
+            named.add(package + name)
+    modules = {path.relative_to(ROOT).as_posix() for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")}
+    stations = {name for name in modules if name.endswith("/__init__.py") and name.count("/") > 1}
+    assert named == modules - stations
+
+
+def test_every_quoted_message_is_in_the_code():
+    # Adjacent string literals are one message; the last row quotes LAVIS, whose source it is looked up in.
+    from lavis.models import eva_vit
+
+    files = [path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in [*files, Path(eva_vit.__file__)])
+    source = re.sub(r'"\s+f?"', "", source)
+    quoted = [
+        message
+        for cell in re.findall(r"^\| (`.*?) \|", section("When something goes wrong"), re.MULTILINE)
+        for message in re.findall(r"`([^`]+)`", cell)
+    ]
+    assert len(quoted) >= 8
+    assert [message for message in quoted if message not in source] == []
+
+
+@pytest.mark.parametrize(("reader", "folder"), [(fashioniq, "fashionIQ_dataset"), (cirr, "cirr_dataset")])
+def test_the_protocol_lines_are_those_of_the_real_files(reader, folder, real_annotations, monkeypatch):
+    """With every image taken to exist: sizes and wording come from the annotation files and the default config."""
+    monkeypatch.setattr(reader, "_find_images", lambda settings, names: (dict.fromkeys(names, Path()), []))
+    root = real_annotations / folder
+    root = root if root.is_dir() else real_annotations
+    (lines,) = (block.splitlines() for block in blocks("text") if block.startswith("FashionIQ val"))
+    assert reader.read_benchmark({"root": str(root)}, "val").protocol in lines
+
+
+def test_the_python_example_runs():
+    (example,) = blocks("python")
+    names: dict[str, torch.Tensor] = {}
+    exec(example, names)
+    assert names["query"].shape == (1, 64)
+    assert names["targets"].shape == (4, 8, 64)
+    assert sorted(names["ranking"][0].tolist()) == [0, 1, 2, 3]
+    torch.testing.assert_close(names["query"].norm(dim=-1), torch.ones(1))
+    torch.testing.assert_close(names["targets"].norm(dim=-1), torch.ones(4, 8))
