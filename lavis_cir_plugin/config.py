@@ -56,7 +56,7 @@ _RUN_KEYS_OF_LAVIS = (
 )
 _OWN_RUN_KEYS = ("wrf", "adam_eps")
 _MODEL_KEYS = ("arch", "model_type", "load_finetuned", "load_pretrained", "pretrained", "finetuned", "vit_pretrained")
-_DATASET_KEYS = ("type", "data_type", "splits", "build_info", "garments", "vis_processor", "text_processor")
+_DATASET_KEYS = ("type", "data_type", "splits", "preload", "build_info", "garments", "vis_processor", "text_processor")
 
 
 class ConfigError(ValueError):

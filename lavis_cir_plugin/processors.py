@@ -45,6 +45,8 @@ class TargetPadProcessor(BlipImageBaseProcessor):
         ValueError: If ``target_ratio`` is below 1 or ``image_size`` below 1.
     """
 
+    is_deterministic = True
+
     def __init__(self, image_size: int = 224, target_ratio: float = 1.25) -> None:
         super().__init__()
         if target_ratio < 1 or image_size < 1:

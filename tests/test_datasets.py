@@ -1,0 +1,108 @@
+"""LAVIS datasets and builders over a small drawn world, and the preprocessing of pictures."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+from PIL import Image
+
+from lavis_cir_plugin.benchmarks import fashioniq
+from lavis_cir_plugin.datasets import BenchmarkDataset, TripletDataset, image_id
+from lavis_cir_plugin.processors import TargetPadProcessor, pad_to_ratio
+
+SIZES = {"train_triplets": 8, "train_images": 12, "val_queries": 4, "val_images": 8, "test_queries": 2}
+WORLD = {**SIZES, "test_images": 4, "image_width": 48, "image_height": 60}
+
+
+def build(tmp_path, monkeypatch, **changes):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    builder = registry.get_builder_class("fashioniq")
+    cfg = OmegaConf.load(builder.default_config_path("garments")).datasets.fashioniq
+    return builder(OmegaConf.merge(cfg, {"garments": WORLD}, changes)).build_datasets()
+
+
+def test_the_embedded_world_is_drawn_where_a_download_would_be(tmp_path, monkeypatch):
+    datasets = build(tmp_path, monkeypatch)
+    assert set(datasets) == {"train", "val"}
+    train, val = datasets["train"], datasets["val"]
+    assert isinstance(train, TripletDataset)
+    assert isinstance(val, BenchmarkDataset)
+    assert (len(train), len(val), len(val.queries)) == (3 * 8, 3 * 8, 3 * 4)
+    sample = train.collater([train[0], train[1]])
+    assert sample["image"].shape == sample["target"].shape == (2, 3, 64, 64)
+    assert sample["text_input"][0] == sample["text_input"][0].lower()
+    assert sample["target_id"].tolist() == [image_id(train.triplets[i].target) for i in (0, 1)]
+    assert (tmp_path / "lavis_cir_plugin").is_dir()
+
+
+def test_preloaded_pictures_are_the_same_pictures(tmp_path, monkeypatch):
+    kept, read = (build(tmp_path, monkeypatch, preload=preload) for preload in (True, False))
+    assert kept["train"].preloaded
+    assert not read["train"].preloaded
+    for split in ("train", "val"):
+        assert torch.equal(kept[split][3]["image"], read[split][3]["image"])
+    assert torch.equal(kept["val"].queries[5]["image"], read["val"].queries[5]["image"])
+
+
+def test_random_crops_are_not_preloaded(tmp_path, monkeypatch):
+    processors = {"train": {"name": "blip_image_train", "image_size": 32}}
+    with pytest.raises(ValueError, match=r"preload: true needs a processor without randomness, got BlipImageTrain"):
+        build(tmp_path, monkeypatch, vis_processor=processors)
+
+
+def test_the_text_of_a_triplet_is_drawn_from_pythons_generator(tmp_path, monkeypatch):
+    """LAVIS seeds it and torch seeds it in workers, so a run's texts follow from its seed."""
+    train = build(tmp_path, monkeypatch)["train"]
+    texts = []
+    for seed in (1, 1, 2):
+        random.seed(seed)
+        texts.append([train[index]["text_input"] for index in range(len(train))])
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_image_ids_are_stable_and_fit_a_signed_integer():
+    """The same in every process and on every platform: the first is written down."""
+    assert image_id("B000000001") == 7557791385062964943 != image_id("B000000002")
+    assert all(0 <= image_id(str(n)) < 2**63 for n in range(1000))
+
+
+def test_each_benchmark_module_is_a_builder():
+    assert {"fashioniq", "cirr"} <= set(registry.list_datasets())
+    assert registry.get_builder_class("fashioniq").benchmark_module is fashioniq
+
+
+@pytest.mark.parametrize(
+    ("size", "padded"),
+    [
+        ((100, 100), (100, 100)),  # ratio 1 <= 1.25
+        ((125, 100), (125, 100)),  # exactly 1.25: untouched
+        ((200, 100), (200, 160)),  # 200 / 1.25 = 160: 60 black rows, 30 above and 30 below
+        ((100, 203), (162, 203)),  # 203 / 1.25 = 162.4 -> 162: 62 black columns
+    ],
+)
+def test_target_padding_worked_by_hand(size, padded):
+    image = pad_to_ratio(Image.new("RGB", size, "white"), 1.25)
+    assert image.size == padded
+    pixels = np.asarray(image)
+    assert (pixels == 255).all(axis=-1).sum() == size[0] * size[1]
+    if size == (200, 100):
+        assert (pixels[:30] == 0).all()
+        assert (pixels[30:130] == 255).all()
+
+
+def test_the_processor_normalises_like_clip():
+    """White, 1.0 a channel: (1 - mean) / std of CLIP."""
+    pixel = TargetPadProcessor(image_size=8)(Image.new("RGB", (20, 20), "white"))[:, 4, 4]
+    expected = [(1 - m) / s for m, s in zip((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))]
+    torch.testing.assert_close(pixel, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_an_impossible_padding_is_refused():
+    with pytest.raises(ValueError, match=r"target_ratio must be >= 1 and image_size >= 1, got 0\.5 and 224"):
+        TargetPadProcessor(target_ratio=0.5)
