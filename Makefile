@@ -1,6 +1,8 @@
-# make install | demo | test | lint | bench; PYTHON=python3.12 chooses the interpreter, VENV=folder where it is installed.
+# make install | demo | test | lint | bench; PYTHON=python3.12 chooses the interpreter, VENV=folder where it is installed,
+# CIR_DATA=folder that holds fashionIQ_dataset/ with the real annotation files, for bench.
 PYTHON ?= python3
 VENV ?= .venv
+CIR_DATA ?= ../shared/data
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
 
 BIN := $(VENV)/bin
@@ -30,7 +32,11 @@ format: $(TESTABLE)
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED)
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	$(BIN)/python benchmarks/perturbation_cost.py
+	$(BIN)/python benchmarks/ranking_full_size.py
+	@if [ -d "$(CIR_DATA)/fashionIQ_dataset/captions" ]; then set -x; \
+		$(BIN)/python benchmarks/fashioniq_full_size.py --annotations "$(CIR_DATA)/fashionIQ_dataset"; \
+	else echo "benchmarks/fashioniq_full_size.py was left out: no fashionIQ_dataset/captions in $(CIR_DATA); set CIR_DATA."; fi
 
 $(INSTALLED): EXTRAS := cpu
 $(TESTABLE): EXTRAS := cpu,test

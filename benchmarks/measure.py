@@ -1,0 +1,39 @@
+"""Run a command and measure it from outside: wall time, processor time and peak memory by the operating system."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a command took: wall time, processor time of all its processes, and the resident memory of the largest."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+def run(command: Sequence[str], on_line: Callable[[str], None]) -> Usage:
+    """Run a command, hand over each line of its standard output and error, and wait for its end.
+
+    Linux counts the caller's own peak as the least peak of what it starts, so the caller has to stay the smaller one.
+
+    Raises:
+        subprocess.CalledProcessError: the command failed.
+    """
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout or ():
+            on_line(line.rstrip("\n"))
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    kilo = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes
+    return Usage(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss * kilo)

@@ -1,0 +1,147 @@
+"""The scripts in benchmarks/: their small parts, and the full-size script from end to end on a tiny FashionIQ."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Return a function that imports a script by its name."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def annotations(tmp_path):
+    """Write FashionIQ's files for 3 categories: per split 8 images in a row, each the target of the one before it."""
+    for category in ("dress", "shirt", "toptee"):
+        for split in ("train", "val"):
+            names = [f"{category}-{split}-{index}" for index in range(8)]
+            pairs = zip(names, names[1:])
+            rows = [{"candidate": a, "target": b, "captions": ["is red", "is longer"]} for a, b in pairs]
+            for folder, name, content in (("captions", "cap", rows), ("image_splits", "split", names)):
+                path = tmp_path / "given" / folder / f"{name}.{category}.{split}.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(content))
+    return tmp_path / "given"
+
+
+def test_needed_images_are_those_of_training_triplets_and_validation_galleries(script, annotations):
+    """8 training images, all in triplets, and 8 gallery images per category; a shared one keeps its first category."""
+    path = annotations / "image_splits" / "split.toptee.val.json"
+    path.write_text(json.dumps([*json.loads(path.read_text()), "shirt-val-0"]))
+    needed = script("fashioniq_full_size").needed_images(annotations)
+    assert len(needed) == 3 * (8 + 8)
+    assert needed["shirt-val-0"] == "shirt"
+
+
+def test_needed_images_of_the_real_files(script, real_annotations):
+    """Distinct: 25,136 in training triplets and 15,415 in validation galleries, of which 400 are in both."""
+    needed = script("fashioniq_full_size").needed_images(real_annotations / "fashionIQ_dataset")
+    assert len(needed) == 25_136 + 15_415 - 400
+
+
+def test_drawing_is_resumed_and_leaves_whole_pictures_only(script, tmp_path):
+    draw_missing = script("fashioniq_full_size").draw_missing
+    assert draw_missing({"a": "dress", "b": "shirt"}, tmp_path, 32) == (2, 0)
+    first = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(b"the user's own")
+    (tmp_path / "b.jpg").unlink()
+    assert draw_missing({"a": "dress", "b": "shirt", "c": "toptee"}, tmp_path, 32) == (2, 1)
+    assert (tmp_path / "a.jpg").read_bytes() == b"the user's own"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jpg", "b.jpg", "c.jpg"]
+    assert Image.open(tmp_path / "c.jpg").size == (32, 40)
+
+    (tmp_path / "a.jpg").unlink()
+    draw_missing({"a": "dress"}, tmp_path, 32)
+    assert (tmp_path / "a.jpg").read_bytes() == first
+
+
+def test_missing_annotations_are_named(script, annotations, tmp_path):
+    (annotations / "captions" / "cap.shirt.val.json").unlink()
+    with pytest.raises(SystemExit, match=r"1 of 12 annotation files are missing \(first: .*cap\.shirt\.val\.json\)"):
+        script("fashioniq_full_size").copy_annotations(annotations, tmp_path / "root")
+
+
+def test_stages_add_up_over_epochs(script):
+    """Start 0-3, training 3-10 and 12-20, evaluation 10-12 and 20-25: 3, 15 and 7 seconds."""
+    job = script("fashioniq_full_size").Job()
+    job.changes = [(3.0, "training"), (10.0, "evaluation"), (12.0, "training"), (20.0, "evaluation")]
+    assert job.stages(25.0) == {"start": 3.0, "training": 15.0, "evaluation": 7.0}
+
+
+def test_usage_is_that_of_the_largest_process():
+    """Peaks of a process that holds 300 MiB, of one whose child does, and of one that holds nothing.
+
+    They are measured from a small process, because on Linux a process begins with the peak of the one that started it.
+    """
+    code = """if True:
+        import sys, measure
+        block = [sys.executable, "-c", "bytearray(300 * 2**20)"]
+        child = [sys.executable, "-c", f"import subprocess; subprocess.run({block})"]
+        for command in (block, child, [sys.executable, "-c", ""]):
+            print(measure.run(command, print).peak_bytes // 2**20)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, capture_output=True, text=True, check=True)
+    own, of_child, none = map(int, done.stdout.split())
+    assert 300 <= own < 400
+    assert 300 <= of_child < 400
+    assert none < 100
+
+
+def test_lines_come_from_output_and_error(script):
+    lines: list[str] = []
+    script("measure").run([sys.executable, "-c", "import sys; print(1); print(2, file=sys.stderr)"], lines.append)
+    assert sorted(lines) == ["1", "2"]
+
+
+def test_a_failed_command_is_an_error(script):
+    with pytest.raises(subprocess.CalledProcessError):
+        script("measure").run([sys.executable, "-c", "raise SystemExit(3)"], print)
+
+
+def test_both_ways_of_ranking_agree(script, monkeypatch):
+    """Six queries among 50 images: the string matrix and chunked ranking give the same recall."""
+    import torch
+
+    ranking = script("ranking_full_size")
+    monkeypatch.setattr(ranking, "QUERIES", 6)
+    monkeypatch.setattr(ranking, "GALLERY", 50)
+    monkeypatch.setattr(ranking, "CUTOFFS", (1, 5, 25))
+    generator = torch.Generator().manual_seed(0)
+    gallery = torch.randn(50, 3, 8, generator=generator)
+    query, targets = gallery[:6, 0] + torch.randn(6, 8, generator=generator), torch.arange(6)
+    recalls = ranking.by_strings(query, gallery, targets)
+    assert recalls == pytest.approx(ranking.by_chunks(query, gallery, targets))
+    assert 0 < recalls[0] < 100
+
+
+@pytest.mark.slow
+def test_full_size_script_from_annotations_to_report(annotations, tmp_path):
+    """3 x 7 training triplets, 3 x 7 queries, 3 x 8 gallery images; 3 x 16 pictures drawn in the first run only."""
+    (tmp_path / "sitecustomize.py").write_text("import lavis_cir_hook\nlavis_cir_hook.install()\n")  # as installed
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(SCRIPTS / "fashioniq_full_size.py"), "--image-width", "32"]
+    command += ["--annotations", str(annotations), "--work", str(tmp_path / "work")]
+    command += ["--options", "run.batch_size_train=4", "run.num_workers=0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    table, report = done.stdout.split("FashionIQ at full size")
+    assert "trained model" in table
+    assert "21 training triplets, 21 queries, 24 gallery images (NOT" in report
+    assert "48 drawn, 0 already there" in report
+    output = Path(report.split("output")[-1].strip())
+    assert (output / "metrics.json").is_file()
+    assert output.parent.parent == tmp_path / "work"
