@@ -29,14 +29,7 @@ def read_state(path_or_url: str) -> dict[str, Tensor]:
         ValueError: If the file is not a checkpoint, holds anything but tensors and plain containers, or holds no
             state dictionary or several.
     """
-    path = _local_file(path_or_url)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"checkpoint {path}: cannot be read as tensors and plain containers ({_first_line(error)}). It is "
-            "truncated, no checkpoint, or holds other Python objects, which are never unpickled."
-        ) from error
+    content = read_checkpoint(path_or_url)
     if _is_state(content):
         return dict(content)
     states = {key: value for key, value in content.items() if _is_state(value)} if isinstance(content, Mapping) else {}
@@ -46,8 +39,25 @@ def read_state(path_or_url: str) -> dict[str, Tensor]:
         return dict(next(iter(states.values())))
     found = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
     raise ValueError(
-        f"checkpoint {path}: expected one state dictionary (name to tensor), found {len(states)} (content: {found})."
+        f"checkpoint {path_or_url}: expected one state dictionary (name to tensor), found {len(states)} "
+        f"(content: {found})."
     )
+
+
+def read_checkpoint(path_or_url: str) -> Any:
+    """Return the content of a checkpoint file, on the CPU; only tensors and plain containers are unpickled.
+
+    Raises:
+        FileNotFoundError, ValueError: As :func:`read_state`.
+    """
+    path = _local_file(path_or_url)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint {path}: cannot be read as tensors and plain containers ({_first_line(error)}). It is "
+            "truncated, no checkpoint, or holds other Python objects, which are never unpickled."
+        ) from error
 
 
 def load_strictly(

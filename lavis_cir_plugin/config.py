@@ -5,7 +5,6 @@ LAVIS itself answers an unknown name with an error about NoneType and an unknown
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +19,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
-from lavis_cir_plugin.perturbation import WeightPerturbation
 
 # What a project file need not repeat.
 RUN_DEFAULTS: dict[str, Any] = {
@@ -54,8 +52,7 @@ _RUN_KEYS_OF_LAVIS = (
     "prompt",
     "load_gt_from_file",
 )
-_OWN_RUN_KEYS = ("wrf", "adam_eps")
-_MODEL_KEYS = ("arch", "model_type", "load_finetuned", "load_pretrained", "pretrained", "finetuned", "vit_pretrained")
+_MODEL_KEYS = ("arch", "model_type", "load_finetuned", "pretrained", "finetuned", "vit_pretrained")
 _DATASET_KEYS = ("type", "data_type", "splits", "preload", "build_info", "garments", "vis_processor", "text_processor")
 
 
@@ -111,7 +108,7 @@ def check_values(cfg: Config, command: str) -> None:
     Raises:
         ConfigError: With every impossible value, what is allowed, and its key.
     """
-    problems = [*_run_values(cfg.run_cfg, command), *_split_values(cfg)]
+    problems = [*_run_values(cfg.run_cfg, command), *_split_values(cfg), *_image_sizes(cfg)]
     if problems:
         raise ConfigError("config", problems)
 
@@ -164,16 +161,16 @@ def _run_names(run: DictConfig) -> Iterator[str]:
         yield f"run.task is missing. Registered: {', '.join(registry.list_tasks())}."
         return
     yield from _registered("run.task", run.task, registry.list_tasks())
-    known = {*RUN_DEFAULTS, *create_runner_config_validator().arguments, *_RUN_KEYS_OF_LAVIS, *_OWN_RUN_KEYS}
+    runners = {name: registry.get_runner_class(name) for name in registry.list_runners()}
+    owners = {key: name for name, runner in runners.items() for key in getattr(runner, "RUN_KEYS", ())}
+    foreign = [key for key in run if owners.get(key, run.runner) != run.runner]
+    yield from (f"run.{key} is read by {owners[key]} and has no effect under {run.runner}." for key in foreign)
+    known = {*RUN_DEFAULTS, *create_runner_config_validator().arguments, *_RUN_KEYS_OF_LAVIS, *owners}
     task = registry.get_task_class(run.task)
     yield from _known_keys("run", run, known, is_complete=task is not None and _is_ours(task))
-    if run.get("wrf") is not None:
-        if not isinstance(run.wrf, DictConfig):
-            yield f"run.wrf must be a mapping such as {{gamma: 0.001}}, got {run.wrf!r}."
-        else:
-            yield from _known_keys("run.wrf", run.wrf, (field.name for field in dataclasses.fields(WeightPerturbation)))
-        if run.runner in ("runner_base", "runner_iter"):
-            yield f"run.wrf has no effect under run.runner: {run.runner}; use runner_wrf4cir."
+    runner = runners.get(run.runner)
+    if runner is not None and hasattr(runner, "run_problems"):
+        yield from runner.run_problems(as_plain(run))
 
 
 def _model_names(model: DictConfig, run: DictConfig) -> Iterator[str]:
@@ -235,7 +232,7 @@ def _run_values(run: DictConfig, command: str) -> Iterator[str]:
         value = run.get(key)
         if value is not None and not (_is_number(value) and int(value) == value and value >= least):
             yield f"run.{key} must be a whole number >= {least}, got {value!r}."
-    for key, strict in {"init_lr": True, "adam_eps": True, "min_lr": False, "weight_decay": False}.items():
+    for key, strict in {"init_lr": True, "min_lr": False, "weight_decay": False}.items():
         value = run.get(key)
         if value is not None and not (_is_number(value) and (value > 0 if strict else value >= 0)):
             yield f"run.{key} must be a number {'> 0' if strict else '>= 0'}, got {value!r}."
@@ -251,11 +248,6 @@ def _run_values(run: DictConfig, command: str) -> Iterator[str]:
         yield "run.amp: true needs a GPU; set run.amp: false on a CPU."
     if run.resume_ckpt_path is not None and not os.path.isfile(str(run.resume_ckpt_path)):
         yield f"run.resume_ckpt_path: {run.resume_ckpt_path} does not exist."
-    if run.get("wrf") is not None:
-        try:
-            WeightPerturbation(**run.wrf)
-        except ValueError as error:
-            yield str(error)
 
 
 def _split_values(cfg: Config) -> Iterator[str]:
@@ -270,6 +262,17 @@ def _split_values(cfg: Config) -> Iterator[str]:
                     f"run.{key}: {', '.join(sorted(unknown))} is not built by datasets.{name}.splits: "
                     f"{list(section.splits)}."
                 )
+
+
+def _image_sizes(cfg: Config) -> Iterator[str]:
+    """A tower takes pictures of one size; LAVIS finds out in the first batch, by an assertion."""
+    size = cfg.model_cfg.get("image_size")
+    for name, section in cfg.datasets_cfg.items():
+        for stage, processor in (section.get("vis_processor") or {}).items():
+            given = processor.get("image_size") if processor is not None else None
+            if None not in (size, given) and size != given:
+                key = f"datasets.{name}.vis_processor.{stage}.image_size"
+                yield f"{key}: {given} differs from model.image_size: {size}."
 
 
 def _is_number(value: Any) -> bool:

@@ -13,12 +13,16 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from lavis_cir_plugin import CONFIGS, PROJECTS, config
-from lavis_cir_plugin.benchmarks.cirr import CIRRConfig
-from lavis_cir_plugin.benchmarks.fashioniq import FashionIQConfig
 from lavis_cir_plugin.garments import GarmentsConfig
 
 PROJECT_FILES = sorted(PROJECTS.rglob("*.yaml"))
-READERS = {"fashioniq": FashionIQConfig, "cirr": CIRRConfig}
+
+
+def reader_of(name):
+    """The class of a benchmark's ``build_info``: the one in its module that reads a mapping."""
+    module = registry.get_builder_class(name).benchmark_module
+    (reader,) = (v for v in vars(module).values() if hasattr(v, "from_mapping") and v.__module__ == module.__name__)
+    return reader
 
 
 def complete(merged, tmp_path):
@@ -42,7 +46,7 @@ def test_every_project_is_valid_down_to_the_last_key(path, tmp_path, monkeypatch
         if section.get("garments") is not None:
             GarmentsConfig(**config.as_plain(section.garments))
             build_info["root"] = "drawn"
-        READERS[name].from_mapping(build_info)
+        reader_of(name).from_mapping(build_info)
     own = OmegaConf.load(path)
     assert len(path.read_text().splitlines()) <= 35
     repeated = [
@@ -73,7 +77,7 @@ def test_every_registered_name_of_ours_is_used_by_a_project():
     texts = "".join(path.read_text() for path in PROJECT_FILES)
     ours = [
         name
-        for mapping in ("model_name_mapping", "task_name_mapping", "runner_name_mapping", "builder_name_mapping")
+        for mapping in ("model_name_mapping", "task_name_mapping", "runner_name_mapping")
         for name, entry in registry.mapping[mapping].items()
         if entry.__module__.startswith("lavis_cir_plugin")
     ]
@@ -107,7 +111,7 @@ def test_every_registered_name_of_ours_is_used_by_a_project():
         ("run.wrf.gama=0.1", r"run\.wrf\.gama is not a known key; did you mean 'gamma'\?"),
         ("run.wrf=0.1", r"run\.wrf must be a mapping such as \{gamma: 0\.001\}, got 0\.1"),
         ("run.lr_sched=cosine", r"run\.lr_sched: 'cosine' is not registered.*Registered: .*linear_warmup_cosine_lr"),
-        ("run.runner=runner_base", r"run\.wrf has no effect under run\.runner: runner_base; use runner_wrf4cir"),
+        ("run.runner=runner_base", r"run\.wrf is read by runner_wrf4cir and has no effect under runner_base"),
         ("runs.seed=2", r"'runs' is not a section; did you mean 'run'\?"),
     ],
 )
@@ -120,6 +124,11 @@ def test_an_unknown_name_is_answered_with_the_nearest(option, message):
     ("option", "message"),
     [
         ("run.wrf.gamma=-0.1", r"run\.wrf\.gamma must be >= 0 and < 1, got -0\.1"),
+        ("run.adam_eps=0", r"run\.adam_eps must be a number > 0, got 0"),
+        (
+            "datasets.fashioniq.vis_processor.train.image_size=224",
+            r"vis_processor\.train\.image_size: 224 differs from model\.image_size: 64",
+        ),
         ("run.max_epoch=0", r"run\.max_epoch must be a whole number >= 1, got 0"),
         ("run.batch_size_train=many", r"run\.batch_size_train must be a whole number >= 1, got 'many'"),
         ("run.init_lr=0", r"run\.init_lr must be a number > 0, got 0"),
@@ -136,8 +145,8 @@ def test_an_unknown_name_is_answered_with_the_nearest(option, message):
     ],
 )
 def test_an_impossible_value_says_what_is_allowed(option, message, tmp_path):
-    merged = config.read_config(str(PROJECTS / "wrf4cir/demo.yaml"), option.split())
     with pytest.raises(config.ConfigError, match=message):
+        merged = config.read_config(str(PROJECTS / "wrf4cir/demo.yaml"), option.split())
         config.check_values(complete(merged, tmp_path), "train")
 
 

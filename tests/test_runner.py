@@ -160,6 +160,17 @@ def test_the_best_epoch_is_kept_and_reloaded(make_runner, tmp_path):
     assert_same(task.seen[2], task.seen[0])
 
 
+def test_without_validation_the_last_weights_are_tested_as_the_final_ones(make_runner):
+    """LAVIS would then hand the task a number instead of "best", and no report would be written."""
+    task = Scored([1.0])
+    task.after_evaluation = lambda **arguments: epochs.append(arguments["epoch"])
+    epochs = []
+    data = make_runner(task=task, splits=("test",), valid_splits=[], test_splits=["test"])
+    weights = train(data)
+    assert epochs == ["best"]
+    assert_same(task.seen[0], weights)
+
+
 def test_without_any_score_above_zero_the_last_weights_are_evaluated(make_runner, caplog):
     task = Scored([0.0, 0.0, 0.0])
     runner = make_runner(task=task, splits=("val",), test_splits=["val"])
@@ -169,10 +180,14 @@ def test_without_any_score_above_zero_the_last_weights_are_evaluated(make_runner
     assert "no validation metric was above 0" in caplog.text
 
 
-def test_a_saved_optimizer_state_resumes(make_runner, tmp_path):
-    runner = make_runner(wrf={"gamma": 0.05})
-    train(runner)
-    resumed = make_runner(wrf={"gamma": 0.05}, max_epoch=3, resume_ckpt_path=str(tmp_path / "out/job/checkpoint_1.pth"))
+@pytest.mark.parametrize("freeze_vit", [False, True])
+def test_a_saved_optimizer_state_resumes(freeze_vit, make_runner, small_model, tmp_path):
+    """Also with a frozen tower, which LAVIS leaves out of its checkpoints and then misses."""
+    train(make_runner(model=small_model(freeze_vit=freeze_vit), wrf={"gamma": 0.05}))
+    path = str(tmp_path / "out/job/checkpoint_1.pth")
+    resumed = make_runner(
+        model=small_model(freeze_vit=freeze_vit), wrf={"gamma": 0.05}, max_epoch=3, resume_ckpt_path=path
+    )
     train(resumed)
     assert resumed.optimizer.steps == {"perturbed": 9, "skipped": 0}
 

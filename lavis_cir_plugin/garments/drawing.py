@@ -284,8 +284,10 @@ def _graphic(canvas: _Canvas, figure: _Figure, graphic: str) -> Array:
     left = -radius * 1.25
     return canvas.mask(
         *(
-            _box(*(left + (4 * i + column) * dot, middle + (row - 2.5) * dot * 1.5),
-                 *(left + (4 * i + column + 1) * dot, middle + (row - 1.5) * dot * 1.5))
+            _box(
+                *(left + (4 * i + column) * dot, middle + (row - 2.5) * dot * 1.5),
+                *(left + (4 * i + column + 1) * dot, middle + (row - 1.5) * dot * 1.5),
+            )
             for i, letter in enumerate("LOVE")
             for row, bits in enumerate(_LETTERS[letter])
             for column, bit in enumerate(bits)

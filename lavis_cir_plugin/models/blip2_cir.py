@@ -22,11 +22,11 @@ from transformers import BertTokenizer
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.checkpoints import load_strictly, read_state
-from lavis_cir_plugin.losses import alignment_loss, contrastive_loss
+from lavis_cir_plugin.losses import LOSSES, TrainingOutputs
 
 FUSIONS = ("joint", "sentence_prompt")
 POOLINGS = ("text_cls", "mean_queries")
-LOSSES = {"joint": ("itc",), "sentence_prompt": ("itc", "rtc", "align")}
+DEFAULT_LOSS_WEIGHTS = {"joint": {"itc": 1.0}, "sentence_prompt": {"itc": 1.0, "rtc": 1.0, "align": 1.0}}
 
 # The towers that BLIP-2's checkpoints hold, as LAVIS builds them before it downloads their weights.
 _EVA_G = {"patch_size": 14, "embed_dim": 1408, "depth": 39, "num_heads": 16, "mlp_ratio": 4.3637}
@@ -73,7 +73,7 @@ class Blip2Cir(Blip2Base):
         max_txt_len: Text tokens incl. [CLS] and [SEP]; longer texts are cut.
         fusion: ``joint`` or ``sentence_prompt``.
         pooling: Of the joint fusion: ``text_cls`` or ``mean_queries``.
-        loss_weights: Weight >= 0 of each loss of the fusion.
+        loss_weights: Weight >= 0 by name of ``lavis_cir_plugin.losses.LOSSES``; merged over the fusion's defaults.
 
     Raises:
         ValueError: If a choice is unknown or impossible, with what is allowed.
@@ -222,13 +222,17 @@ class Blip2Cir(Blip2Base):
         ids, mask = self._tokenize(samples["text_input"])
         sentence = self._fuse(reference, ids, mask)
         targets = self._project_target(target)
-        target_ids = samples.get("target_id")
-        query = self._project_query(sentence, ids, mask)
-        losses = {"itc": contrastive_loss(query, targets, self.temp, target_ids)}
-        if self.fusion == "sentence_prompt":
-            text_query = self._project_text(ids, mask)
-            losses["rtc"] = contrastive_loss(text_query, targets, self.temp, target_ids)
-            losses["align"] = alignment_loss(sentence[:, : self.query_tokens.shape[1]], self.prompt_tokens)
+        has_prompt = self.fusion == "sentence_prompt"
+        outputs = TrainingOutputs(
+            query=self._project_query(sentence, ids, mask),
+            targets=targets,
+            temperature=self.temp,
+            target_ids=samples.get("target_id"),
+            text_query=self._project_text(ids, mask) if has_prompt else None,
+            sentence_prompt=sentence[:, : self.query_tokens.shape[1]] if has_prompt else None,
+            prompt_tokens=self.prompt_tokens if has_prompt else None,
+        )
+        losses = {name: LOSSES[name](outputs) for name in self.loss_weights}
         total = torch.stack([self.loss_weights[name] * loss for name, loss in losses.items()]).sum()
         return {"loss": total, **{f"loss_{name}": loss for name, loss in losses.items()}}
 
@@ -400,17 +404,17 @@ def _build_tower(
 
 
 def _checked_loss_weights(fusion: str, weights: Mapping[str, float] | None) -> dict[str, float]:
-    names = LOSSES[fusion]
     given = dict(weights or {})
-    unknown = [name for name in given if name not in names]
+    unknown = [name for name in given if name not in LOSSES]
     if unknown:
-        raise ValueError(
-            f"model.loss_weights: fusion '{fusion}' has no loss {', '.join(unknown)}; it has {', '.join(names)}."
-        )
+        raise ValueError(f"model.loss_weights: {', '.join(unknown)} is no loss; known: {', '.join(LOSSES)}.")
+    prompted = [name for name in given if name in ("rtc", "align")]
+    if fusion == "joint" and prompted:
+        raise ValueError(f"model.loss_weights: {', '.join(prompted)} needs model.fusion: sentence_prompt.")
     negative = {name: weight for name, weight in given.items() if weight < 0}
     if negative:
         raise ValueError(f"model.loss_weights must be >= 0, got {negative}.")
-    return {name: float(given.get(name, 1.0)) for name in names}
+    return {**DEFAULT_LOSS_WEIGHTS[fusion], **{name: float(weight) for name, weight in given.items()}}
 
 
 def _check_choice(key: str, value: Any, allowed: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,11 +17,12 @@ import torch
 import torch.distributed as dist
 from lavis.common import logger as lavis_logger
 from lavis.common.registry import registry
+from lavis.datasets.datasets import dataloader_utils
 from lavis.runners import runner_base
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lavis_cir_plugin.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.checkpoints import load_strictly, read_checkpoint, read_state
 
 
 class PortableRunner:
@@ -44,6 +46,8 @@ class PortableRunner:
             # LAVIS's tasks move evaluation batches to a GPU unless told otherwise, and its meters sum there.
             task.evaluation = partial(task.evaluation, cuda_enabled=False)
             lavis_logger.SmoothedValue.synchronize_between_processes = _synchronize_meter
+            # Its loader sleeps two seconds before each epoch for the sake of CUDA prefetching, and uses no other clock.
+            dataloader_utils.time = SimpleNamespace(sleep=lambda seconds: None)
 
     @property
     def model(self) -> nn.Module:
@@ -63,6 +67,10 @@ class PortableRunner:
             return super().create_loaders(*args, **kwargs)
         with mock.patch.object(runner_base, "PrefetchLoader", lambda loader: loader):
             return super().create_loaders(*args, **kwargs)
+
+    def evaluate(self, cur_epoch: Any = "best", skip_reload: bool = False) -> Any:
+        """Evaluate the test splits at the end: on the best weights, or without any validation on the last."""
+        return super().evaluate(cur_epoch="best", skip_reload=skip_reload or not self.valid_splits)
 
     def _save_checkpoint(self, cur_epoch: Any, is_best: bool = False) -> None:
         with self._staged_output():
@@ -92,9 +100,21 @@ class PortableRunner:
         if not os.path.isfile(path):
             logging.warning("no validation metric was above 0, so there is no best checkpoint; the last weights stay.")
             return model
-        frozen = tuple(name for name, weight in model.named_parameters() if not weight.requires_grad)
-        load_strictly(model, read_state(path), path, may_lack=frozen)
+        load_strictly(model, read_state(path), path, may_lack=_frozen(model))
         return model
+
+    def _load_checkpoint(self, url_or_filename: str) -> None:
+        """Resume from a checkpoint of LAVIS's, which leaves out the frozen tensors."""
+        saved = read_checkpoint(url_or_filename)
+        model = self.unwrap_dist_model(self.model)
+        load_strictly(model, saved["model"], url_or_filename, may_lack=_frozen(model))
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.scaler and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        if "iters" in saved:  # an iteration-based runner
+            self.start_iters = saved["iters"] + 1
+        else:
+            self.start_epoch = saved["epoch"] + 1
 
 
 def portable(runner: type) -> type:
@@ -102,6 +122,10 @@ def portable(runner: type) -> type:
     if issubclass(runner, PortableRunner):
         return runner
     return type(runner.__name__, (PortableRunner, runner), {"__module__": runner.__module__, "__doc__": runner.__doc__})
+
+
+def _frozen(model: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, weight in model.named_parameters() if not weight.requires_grad)
 
 
 def _synchronize_meter(meter: lavis_logger.SmoothedValue) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 
+from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
 from lavis_cir_plugin.perturbation import PerturbingOptimizer, WeightPerturbation
 from lavis_cir_plugin.runners.portable import PortableRunner
 
@@ -22,6 +24,26 @@ class RunnerWrf4Cir(PortableRunner, RunnerBase):
     of the model, a callable that perturbs; LAVIS's loop is not copied. ``run.wrf.gamma: 0`` is LAVIS's own training,
     bit for bit. ``run.adam_eps`` sets AdamW's epsilon, which LAVIS leaves at 1e-8.
     """
+
+    RUN_KEYS = ("wrf", "adam_eps")
+
+    @staticmethod
+    def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what is wrong with ``run.wrf`` and ``run.adam_eps``, one sentence each."""
+        known = [field.name for field in dataclasses.fields(WeightPerturbation)]
+        wrf = run.get("wrf", {})
+        if not isinstance(wrf, Mapping):
+            yield f"run.wrf must be a mapping such as {{gamma: 0.001}}, got {wrf!r}."
+            return
+        unknown = [key for key in wrf if key not in known]
+        yield from (f"run.wrf.{key} is not a known key{did_you_mean(key, known)}" for key in unknown)
+        try:
+            WeightPerturbation(**{key: value for key, value in wrf.items() if key in known})
+        except ValueError as error:
+            yield str(error)
+        adam_eps = run.get("adam_eps", 1e-8)
+        if isinstance(adam_eps, bool) or not isinstance(adam_eps, (int, float)) or adam_eps <= 0:
+            yield f"run.adam_eps must be a number > 0, got {adam_eps!r}."
 
     @property
     def optimizer(self) -> PerturbingOptimizer:
