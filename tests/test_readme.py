@@ -21,6 +21,7 @@ from lavis_cir_plugin.benchmarks.fashioniq import FashionIQConfig
 from lavis_cir_plugin.garments import GarmentsConfig
 from lavis_cir_plugin.models.blip2_cir import Blip2Cir
 from lavis_cir_plugin.perturbation import WeightPerturbation
+from lavis_cir_plugin.runners.wrf4cir import RunnerWrf4Cir
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,7 +85,7 @@ def test_the_data_set_table_has_every_key():
 
 def test_the_run_table_has_every_default_and_no_unknown_key():
     written = table("`run`")
-    assert set(written) >= {*config.RUN_DEFAULTS, *config._OWN_RUN_KEYS, *config._TRAINING_KEYS}
+    assert set(written) >= {*config.RUN_DEFAULTS, *RunnerWrf4Cir.RUN_KEYS, *config._TRAINING_KEYS}
     stated = {key: default for key, default in config.RUN_DEFAULTS.items() if written[key] != "set"}
     assert {key: yaml.safe_load(written[key]) for key in stated} == stated
     run = {**dict.fromkeys(written), **config.RUN_DEFAULTS, "task": "composed_retrieval", "wrf": {}}
