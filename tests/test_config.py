@@ -18,6 +18,11 @@ from lavis_cir_plugin.garments import GarmentsConfig
 PROJECT_FILES = sorted(PROJECTS.rglob("*.yaml"))
 
 
+def checked(options, tmp_path):
+    merged = config.read_config(str(PROJECTS / "wrf4cir/demo.yaml"), options)
+    config.check_values(complete(merged, tmp_path), "train")
+
+
 def reader_of(name):
     """The class of a benchmark's ``build_info``: the one in its module that reads a mapping."""
     module = registry.get_builder_class(name).benchmark_module
@@ -146,15 +151,13 @@ def test_an_unknown_name_is_answered_with_the_nearest(option, message):
 )
 def test_an_impossible_value_says_what_is_allowed(option, message, tmp_path):
     with pytest.raises(config.ConfigError, match=message):
-        merged = config.read_config(str(PROJECTS / "wrf4cir/demo.yaml"), option.split())
-        config.check_values(complete(merged, tmp_path), "train")
+        checked(option.split(), tmp_path)
 
 
 def test_a_gpu_that_is_not_there_is_said_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    merged = config.read_config(str(PROJECTS / "wrf4cir/demo.yaml"), ["run.device=cuda"])
     with pytest.raises(config.ConfigError, match=r"'cuda' was asked for and torch sees no GPU; set run\.device: cpu"):
-        config.check_values(complete(merged, tmp_path), "train")
+        checked(["run.device=cuda"], tmp_path)
 
 
 @pytest.mark.parametrize(

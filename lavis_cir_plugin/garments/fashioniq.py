@@ -13,6 +13,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -217,7 +218,9 @@ def write_fashioniq(root: Path, config: GarmentsConfig, progress: bool = True, w
         jobs = [
             (garment, size, str(root / "images" / f"{name}{config.image_suffix}")) for name, garment in pictures.items()
         ]
-        for _ in tqdm(_drawn(jobs, workers), total=len(jobs), desc="garments", unit="image", disable=not progress):
+        logging.info("drawing %d garments into %s", len(jobs), root)
+        hidden = None if progress else True  # None: shown on a terminal only
+        for _ in tqdm(_drawn(jobs, workers), total=len(jobs), desc="garments", unit="image", disable=hidden):
             pass
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

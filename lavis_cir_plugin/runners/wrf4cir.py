@@ -41,8 +41,9 @@ class RunnerWrf4Cir(PortableRunner, RunnerBase):
             WeightPerturbation(**{key: value for key, value in wrf.items() if key in known})
         except ValueError as error:
             yield str(error)
-        adam_eps = run.get("adam_eps", 1e-8)
-        if isinstance(adam_eps, bool) or not isinstance(adam_eps, (int, float)) or adam_eps <= 0:
+        adam_eps = run.get("adam_eps")
+        is_positive = isinstance(adam_eps, (int, float)) and not isinstance(adam_eps, bool) and adam_eps > 0
+        if adam_eps is not None and not is_positive:
             yield f"run.adam_eps must be a number > 0, got {adam_eps!r}."
 
     @property
@@ -50,8 +51,9 @@ class RunnerWrf4Cir(PortableRunner, RunnerBase):
         """LAVIS's AdamW inside the wrapper that owns the perturbation."""
         if self._optimizer is None:
             stock = super().optimizer
-            for group in stock.param_groups:
-                group["eps"] = float(self.config.run_cfg.get("adam_eps", group["eps"]))
+            adam_eps = self.config.run_cfg.get("adam_eps")
+            for group in stock.param_groups if adam_eps is not None else ():
+                group["eps"] = float(adam_eps)
             settings = WeightPerturbation(**self.config.run_cfg.get("wrf", {}))
             self._optimizer = PerturbingOptimizer(stock, self.model, settings)
         return self._optimizer
