@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from fairscale.nn.checkpoint.checkpoint_activations import checkpoint_wrapper
 from torch import nn
 
 from lavis_cir_plugin.perturbation import PerturbingOptimizer, WeightPerturbation, ascent_step, select_tensors
@@ -301,6 +302,10 @@ def test_recomputed_activations_are_refused():
         make(WeightPerturbation(), net)
     net.linear.requires_grad_(False)
     make(WeightPerturbation(), net)
+    net = Net()
+    net.head = checkpoint_wrapper(net.head)  # what LAVIS's BLIP and CLIP towers use
+    with pytest.raises(ValueError, match=r"inside 'head', which recomputes its activations"):
+        make(WeightPerturbation(), net)
 
 
 def test_a_choice_of_nothing_is_refused():

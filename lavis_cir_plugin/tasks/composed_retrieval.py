@@ -150,7 +150,7 @@ def rank_group(group: Group, rows: Tensor, gallery: Tensor, device: torch.device
         group: Names and rules.
         rows: ``(R, D)``, one unit vector per text of each query, in order; a query with several texts is the
             normalised mean of theirs.
-        gallery: ``(G, K, D)`` or ``(G, D)`` in the group's order.
+        gallery: ``(G, K, D)`` or ``(G, D)`` in the group's order, on any device.
         device: Where to compute.
     """
     index = {name: position for position, name in enumerate(group.gallery)}
@@ -167,7 +167,7 @@ def rank_group(group: Group, rows: Tensor, gallery: Tensor, device: torch.device
         members = torch.tensor([row + [-1] * (longest - len(row)) for row in padded]).to(device)
     return rank(
         queries.to(device),
-        gallery.to(device),
+        gallery,  # moved block by block
         torch.tensor([-1 if query.target is None else index.get(query.target, -1) for query in group.queries]).to(
             device
         ),
