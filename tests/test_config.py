@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from lavis_cir_plugin import CONFIGS, PROJECTS, config
 from lavis_cir_plugin.garments import GarmentsConfig
+from lavis_cir_plugin.models.blip2_cir import _checked_loss_weights as checked_loss_weights
 
 PROJECT_FILES = sorted(PROJECTS.rglob("*.yaml"))
 
@@ -53,6 +54,7 @@ def test_every_project_is_valid_down_to_the_last_key(path, tmp_path, monkeypatch
             build_info["root"] = "drawn"
         reader_of(name).from_mapping(build_info)
     own = OmegaConf.load(path)
+    checked_loss_weights(cfg.model_cfg.get("fusion", "joint"), cfg.model_cfg.get("loss_weights"))
     assert len(path.read_text().splitlines()) <= 35
     repeated = [
         key for key, value in own.run.items() if key in config.RUN_DEFAULTS and config.RUN_DEFAULTS[key] == value
