@@ -36,7 +36,7 @@ def main() -> None:
             own.append(run_apart(name))
     print(
         f"{QUERIES:,} queries x {GALLERY:,} images x {FEATURES} features of width {WIDTH}, float32, CPU, "
-        f"{runs[FEATURES_ONLY][0]['threads']} torch threads; from features to recall, medians of {ROUNDS} processes each\n"
+        f"{runs[FEATURES_ONLY][0]['threads']} torch threads; features to recall, medians of {ROUNDS} processes each\n"
         f"  {'':<16} {'seconds':>8} {'peak MiB':>9} {'above features':>15} {'R@10 %':>8} {'R@50 %':>8}"
     )
     floor = median(runs[FEATURES_ONLY], "peak_bytes")
