@@ -5,6 +5,9 @@ LAVIS itself answers an unknown name with an error about NoneType and an unknown
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -89,6 +92,10 @@ def read_config(path: str, options: Sequence[str]) -> DictConfig:
         merged = OmegaConf.merge(raw, OmegaConf.from_dotlist(list(options)))
     except OmegaConfBaseException as error:
         raise ConfigError("--options", [f"cannot be merged into {path} ({str(error).splitlines()[0]})."]) from error
+    try:
+        OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(path), [f"cannot be resolved ({str(error).splitlines()[0]})."]) from error
     problems = list(_sections(merged))
     if not problems:
         merged = OmegaConf.merge({"run": RUN_DEFAULTS}, merged)
@@ -108,7 +115,12 @@ def check_values(cfg: Config, command: str) -> None:
     Raises:
         ConfigError: With every impossible value, what is allowed, and its key.
     """
-    problems = [*_run_values(cfg.run_cfg, command), *_split_values(cfg), *_image_sizes(cfg)]
+    problems = [
+        *_run_values(cfg.run_cfg, command),
+        *_split_values(cfg, command),
+        *_image_sizes(cfg),
+        *_model_values(cfg, command),
+    ]
     if problems:
         raise ConfigError("config", problems)
 
@@ -129,6 +141,13 @@ def _sections(merged: DictConfig) -> Iterator[str]:
     for section in ("model", "datasets", "run"):
         if not isinstance(merged.get(section), DictConfig):
             yield f"section '{section}' is missing or empty."
+    for name, section in (merged.get("datasets") or {}).items():
+        if not isinstance(section, DictConfig):
+            yield f"datasets.{name} must be a mapping, {{}} for its defaults, got {section!r}."
+            continue
+        for kind in ("vis_processor", "text_processor", "build_info"):
+            if not isinstance(section.get(kind, merged), DictConfig):
+                yield f"datasets.{name}.{kind} must be a mapping, got {section[kind]!r}."
     for name in merged:
         if name not in ("model", "datasets", "run", "preprocess"):
             yield f"'{name}' is not a section{did_you_mean(name, ('model', 'datasets', 'run'))}"
@@ -140,12 +159,13 @@ def _registered(key: str, name: Any, known: Sequence[str]) -> Iterator[str]:
 
 
 def _known_keys(where: str, given: Iterable[str], known: Iterable[str], is_complete: bool = True) -> Iterator[str]:
-    """Name unknown keys; of a list that LAVIS does not state completely, only those that look like a slip."""
+    """Name unknown keys; of a list that LAVIS does not state completely, only those that are a letter or two off."""
     known = sorted(known)
     for key in given:
         hint = did_you_mean(key, known)
         has_hint = hint != "."
-        if key not in known and (is_complete or has_hint):
+        is_slip = bool(difflib.get_close_matches(key, known, n=1, cutoff=0.9))
+        if key not in known and (is_complete or is_slip):
             allowed = "" if has_hint else f" Known: {', '.join(known)}."
             yield f"{where}.{key} is not a known key{hint}{allowed}"
 
@@ -189,6 +209,8 @@ def _model_names(model: DictConfig, run: DictConfig) -> Iterator[str]:
         )
     if _is_ours(model_class):
         yield from _known_keys("model", model, (*_MODEL_KEYS, *model_class.__init__.__kwdefaults__))
+        if model.get("finetuned") and not model.get("load_finetuned"):
+            yield "model.finetuned is set and would not be read; set model.load_finetuned: true with it."
 
 
 def _dataset_names(datasets: DictConfig) -> Iterator[str]:
@@ -207,9 +229,21 @@ def _dataset_names(datasets: DictConfig) -> Iterator[str]:
             yield from _known_keys(f"datasets.{name}", section, _DATASET_KEYS)
         for kind in ("vis_processor", "text_processor"):
             for stage, processor in (section.get(kind) or {}).items():
-                if processor is not None and "name" in processor:
-                    key = f"datasets.{name}.{kind}.{stage}.name"
-                    yield from _registered(key, processor.name, registry.list_processors())
+                yield from _processor_problems(f"datasets.{name}.{kind}.{stage}", stage, processor)
+        if _is_ours(builder):
+            yield from builder.section_problems(name, section)
+
+
+def _processor_problems(key: str, stage: str, processor: Any) -> Iterator[str]:
+    if stage not in ("train", "eval"):
+        yield f"{key} is not a known key{did_you_mean(stage, ('train', 'eval'))}"
+    elif processor is not None and not isinstance(processor, DictConfig):
+        yield f"{key} must be a mapping such as {{name: target_pad}}, got {processor!r}."
+    elif processor is not None and "name" in processor:
+        yield from _registered(f"{key}.name", processor.name, registry.list_processors())
+        processor_class = registry.get_processor_class(processor.name)
+        if processor_class is not None and _is_ours(processor_class):
+            yield from _known_keys(key, processor, ("name", *inspect.signature(processor_class).parameters))
 
 
 def _run_values(run: DictConfig, command: str) -> Iterator[str]:
@@ -232,40 +266,86 @@ def _run_values(run: DictConfig, command: str) -> Iterator[str]:
         value = run.get(key)
         if value is not None and not (_is_number(value) and int(value) == value and value >= least):
             yield f"run.{key} must be a whole number >= {least}, got {value!r}."
-    for key, strict in {"init_lr": True, "min_lr": False, "weight_decay": False}.items():
+    for key in ("evaluate", "amp"):
+        if not isinstance(run[key], bool):
+            yield f"run.{key} must be true or false, got {run[key]!r}."
+    if not isinstance(run.output_dir, str) or not run.output_dir:
+        yield f"run.output_dir must be the path of a folder, got {run.output_dir!r}."
+    if run.lr_sched == "linear_warmup_step_lr" and not run.get("lr_decay_rate"):
+        yield "run.lr_decay_rate must be a number > 0 under run.lr_sched: linear_warmup_step_lr."
+    for key, strict in {"init_lr": True, "lr_decay_rate": True, "min_lr": False, "weight_decay": False}.items():
         value = run.get(key)
         if value is not None and not (_is_number(value) and (value > 0 if strict else value >= 0)):
             yield f"run.{key} must be a number {'> 0' if strict else '>= 0'}, got {value!r}."
+    warmup_lr = run.get("warmup_lr", -1)
+    if not _is_number(warmup_lr) or (warmup_lr < 0 and warmup_lr != -1):
+        yield f"run.warmup_lr must be a number >= 0, got {warmup_lr!r}."
     beta2 = run.get("beta2", 0.999)
     if not _is_number(beta2) or not 0 <= beta2 < 1:
         yield f"run.beta2 must be >= 0 and < 1, got {beta2!r}."
     device = str(run.device)
-    if not device.startswith(("cpu", "cuda")):
-        yield f"run.device: {device!r} is neither cpu nor cuda."
-    elif device.startswith("cuda") and not torch.cuda.is_available():
+    if device not in ("cpu", "cuda"):
+        yield f"run.device: {device!r} is neither cpu nor cuda (one GPU of several: CUDA_VISIBLE_DEVICES)."
+    elif device == "cuda" and not torch.cuda.is_available():
         yield f"run.device: {device!r} was asked for and torch sees no GPU; set run.device: cpu."
-    if run.amp and not device.startswith("cuda"):
+    if run.amp is True and device == "cpu":
         yield "run.amp: true needs a GPU; set run.amp: false on a CPU."
     if run.resume_ckpt_path is not None and not os.path.isfile(str(run.resume_ckpt_path)):
         yield f"run.resume_ckpt_path: {run.resume_ckpt_path} does not exist."
 
 
-def _split_values(cfg: Config) -> Iterator[str]:
-    for key in ("train_splits", "valid_splits", "test_splits"):
-        if not isinstance(cfg.run_cfg[key], ListConfig):
-            yield f"run.{key} must be a list such as [val], got {cfg.run_cfg[key]!r}."
-            continue
-        for name, section in cfg.datasets_cfg.items():
-            unknown = set(cfg.run_cfg[key]) - set(section.get("splits") or cfg.run_cfg[key])
-            if unknown:
-                yield (
-                    f"run.{key}: {', '.join(sorted(unknown))} is not built by datasets.{name}.splits: "
-                    f"{list(section.splits)}."
-                )
+def _split_values(cfg: Config, command: str) -> Iterator[str]:
+    keys = ("train_splits", "valid_splits", "test_splits")
+    malformed = [key for key in keys if not isinstance(cfg.run_cfg[key], ListConfig)]
+    yield from (f"run.{key} must be a list such as [val], got {cfg.run_cfg[key]!r}." for key in malformed)
+    if malformed:
+        return
+    if command == "train" and cfg.run_cfg.evaluate is not True and "train" not in cfg.run_cfg.train_splits:
+        yield f"run.train_splits must name train, got {list(cfg.run_cfg.train_splits)}."
+    if command == "evaluate" and not cfg.run_cfg.test_splits:
+        yield "run.test_splits is empty, so lavis.evaluate has nothing to do; set run.test_splits: [val]."
+    for key in keys:
+        for split in cfg.run_cfg[key]:
+            yield from _split_owners(cfg, key, split)
+
+
+def _split_owners(cfg: Config, key: str, split: str) -> Iterator[str]:
+    """A split must be built by some data set, an evaluation split by one: LAVIS evaluates no two together."""
+    sections = cfg.datasets_cfg.items()
+    if not all(_is_ours(registry.get_builder_class(name)) for name, _ in sections):
+        return  # what LAVIS's own builders build is theirs to say
+    owners = [name for name, section in sections if split in (section.get("splits") or [split])]
+    if not owners:
+        built = "; ".join(f"datasets.{name}.splits: {list(section.splits)}" for name, section in sections)
+        yield f"run.{key}: {split} is built by no data set ({built})."
+    if len(owners) > 1 and split != "train":
+        yield (
+            f"run.{key}: {split} is built by {' and '.join(owners)}, and LAVIS evaluates one data set per split; set "
+            f"datasets.{owners[-1]}.splits: [train]."
+        )
+
+
+def _model_values(cfg: Config, command: str) -> Iterator[str]:
+    model_class = registry.get_model_class(cfg.model_cfg.arch)
+    if not _is_ours(model_class):
+        return
+    try:
+        model_class.check_config(cfg.model_cfg)
+    except ValueError as error:
+        yield str(error)
+    if cfg.run_cfg.device == "cpu" and cfg.model_cfg.get("vit_precision") == "fp16":
+        yield "model.vit_precision: 'fp16' needs a GPU; on a CPU set model.vit_precision: fp32."
+    if command == "evaluate" and not (cfg.model_cfg.get("pretrained") or cfg.model_cfg.get("load_finetuned")):
+        yield (
+            "lavis.evaluate would score random weights: set model.load_finetuned=true and "
+            "model.finetuned=<checkpoint_best.pth of a run>."
+        )
 
 
 def _image_sizes(cfg: Config) -> Iterator[str]:
     """A tower takes pictures of one size; LAVIS finds out in the first batch, by an assertion."""
+    if not _is_ours(registry.get_model_class(cfg.model_cfg.arch)):
+        return
     size = cfg.model_cfg.get("image_size")
     for name, section in cfg.datasets_cfg.items():
         for stage, processor in (section.get("vis_processor") or {}).items():
@@ -276,7 +356,7 @@ def _image_sizes(cfg: Config) -> Iterator[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def as_plain(section: Any) -> Mapping[str, Any]:

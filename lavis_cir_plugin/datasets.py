@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import logging
 import os
 import pkgutil
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 from lavis_cir_plugin import CONFIGS, benchmarks
-from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Triplet
+from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Triplet, did_you_mean
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.config import as_plain
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
@@ -166,6 +167,25 @@ class BenchmarkBuilder(BaseDatasetBuilder):
 
     benchmark_module: ModuleType
 
+    @classmethod
+    def section_problems(cls, name: str, section: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what is wrong with a config section's values, before anything is drawn or read."""
+        if not isinstance(section.get("preload", False), bool):
+            yield f"datasets.{name}.preload must be true or false, got {section['preload']!r}."
+        splits = section.get("splits")
+        if splits is not None and (isinstance(splits, str) or not set(splits) <= {"train", "val", "test"}):
+            yield f"datasets.{name}.splits must be a list of train, val and test, got {splits!r}."
+        garments = as_plain(section.get("garments"))
+        known = [field.name for field in dataclasses.fields(GarmentsConfig)]
+        unknown = [key for key in garments if key not in known]
+        yield from (f"datasets.{name}.garments.{key} is not a known key{did_you_mean(key, known)}" for key in unknown)
+        try:
+            GarmentsConfig(**{key: value for key, value in garments.items() if key in known})
+            # The root may still come from the defaults or from the drawn world.
+            cls.benchmark_module.check_config({"root": "any", **as_plain(section.get("build_info"))})
+        except (ValueError, TypeError) as error:
+            yield str(error)
+
     def _download_data(self) -> None:
         """Draw the embedded world if the config asks for it; real data sets are never downloaded."""
         self._build_info()
@@ -190,11 +210,22 @@ class BenchmarkBuilder(BaseDatasetBuilder):
                 text = self.benchmark_module.training_text
                 dataset: CirDataset = TripletDataset(triplets, image_paths, *processors, text)
             else:
-                dataset = BenchmarkDataset(self.benchmark_module.read_benchmark(build_info, split), *processors)
+                benchmark = _with_targets(self.benchmark_module.read_benchmark(build_info, split))
+                dataset = BenchmarkDataset(benchmark, *processors)
             if self.config.get("preload"):
                 dataset.preload()
             datasets[split] = dataset
         return datasets
+
+
+def _with_targets(benchmark: Benchmark) -> Benchmark:
+    """Refuse a split that cannot be scored before a run rather than after its training."""
+    if all(query.target is None for group in benchmark.groups for query in group.queries):
+        raise ValueError(
+            f"{benchmark.name} {benchmark.split}: this split has no public targets, so it cannot be scored; evaluate "
+            "on val (run.valid_splits, run.test_splits)."
+        )
+    return benchmark
 
 
 def _register_builders() -> None:

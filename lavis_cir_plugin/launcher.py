@@ -41,13 +41,14 @@ def main(command: str, arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog=f"python -m lavis.{command}")
     parser.add_argument("--cfg-path", required=True, help="YAML file; projects/... is also found where none is local")
-    parser.add_argument("--options", nargs="+", default=[], help="overrides such as run.wrf.gamma=0 run.seed=1")
+    parser.add_argument("--options", nargs="+", action="extend", default=[], help="run.seed=1 and the like")
     try:
         run(command, parser.parse_args(arguments))
     except (ValueError, OSError) as error:
-        if not _is_ours(error):
+        sentence = _sentence(error)
+        if sentence is None:
             raise
-        sys.exit(f"lavis.{command}: {error}")
+        sys.exit(f"lavis.{command}: {sentence}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -58,8 +59,8 @@ def run(command: str, args: argparse.Namespace) -> None:
     cfg = _complete(config.read_config(str(_find_config(args.cfg_path)), args.options))
     config.check_values(cfg, command)
     config.choose_splits(cfg, command)
+    cfg.run_cfg.output_dir = str(_output_folder(cfg.run_cfg.output_dir))
     _join_processes(cfg.run_cfg)
-    cfg.run_cfg.output_dir = str(Path(cfg.run_cfg.output_dir).expanduser().absolute())
     _seed(int(cfg.run_cfg.seed) + get_rank())
     setup_logger()
     cfg.pretty_print()
@@ -97,6 +98,19 @@ def _find_config(path: str) -> Path:
     raise FileNotFoundError(f"--cfg-path {path} does not exist (looked from {os.getcwd()}). Shipped: {available}.")
 
 
+def _output_folder(path: str) -> Path:
+    """Return the folder of all runs, absolute, after trying that it can be written."""
+    folder = Path(path).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise OSError(
+            f"run.output_dir: {folder} cannot be written ({error.strerror}); choose another folder."
+        ) from error
+
+
 def _join_processes(run_cfg: DictConfig) -> None:
     """Open the process group: torchrun's, or one of a single process, on gloo for a CPU and NCCL for GPUs."""
     on_gpu = str(run_cfg.device).startswith("cuda")
@@ -104,7 +118,8 @@ def _join_processes(run_cfg: DictConfig) -> None:
     environment = process_environment()
     run_cfg.distributed = environment is not None
     if environment is None:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if not dist.is_initialized():  # another run in this Python process may have opened it
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     run_cfg.rank, run_cfg.world_size, run_cfg.gpu = environment
     if on_gpu:
@@ -128,7 +143,12 @@ def _job_id() -> str:
     return str(name[0])
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised the error; such a message is written for users and needs no traceback."""
+def _sentence(error: BaseException) -> str | None:
+    """Return the message of an error that this package raised, which is written for users and needs no traceback."""
+    package = str(Path(__file__).parent)
+    if "in DataLoader worker process" in str(error):  # torch raises it again with the worker's traceback as its text
+        *trace, message = str(error).strip().splitlines()
+        origins = [line for line in trace if line.lstrip().startswith("File ")]
+        return message.partition(": ")[2] if origins and package in origins[-1] else None
     frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+    return str(error) if frames[-1].filename.startswith(package) else None

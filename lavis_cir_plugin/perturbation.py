@@ -24,6 +24,9 @@ SCOPES = ("tensor", "global")
 TENSORS = ("no_1d", "all", "norm")
 EMBEDDINGS = ("exclude", "row", "tensor")
 
+# Of LAVIS's EVA tower, of transformers, and of timm and open_clip.
+_RECOMPUTING_FLAGS = ("use_checkpoint", "gradient_checkpointing", "grad_checkpointing")
+
 
 @dataclass(frozen=True)
 class WeightPerturbation:
@@ -203,7 +206,7 @@ def _recomputing_modules(model: nn.Module) -> Iterator[str]:
     """Yield the name prefixes of modules with activation checkpointing, by the marks that LAVIS's models leave."""
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
-        by_flag = any(getattr(module, flag, False) is True for flag in ("use_checkpoint", "gradient_checkpointing"))
+        by_flag = any(getattr(module, flag, False) is True for flag in _RECOMPUTING_FLAGS)
         by_config = getattr(config, "gradient_checkpointing", False) is True
         by_wrapper = isinstance(module.forward, functools.partial) and "checkpoint" in module.forward.func.__name__
         if by_flag or by_config or by_wrapper:
@@ -224,6 +227,10 @@ class PerturbingOptimizer(torch.optim.Optimizer):
     Raises:
         ValueError: See :func:`select_tensors`; not raised at ``gamma=0``.
     """
+
+    # A fused optimizer unscales gradients itself from attributes that GradScaler would set on this wrapper instead;
+    # without this mark GradScaler unscales, and skips a step after an overflow, as for any other optimizer.
+    _step_supports_amp_scaling = False
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, settings: WeightPerturbation) -> None:
         # Optimizer.__init__ would make parameter groups of its own; they must stay the wrapped optimizer's.
@@ -250,10 +257,18 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         return self.optimizer.defaults
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else (hooks, fused-kernel marks) is the wrapped optimizer's."""
+        """Everything else, such as hooks, is the wrapped optimizer's."""
         if "optimizer" not in self.__dict__:  # while being copied or unpickled
             raise AttributeError(name)
         return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle this wrapper whole; torch's own keeps only groups and state, which are not stored here."""
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`__getstate__` gave."""
+        self.__dict__.update(state)
 
     def __repr__(self) -> str:
         """Show the settings and the wrapped optimizer."""
@@ -306,7 +321,9 @@ class PerturbedModel:
     3. The output of the model at :math:`\theta + \delta` on the same batch with the same dropout mask. Its backward
        pass gives :math:`\nabla L(\theta + \delta; B)`, which the optimizer applies to :math:`\theta`.
 
-    Buffers (batch-norm statistics) are updated by the clean pass alone. Under DistributedDataParallel the direction
+    Buffers (batch-norm statistics, queues) and momentum copies are updated by the clean pass alone.
+
+    Under DistributedDataParallel the direction
     is the gradient averaged over processes, so all share one. Where the first gradient is not finite (a loss-scale
     overflow) the step is made without perturbation and counted in ``optimizer.steps["skipped"]``.
 
@@ -336,9 +353,12 @@ class PerturbedModel:
         if settings.gamma == 0 or samples.get("epoch", settings.warmup_epochs) < settings.warmup_epochs:
             return self.model(samples)
         random_state = _random_state()
-        gradients = self._direction(samples)
-        _restore_random_state(random_state)
+        # What the second pass reads and may overwrite is a stand-in with the values from before the first: buffers
+        # (statistics, queues), and frozen weights (momentum copies, which LAVIS's models move by assigning to .data).
         new = {id(buffer): buffer.clone() for buffer in self.model.buffers()}
+        new.update({id(weight): weight.detach() for weight in self.model.parameters() if not weight.requires_grad})
+        gradients = self._direction(dict(samples))
+        _restore_random_state(random_state)
         is_finite = bool(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]).isfinite().all())
         self.optimizer.steps["perturbed" if is_finite else "skipped"] += 1
         if is_finite:
@@ -353,12 +373,13 @@ class PerturbedModel:
         # The bare module: DistributedDataParallel would wait for a backward pass that never comes.
         loss = _unwrap(self.model)(samples)["loss"] * self.loss_scale()
         weights = list(self.optimizer.weights.values())
-        gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        gradients = list(torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True))
         if isinstance(self.model, DistributedDataParallel):
+            gradients = [gradient.contiguous() for gradient in gradients]  # an expanded one cannot be reduced in place
             for gradient in gradients:
                 dist.all_reduce(gradient)
                 gradient /= dist.get_world_size()
-        return list(gradients)
+        return gradients
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

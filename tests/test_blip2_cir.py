@@ -345,7 +345,7 @@ def test_without_a_network_the_local_way_is_named(monkeypatch, small_model):
         ({"pooling": "max"}, r"model\.pooling: 'max' is not one of"),
         ({"vit_model": "resnet"}, r"model\.vit_model: 'resnet' is not one of eva_clip_g, clip_L"),
         ({"loss_weights": {"rtc": 1.0}}, r"rtc needs model\.fusion: sentence_prompt"),
-        ({"loss_weights": {"itc": -1.0}}, r"must be >= 0, got \{'itc': -1\.0\}"),
+        ({"loss_weights": {"itc": -1.0}}, r"must be numbers >= 0, got \{'itc': -1\.0\}"),
         ({"vit_precision": "fp16"}, r"stores the image tower in half precision, which cannot be trained"),
         ({"max_txt_len": 64}, r"64 text and 3 query tokens exceed the 40 positions"),
     ],

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query, no_metrics
-from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask, rank_group
+from lavis_cir_plugin.datasets import _with_targets
+from lavis_cir_plugin.tasks.composed_retrieval import rank_group
 
 CPU = torch.device("cpu")
 GALLERY = tuple("abcdefg")
@@ -64,6 +63,5 @@ def test_a_query_without_a_public_target_has_no_rank(features):
 
 def test_a_split_without_public_targets_is_refused_with_a_sentence():
     benchmark = Benchmark("fashioniq", "test", (group(Query("a", ("x",), None)),), {}, "p", no_metrics, "mean")
-    evaluation = types.SimpleNamespace(dataset=types.SimpleNamespace(benchmark=benchmark), rankings=dict)
     with pytest.raises(ValueError, match=r"fashioniq test: this split has no public targets, so it cannot be scored"):
-        ComposedRetrievalTask().after_evaluation(val_result=evaluation, split_name="test", epoch="best")
+        _with_targets(benchmark)

@@ -141,19 +141,50 @@ def test_an_unknown_name_is_answered_with_the_nearest(option, message):
         ("run.init_lr=0", r"run\.init_lr must be a number > 0, got 0"),
         ("run.init_lr=null", r"run\.init_lr is missing"),
         ("run.beta2=1.5", r"run\.beta2 must be >= 0 and < 1, got 1\.5"),
+        ("run.evaluate=maybe", r"run\.evaluate must be true or false, got 'maybe'"),
+        ("run.output_dir=null", r"run\.output_dir must be the path of a folder, got None"),
+        ("run.max_epoch=.inf", r"run\.max_epoch must be a whole number >= 1, got inf"),
+        ("run.warmup_lr=abc", r"run\.warmup_lr must be a number >= 0, got 'abc'"),
+        ("run.lr_sched=linear_warmup_step_lr", r"run\.lr_decay_rate must be a number > 0 under"),
+        ("run.seed=${nope}", r"cannot be resolved \(Interpolation key 'nope' not found"),
+        ("run.train_splits=[]", r"run\.train_splits must name train, got \[\]"),
+        ("datasets.fashioniq=null", r"datasets\.fashioniq must be a mapping, \{\} for its defaults, got None"),
+        ("datasets.fashioniq.preload=maybe", r"datasets\.fashioniq\.preload must be true or false, got 'maybe'"),
+        ("datasets.fashioniq.splits=train", r"datasets\.fashioniq\.splits must be a list of train, val and test"),
+        ("datasets.fashioniq.garments.sede=1", r"garments\.sede is not a known key; did you mean 'seed'\?"),
+        ("datasets.fashioniq.garments.held_out=2", r"garments: held_out must lie in"),
+        ("datasets.fashioniq.build_info.refrence=kept", r"build_info\.refrence is not a known key; did you mean 'ref"),
+        ("datasets.fashioniq.vis_processor=target_pad", r"vis_processor must be a mapping, got 'target_pad'"),
+        (
+            "datasets.fashioniq.vis_processor.train={name: target_pad, target_rato: 9}",
+            r"target_rato is not a known key; did you mean",
+        ),
+        ("datasets.fashioniq.vis_processor.trian.image_size=64", r"trian is not a known key; did you mean 'train'\?"),
+        (
+            "datasets.cirr.type=default",
+            r"val is built by fashioniq and cirr, and LAVIS evaluates one data set",
+        ),
+        ("model.finetuned=x.pth", r"model\.finetuned is set and would not be read; set model\.load_finetuned: true"),
+        ("model.fusion=late", r"model\.fusion: 'late' is not one of joint, sentence_prompt"),
+        ("model.num_query_token=0", r"model\.num_query_token must be a whole number >= 1, got 0"),
+        ("model.vit_config.dept=9", r"model\.vit_config\.dept is not a known key; did you mean 'depth'\?"),
+        ("model.qformer_config.hidden_sise=3", r"hidden_sise is not a known key; did you mean 'hidden_size'\?"),
+        ("model.loss_weights.itc=abc", r"model\.loss_weights must be numbers >= 0, got \{'itc': 'abc'\}"),
+        ("model.loss_weights=1", r"model\.loss_weights must be a mapping, got 1"),
+        ("model.vit_precision=fp16 model.freeze_vit=true", r"'fp16' needs a GPU; on a CPU set"),
         ("run.device=tpu", r"run\.device: 'tpu' is neither cpu nor cuda"),
         ("run.amp=true", r"run\.amp: true needs a GPU"),
         ("run.resume_ckpt_path=/nowhere.pth", r"run\.resume_ckpt_path: /nowhere\.pth does not exist"),
         ("run.valid_splits=val", r"run\.valid_splits must be a list such as \[val\], got 'val'"),
         (
             "run.valid_splits=[dev] datasets.fashioniq.splits=[train,val]",
-            r"run\.valid_splits: dev is not built by datasets\.fashioniq\.splits: \['train', 'val'\]",
+            r"run\.valid_splits: dev is built by no data set \(datasets\.fashioniq\.splits: \['train', 'val'\]\)",
         ),
     ],
 )
 def test_an_impossible_value_says_what_is_allowed(option, message, tmp_path):
     with pytest.raises(config.ConfigError, match=message):
-        checked(option.split(), tmp_path)
+        checked([option] if "{" in option else option.split(), tmp_path)
 
 
 def test_a_gpu_that_is_not_there_is_said_before_anything_starts(tmp_path, monkeypatch):
@@ -210,11 +241,15 @@ def test_an_option_without_a_value_is_refused():
 
 
 RECIPES = Path(lavis.__file__).parent / "projects"
+# One names a model type that LAVIS does not have, the other is an empty file.
+BROKEN_IN_LAVIS = {"blip/coco_cap_ft_iter.yaml", "blip2/eval/caption_coco_flant5xl_eval.yaml"}
 
 
-@pytest.mark.parametrize(
-    "recipe", ["blip/train/caption_coco_ft.yaml", "blip/train/vqav2_ft.yaml", "blip2/train/pretrain_stage1.yaml"]
-)
+@pytest.mark.parametrize("recipe", sorted({str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml")}))
 def test_lavis_own_recipes_are_let_through(recipe):
     """Keys that only LAVIS's tasks know are no slips."""
-    config.read_config(str(RECIPES / recipe), [])
+    if recipe in BROKEN_IN_LAVIS:
+        with pytest.raises(config.ConfigError):
+            config.read_config(str(RECIPES / recipe), [])
+    else:
+        assert config.read_config(str(RECIPES / recipe), []).run.task

@@ -18,6 +18,15 @@ FUSIONS = ("joint", "sentence_prompt")
 GAMMAS = (0.0, 0.05)
 
 
+class Flat(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, samples):
+        return {"loss": self.weight.sum()}
+
+
 def model_and_call(fusion, gamma, wrap=lambda model: model):
     torch.manual_seed(0)
     model = Blip2Cir(**{**SMALL, "fusion": fusion})
@@ -50,6 +59,12 @@ def work(rank, folder):
             model, call = model_and_call(fusion, gamma, DistributedDataParallel)
             call(half)["loss"].backward()
             found[fusion, gamma] = gradients(model)
+    # A sum over a weight has an expanded gradient, which cannot be reduced in place.
+    flat = Flat()
+    wrapped = DistributedDataParallel(flat)
+    optimizer = PerturbingOptimizer(torch.optim.SGD(flat.parameters(), lr=0.1), wrapped, WeightPerturbation(gamma=0.1))
+    optimizer.perturb(wrapped)({"epoch": 0})["loss"].backward()
+    found["expanded"] = flat.weight.grad
     found["gathered"] = gather_with_gradient(torch.tensor([rank]))
     found["rows"] = [gather_rows(torch.arange(rank, n, 2.0)[:, None], n, torch.device("cpu")) for n in (1, 4, 5)]
     torch.save(found, f"{folder}/{rank}.pt")
@@ -76,5 +91,6 @@ def test_gradients_equal_those_of_one_process(fusion, gamma, found):
 
 def test_gathering_keeps_the_order_and_exact_counts(found):
     for rank in range(2):
+        assert torch.equal(found[rank]["expanded"], torch.ones(2, 2))
         assert found[rank]["gathered"].tolist() == [0, 1]
         assert [rows.flatten().tolist() for rows in found[rank]["rows"]] == [[0.0], [0, 1, 2, 3], [0, 1, 2, 3, 4]]

@@ -249,6 +249,37 @@ def test_an_error_that_is_not_ours_keeps_its_traceback(project, monkeypatch):
         launcher.main("train", ["--cfg-path", project()])
 
 
+def test_options_may_be_given_in_several_parts(project, tmp_path):
+    """The last one is wrong on purpose: the sentence shows that the first was not dropped."""
+    arguments = [
+        "--options",
+        f"run.output_dir={tmp_path}/elsewhere",
+        "--options",
+        "datasets.fashioniq.build_info.root=/no",
+    ]
+    refused(["--cfg-path", project(), *arguments])
+    assert (tmp_path / "elsewhere").is_dir()
+
+
+def test_an_unwritable_output_folder_is_told_before_anything_starts(project):
+    sentence = refused(["--cfg-path", project(run__output_dir="/proc/nope")])
+    assert sentence.startswith("lavis.train: run.output_dir: /proc/nope cannot be written")
+
+
+def test_a_batch_larger_than_the_data_is_refused(project):
+    sentence = refused(["--cfg-path", project(run__batch_size_train=1000)])
+    assert "gives no batch of run.batch_size_train: 1000" in sentence
+
+
+def test_an_unreadable_image_met_by_a_worker_is_the_same_sentence(project, damaged):
+    for path in (damaged / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:700])  # a header that opens, and too little behind it
+    options = {"datasets__fashioniq__build_info__root": str(damaged), "run__num_workers": 2}
+    sentence = refused(["--cfg-path", project(**options, datasets__fashioniq__build_info__verify_images=False)])
+    assert str(damaged / "images") in sentence
+    assert "Traceback" not in sentence
+
+
 def test_a_missing_config_lists_the_shipped_ones():
     sentence = refused(["--cfg-path", "projects/wrf4cir/fq.yaml"])
     assert "projects/wrf4cir/fq.yaml does not exist" in sentence

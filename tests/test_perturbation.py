@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -270,6 +271,67 @@ def test_the_wrapper_is_an_optimizer_to_schedulers_and_scalers(batch):
     optimizer.zero_grad()
     assert torch.equal(net.head.weight, before["head.weight"])
     assert net.head.weight.grad is None
+
+
+def test_a_fused_optimizer_under_a_scaler_gets_true_gradients_and_skips_an_overflow():
+    """GradScaler hands a fused optimizer its scale through attributes, which a wrapper would swallow."""
+
+    def steps(wrap):
+        torch.manual_seed(0)
+        net = nn.Linear(3, 1)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=True)
+        optimizer = PerturbingOptimizer(optimizer, net, WeightPerturbation(gamma=0)) if wrap else optimizer
+        scaler = torch.amp.GradScaler("cpu")
+        for factor in (1.0, math.inf, 1.0):
+            scaler.scale(net(torch.ones(2, 3)).sum() * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return net.weight
+
+    torch.testing.assert_close(steps(wrap=True), steps(wrap=False))
+    assert steps(wrap=True).isfinite().all()
+
+
+class Momentum(nn.Module):
+    """A frozen moving copy and a counter, both written in forward, as LAVIS's ALBEF and BLIP do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.copy = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+        self.register_buffer("count", torch.zeros(()))
+        self.seen = []
+
+    def forward(self, samples):
+        self.seen.append(float(self.count))
+        self.count += 1
+        for moving, weight in zip(self.copy.parameters(), self.net.parameters()):
+            moving.data = moving.data * 0.5 + weight.data * 0.5
+        return {"loss": (self.net(samples["x"]) - self.copy(samples["x"])).square().mean()}
+
+
+def test_momentum_copies_and_queues_move_once_and_by_clean_weights():
+    net, optimizer = make(WeightPerturbation(gamma=0.3), Momentum())
+    plain = copy.deepcopy(net)
+    samples = {"x": torch.randn(5, 4), "epoch": 0}
+    for call in (optimizer.perturb(net), plain):
+        call(samples)
+        call(samples)
+    torch.testing.assert_close(net.copy.weight, plain.copy.weight, rtol=0, atol=0)
+    assert net.seen == [0, 0, 1, 1], "both passes start from the same state"
+    assert float(net.count) == 2
+    assert not net.copy.weight.requires_grad
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_the_optimizer_can_be_copied(way, batch):
+    net, optimizer = make(WeightPerturbation(gamma=0.1))
+    optimizer.perturb(net)(batch)["loss"].backward()
+    optimizer.step()
+    twin = way(optimizer)
+    assert twin.steps == optimizer.steps
+    assert twin.settings == optimizer.settings
+    assert twin.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
 
 
 @pytest.mark.parametrize(

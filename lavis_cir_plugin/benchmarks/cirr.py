@@ -54,12 +54,21 @@ class CIRRConfig:
     annotations: str | None = None
     images: str | None = None
     missing_images: str = one_of("error", "skip")
-    verify_images: bool = False
+    verify_images: bool = True
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> CIRRConfig:
         """Build the configuration; raise ValueError with every unknown key and impossible value."""
         return config_from_mapping(cls, "cirr", mapping)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Check the keys and values of a ``build_info`` without reading anything.
+
+    Raises:
+        ValueError: every unknown key and impossible value.
+    """
+    CIRRConfig.from_mapping(config)
 
 
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:

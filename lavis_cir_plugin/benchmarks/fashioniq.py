@@ -77,7 +77,7 @@ class FashionIQConfig:
     captions: str = one_of(*_CAPTION_MODES)
     training_text: str = one_of("random4", "and")
     missing_images: str = one_of("error", "skip")
-    verify_images: bool = False
+    verify_images: bool = True
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> FashionIQConfig:
@@ -97,6 +97,15 @@ class _Category:
     name: str
     records: list[_Record]
     split: list[str]
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Check the keys and values of a ``build_info`` without reading anything.
+
+    Raises:
+        ValueError: every unknown key and impossible value.
+    """
+    FashionIQConfig.from_mapping(config)
 
 
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from lavis.common.registry import registry
-from lavis.models import eva_vit
+from lavis.models import clip_vit, eva_vit
 from lavis.models.blip2_models.blip2 import Blip2Base, LayerNorm
 from lavis.models.blip2_models.Qformer import BertConfig, BertModel
 from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
@@ -21,11 +21,16 @@ from torch import Tensor, nn
 from transformers import BertTokenizer
 
 from lavis_cir_plugin import CONFIGS
+from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
 from lavis_cir_plugin.checkpoints import load_strictly, read_state
 from lavis_cir_plugin.losses import LOSSES, TrainingOutputs
 
-FUSIONS = ("joint", "sentence_prompt")
-POOLINGS = ("text_cls", "mean_queries")
+_CHOICES = {
+    "fusion": ("joint", "sentence_prompt"),
+    "pooling": ("text_cls", "mean_queries"),
+    "vit_model": ("eva_clip_g", "clip_L"),
+    "vit_precision": ("fp16", "fp32"),
+}
 DEFAULT_LOSS_WEIGHTS = {"joint": {"itc": 1.0}, "sentence_prompt": {"itc": 1.0, "rtc": 1.0, "align": 1.0}}
 
 # The towers that BLIP-2's checkpoints hold, as LAVIS builds them before it downloads their weights.
@@ -105,14 +110,8 @@ class Blip2Cir(Blip2Base):
         loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
-        _check_choice("fusion", fusion, FUSIONS)
-        _check_choice("pooling", pooling, POOLINGS)
-        _check_choice("vit_precision", vit_precision, ("fp16", "fp32"))
-        if vit_precision == "fp16" and not freeze_vit:
-            raise ValueError(
-                "model.vit_precision: 'fp16' stores the image tower in half precision, which cannot be trained; set "
-                "model.vit_precision: fp32 or model.freeze_vit: true."
-            )
+        given = locals()
+        self.check_config({name: given[name] for name in self._arguments()})
         self.fusion, self.pooling = fusion, pooling
         self.loss_weights = _checked_loss_weights(fusion, loss_weights)
         self.freeze_vit = freeze_vit
@@ -155,6 +154,35 @@ class Blip2Cir(Blip2Base):
             self.Qformer["bert"].encoder.layer[-1].output.requires_grad_(False)
 
     @classmethod
+    def _arguments(cls) -> dict[str, Any]:
+        return dict(cls.__init__.__kwdefaults__ or {})
+
+    @classmethod
+    def check_config(cls, cfg: Mapping[str, Any]) -> None:
+        """Check a ``model`` section without building anything; absent keys have the constructor's defaults.
+
+        Raises:
+            ValueError: The first unknown or impossible value, and what is allowed.
+        """
+        values = {**cls._arguments(), **{name: cfg[name] for name in cls._arguments() if cfg.get(name) is not None}}
+        for key, allowed in _CHOICES.items():
+            _check_choice(key, values[key], allowed)
+        for key in ("image_size", "num_query_token", "cross_attention_freq", "embed_dim", "max_txt_len"):
+            if isinstance(values[key], bool) or not isinstance(values[key], int) or values[key] < 1:
+                raise ValueError(f"model.{key} must be a whole number >= 1, got {values[key]!r}.")
+        for key in ("freeze_vit", "use_grad_checkpoint"):
+            if not isinstance(values[key], bool):
+                raise ValueError(f"model.{key} must be true or false, got {values[key]!r}.")
+        if values["vit_precision"] == "fp16" and not values["freeze_vit"]:
+            raise ValueError(
+                "model.vit_precision: 'fp16' stores the image tower in half precision, which cannot be trained; set "
+                "model.vit_precision: fp32 or model.freeze_vit: true."
+            )
+        _check_keys("vit_config", values["vit_config"], _CLIP_L if values["vit_model"] == "clip_L" else _EVA_G)
+        _check_keys("qformer_config", values["qformer_config"], BertConfig().to_dict())
+        _checked_loss_weights(values["fusion"], values["loss_weights"])
+
+    @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> Blip2Cir:
         """Build from the ``model`` section of a config and load the weights it names.
 
@@ -166,8 +194,7 @@ class Blip2Cir(Blip2Base):
             ValueError: If a checkpoint does not match the model.
             FileNotFoundError: If a checkpoint is missing and cannot be downloaded.
         """
-        names = cls.__init__.__kwdefaults__
-        model = cls(**{name: cfg[name] for name in names if cfg.get(name) is not None})
+        model = cls(**{name: cfg[name] for name in cls._arguments() if cfg.get(name) is not None})
         model.load_checkpoint_from_config(cfg)
         return model
 
@@ -190,9 +217,16 @@ class Blip2Cir(Blip2Base):
         """Load BLIP-2 weights in the published key layout; the learned prompt of ``sentence_prompt`` starts anew."""
         state = read_state(url_or_filename)
         if vit_pretrained and not any(name.startswith("visual_encoder.") for name in state):
-            tower = read_state(vit_pretrained)
-            state.update({f"visual_encoder.{name}": tensor for name, tensor in tower.items()})
+            state.update(self._tower_state(read_state(vit_pretrained)))
         load_strictly(self, state, url_or_filename, unused=_UNUSED_IN_CHECKPOINTS, fresh=("prompt_tokens",))
+
+    def _tower_state(self, tower: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fit a tower's own published file to this tower, as LAVIS does: its last blocks and head are not used."""
+        is_clip = isinstance(self.visual_encoder, ClipVisionTransformer)
+        interpolate = clip_vit.interpolate_pos_embed if is_clip else eva_vit.interpolate_pos_embed
+        interpolate(self.visual_encoder, tower)
+        own = self.visual_encoder.state_dict()
+        return {f"visual_encoder.{name}": tensor for name, tensor in tower.items() if name in own}
 
     def load_checkpoint(self, url_or_filename: str) -> None:
         """Load a composed-retrieval checkpoint into this model; a frozen tower may be left out of the file."""
@@ -289,7 +323,8 @@ class Blip2Cir(Blip2Base):
         with torch.autocast(image.device.type, dtype=torch.float16) if is_half else nullcontext():
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
                 tokens = self.visual_encoder(image)
-            return self.ln_vision(tokens).float()
+            # In float32 although LAVIS's layer takes any: a half-precision gradient into it would underflow.
+            return self.ln_vision(tokens.float())
 
     def _tokenize(self, text: Sequence[str]) -> tuple[Tensor, Tensor]:
         # Padding to the longest text gives the same outputs as to max_txt_len: padded positions are masked everywhere.
@@ -387,7 +422,6 @@ def _build_tower(
     vit_model: str, image_size: int, vit_config: dict[str, Any], drop_path_rate: float, use_grad_checkpoint: bool
 ) -> nn.Module:
     """Build the image tower with random weights; LAVIS's own functions would download some first."""
-    _check_choice("vit_model", vit_model, ("eva_clip_g", "clip_L"))
     if vit_model == "clip_L":
         return ClipVisionTransformer(
             input_resolution=image_size, use_grad_checkpointing=use_grad_checkpoint, **{**_CLIP_L, **vit_config}
@@ -404,17 +438,29 @@ def _build_tower(
 
 
 def _checked_loss_weights(fusion: str, weights: Mapping[str, float] | None) -> dict[str, float]:
-    given = dict(weights or {})
+    given = _mapping("loss_weights", weights)
     unknown = [name for name in given if name not in LOSSES]
     if unknown:
         raise ValueError(f"model.loss_weights: {', '.join(unknown)} is no loss; known: {', '.join(LOSSES)}.")
     prompted = [name for name in given if name in ("rtc", "align")]
     if fusion == "joint" and prompted:
         raise ValueError(f"model.loss_weights: {', '.join(prompted)} needs model.fusion: sentence_prompt.")
-    negative = {name: weight for name, weight in given.items() if weight < 0}
-    if negative:
-        raise ValueError(f"model.loss_weights must be >= 0, got {negative}.")
+    refused = {n: w for n, w in given.items() if isinstance(w, bool) or not isinstance(w, (int, float)) or not w >= 0}
+    if refused:
+        raise ValueError(f"model.loss_weights must be numbers >= 0, got {refused}.")
     return {**DEFAULT_LOSS_WEIGHTS[fusion], **{name: float(weight) for name, weight in given.items()}}
+
+
+def _mapping(key: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"model.{key} must be a mapping, got {value!r}.")
+    return dict(value or {})
+
+
+def _check_keys(key: str, value: Any, known: Mapping[str, Any]) -> None:
+    for name in _mapping(key, value):
+        if name not in known:
+            raise ValueError(f"model.{key}.{name} is not a known key{did_you_mean(name, known)}")
 
 
 def _check_choice(key: str, value: Any, allowed: Sequence[str]) -> None:

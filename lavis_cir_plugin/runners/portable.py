@@ -69,8 +69,19 @@ class PortableRunner:
             return super().create_loaders(*args, **kwargs)
 
     def evaluate(self, cur_epoch: Any = "best", skip_reload: bool = False) -> Any:
-        """Evaluate the test splits at the end: on the best weights, or without any validation on the last."""
-        return super().evaluate(cur_epoch="best", skip_reload=skip_reload or not self.valid_splits)
+        """Evaluate the test splits at the end; without any validation the last weights are the final ones."""
+        if not self.valid_splits:
+            cur_epoch, skip_reload = "best", True
+        return super().evaluate(cur_epoch=cur_epoch, skip_reload=skip_reload)
+
+    def train(self) -> None:
+        """Run LAVIS's loop, unless there is not a single batch, which it would only notice in a division by zero."""
+        if not self.evaluate_only and hasattr(self.train_loader, "__len__") and len(self.train_loader) == 0:
+            raise ValueError(
+                f"the training data gives no batch of run.batch_size_train: {self.config.run_cfg.batch_size_train} in "
+                "each process (LAVIS drops an incomplete one); choose a smaller batch."
+            )
+        super().train()
 
     def _save_checkpoint(self, cur_epoch: Any, is_best: bool = False) -> None:
         with self._staged_output():
@@ -87,7 +98,9 @@ class PortableRunner:
                 for name in os.listdir(staging):
                     os.replace(os.path.join(staging, name), os.path.join(final, name))
         except (OSError, RuntimeError) as error:
-            # torch reports a failed write as a RuntimeError of its zip writer.
+            # torch reports a failed write as a RuntimeError of its zip writer; any other is no matter of space.
+            if isinstance(error, RuntimeError) and "writ" not in str(error):
+                raise
             raise OSError(
                 f"no checkpoint could be written to {final} ({str(error).splitlines()[0]}). Earlier checkpoints there "
                 "are untouched; free some space or set run.output_dir to another disk."
@@ -98,7 +111,7 @@ class PortableRunner:
     def _reload_best_model(self, model: nn.Module) -> nn.Module:
         path = os.path.join(self.output_dir, "checkpoint_best.pth")
         if not os.path.isfile(path):
-            logging.warning("no validation metric was above 0, so there is no best checkpoint; the last weights stay.")
+            logging.warning("no epoch of this run had a validation metric above 0; the last weights are evaluated.")
             return model
         load_strictly(model, read_state(path), path, may_lack=_frozen(model))
         return model
@@ -106,6 +119,12 @@ class PortableRunner:
     def _load_checkpoint(self, url_or_filename: str) -> None:
         """Resume from a checkpoint of LAVIS's, which leaves out the frozen tensors."""
         saved = read_checkpoint(url_or_filename)
+        missing = {"model", "optimizer"} - set(saved)
+        if missing:
+            raise ValueError(
+                f"run.resume_ckpt_path: {url_or_filename} holds no {' and no '.join(sorted(missing))}, so it is no "
+                "checkpoint of a LAVIS run; to start from its weights set model.finetuned and model.load_finetuned."
+            )
         model = self.unwrap_dist_model(self.model)
         load_strictly(model, saved["model"], url_or_filename, may_lack=_frozen(model))
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -115,6 +134,11 @@ class PortableRunner:
             self.start_iters = saved["iters"] + 1
         else:
             self.start_epoch = saved["epoch"] + 1
+            if self.start_epoch >= self.max_epoch:
+                raise ValueError(
+                    f"run.resume_ckpt_path: {url_or_filename} was written after epoch {saved['epoch']} (counted from "
+                    f"0), so nothing is left of run.max_epoch: {self.max_epoch}; choose a larger one."
+                )
 
 
 def portable(runner: type) -> type:

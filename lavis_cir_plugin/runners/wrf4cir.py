@@ -51,6 +51,7 @@ class RunnerWrf4Cir(PortableRunner, RunnerBase):
         """LAVIS's AdamW inside the wrapper that owns the perturbation."""
         if self._optimizer is None:
             stock = super().optimizer
+            self._optimizer = None  # should the wrapper refuse, the bare optimizer must not pass for it
             adam_eps = self.config.run_cfg.get("adam_eps")
             for group in stock.param_groups if adam_eps is not None else ():
                 group["eps"] = float(adam_eps)

@@ -48,18 +48,10 @@ class ComposedRetrievalTask(BaseTask):
             val_result: What :meth:`evaluation` returned.
             split_name: Of the evaluated split.
             epoch: LAVIS's epoch; ``"best"`` marks the final evaluation.
-
-        Raises:
-            ValueError: If the split has no public targets.
         """
         benchmark = val_result.dataset.benchmark
         rankings = val_result.rankings()
         metrics = benchmark.metrics(rankings)
-        if not metrics:
-            raise ValueError(
-                f"{benchmark.name} {split_name}: this split has no public targets, so it cannot be scored; evaluate "
-                "on val (run.valid_splits, run.test_splits)."
-            )
         logging.info("%s: %s", benchmark.protocol, {name: round(value, 2) for name, value in metrics.items()})
         if epoch == "best":
             rows = {
