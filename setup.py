@@ -8,8 +8,17 @@ from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
 PTH = "lavis_cir_hook.pth"
-# One line, because only lines that start with "import" are executed; silent where the package was removed by hand.
-HOOK = 'import sys; exec("try:\\n import lavis_cir_hook\\nexcept ImportError: pass\\nelse: lavis_cir_hook.install()")\n'
+# One line, because only lines that start with "import" are executed. Every start of Python runs it (a virtual environment's
+# twice), so it imports nothing until one of the three names is asked for; it is silent where the package was removed.
+HOOK = (
+    r'import sys; exec("class LavisFinder:\n @staticmethod\n def find_spec(name, path=None, target=None):\n'
+    r"  if name not in ('lavis', 'lavis.train', 'lavis.evaluate'): return None\n"
+    r"  try: from lavis_cir_hook import LavisFinder\n  except ImportError: return None\n"
+    r"  return LavisFinder.find_spec(name, path)\n"
+    r"if not any(getattr(f, '__name__', '') == 'LavisFinder' for f in sys.meta_path):"
+    r' sys.meta_path.insert(0, LavisFinder)")'
+    "\n"
+)
 
 
 class BuildPy(build_py):

@@ -1,8 +1,8 @@
 """Make ``python -m lavis.train`` and ``python -m lavis.evaluate`` exist, and let today's libraries import LAVIS.
 
 No LAVIS release ships the two modules and LAVIS has no hook for plugins. ``lavis_cir_hook.pth``, installed beside this
-package, calls :func:`install` at every interpreter start; therefore nothing but ``sys`` is imported here, and the
-finder looks at three names only.
+package, puts a finder into ``sys.meta_path`` at every interpreter start, which imports this package, and asks
+:class:`LavisFinder`, only when one of three names is imported.
 """
 
 import sys
@@ -35,8 +35,8 @@ class LavisFinder:
 
 
 def install() -> None:
-    """Put the finder first in ``sys.meta_path``; a second call changes nothing."""
-    if LavisFinder not in sys.meta_path:
+    """Put the finder first in ``sys.meta_path``, unless it or the one of the .pth file is there."""
+    if not any(_is_ours(finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, LavisFinder)
 
 
@@ -64,4 +64,8 @@ def _launcher(fullname: str, path: "Sequence[str] | None") -> "ModuleSpec | None
 
 
 def _found_elsewhere(fullname: str, path: "Sequence[str] | None") -> bool:
-    return any(finder.find_spec(fullname, path) for finder in sys.meta_path if finder is not LavisFinder)
+    return any(finder.find_spec(fullname, path) for finder in sys.meta_path if not _is_ours(finder))
+
+
+def _is_ours(finder: object) -> bool:
+    return getattr(finder, "__name__", None) == LavisFinder.__name__
