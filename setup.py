@@ -8,8 +8,8 @@ from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
 PTH = "lavis_cir_hook.pth"
-# One line, because only lines that start with "import" are executed. Every start of Python runs it (a virtual environment's
-# twice), so it imports nothing until one of the three names is asked for; it is silent where the package was removed.
+# One line, because only lines that start with "import" are executed. Every start of Python runs it, that of a virtual
+# environment twice, so nothing is imported until one of the three names is; silent where the package was removed.
 HOOK = (
     r'import sys; exec("class LavisFinder:\n @staticmethod\n def find_spec(name, path=None, target=None):\n'
     r"  if name not in ('lavis', 'lavis.train', 'lavis.evaluate'): return None\n"
