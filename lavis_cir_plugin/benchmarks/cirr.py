@@ -54,7 +54,7 @@ class CIRRConfig:
     annotations: str | None = None
     images: str | None = None
     missing_images: str = one_of("error", "skip")
-    verify_images: bool = True
+    verify_images: bool = False
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> CIRRConfig:

@@ -77,7 +77,7 @@ class FashionIQConfig:
     captions: str = one_of(*_CAPTION_MODES)
     training_text: str = one_of("random4", "and")
     missing_images: str = one_of("error", "skip")
-    verify_images: bool = True
+    verify_images: bool = False
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> FashionIQConfig:
