@@ -97,6 +97,7 @@ class PortableRunner:
                 yield
                 for name in os.listdir(staging):
                     os.replace(os.path.join(staging, name), os.path.join(final, name))
+                    logging.info("checkpoint complete: %s", os.path.join(final, name))  # LAVIS logs the staging folder
         except (OSError, RuntimeError) as error:
             # torch reports a failed write as a RuntimeError of its zip writer; any other is no matter of space.
             if isinstance(error, RuntimeError) and "writ" not in str(error):
