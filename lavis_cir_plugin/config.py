@@ -99,7 +99,7 @@ def read_config(path: str, options: Sequence[str]) -> DictConfig:
     problems = list(_sections(merged))
     if not problems:
         merged = OmegaConf.merge({"run": RUN_DEFAULTS}, merged)
-        problems = [*_run_names(merged.run), *_model_names(merged.model, merged.run), *_dataset_names(merged.datasets)]
+        problems = [*_run_names(merged.run), *_model_names(merged.model), *_dataset_names(merged.datasets)]
     if problems:
         raise ConfigError(str(path), problems)
     return merged
@@ -193,7 +193,7 @@ def _run_names(run: DictConfig) -> Iterator[str]:
         yield from runner.run_problems(as_plain(run))
 
 
-def _model_names(model: DictConfig, run: DictConfig) -> Iterator[str]:
+def _model_names(model: DictConfig) -> Iterator[str]:
     if "arch" not in model:
         yield f"model.arch is missing. Registered: {', '.join(registry.list_models())}."
         return
@@ -217,7 +217,7 @@ def _dataset_names(datasets: DictConfig) -> Iterator[str]:
     for name, section in datasets.items():
         yield from _registered("datasets", name, registry.list_datasets())
         builder = registry.get_builder_class(name)
-        if builder is None or section is None:
+        if builder is None:
             continue
         types = list(builder.DATASET_CONFIG_DICT)
         if section.get("type", "default") not in types:
@@ -225,12 +225,11 @@ def _dataset_names(datasets: DictConfig) -> Iterator[str]:
                 f"datasets.{name}.type: {section.type!r} is not one of {', '.join(types)}"
                 f"{did_you_mean(section.type, types)}"
             )
-        if _is_ours(builder):
-            yield from _known_keys(f"datasets.{name}", section, _DATASET_KEYS)
         for kind in ("vis_processor", "text_processor"):
             for stage, processor in (section.get(kind) or {}).items():
                 yield from _processor_problems(f"datasets.{name}.{kind}.{stage}", stage, processor)
         if _is_ours(builder):
+            yield from _known_keys(f"datasets.{name}", section, _DATASET_KEYS)
             yield from builder.section_problems(name, section)
 
 
@@ -260,8 +259,9 @@ def _run_values(run: DictConfig, command: str) -> Iterator[str]:
         "num_workers": 0,
         "seed": 0,
         "warmup_steps": 0,
+        "accum_grad_iters": 1,
+        "log_freq": 1,
     }
-    whole.update(accum_grad_iters=1, log_freq=1)
     for key, least in whole.items():
         value = run.get(key)
         if value is not None and not (_is_number(value) and int(value) == value and value >= least):

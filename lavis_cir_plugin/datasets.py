@@ -113,7 +113,7 @@ class TripletDataset(CirDataset):
 
 
 class BenchmarkDataset(CirDataset):
-    """A benchmark's images, each once, in a fixed order; ``queries`` is its data set of queries."""
+    """A benchmark's images, each once, in a fixed order; ``queries`` (without pictures: ``texts``) are its queries."""
 
     def __init__(self, benchmark: Benchmark, vis_processor: Processor, text_processor: Processor) -> None:
         super().__init__(benchmark.image_paths, vis_processor, text_processor)
@@ -121,6 +121,7 @@ class BenchmarkDataset(CirDataset):
         # Categories of FashionIQ share images; each goes through the model once.
         self.names = list(dict.fromkeys(name for group in benchmark.groups for name in group.gallery))
         self.queries = QueryDataset(self)
+        self.texts = QueryDataset(self, with_image=False)
 
     def __len__(self) -> int:
         """Return the number of distinct gallery images."""
@@ -132,11 +133,12 @@ class BenchmarkDataset(CirDataset):
 
 
 class QueryDataset(CirDataset):
-    """Every text of every query of a benchmark, group by group: ``image`` and ``text_input``."""
+    """Every text of every query of a benchmark, group by group: ``text_input`` and, unless left out, ``image``."""
 
-    def __init__(self, dataset: BenchmarkDataset) -> None:
+    def __init__(self, dataset: BenchmarkDataset, with_image: bool = True) -> None:
         super().__init__(dataset.image_paths, dataset.vis_processor, dataset.text_processor)
         self.dataset = dataset
+        self.with_image = with_image
         self.rows = [
             (query.reference, text)
             for group in dataset.benchmark.groups
@@ -151,7 +153,10 @@ class QueryDataset(CirDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return one row."""
         reference, text = self.rows[index]
-        return {"image": self.dataset.load_image(reference), "text_input": self.text_processor(text)}
+        row: dict[str, Any] = {"text_input": self.text_processor(text)}
+        if self.with_image:
+            row["image"] = self.dataset.load_image(reference)
+        return row
 
 
 class BenchmarkBuilder(BaseDatasetBuilder):

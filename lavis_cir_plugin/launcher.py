@@ -26,7 +26,7 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_cir_plugin import PROJECTS, config
-from lavis_cir_plugin.runners.portable import portable, process_environment
+from lavis_cir_plugin.runners.portable import join_single_process, portable
 
 # Long enough to download a checkpoint on one process while the others wait, short enough to notice a dead one.
 _PROCESS_TIMEOUT = timedelta(minutes=60)
@@ -113,18 +113,16 @@ def _output_folder(path: str) -> Path:
 
 def _join_processes(run_cfg: DictConfig) -> None:
     """Open the process group: torchrun's, or one of a single process, on gloo for a CPU and NCCL for GPUs."""
-    on_gpu = str(run_cfg.device).startswith("cuda")
-    backend = "nccl" if on_gpu else "gloo"
-    environment = process_environment()
-    run_cfg.distributed = environment is not None
-    if environment is None:
-        if not dist.is_initialized():  # another run in this Python process may have opened it
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    run_cfg.distributed = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not run_cfg.distributed:
+        join_single_process(run_cfg.device)
         return
-    run_cfg.rank, run_cfg.world_size, run_cfg.gpu = environment
+    run_cfg.rank, run_cfg.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    run_cfg.gpu = int(os.environ["LOCAL_RANK"])
+    on_gpu = run_cfg.device == "cuda"
     if on_gpu:
         torch.cuda.set_device(run_cfg.gpu)
-    dist.init_process_group(backend, timeout=_PROCESS_TIMEOUT)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PROCESS_TIMEOUT)
     setup_for_distributed(get_rank() == 0)
 
 

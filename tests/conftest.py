@@ -62,10 +62,17 @@ def triplets():
     return make_triplets
 
 
+REAL = Path(os.environ.get("CIR_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+def real_folder(name: str) -> Path:
+    """Return a data set's folder of real annotation files, or skip."""
+    if not (REAL / name).is_dir():
+        pytest.skip(f"the real annotation files are not under {REAL}; set CIR_DATA")
+    return REAL / name
+
+
 @pytest.fixture(scope="session")
 def real_annotations() -> Path:
     """Return the folder of the real annotation files (``CIR_DATA``), or skip."""
-    folder = Path(os.environ.get("CIR_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
-    if not (folder / "fashionIQ_dataset").is_dir():
-        pytest.skip("real annotation files are not here; set CIR_DATA to their folder")
-    return folder
+    return real_folder("fashionIQ_dataset").parent

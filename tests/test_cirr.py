@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import REAL, real_folder
 
 from lavis_cir_plugin.benchmarks.cirr import CIRRConfig, read_benchmark, read_train, training_text
 from lavis_cir_plugin.ranking import Ranking, rank
-
-REAL = Path(os.environ.get("CIR_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 FOLDERS = {"train": "train/34", "val": "dev", "test1": "test1"}
 
@@ -254,9 +252,7 @@ def test_configuration():
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    root = REAL / "cirr_dataset"
-    if not root.is_dir():
-        pytest.skip(f"the real annotation files are not under {REAL}; set CIR_DATA")
+    root = real_folder("cirr_dataset")
     images = tmp_path_factory.mktemp("images")
     for path in root.glob("cirr/image_splits/split.*.json"):
         places = json.loads(path.read_text()).values()

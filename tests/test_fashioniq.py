@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -12,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import REAL, real_folder
 from PIL import Image
 
 from lavis_cir_plugin.benchmarks.benchmark import Benchmark
 from lavis_cir_plugin.benchmarks.fashioniq import FashionIQConfig, read_benchmark, read_train, training_text
 from lavis_cir_plugin.ranking import Ranking
-
-REAL = Path(os.environ.get("CIR_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 DRESS = [
     {"candidate": "A", "target": "B", "captions": ["is red.", " has sleeves, "]},
@@ -402,9 +400,7 @@ def test_all_errors_of_a_configuration_are_reported_at_once():
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    root = REAL / "fashionIQ_dataset"
-    if not root.is_dir():
-        pytest.skip(f"the real annotation files are not under {REAL}; set CIR_DATA")
+    root = real_folder("fashionIQ_dataset")
     images = tmp_path_factory.mktemp("images")
     for path in root.glob("image_splits/split.*.json"):
         if ".test." not in path.name:

@@ -35,10 +35,7 @@ class PortableRunner:
     """
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Any, job_id: str) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
-            # LAVIS's loop ends each epoch with a barrier that needs a group, also of one process.
-            backend = "nccl" if str(cfg.run_cfg.device).startswith("cuda") else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        join_single_process(cfg.run_cfg.device)
         for name in ("result_dir", "output_dir"):
             registry.mapping["paths"].pop(name, None)
         super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
@@ -163,9 +160,7 @@ def _synchronize_meter(meter: lavis_logger.SmoothedValue) -> None:
     meter.count = int(count)
 
 
-def process_environment() -> tuple[int, int, int] | None:
-    """Return (rank, world size, local rank) as torchrun sets them, ``None`` outside of it."""
-    try:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
-    except KeyError:
-        return None
+def join_single_process(device: str) -> None:
+    """Open a process group of this process alone, unless one is open: LAVIS ends each epoch with a barrier."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -86,9 +86,8 @@ class Evaluation:
             self.gallery = self._encode(
                 self.dataset, lambda samples: self.model.encode_target(samples["image"]), "encode gallery"
             )
-        queries = self._encode(
-            self.dataset.queries, lambda samples: self.model.encode_query(samples, mode), f"encode queries ({mode})"
-        )
+        rows = self.dataset.texts if mode == "text" else self.dataset.queries
+        queries = self._encode(rows, lambda samples: self.model.encode_query(samples, mode), f"encode queries ({mode})")
         position = {name: index for index, name in enumerate(self.dataset.names)}
         rankings = {}
         start = 0
