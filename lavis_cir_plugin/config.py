@@ -43,6 +43,8 @@ RUN_DEFAULTS: dict[str, Any] = {
     "valid_splits": [],
     "test_splits": [],
 }
+# Whatever else reads keys of ``run``: each has RUN_KEYS and run_problems, as our runners and tasks may have.
+_RUN_KEY_READERS: tuple[Any, ...] = ()
 _TRAINING_KEYS = ("init_lr", "max_epoch", "batch_size_train")
 
 # Read by LAVIS's runners and tasks, and missing in its own (unused) validator.
@@ -181,16 +183,30 @@ def _run_names(run: DictConfig) -> Iterator[str]:
         yield f"run.task is missing. Registered: {', '.join(registry.list_tasks())}."
         return
     yield from _registered("run.task", run.task, registry.list_tasks())
-    runners = {name: registry.get_runner_class(name) for name in registry.list_runners()}
-    owners = {key: name for name, runner in runners.items() for key in getattr(runner, "RUN_KEYS", ())}
-    foreign = [key for key in run if owners.get(key, run.runner) != run.runner]
-    yield from (f"run.{key} is read by {owners[key]} and has no effect under {run.runner}." for key in foreign)
-    known = {*RUN_DEFAULTS, *create_runner_config_validator().arguments, *_RUN_KEYS_OF_LAVIS, *owners}
-    task = registry.get_task_class(run.task)
-    yield from _known_keys("run", run, known, is_complete=task is not None and _is_ours(task))
-    runner = runners.get(run.runner)
-    if runner is not None and hasattr(runner, "run_problems"):
-        yield from runner.run_problems(as_plain(run))
+    task, runner = registry.get_task_class(run.task), registry.get_runner_class(run.runner)
+    yield from _foreign_run_keys(run, "runner", registry.mapping["runner_name_mapping"])
+    yield from _foreign_run_keys(run, "task", registry.mapping["task_name_mapping"])
+    readers = [entry for entry in (runner, task, *_RUN_KEY_READERS) if hasattr(entry, "RUN_KEYS")]
+    known = {*RUN_DEFAULTS, *create_runner_config_validator().arguments, *_RUN_KEYS_OF_LAVIS}
+    known.update(key for reader in readers for key in reader.RUN_KEYS)
+    foreign = {
+        key
+        for kind in ("runner", "task")
+        for entry in registry.mapping[f"{kind}_name_mapping"].values()
+        for key in getattr(entry, "RUN_KEYS", ())
+    }
+    yield from _known_keys("run", run, {*known, *foreign}, is_complete=task is not None and _is_ours(task))
+    for reader in readers:
+        yield from reader.run_problems(as_plain(run))
+
+
+def _foreign_run_keys(run: DictConfig, kind: str, entries: Mapping[str, type]) -> Iterator[str]:
+    """Name the keys of ``run`` that only other runners (or tasks) than the chosen one read."""
+    chosen = getattr(entries.get(run[kind]), "RUN_KEYS", ())
+    owners = {key: name for name, entry in entries.items() for key in getattr(entry, "RUN_KEYS", ())}
+    for key in run:
+        if key in owners and key not in chosen:
+            yield f"run.{key} is read by {owners[key]} and has no effect under {run[kind]}."
 
 
 def _model_names(model: DictConfig) -> Iterator[str]:
