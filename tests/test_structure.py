@@ -18,6 +18,7 @@ WITHOUT_LAVIS = [
     PACKAGE / "perturbation.py",
     PACKAGE / "ranking.py",
     PACKAGE / "report.py",
+    PACKAGE / "tracking.py",
     *sorted((PACKAGE / "garments").glob("*.py")),
     *sorted((PACKAGE / "benchmarks").glob("*.py")),
 ]
