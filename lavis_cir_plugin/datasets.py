@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 from lavis_cir_plugin import CONFIGS, benchmarks
-from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Triplet, did_you_mean
+from lavis_cir_plugin.benchmarks.benchmark import SPLITS, Benchmark, Triplet, did_you_mean, split_names
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.config import as_plain
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
@@ -178,8 +178,8 @@ class BenchmarkBuilder(BaseDatasetBuilder):
         if not isinstance(section.get("preload", False), bool):
             yield f"datasets.{name}.preload must be true or false, got {section['preload']!r}."
         splits = section.get("splits")
-        if splits is not None and (isinstance(splits, str) or not set(splits) <= {"train", "val", "test"}):
-            yield f"datasets.{name}.splits must be a list of train, val and test, got {splits!r}."
+        if splits is not None and (isinstance(splits, str) or not set(splits) <= {"train", *SPLITS}):
+            yield f"datasets.{name}.splits must be a list of train, {split_names()}, got {splits!r}."
         garments = as_plain(section.get("garments"))
         known = [field.name for field in dataclasses.fields(GarmentsConfig)]
         unknown = [key for key in garments if key not in known]

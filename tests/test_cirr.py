@@ -96,7 +96,7 @@ def test_test_means_test1_without_targets(tmp_path: Path):
     assert len(group.queries[0].members) == 5
     assert benchmark.metrics({}) == {}
     assert benchmark.protocol.startswith("CIRR test1, ")
-    with pytest.raises(ValueError, match=r"val and test, got 'test1'; change datasets.cirr.splits"):
+    with pytest.raises(ValueError, match=r"val, test and seen, got 'test1'; change datasets.cirr.splits"):
         read_benchmark({"root": str(tmp_path)}, "test1")
 
 

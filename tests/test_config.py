@@ -150,7 +150,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(option, message):
         ("run.train_splits=[]", r"run\.train_splits must name train, got \[\]"),
         ("datasets.fashioniq=null", r"datasets\.fashioniq must be a mapping, \{\} for its defaults, got None"),
         ("datasets.fashioniq.preload=maybe", r"datasets\.fashioniq\.preload must be true or false, got 'maybe'"),
-        ("datasets.fashioniq.splits=train", r"datasets\.fashioniq\.splits must be a list of train, val and test"),
+        ("datasets.fashioniq.splits=train", r"datasets\.fashioniq\.splits must be a list of train, val, test and seen"),
         ("datasets.fashioniq.garments.sede=1", r"garments\.sede is not a known key; did you mean 'seed'\?"),
         ("datasets.fashioniq.garments.held_out=2", r"garments: held_out must lie in"),
         ("datasets.fashioniq.build_info.refrence=kept", r"build_info\.refrence is not a known key; did you mean 'ref"),

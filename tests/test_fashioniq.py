@@ -127,7 +127,7 @@ def test_the_test_split_has_no_targets_and_no_metrics(tmp_path: Path):
 
 
 def test_an_unknown_split_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"val and test, got 'dev'; change datasets.fashioniq.splits"):
+    with pytest.raises(ValueError, match=r"val, test and seen, got 'dev'; change datasets.fashioniq.splits"):
         read_benchmark(write_world(tmp_path), "dev")
 
 

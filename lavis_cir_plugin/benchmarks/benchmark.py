@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from lavis_cir_plugin.ranking import Ranking
 
 Config = TypeVar("Config")
+
+SPLITS = ("val", "test", "seen")
+"""Evaluation splits; ``seen`` is drawn from the training data, to be compared with ``val``."""
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +79,7 @@ class Benchmark:
 
     Attributes:
         name: Of the benchmark, as registered.
-        split: ``"val"`` or ``"test"``.
+        split: One of `SPLITS`.
         groups: At least one.
         image_paths: File of every gallery and reference image.
         protocol: One line that says what makes the numbers comparable; print it beside them.
@@ -97,11 +101,16 @@ def no_metrics(rankings: Mapping[str, Ranking]) -> dict[str, float]:
     return {}
 
 
+def split_names() -> str:
+    """Return the names of the evaluation splits for a sentence."""
+    return f"{', '.join(SPLITS[:-1])} and {SPLITS[-1]}"
+
+
 def check_split(split: str, dataset: str) -> None:
     """Raise ValueError unless ``split`` is one that benchmarks evaluate on."""
-    if split not in ("val", "test"):
+    if split not in SPLITS:
         raise ValueError(
-            f"{dataset} has the evaluation splits val and test, got '{split}'; change datasets.{dataset}.splits."
+            f"{dataset} has the evaluation splits {split_names()}, got '{split}'; change datasets.{dataset}.splits."
         )
 
 
@@ -155,6 +164,65 @@ def coverage(complete: Sequence[Group], groups: Sequence[Group]) -> str:
 def listed(names: Sequence[Any], limit: int = 5) -> str:
     """Write the first few names for an error sentence: ``first: a, b, c``."""
     return "first: " + ", ".join(str(name) for name in names[:limit])
+
+
+# -- the split `seen` ------------------------------------------------------------------------------------------------
+
+
+def drawn_like(training: Group, val: Group, seed: int = 0) -> Group:
+    """Draw training queries into a group of val's size: recall on it less recall on val is the generalisation gap.
+
+    Recall depends on the number of gallery images and on how many of them resemble the target, so the gallery gets
+    val's size and is filled by whole clusters, that is, with all training images that are connected through queries
+    (FashionIQ's variants of one product, CIRR's image sets), in random order. The queries are drawn from those whose
+    images all lie in that gallery.
+
+    Args:
+        training: All training queries, and the images to draw from.
+        val: What to resemble in its two sizes; where the training data are too few, the result is smaller.
+        seed: Of the draw, which also depends on the group's name and on nothing else.
+
+    Returns:
+        A group with training's name and rule. Every reference, target and member is in its gallery; queries and
+        gallery keep training's order.
+    """
+    rng = random.Random(f"{seed} {training.name}")
+    clusters = _clusters(training.queries)
+    rng.shuffle(clusters)
+    room = len(val.gallery)
+    chosen: set[str] = set()
+    for query in (query for cluster in clusters for query in cluster):
+        images = _images(query)
+        if len(chosen.union(images)) <= room:
+            chosen.update(images)
+    others = [name for name in training.gallery if name not in chosen]
+    chosen.update(rng.sample(others, min(room - len(chosen), len(others))))
+    queries = [query for query in training.queries if chosen.issuperset(_images(query))]
+    drawn = sorted(rng.sample(range(len(queries)), min(len(val.queries), len(queries))))
+    gallery = tuple(name for name in training.gallery if name in chosen)
+    return replace(training, gallery=gallery, queries=tuple(queries[index] for index in drawn))
+
+
+def _images(query: Query) -> list[str]:
+    return [name for name in (query.reference, query.target, *query.members) if name is not None]
+
+
+def _clusters(queries: Iterable[Query]) -> list[list[Query]]:
+    """Sort queries so that no image occurs in two clusters and no cluster can be parted; in order of first queries."""
+    leader: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while leader.setdefault(name, name) != name:
+            leader[name] = name = leader[leader[name]]
+        return name
+
+    for query in queries:
+        for name in _images(query):
+            leader[find(name)] = find(query.reference)
+    clusters: dict[str, list[Query]] = {}
+    for query in queries:
+        clusters.setdefault(find(query.reference), []).append(query)
+    return list(clusters.values())
 
 
 # -- annotation files ------------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,6 +17,7 @@ from lavis_cir_plugin.benchmarks.benchmark import (
     complete_triplets,
     config_from_mapping,
     coverage,
+    drawn_like,
     find_annotation,
     no_metrics,
     one_of,
@@ -33,7 +34,7 @@ from lavis_cir_plugin.ranking import Ranking, recall_at
 CUTOFFS = (1, 5, 10, 50)
 SUBSET_CUTOFFS = (1, 2, 3)
 
-_FILE_SPLITS = {"train": "train", "val": "val", "test": "test1"}
+_FILE_SPLITS = {"train": "train", "val": "val", "test": "test1", "seen": "train"}
 _ROOT_NAMES = ("cirr_dataset", "CIRR", "cirr")
 
 
@@ -89,12 +90,16 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
 
 
 def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
-    """Read the ``val`` or ``test`` split (file name ``test1``; without targets, hence without metrics).
+    """Read the ``val``, ``test`` (file name ``test1``; without targets, hence without metrics) or ``seen`` split.
 
     The gallery is the split file: 137 images of test1 are never a reference. The reference is removed from every
     ranking. The target is ``target_hard``; ``target_soft`` contradicts it in 42 queries of val and is not used.
     With ``missing_images: skip`` the gallery shrinks and queries that need a missing image, be it only as a member of
     their image set, are left out; the protocol line says how many.
+
+    ``seen`` is drawn from the training queries and the images they use to val's sizes (`drawn_like`), with val's rules.
+    A training file in the reduced shape has no image sets; there are then no subset metrics, and ``R@5`` stands in for
+    ``mean``.
 
     Raises:
         ValueError: a key, value or record of the configuration or an annotation file is wrong, or no such split.
@@ -102,20 +107,34 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
     """
     check_split(split, "cirr")
     settings = CIRRConfig.from_mapping(config)
-    queries, gallery = _read_split(settings, split)
-    complete = group = Group("cirr", tuple(gallery), tuple(queries), reference_removed=True)
+    if split == "seen":
+        settings = replace(settings, verify_images=False)  # reading the training split is what verifies its images
+    queries, listed = _read_split(settings, split)
+    has_members = all(query.members for query in queries)
+    if not has_members:
+        queries = [replace(query, members=()) for query in queries]
+    gallery = listed
+    if split == "seen":
+        used = set(_used_images(queries))
+        gallery = {name: place for name, place in listed.items() if name in used}
+    complete = available = Group("cirr", tuple(gallery), tuple(queries), reference_removed=True)
     paths, missing = _find_images(settings, gallery)
     if missing:
-        group = without_missing(group, paths)
+        available = without_missing(complete, paths)
+    group = available
+    if split == "seen":
+        (val,) = read_benchmark({**config, "verify_images": False}, "val").groups
+        group = drawn_like(available, val)
+        paths = {name: paths[name] for name in group.gallery}
     has_targets = all(query.target is not None for query in queries)
     return Benchmark(
         name="cirr",
         split=split,
         groups=(group,),
         image_paths=paths,
-        protocol=_protocol(split, group) + coverage([complete], [group]),
-        metrics=_metrics if has_targets else no_metrics,
-        selection_metric="mean",
+        protocol=_protocol(split, group, available, has_members) + coverage([complete], [available]),
+        metrics=(_metrics if has_members else _gallery_metrics) if has_targets else no_metrics,
+        selection_metric="mean" if has_members else "R@5",
     )
 
 
@@ -124,19 +143,28 @@ def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
     return captions[0]
 
 
-def _protocol(split: str, group: Group) -> str:
+def _protocol(split: str, group: Group, available: Group, has_members: bool) -> str:
+    gallery, counted = f"{len(group.gallery):,} images", f"{len(group.queries):,} queries"
+    if split == "seen":
+        gallery = f"{len(group.gallery):,} training images drawn up to the size of val's"
+        counted = f"{len(group.queries):,} of {len(available.queries):,} training queries"
+    subset = "R_subset among the 5 other members of the image set" if has_members else "no image sets, so no R_subset"
+    name = split if split == "seen" else _FILE_SPLITS[split]
     return (
-        f"CIRR {_FILE_SPLITS[split]}, gallery of {len(group.gallery):,} images, reference removed, "
-        f"{len(group.queries):,} queries, hard targets, R_subset among the 5 other members of the image set, "
+        f"CIRR {name}, gallery of {gallery}, reference removed, {counted}, hard targets, {subset}, "
         f"ties by gallery order"
     )
 
 
+def _gallery_metrics(rankings: Mapping[str, Ranking]) -> dict[str, float]:
+    """Compute R@K on the whole gallery, in percent."""
+    return {f"R@{k}": recall_at(rankings["cirr"].ranks, k) for k in CUTOFFS}
+
+
 def _metrics(rankings: Mapping[str, Ranking]) -> dict[str, float]:
     """Compute R@K, R_subset@K and ``mean`` = (R@5 + R_subset@1) / 2, in percent."""
-    ranking = rankings["cirr"]
-    metrics = {f"R@{k}": recall_at(ranking.ranks, k) for k in CUTOFFS}
-    metrics.update({f"R_subset@{k}": recall_at(ranking.subset_ranks, k) for k in SUBSET_CUTOFFS})
+    metrics = _gallery_metrics(rankings)
+    metrics.update({f"R_subset@{k}": recall_at(rankings["cirr"].subset_ranks, k) for k in SUBSET_CUTOFFS})
     return {**metrics, "mean": (metrics["R@5"] + metrics["R_subset@1"]) / 2}
 
 
@@ -158,16 +186,20 @@ def _read_split(settings: CIRRConfig, split: str) -> tuple[list[Query], dict[str
     if not isinstance(images, dict) or not images or not all(isinstance(place, str) for place in images.values()):
         raise ValueError(f"{split_path} must map image names to paths; correct the file or copy it again.")
     queries = [_query(item, path, number, split) for number, item in enumerate(read_records(path))]
-    used = (name for query in queries for name in (query.reference, query.target, *query.members) if name is not None)
-    require_listed(list(used), images, path, split_path)
+    require_listed(_used_images(queries), images, path, split_path)
     return queries, images
+
+
+def _used_images(queries: Iterable[Query]) -> list[str]:
+    used = (name for query in queries for name in (query.reference, query.target, *query.members) if name is not None)
+    return list(dict.fromkeys(used))
 
 
 def _query(item: Mapping[str, Any], path: Path, number: int, split: str) -> Query:
     reference = str(text_field(item, "reference", path, number))
     caption = str(text_field(item, "caption", path, number)).strip()
     target = text_field(item, "target_hard", path, number, optional=split == "test")
-    if split == "train":
+    if split == "train" or (split == "seen" and "img_set" not in item):
         return Query(reference, (caption,), target)
     image_set = item.get("img_set")
     members = image_set.get("members") if isinstance(image_set, dict) else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,6 +22,7 @@ from lavis_cir_plugin.benchmarks.benchmark import (
     complete_triplets,
     config_from_mapping,
     coverage,
+    drawn_like,
     find_annotation,
     no_metrics,
     one_of,
@@ -126,10 +127,11 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
 
 
 def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
-    """Read the ``val`` or ``test`` split (the latter without targets, hence without metrics).
+    """Read the ``val``, ``test`` (without targets, hence without metrics) or ``seen`` split.
 
-    With ``missing_images: skip`` the galleries shrink and queries whose reference or target is missing are left out;
-    the protocol line says how many.
+    ``seen`` is drawn from the training triplets and their images to val's sizes (`drawn_like`), with val's rules and
+    evaluation texts. With ``missing_images: skip`` the galleries shrink and queries whose reference or target is
+    missing are left out; the protocol line says how many.
 
     Raises:
         ValueError: a key, value or record of the configuration or an annotation file is wrong, or no such split.
@@ -142,20 +144,26 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
             "the VAL-split gallery is made of a split's targets, which test does not have; "
             "set datasets.fashioniq.build_info.gallery to original."
         )
+    if split == "seen":
+        settings = replace(settings, verify_images=False)  # reading the training split is what verifies its images
     is_removed = settings.reference == "removed"
     complete = [
-        Group(category.name, _gallery(category, settings), _queries(category, settings), is_removed)
+        Group(category.name, _gallery(category, settings, split), _queries(category, settings), is_removed)
         for category in _read_split(settings, split)
     ]
     paths, missing = _find_images(settings, (name for group in complete for name in group.gallery))
-    groups = [without_missing(group, paths) for group in complete] if missing else complete
+    groups = available = [without_missing(group, paths) for group in complete] if missing else complete
+    if split == "seen":
+        val = read_benchmark({**config, "verify_images": False}, "val")
+        groups = [drawn_like(group, like) for group, like in zip(available, val.groups)]
+        paths = {name: paths[name] for group in groups for name in group.gallery}
     has_targets = all(query.target is not None for group in groups for query in group.queries)
     return Benchmark(
         name="fashioniq",
         split=split,
         groups=tuple(groups),
         image_paths=paths,
-        protocol=_protocol(settings, split, groups) + coverage(complete, groups),
+        protocol=_protocol(settings, split, groups, available) + coverage(complete, available),
         metrics=_metrics if has_targets else no_metrics,
         selection_metric="mean",
     )
@@ -199,19 +207,24 @@ def _queries(category: _Category, settings: FashionIQConfig) -> tuple[Query, ...
     )
 
 
-def _gallery(category: _Category, settings: FashionIQConfig) -> tuple[str, ...]:
-    if settings.gallery == "original":
+def _gallery(category: _Category, settings: FashionIQConfig, split: str) -> tuple[str, ...]:
+    if settings.gallery == "original" and split != "seen":
         return tuple(category.split)
     used = {name for record in category.records for name in (record.candidate, record.target)}
     return tuple(name for name in category.split if name in used)
 
 
-def _protocol(settings: FashionIQConfig, split: str, groups: list[Group]) -> str:
+def _protocol(settings: FashionIQConfig, split: str, groups: list[Group], available: list[Group]) -> str:
+    gallery = f"{'original' if settings.gallery == 'original' else 'VAL'}-split gallery"
+    queries, all_queries = (sum(len(group.queries) for group in some) for some in (groups, available))
+    counted = f"{queries:,} queries"
+    if split == "seen":
+        gallery = f"gallery of training images drawn up to the size of val's {gallery}"
+        counted = f"{queries:,} of {all_queries:,} training queries"
     sizes = ", ".join(f"{group.name} {len(group.gallery):,}" for group in groups)
     return (
-        f"FashionIQ {split}, {'original' if settings.gallery == 'original' else 'VAL'}-split gallery ({sizes}), "
-        f"reference {settings.reference}, {_CAPTION_MODES[settings.captions]}, "
-        f"{sum(len(group.queries) for group in groups):,} queries, ties by gallery order"
+        f"FashionIQ {split}, {gallery} ({sizes}), reference {settings.reference}, {_CAPTION_MODES[settings.captions]}, "
+        f"{counted}, ties by gallery order"
     )
 
 
@@ -236,7 +249,7 @@ def _bases(settings: FashionIQConfig) -> list[Path]:
 
 def _read_split(settings: FashionIQConfig, split: str) -> list[_Category]:
     bases = [Path(settings.annotations).expanduser()] if settings.annotations else _bases(settings)
-    return [_read_category(bases, category, split) for category in settings.categories]
+    return [_read_category(bases, category, "train" if split == "seen" else split) for category in settings.categories]
 
 
 def _read_category(bases: list[Path], category: str, split: str) -> _Category:
