@@ -16,7 +16,8 @@ import torch
 from lavis.models import load_model
 
 from lavis_cir_plugin.garments import words
-from lavis_cir_plugin.perturbation import PerturbingOptimizer, WeightPerturbation
+from lavis_cir_plugin.perturbation import WeightPerturbation
+from lavis_cir_plugin.perturbed_model import PerturbingOptimizer
 
 PLAIN = "stock step"
 SETTINGS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,40 @@ def read_checkpoint(path_or_url: str) -> Any:
             f"checkpoint {path}: cannot be read as tensors and plain containers ({_first_line(error)}). It is "
             "truncated, no checkpoint, or holds other Python objects, which are never unpickled."
         ) from error
+
+
+def write_checkpoint(content: Any, folder: Path, name: str, previous: str) -> None:
+    """Write a checkpoint beside its place and move it there when it is whole; the one before is kept as ``previous``.
+
+    Raises:
+        OSError, RuntimeError: If it cannot be written; both older files are then as they were.
+    """
+    unfinished = folder / f".{name}.unfinished"
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if (folder / name).exists():
+            os.replace(folder / name, folder / previous)
+        os.replace(unfinished, folder / name)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Compare every record of a checkpoint file with its check sum, which torch does not do when it loads one.
+
+    Raises:
+        ValueError: If the file is cut short or any of its bytes differs.
+    """
+    try:
+        with zipfile.ZipFile(path) as records:
+            damaged = records.testzip()
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        damaged = _first_line(error)
+    if damaged is not None:
+        raise ValueError(f"checkpoint {path} is damaged or was only half written ({damaged}).")
 
 
 def load_strictly(

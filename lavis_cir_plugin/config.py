@@ -21,7 +21,9 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lavis_cir_plugin import adapters
 from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
+from lavis_cir_plugin.runners.resumable import ResumableRunner
 
 # What a project file need not repeat.
 RUN_DEFAULTS: dict[str, Any] = {
@@ -44,7 +46,7 @@ RUN_DEFAULTS: dict[str, Any] = {
     "test_splits": [],
 }
 # Whatever else reads keys of ``run``: each has RUN_KEYS and run_problems, as our runners and tasks may have.
-_RUN_KEY_READERS: tuple[Any, ...] = ()
+_RUN_KEY_READERS: tuple[Any, ...] = (ResumableRunner, adapters)
 _TRAINING_KEYS = ("init_lr", "max_epoch", "batch_size_train")
 
 # Read by LAVIS's runners and tasks, and missing in its own (unused) validator.
@@ -306,8 +308,9 @@ def _run_values(run: DictConfig, command: str) -> Iterator[str]:
         yield f"run.device: {device!r} was asked for and torch sees no GPU; set run.device: cpu."
     if run.amp is True and device == "cpu":
         yield "run.amp: true needs a GPU; set run.amp: false on a CPU."
-    if run.resume_ckpt_path is not None and not os.path.isfile(str(run.resume_ckpt_path)):
-        yield f"run.resume_ckpt_path: {run.resume_ckpt_path} does not exist."
+    asked = run.resume_ckpt_path
+    if asked not in (None, "auto") and not os.path.exists(os.path.expanduser(str(asked))):
+        yield f"run.resume_ckpt_path: {asked} does not exist; name a checkpoint, a run's folder, or auto."
 
 
 def _split_values(cfg: Config, command: str) -> Iterator[str]:

@@ -25,8 +25,9 @@ from lavis.common.logger import setup_logger
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_cir_plugin import PROJECTS, config
-from lavis_cir_plugin.runners.portable import join_single_process, portable
+from lavis_cir_plugin import PROJECTS, adapters, config
+from lavis_cir_plugin.runners.portable import join_single_process
+from lavis_cir_plugin.runners.resumable import LAST, PREVIOUS, find_checkpoint, resumable
 
 # Long enough to download a checkpoint on one process while the others wait, short enough to notice a dead one.
 _PROCESS_TIMEOUT = timedelta(minutes=60)
@@ -61,15 +62,16 @@ def run(command: str, args: argparse.Namespace) -> None:
     config.choose_splits(cfg, command)
     cfg.run_cfg.output_dir = str(_output_folder(cfg.run_cfg.output_dir))
     _join_processes(cfg.run_cfg)
+    job_id = _job_id(cfg)
     _seed(int(cfg.run_cfg.seed) + get_rank())
     setup_logger()
     cfg.pretty_print()
 
     task = tasks.setup_task(cfg)
     datasets = task.build_datasets(cfg)
-    model = task.build_model(cfg)
-    runner_class = portable(registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base")))
-    runner = runner_class(cfg=cfg, job_id=_job_id(), task=task, model=model, datasets=datasets)
+    model = adapters.build_model(task, cfg)
+    runner_class = resumable(registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base")))
+    runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
     if command == "train":
         runner.train()
     else:
@@ -134,11 +136,22 @@ def _seed(seed: int) -> None:
     torch.backends.cudnn.deterministic = True
 
 
-def _job_id() -> str:
-    """Return a folder name that no other run has; all processes of a run agree on it."""
-    name: list[Any] = [f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]
-    dist.broadcast_object_list(name)
-    return str(name[0])
+def _job_id(cfg: Config) -> str:
+    """Return the run's folder, on which all processes agree: one that no other run has, or that of a resumed run."""
+    chosen: list[Any] = [None, None, None]
+    if is_main_process():
+        try:
+            checkpoint = find_checkpoint(cfg.run_cfg.resume_ckpt_path, cfg.run_cfg.output_dir, cfg.to_dict())
+            is_last = checkpoint is not None and checkpoint.name in (LAST, PREVIOUS)
+            name = str(checkpoint.parent) if is_last else f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+            chosen = [name, None if checkpoint is None else str(checkpoint), None]
+        except (ValueError, OSError) as error:
+            chosen[2] = error
+    dist.broadcast_object_list(chosen)
+    if chosen[2] is not None:
+        raise chosen[2]
+    cfg.run_cfg.resume_ckpt_path = chosen[1]
+    return str(chosen[0])
 
 
 def _sentence(error: BaseException) -> str | None:

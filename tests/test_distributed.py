@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lavis_cir_plugin.losses import gather_with_gradient
 from lavis_cir_plugin.models.blip2_cir import Blip2Cir
-from lavis_cir_plugin.perturbation import PerturbingOptimizer, WeightPerturbation
+from lavis_cir_plugin.perturbation import WeightPerturbation
+from lavis_cir_plugin.perturbed_model import PerturbingOptimizer
 from lavis_cir_plugin.tasks.composed_retrieval import gather_rows
 
 FUSIONS = ("joint", "sentence_prompt")

@@ -11,7 +11,8 @@ import torch
 from fairscale.nn.checkpoint.checkpoint_activations import checkpoint_wrapper
 from torch import nn
 
-from lavis_cir_plugin.perturbation import PerturbingOptimizer, WeightPerturbation, ascent_step, select_tensors
+from lavis_cir_plugin.perturbation import WeightPerturbation, ascent_step
+from lavis_cir_plugin.perturbed_model import PerturbingOptimizer, select_tensors
 
 
 def test_tensor_scope_equals_the_formula_worked_by_hand():
@@ -109,7 +110,7 @@ def test_gradients_equal_a_naive_in_place_step(scope, embeddings, batch):
         weights,
         [w.grad for w in weights],
         0.1,
-        scope,
+        scope=scope,
         by_row=[embeddings == "row" and n == "table.weight" for n in names],
     )
     naive.zero_grad()

@@ -15,10 +15,11 @@ from lavis.runners.runner_base import RunnerBase
 from lavis.runners.runner_iter import RunnerIter
 from lavis.tasks.base_task import BaseTask
 from omegaconf import OmegaConf
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
-from lavis_cir_plugin.perturbation import PerturbingOptimizer
-from lavis_cir_plugin.runners.portable import PortableRunner, portable
+from lavis_cir_plugin.data_order import EpochLoader, training_loader
+from lavis_cir_plugin.perturbed_model import PerturbingOptimizer
+from lavis_cir_plugin.runners.resumable import ResumableRunner, resumable
 from lavis_cir_plugin.runners.wrf4cir import RunnerWrf4Cir
 
 
@@ -93,7 +94,7 @@ def assert_same(left, right):
 
 def test_gamma_zero_equals_lavis_runner_bit_for_bit(make_runner, tmp_path):
     """Weights, optimizer state and checkpoint of LAVIS's own epoch loop; only the key "wrf" is added."""
-    ours, stock = make_runner(wrf={"gamma": 0}), make_runner(portable(RunnerBase))
+    ours, stock = make_runner(wrf={"gamma": 0}), make_runner(resumable(RunnerBase))
     assert_same(train(ours), train(stock))
     saved = ours.optimizer.state_dict()
     assert saved.pop("wrf")["steps"] == {"perturbed": 0, "skipped": 0}
@@ -116,15 +117,15 @@ def test_gamma_zero_equals_lavis_task_loop_without_any_runner(make_runner, small
     schedule = LinearWarmupCosineLRScheduler(optimizer, max_epoch=2, min_lr=1e-3, init_lr=1e-2)
     data = Triplets(triplets(12))
     torch.manual_seed(11)
+    loader = EpochLoader(training_loader(data, seed=42, batch_size=4, drop_last=True, collate_fn=data.collater))
     for epoch in range(2):
-        loader = DataLoader(data, batch_size=4, shuffle=True, drop_last=True, collate_fn=data.collater)
         BaseTask().train_epoch(epoch, model, loader, optimizer, schedule)
     assert_same(weights, model.state_dict())
 
 
 def test_a_perturbed_run_differs_and_counts_its_steps(make_runner):
     perturbed = make_runner(wrf={"gamma": 0.05, "warmup_epochs": 1})
-    weights, stock = train(perturbed), train(make_runner(portable(RunnerBase)))
+    weights, stock = train(perturbed), train(make_runner(resumable(RunnerBase)))
     assert any(not torch.equal(weights[name], stock[name]) for name in weights)
     assert isinstance(perturbed.optimizer, PerturbingOptimizer)
     assert perturbed.optimizer.steps == {"perturbed": 3, "skipped": 0}
@@ -133,7 +134,7 @@ def test_a_perturbed_run_differs_and_counts_its_steps(make_runner):
 def test_accumulated_gradients_are_stepped_every_second_batch(make_runner):
     """LAVIS's loop, not ours, decides; gamma 0 stays bit-equal under accumulation, and perturbed steps all count."""
     ours = make_runner(wrf={"gamma": 0}, accum_grad_iters=3)
-    stock = make_runner(portable(RunnerBase), accum_grad_iters=3)
+    stock = make_runner(resumable(RunnerBase), accum_grad_iters=3)
     assert_same(train(ours), train(stock))
     perturbed = make_runner(wrf={"gamma": 0.05}, accum_grad_iters=3)
     train(perturbed)
@@ -196,19 +197,19 @@ def test_a_saved_optimizer_state_resumes(freeze_vit, make_runner, small_model, t
 def test_no_space_left_keeps_the_earlier_checkpoint(error, make_runner, tmp_path, monkeypatch):
     runner = make_runner()
     train(runner)
-    before = (tmp_path / "out/job/checkpoint_1.pth").read_bytes()
+    before = {path: path.read_bytes() for path in (tmp_path / "out/job").glob("*.pth")}
 
-    def fail(content, path):
-        Path(path).write_bytes(b"half")
+    def fail(content, file):
+        Path(getattr(file, "name", file)).write_bytes(b"half")
         raise error
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match=r"no checkpoint could be written to .*job .*untouched; free some space"):
         runner._save_checkpoint(1)
-    assert (tmp_path / "out/job/checkpoint_1.pth").read_bytes() == before
-    assert sorted(path.name for path in (tmp_path / "out/job").iterdir()) == [
-        "checkpoint_0.pth", "checkpoint_1.pth", "log.txt", "result",
-    ]  # fmt: skip
+    with pytest.raises(OSError, match=r"no checkpoint could be written to .*job .*untouched; free some space"):
+        runner._save_last(2, 0, {})
+    assert {path: path.read_bytes() for path in (tmp_path / "out/job").glob("*.pth")} == before
+    assert list((tmp_path / "out/job").glob(".*")) == []
 
 
 def test_a_task_is_given_back_as_it_was(make_runner):
@@ -230,6 +231,6 @@ def test_half_precision_trainable_weights_are_refused(make_runner, small_model):
 
 def test_it_is_registered_and_leaves_lavis_classes_alone():
     assert "runner_wrf4cir" in registry.list_runners()
-    assert portable(RunnerWrf4Cir) is RunnerWrf4Cir
-    assert issubclass(portable(RunnerIter), (PortableRunner, RunnerIter))
-    assert not issubclass(RunnerBase, PortableRunner)
+    assert resumable(RunnerWrf4Cir) is RunnerWrf4Cir
+    assert issubclass(resumable(RunnerIter), (ResumableRunner, RunnerIter))
+    assert not issubclass(RunnerBase, ResumableRunner)

@@ -1,14 +1,10 @@
-"""LAVIS's runners, freed from what they take for granted: a GPU, torchrun, and writes that never fail."""
+"""LAVIS's runners, freed from what they take for granted: a GPU, torchrun, and a process with one runner."""
 
 from __future__ import annotations
 
 import logging
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -21,8 +17,10 @@ from lavis.datasets.datasets import dataloader_utils
 from lavis.runners import runner_base
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
-from lavis_cir_plugin.checkpoints import load_strictly, read_checkpoint, read_state
+from lavis_cir_plugin.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.data_order import EpochLoader, training_loader
 
 
 class PortableRunner:
@@ -30,7 +28,7 @@ class PortableRunner:
 
     * Trains and evaluates on a CPU, in one process or several.
     * Several runners may live in one process.
-    * A checkpoint is written beside its place and then moved there, so a half-written one never has its name.
+    * Order and augmentation of the training data follow from seed and epoch (:mod:`~lavis_cir_plugin.data_order`).
     * The best checkpoint is read without unpickling objects and must match the trained tensors.
     """
 
@@ -59,94 +57,39 @@ class PortableRunner:
         return wrapped
 
     def create_loaders(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """Return LAVIS's loaders; on a CPU without its prefetcher, which opens a CUDA stream."""
-        if self.cuda_enabled:
-            return super().create_loaders(*args, **kwargs)
-        with mock.patch.object(runner_base, "PrefetchLoader", lambda loader: loader):
+        """Return LAVIS's loaders, in an order that can be resumed; on a CPU without its prefetcher, a CUDA stream."""
+        seed = int(self.config.run_cfg.get("seed", 42))
+
+        def loader(dataset: Any, drop_last: bool = False, **options: Any) -> DataLoader:
+            if not drop_last:  # LAVIS's mark of training on data of known length
+                return DataLoader(dataset, **options)
+            del options["sampler"], options["shuffle"]
+            return training_loader(dataset, seed, drop_last=True, **options)
+
+        prefetcher = runner_base.PrefetchLoader if self.cuda_enabled else lambda loader: loader
+        names = {
+            "DataLoader": loader,
+            "PrefetchLoader": prefetcher,
+            "IterLoader": lambda loader, use_distributed: EpochLoader(loader),
+        }
+        with mock.patch.multiple(runner_base, **names):
             return super().create_loaders(*args, **kwargs)
 
     def evaluate(self, cur_epoch: Any = "best", skip_reload: bool = False) -> Any:
-        """Evaluate the test splits at the end; without any validation the last weights are the final ones."""
-        if not self.valid_splits:
-            cur_epoch, skip_reload = "best", True
-        return super().evaluate(cur_epoch=cur_epoch, skip_reload=skip_reload)
-
-    def train(self) -> None:
-        """Run LAVIS's loop, unless there is not a single batch, which it would only notice in a division by zero."""
-        if not self.evaluate_only and hasattr(self.train_loader, "__len__") and len(self.train_loader) == 0:
-            raise ValueError(
-                f"the training data gives no batch of run.batch_size_train: {self.config.run_cfg.batch_size_train} in "
-                "each process (LAVIS drops an incomplete one); choose a smaller batch."
-            )
-        super().train()
-
-    def _save_checkpoint(self, cur_epoch: Any, is_best: bool = False) -> None:
-        with self._staged_output():
-            super()._save_checkpoint(cur_epoch, is_best=is_best)
-
-    @contextmanager
-    def _staged_output(self) -> Iterator[None]:
-        """Let the stock method write into a folder beside the checkpoints, then move what it wrote into place."""
-        final = self.output_dir
-        try:
-            with tempfile.TemporaryDirectory(prefix=".saving-", dir=final) as staging:
-                self.output_dir = Path(staging)
-                yield
-                for name in os.listdir(staging):
-                    os.replace(os.path.join(staging, name), os.path.join(final, name))
-                    logging.info("checkpoint complete: %s", os.path.join(final, name))  # LAVIS logs the staging folder
-        except (OSError, RuntimeError) as error:
-            # torch reports a failed write as a RuntimeError of its zip writer; any other is no matter of space.
-            if isinstance(error, RuntimeError) and "writ" not in str(error):
-                raise
-            raise OSError(
-                f"no checkpoint could be written to {final} ({str(error).splitlines()[0]}). Earlier checkpoints there "
-                "are untouched; free some space or set run.output_dir to another disk."
-            ) from error
-        finally:
-            self.output_dir = final
+        """Evaluate the test splits at the end: the best checkpoint, or without any validation the last weights."""
+        return super().evaluate(cur_epoch="best", skip_reload=skip_reload or not self.valid_splits)
 
     def _reload_best_model(self, model: nn.Module) -> nn.Module:
         path = os.path.join(self.output_dir, "checkpoint_best.pth")
         if not os.path.isfile(path):
             logging.warning("no epoch of this run had a validation metric above 0; the last weights are evaluated.")
             return model
-        load_strictly(model, read_state(path), path, may_lack=_frozen(model))
+        load_strictly(model, read_state(path), path, may_lack=frozen_names(model))
         return model
 
-    def _load_checkpoint(self, url_or_filename: str) -> None:
-        """Resume from a checkpoint of LAVIS's, which leaves out the frozen tensors."""
-        saved = read_checkpoint(url_or_filename)
-        missing = {"model", "optimizer"} - set(saved)
-        if missing:
-            raise ValueError(
-                f"run.resume_ckpt_path: {url_or_filename} holds no {' and no '.join(sorted(missing))}, so it is no "
-                "checkpoint of a LAVIS run; to start from its weights set model.finetuned and model.load_finetuned."
-            )
-        model = self.unwrap_dist_model(self.model)
-        load_strictly(model, saved["model"], url_or_filename, may_lack=_frozen(model))
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if self.scaler and saved["scaler"]:
-            self.scaler.load_state_dict(saved["scaler"])
-        if "iters" in saved:  # an iteration-based runner
-            self.start_iters = saved["iters"] + 1
-        else:
-            self.start_epoch = saved["epoch"] + 1
-            if self.start_epoch >= self.max_epoch:
-                raise ValueError(
-                    f"run.resume_ckpt_path: {url_or_filename} was written after epoch {saved['epoch']} (counted from "
-                    f"0), so nothing is left of run.max_epoch: {self.max_epoch}; choose a larger one."
-                )
 
-
-def portable(runner: type) -> type:
-    """Return a runner class of LAVIS with :class:`PortableRunner` before it, or the class itself if it is one."""
-    if issubclass(runner, PortableRunner):
-        return runner
-    return type(runner.__name__, (PortableRunner, runner), {"__module__": runner.__module__, "__doc__": runner.__doc__})
-
-
-def _frozen(model: nn.Module) -> tuple[str, ...]:
+def frozen_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters that are not trained, which LAVIS's checkpoints leave out."""
     return tuple(name for name, weight in model.named_parameters() if not weight.requires_grad)
 
 

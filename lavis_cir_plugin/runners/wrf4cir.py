@@ -1,35 +1,37 @@
-"""The WRF4CIR runner: LAVIS's training with adversarial weight perturbation."""
+"""The WRF4CIR runners: LAVIS's training, by epochs or by iterations, with adversarial weight perturbation."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
+from lavis.runners.runner_iter import RunnerIter
 
 from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
-from lavis_cir_plugin.perturbation import PerturbingOptimizer, WeightPerturbation
-from lavis_cir_plugin.runners.portable import PortableRunner
+from lavis_cir_plugin.perturbation import WeightPerturbation
+from lavis_cir_plugin.perturbed_model import PerturbingOptimizer
+from lavis_cir_plugin.runners.resumable import ResumableRunner
 
 
-@registry.register_runner("runner_wrf4cir")
-class RunnerWrf4Cir(PortableRunner, RunnerBase):
-    """LAVIS's epoch runner whose training steps minimise the loss at adversarially perturbed weights.
+class PerturbingRunner(ResumableRunner):
+    """Mix-in that goes before one of LAVIS's runners: its steps minimise the loss at perturbed weights.
 
     min over theta, max over delta of L(theta + delta), delta bounded relative to theta (WRF4CIR, arXiv 2604.05583).
     ``run.wrf`` holds the fields of :class:`~lavis_cir_plugin.perturbation.WeightPerturbation`. The task gets, in place
     of the model, a callable that perturbs; LAVIS's loop is not copied. ``run.wrf.gamma: 0`` is LAVIS's own training,
-    bit for bit. ``run.adam_eps`` sets AdamW's epsilon, which LAVIS leaves at 1e-8.
+    bit for bit. ``run.adam_eps`` sets AdamW's epsilon, which LAVIS leaves at 1e-8; ``run.max_grad_norm`` shortens
+    longer gradients before each step, which LAVIS never does.
     """
 
-    RUN_KEYS = ("wrf", "adam_eps")
+    RUN_KEYS = ("wrf", "adam_eps", "max_grad_norm")
 
     @staticmethod
     def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what is wrong with ``run.wrf`` and ``run.adam_eps``, one sentence each."""
+        """Yield what is wrong with these keys, one sentence each."""
         known = [field.name for field in dataclasses.fields(WeightPerturbation)]
         wrf = run.get("wrf", {})
         if not isinstance(wrf, Mapping):
@@ -38,43 +40,54 @@ class RunnerWrf4Cir(PortableRunner, RunnerBase):
         unknown = [key for key in wrf if key not in known]
         yield from (f"run.wrf.{key} is not a known key{did_you_mean(key, known)}" for key in unknown)
         try:
-            WeightPerturbation(**{key: value for key, value in wrf.items() if key in known})
+            settings = WeightPerturbation(**{key: value for key, value in wrf.items() if key in known})
         except ValueError as error:
             yield str(error)
-        adam_eps = run.get("adam_eps")
-        is_positive = isinstance(adam_eps, (int, float)) and not isinstance(adam_eps, bool) and adam_eps > 0
-        if adam_eps is not None and not is_positive:
-            yield f"run.adam_eps must be a number > 0, got {adam_eps!r}."
+        else:
+            yield from _never_perturbed(settings, run)
+        for key in ("adam_eps", "max_grad_norm"):
+            value = run.get(key)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if value is not None and not (is_number and value > 0):
+                yield f"run.{key} must be a number > 0, got {value!r}."
 
     @property
     def optimizer(self) -> PerturbingOptimizer:
         """LAVIS's AdamW inside the wrapper that owns the perturbation."""
         if self._optimizer is None:
+            run = self.config.run_cfg
             stock = super().optimizer
             self._optimizer = None  # should the wrapper refuse, the bare optimizer must not pass for it
-            adam_eps = self.config.run_cfg.get("adam_eps")
-            for group in stock.param_groups if adam_eps is not None else ():
-                group["eps"] = float(adam_eps)
-            settings = WeightPerturbation(**self.config.run_cfg.get("wrf", {}))
-            self._optimizer = PerturbingOptimizer(stock, self.model, settings)
+            for group in stock.param_groups if run.get("adam_eps") is not None else ():
+                group["eps"] = float(run.adam_eps)
+            self._optimizer = PerturbingOptimizer(
+                stock,
+                self.model,
+                WeightPerturbation(**run.get("wrf", {})),
+                total_epochs=self.max_epoch,
+                seed=int(run.get("seed", 42)),
+                max_grad_norm=run.get("max_grad_norm"),
+            )
         return self._optimizer
 
-    def train_epoch(self, epoch: int) -> dict[str, Any]:
-        """Train one epoch of LAVIS's loop on the perturbed model."""
-        with self._perturbed_training():
-            return super().train_epoch(epoch)
+    def training_model(self, model: Any, scaler: Any) -> Callable[[dict[str, Any]], Any]:
+        """Return the model's perturbed call."""
+        return self.optimizer.perturb(model, scaler.get_scale if scaler is not None else lambda: 1.0)
 
-    @contextmanager
-    def _perturbed_training(self) -> Iterator[None]:
-        stock = self.task.train_epoch
 
-        def train_epoch(**arguments: Any) -> dict[str, Any]:
-            scaler = arguments.get("scaler")
-            scale = scaler.get_scale if scaler is not None else lambda: 1.0
-            return stock(**{**arguments, "model": self.optimizer.perturb(arguments["model"], scale)})
+def _never_perturbed(settings: WeightPerturbation, run: Mapping[str, Any]) -> Iterator[str]:
+    epochs = run.get("max_epoch")
+    for key, least in (("warmup_epochs", 0), ("last_epochs", 1)):
+        value = getattr(settings, key)
+        if isinstance(epochs, int) and value is not None and value >= epochs + least and settings.gamma > 0:
+            yield f"run.wrf.{key}: {value} leaves nothing of run.max_epoch: {epochs}; choose a smaller one."
 
-        self.task.train_epoch = train_epoch
-        try:
-            yield
-        finally:
-            del self.task.train_epoch
+
+@registry.register_runner("runner_wrf4cir")
+class RunnerWrf4Cir(PerturbingRunner, RunnerBase):
+    """LAVIS's epoch-based runner with weight perturbation."""
+
+
+@registry.register_runner("runner_wrf4cir_iter")
+class RunnerWrf4CirIter(PerturbingRunner, RunnerIter):
+    """LAVIS's iteration-based runner with weight perturbation; an epoch is ``run.iters_per_inner_epoch`` batches."""

@@ -1,0 +1,439 @@
+"""The perturbation in training: the tensors it moves, the optimizer that owns it, the model call that applies it.
+
+Nothing in this file ever writes into a weight. The perturbed tensors exist only inside one
+:func:`torch.func.functional_call`, so a checkpoint, an evaluation or an exception can only see clean weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+
+from lavis_cir_plugin.frozen import FrozenMemo
+from lavis_cir_plugin.perturbation import TENSORS, LowRank, WeightPerturbation, ascent_step
+from lavis_cir_plugin.random_state import get_random_state, set_random_state
+
+# Of LAVIS's EVA tower, of transformers, and of timm and open_clip.
+_RECOMPUTING_FLAGS = ("use_checkpoint", "gradient_checkpointing", "grad_checkpointing")
+
+
+def select_tensors(model: nn.Module, settings: WeightPerturbation) -> dict[str, nn.Parameter]:
+    """Return the trainable tensors that the settings choose, by name, in the order of the model.
+
+    Raises:
+        ValueError: If nothing is chosen, if a chosen tensor is stored in half precision (a perturbation of a
+            thousandth of the weight is lost to rounding there), or if a chosen tensor sits in a module that recomputes
+            its activations (the recomputation would use the clean weights).
+    """
+    trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    tables = {
+        id(weight)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for weight in module.parameters(recurse=False)
+    }
+    chosen = {
+        name: weight
+        for name, weight in trainable.items()
+        if _is_chosen(name, weight, model, settings.tensors)
+        and not (settings.embeddings == "exclude" and id(weight) in tables)
+    }
+    if not chosen:
+        raise ValueError(
+            f"run.wrf.tensors: {settings.tensors!r} chooses none of the {len(trainable)} trainable tensors; "
+            f"use one of {', '.join(TENSORS)} or a regular expression that some name contains "
+            f"(first names: {', '.join(list(trainable)[:3])})."
+        )
+    half = [name for name, weight in chosen.items() if weight.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        raise ValueError(
+            f"run.wrf: {len(half)} trainable tensors are {str(chosen[half[0]].dtype)[6:]} (first: {half[0]}); at "
+            f"gamma={settings.gamma:g} most of the perturbation is lost to rounding. Keep trainable weights in float32."
+        )
+    for prefix in recomputing_modules(model):
+        inside = [name for name in chosen if name.startswith(prefix)]
+        if inside:
+            raise ValueError(
+                f"run.wrf perturbs {len(inside)} tensors (first: {inside[0]}) inside '{prefix.rstrip('.')}', which "
+                "recomputes its activations in the backward pass with unperturbed weights. Set "
+                "model.use_grad_checkpoint: false, freeze that module, or leave it out through run.wrf.tensors."
+            )
+    return chosen
+
+
+def _is_chosen(name: str, weight: Tensor, model: nn.Module, tensors: str) -> bool:
+    if tensors == "all":
+        return True
+    if tensors == "no_1d":
+        return weight.dim() > 1
+    if tensors == "norm":
+        return _is_normalisation(model.get_submodule(name.rpartition(".")[0]))
+    return re.search(tensors, name) is not None
+
+
+def _is_normalisation(module: nn.Module) -> bool:
+    # Repositories define their own LayerNorm and RMSNorm, so the name decides besides torch's own classes.
+    batch_norm = nn.modules.batchnorm._NormBase
+    return isinstance(module, (nn.LayerNorm, nn.GroupNorm, batch_norm)) or type(module).__name__.endswith("Norm")
+
+
+def recomputing_modules(model: nn.Module) -> Iterator[str]:
+    """Yield the name prefixes of modules with activation checkpointing, by the marks that LAVIS's models leave."""
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        by_flag = any(getattr(module, flag, False) is True for flag in _RECOMPUTING_FLAGS)
+        by_config = getattr(config, "gradient_checkpointing", False) is True
+        by_wrapper = isinstance(module.forward, functools.partial) and "checkpoint" in module.forward.func.__name__
+        if by_flag or by_config or by_wrapper:
+            yield f"{name}." if name else ""
+
+
+class PerturbingOptimizer(torch.optim.Optimizer):
+    """An optimizer that also owns the weight perturbation: settings, counters, direction, and the perturbed model call.
+
+    It *is* the wrapped optimizer to everything else: GradScaler, LAVIS's schedulers and its checkpoints see the same
+    ``param_groups`` and ``state``. ``state_dict`` carries what the perturbation needs to go on under the key ``"wrf"``.
+
+    Args:
+        optimizer: The optimizer that makes the step; untouched.
+        model: The model whose tensors the settings choose, bare or inside DistributedDataParallel.
+        settings: What to perturb, how far, and from when.
+        total_epochs: Of the run; ``settings.last_epochs`` counts from it.
+        seed: Of the random direction, the same on every process.
+        max_grad_norm: Gradients longer than this are shortened to it before the step; ``None``: never.
+
+    Attributes:
+        steps: How many steps were perturbed, and how many were not because the direction was not finite.
+        measured: Of the last step taken while ``is_measuring``: ``perturbation_norm``, the length of the perturbation,
+            and ``cosine``, between its direction (before scaling) and the gradient that the step applied.
+
+    Raises:
+        ValueError: See :func:`select_tensors`; also if a direction of one pass meets momentum copies of the weights,
+            which would average perturbed ones. Not raised at ``gamma=0``.
+    """
+
+    # A fused optimizer unscales gradients itself from attributes that GradScaler would set on this wrapper instead;
+    # without this mark GradScaler unscales, and skips a step after an overflow, as for any other optimizer.
+    _step_supports_amp_scaling = False
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        settings: WeightPerturbation,
+        total_epochs: int | None = None,
+        seed: int = 0,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        # Optimizer.__init__ would make parameter groups of its own; they must stay the wrapped optimizer's.
+        self.optimizer = optimizer
+        self.settings = settings
+        self.total_epochs = total_epochs
+        self.seed = seed
+        self.max_grad_norm = max_grad_norm
+        self.steps = {"perturbed": 0, "skipped": 0}
+        self.direction: list[Tensor] | None = None  # of the last gradient pass, where it is used again
+        self.uses = 0
+        self.is_measuring = False
+        self.measured: dict[str, float] = {}
+        self._pending: list[Tensor] | None = None
+        bare = _unwrap(model)
+        self.weights = select_tensors(bare, settings) if settings.gamma > 0 else {}
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        self.by_row = [settings.embeddings == "row" and id(weight) in tables for weight in self.weights.values()]
+        self.pairs = _pairs(bare, self.weights, settings) if self.weights else []
+        has_copies = bool(getattr(bare, "model_pairs", None))
+        if self.weights and has_copies and (settings.direction != "gradient" or settings.every > 1):
+            raise ValueError(
+                f"run.wrf: {type(bare).__name__} keeps momentum copies of its weights, and with direction: "
+                f"{settings.direction} and every: {settings.every} they would average perturbed ones; set direction: "
+                "gradient and every: 1."
+            )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's groups."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Mapping[Tensor, Any]:  # type: ignore[override]
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's defaults."""
+        return self.optimizer.defaults
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else, such as hooks, is the wrapped optimizer's."""
+        if "optimizer" not in self.__dict__:  # while being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle this wrapper whole; torch's own keeps only groups and state, which are not stored here."""
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`__getstate__` gave."""
+        self.__dict__.update(state)
+
+    def __repr__(self) -> str:
+        """Show the settings and the wrapped optimizer."""
+        return f"{type(self).__name__}({self.settings}, {self.optimizer!r})"
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the weights with the gradients that the perturbed pass left in them."""
+        if self._pending is not None:
+            self.measured["cosine"] = _cosine(self._pending, [weight.grad for weight in self.weights.values()])
+            self._pending = None
+        if self.max_grad_norm is not None:
+            weights = [weight for group in self.param_groups for weight in group["params"]]
+            torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm)
+        return self.optimizer.step(closure) if closure is not None else self.optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the wrapped optimizer's groups."""
+        self._pending = None  # GradScaler may have skipped the step
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer."""
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state plus that of the perturbation: tensors and plain types."""
+        own = {
+            "settings": dataclasses.asdict(self.settings),
+            "steps": dict(self.steps),
+            "direction": self.direction,
+            "uses": self.uses,
+        }
+        return {**self.optimizer.state_dict(), "wrf": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore both. A state without ``"wrf"`` (of LAVIS's own runner) is taken too; the settings stay those given.
+
+        A checkpoint that was written under other settings is worth a warning, not an error: continuing a run with
+        another gamma is a legitimate experiment. A kept direction is then dropped.
+        """
+        state = dict(state_dict)
+        saved = state.pop("wrf", None)
+        self.optimizer.load_state_dict(state)
+        if saved is None:
+            return
+        self.steps = dict(saved["steps"])
+        if saved["settings"] != dataclasses.asdict(self.settings):
+            logging.warning("run.wrf differs from the checkpoint's: was %s, is %s", saved["settings"], self.settings)
+        elif saved.get("direction") is not None:
+            weights = self.weights.values()
+            self.direction = [d.to(weight.device) for d, weight in zip(saved["direction"], weights)]
+            self.uses = saved["uses"]
+
+    def perturb(self, model: nn.Module, loss_scale: Callable[[], float] = lambda: 1.0) -> PerturbedModel:
+        """Return the callable that stands in for ``model`` in a training loop."""
+        return PerturbedModel(model, self, loss_scale)
+
+    def known_direction(self) -> list[Tensor] | None:
+        """Return this step's direction where it needs no pass of its own; ``None`` where a gradient is due.
+
+        An empty list means that there is none yet: momentum before the first step.
+        """
+        if self.settings.direction == "random":
+            return self._random_direction()
+        if self.settings.direction == "momentum":
+            moments = [self.state.get(weight, {}).get("exp_avg") for weight in self.weights.values()]
+            return [] if any(moment is None for moment in moments) else [-moment for moment in moments]
+        if self.direction is None or self.uses >= self.settings.every:
+            return None
+        self.uses += 1
+        return self.direction
+
+    def keep(self, direction: list[Tensor]) -> None:
+        """Keep a gradient for the next steps, where ``settings.every`` says so."""
+        if self.settings.every > 1:
+            self.direction, self.uses = direction, 1
+
+    def _random_direction(self) -> list[Tensor]:
+        """Draw from a generator of its own: dropout stays as it is, and all processes and a resumed run agree."""
+        draw = sum(self.steps.values())
+        generators: dict[torch.device, torch.Generator] = {}
+        directions = []
+        for weight in self.weights.values():
+            if weight.device not in generators:
+                generators[weight.device] = torch.Generator(weight.device).manual_seed(self.seed * 1_000_003 + draw)
+            directions.append(torch.randn(weight.shape, device=weight.device, generator=generators[weight.device]))
+        return directions
+
+    def perturbations(self, direction: list[Tensor]) -> list[Tensor]:
+        """Return the perturbation of each chosen tensor along ``direction``; see :func:`ascent_step`."""
+        settings = self.settings
+        low_rank = [LowRank(a, b, pair.scaling, pair.merged_norm()) for a, b, pair in self.pairs]
+        steps = ascent_step(
+            list(self.weights.values()),
+            direction,
+            settings.gamma,
+            radius=settings.radius,
+            scope=settings.scope,
+            eps=settings.eps,
+            by_row=self.by_row,
+            low_rank=low_rank,
+        )
+        if self.is_measuring:
+            norms = torch.stack([step.detach().float().norm() for step in steps])
+            self.measured["perturbation_norm"] = float(norms.norm())
+            so_far = self._pending or [torch.zeros_like(d) for d in direction]  # gradients may be accumulated
+            self._pending = [total + d for total, d in zip(so_far, direction)]
+        return steps
+
+
+class PerturbedModel:
+    r"""A model whose call runs :math:`L(\theta + \delta)` with gradients that land in the clean :math:`\theta`.
+
+    1. The direction: :math:`g = \nabla L(\theta; B)`, a pass of its own that leaves ``.grad`` alone; or one that is
+       known without (random, momentum, the gradient of an earlier step).
+    2. :math:`\delta` from :func:`ascent_step`.
+    3. The output of the model at :math:`\theta + \delta` on the same batch. Its backward pass gives
+       :math:`\nabla L(\theta + \delta; B)`, which the optimizer applies to :math:`\theta`.
+
+    Where there are two passes, both draw the same random numbers (Python's, NumPy's, torch's), so the same dropout
+    mask; buffers (batch-norm statistics, queues) and momentum copies are updated by the clean pass alone; and frozen
+    sub-modules run once (:class:`~lavis_cir_plugin.frozen.FrozenMemo`). A single pass updates buffers itself.
+
+    Under DistributedDataParallel the direction is the gradient averaged over processes, so all share one. Where it is
+    not finite (a loss-scale overflow) the step is made without perturbation and counted in
+    ``optimizer.steps["skipped"]``.
+
+    Args:
+        model: Takes LAVIS's ``samples`` dictionary and returns a mapping or object with ``["loss"]``.
+        optimizer: Owns settings, chosen tensors and counters.
+        loss_scale: Factor on the loss in the first pass (GradScaler's), so that fp16 gradients do not underflow.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: PerturbingOptimizer, loss_scale: Callable[[], float]) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.loss_scale = loss_scale
+        self.device = next(iter(optimizer.weights.values())).device if optimizer.weights else torch.device("cpu")
+        self.memo = FrozenMemo(model, self.device)
+
+    def __getattr__(self, name: str) -> Any:
+        """Anything but the call is the model's own."""
+        if "model" not in self.__dict__:  # while being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __call__(self, samples: dict[str, Any]) -> Any:
+        """Return the model's output for ``samples`` at the perturbed weights; see the class.
+
+        ``samples["epoch"]`` (put there by LAVIS's loop) decides whether this epoch is perturbed.
+        """
+        optimizer = self.optimizer
+        epoch = samples.get("epoch", optimizer.settings.warmup_epochs)
+        if not optimizer.settings.is_active(epoch, optimizer.total_epochs):
+            return self.model(samples)
+        direction = optimizer.known_direction()
+        if direction is None:
+            return self._in_two_passes(samples)
+        if not direction:
+            return self.model(samples)
+        return functional_call(self.model, self._in_places(self._perturbed(direction)), (samples,), tie_weights=False)
+
+    def _in_two_passes(self, samples: dict[str, Any]) -> Any:
+        # What the second pass reads and may overwrite is a stand-in with the values from before the first: buffers
+        # (statistics, queues), and frozen weights (momentum copies, which LAVIS's models move by assigning to .data).
+        new = {id(buffer): buffer.clone() for buffer in self.model.buffers()}
+        new.update({id(weight): weight.detach() for weight in self.model.parameters() if not weight.requires_grad})
+        random_state = get_random_state(self.device)
+        with self.memo.recording():
+            direction = self._gradient(dict(samples))
+        set_random_state(random_state, self.device)
+        self.optimizer.keep(direction)
+        new.update(self._perturbed(direction))
+        with self.memo.replaying():
+            # tie_weights would swap a module that is registered twice a second time, and restore the wrong tensor.
+            return functional_call(self.model, self._in_places(new), (samples,), tie_weights=False)
+
+    def _perturbed(self, direction: list[Tensor]) -> dict[int, Tensor]:
+        """Return the perturbed tensors by the identity of the clean ones; none if the direction is not finite."""
+        is_finite = bool(torch.stack(torch._foreach_norm(direction)).isfinite().all())
+        self.optimizer.steps["perturbed" if is_finite else "skipped"] += 1
+        if not is_finite:
+            self.optimizer.direction = None
+            return {}
+        steps = self.optimizer.perturbations(direction)
+        return {id(weight): weight + step for weight, step in zip(self.optimizer.weights.values(), steps)}
+
+    def _in_places(self, new: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        return {name: new[id(tensor)] for name, tensor in _places(self.model) if id(tensor) in new}
+
+    def _gradient(self, samples: dict[str, Any]) -> list[Tensor]:
+        # The bare module: DistributedDataParallel would wait for a backward pass that never comes.
+        loss = _unwrap(self.model)(samples)["loss"] * self.loss_scale()
+        weights = list(self.optimizer.weights.values())
+        gradients = list(torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True))
+        if isinstance(self.model, DistributedDataParallel):
+            gradients = [gradient.contiguous() for gradient in gradients]  # an expanded one cannot be reduced in place
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+                gradient /= dist.get_world_size()
+        return gradients
+
+
+def _pairs(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], settings: WeightPerturbation
+) -> list[tuple[int, int, Any]]:
+    """Return the positions of the LoRA factors among the chosen tensors, pair by pair."""
+    if not any("lora_" in name for name in weights):
+        return []
+    from lavis_cir_plugin.adapters import lora_pairs
+
+    names = list(weights)
+    pairs = []
+    for pair in lora_pairs(model):
+        chosen = [name in weights for name in (pair.a_name, pair.b_name)]
+        if any(chosen) and not all(chosen):
+            raise ValueError(
+                f"run.wrf.tensors: {settings.tensors!r} chooses only one of {pair.a_name} and {pair.b_name}, which act "
+                "as a product; choose both or neither."
+            )
+        if all(chosen) and settings.radius == "elementwise":
+            raise ValueError(
+                "run.wrf.radius: elementwise is not defined for LoRA's factors; use relative or absolute, or leave "
+                "them out through run.wrf.tensors."
+            )
+        if all(chosen):
+            pairs.append((names.index(pair.a_name), names.index(pair.b_name), pair))
+    return pairs
+
+
+def _cosine(direction: list[Tensor], gradients: list[Tensor | None]) -> float:
+    both = [(d.float(), g.float()) for d, g in zip(direction, gradients) if g is not None]
+    if not both:
+        return 0.0
+    dot = torch.stack([(d * g).sum() for d, g in both]).sum()
+    norms = [torch.stack([vector.norm() for vector in vectors]).norm() for vectors in zip(*both)]
+    return float(dot / (norms[0] * norms[1]).clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield each place that holds a tensor once: a tied tensor by all its places, a shared module by its first name."""
+    for prefix, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
