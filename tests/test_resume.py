@@ -98,7 +98,9 @@ def start(project, output, world_size=1):
 def finish(processes, output):
     for process in processes:
         process.join(120)
-    assert [process.exitcode for process in processes] == [0] * len(processes), Path(f"{output}.log").read_text()[-3000:]
+    assert [process.exitcode for process in processes] == [0] * len(processes), Path(f"{output}.log").read_text()[
+        -3000:
+    ]
 
 
 def is_finished(output, folder="*"):
@@ -178,8 +180,8 @@ def stopped_once(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resumable, "write_checkpoint", stop_after_four)
+        path = write_project(folder, world)
         with pytest.raises(KeyboardInterrupt):
-            path = write_project(folder, world)
             launcher.main("train", ["--cfg-path", path, "--options", f"run.output_dir={folder / 'out'}"])
     return next((folder / "out").iterdir())
 
@@ -212,7 +214,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(harm, stopped, caplog)
         go_on("run.max_epoch=2")
     assert is_finished(folder.parent)
     if harm is not Path.unlink:
-        assert re.search(r"checkpoint_last\.pth is damaged or was only half written .* checkpoint_previous", caplog.text)
+        assert re.search(r"last\.pth is damaged or was only half written .* checkpoint_previous", caplog.text)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name], "the run goes on in its own folder"
 
 
@@ -220,14 +222,14 @@ def test_two_damaged_checkpoints_are_an_error_that_names_both(stopped):
     folder, go_on = stopped
     for name in ("checkpoint_last.pth", "checkpoint_previous.pth"):
         damage(folder / name)
-    with pytest.raises(SystemExit, match=r"no checkpoint in .* is whole: .*last\.pth is damaged .*previous\.pth is dam"):
+    with pytest.raises(SystemExit, match=r"no checkpoint in .* is whole: .*last\.pth is dam.*previous\.pth is dam"):
         go_on()
 
 
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        ({"batch_size_train": 3}, r"run\.batch_size_train: 3 differs from 4 in .*the order of the data follows from it"),
+        ({"batch_size_train": 3}, r"run\.batch_size_train: 3 differs from 4 in .*the order of the data follows"),
         ({"seed": 1}, r"run\.seed: 1 differs from 42"),
         ({"runner": "runner_wrf4cir_iter", "max_iters": 9, "iters_per_inner_epoch": 3, "max_epoch": None},
          r"counts no iters, so it was written by another kind of runner than run\.runner: runner_wrf4cir_iter"),
@@ -316,6 +318,6 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(stopped):
 
 def test_a_loss_that_is_not_a_number_stops_the_run(stopped):
     folder, go_on = stopped
-    with pytest.raises(SystemExit, match=r"the training loss is not a number in epoch 1, batch \d+; lower run\.init_lr"):
+    with pytest.raises(SystemExit, match=r"training loss is not a number in epoch 1, batch \d+; lower run\.init_lr"):
         go_on("run.init_lr=1e30")
     verify_checkpoint(folder / "checkpoint_last.pth")
