@@ -205,7 +205,10 @@ def _run_names(run: DictConfig) -> Iterator[str]:
 def _foreign_run_keys(run: DictConfig, kind: str, entries: Mapping[str, type]) -> Iterator[str]:
     """Name the keys of ``run`` that only other runners (or tasks) than the chosen one read."""
     chosen = getattr(entries.get(run[kind]), "RUN_KEYS", ())
-    owners = {key: name for name, entry in entries.items() for key in getattr(entry, "RUN_KEYS", ())}
+    owners: dict[str, str] = {}
+    for name, entry in entries.items():
+        for key in getattr(entry, "RUN_KEYS", ()):
+            owners.setdefault(key, name)
     for key in run:
         if key in owners and key not in chosen:
             yield f"run.{key} is read by {owners[key]} and has no effect under {run[kind]}."

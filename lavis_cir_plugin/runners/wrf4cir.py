@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -40,11 +41,9 @@ class PerturbingRunner(ResumableRunner):
         unknown = [key for key in wrf if key not in known]
         yield from (f"run.wrf.{key} is not a known key{did_you_mean(key, known)}" for key in unknown)
         try:
-            settings = WeightPerturbation(**{key: value for key, value in wrf.items() if key in known})
+            WeightPerturbation(**{key: value for key, value in wrf.items() if key in known})
         except ValueError as error:
             yield str(error)
-        else:
-            yield from _never_perturbed(settings, run)
         for key in ("adam_eps", "max_grad_norm"):
             value = run.get(key)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -60,10 +59,17 @@ class PerturbingRunner(ResumableRunner):
             self._optimizer = None  # should the wrapper refuse, the bare optimizer must not pass for it
             for group in stock.param_groups if run.get("adam_eps") is not None else ():
                 group["eps"] = float(run.adam_eps)
+            settings = WeightPerturbation(**run.get("wrf", {}))
+            if settings.gamma > 0 and not settings.is_active(self.max_epoch - 1, self.max_epoch):
+                logging.warning(
+                    "nothing will be perturbed: run.wrf.warmup_epochs: %s of run.max_epoch: %s",
+                    settings.warmup_epochs,
+                    self.max_epoch,
+                )
             self._optimizer = PerturbingOptimizer(
                 stock,
                 self.model,
-                WeightPerturbation(**run.get("wrf", {})),
+                settings,
                 total_epochs=self.max_epoch,
                 seed=int(run.get("seed", 42)),
                 max_grad_norm=run.get("max_grad_norm"),
@@ -73,14 +79,6 @@ class PerturbingRunner(ResumableRunner):
     def training_model(self, model: Any, scaler: Any) -> Callable[[dict[str, Any]], Any]:
         """Return the model's perturbed call."""
         return self.optimizer.perturb(model, scaler.get_scale if scaler is not None else lambda: 1.0)
-
-
-def _never_perturbed(settings: WeightPerturbation, run: Mapping[str, Any]) -> Iterator[str]:
-    epochs = run.get("max_epoch")
-    for key, least in (("warmup_epochs", 0), ("last_epochs", 1)):
-        value = getattr(settings, key)
-        if isinstance(epochs, int) and value is not None and value >= epochs + least and settings.gamma > 0:
-            yield f"run.wrf.{key}: {value} leaves nothing of run.max_epoch: {epochs}; choose a smaller one."
 
 
 @registry.register_runner("runner_wrf4cir")
