@@ -150,8 +150,8 @@ def build_model(task: Any, cfg: Any) -> nn.Module:
     """Build the model of a config as its task does; with ``run.lora``, add adapters to it.
 
     Then ``model.finetuned`` may also be a checkpoint of a LoRA run with the same ``run.lora``: the model is built as
-    for that run, and the checkpoint loaded into its adapters. Random weights depend on ``run.seed`` alone, so that a
-    model that was trained from no checkpoint is found again.
+    for that run, and the checkpoint loaded into its adapters. Random weights depend on that run's ``run.seed`` alone,
+    so that a model that was trained from no checkpoint is found again.
 
     Args:
         task: LAVIS's task.
@@ -166,17 +166,23 @@ def build_model(task: Any, cfg: Any) -> nn.Module:
         if saved is not None:
             raise ValueError(
                 f"model.finetuned: {path} holds LoRA adapters; set run.lora as in the run that trained them, "
-                f"{json.dumps(saved['config']['run'].get('lora'))}, or merge them: lavis-cir lora {path} --merge."
+                f"{json.dumps(saved['config']['run']['lora'])}, or merge them: lavis-cir lora {path} --merge "
+                "--output FOLDER."
             )
         stock: nn.Module = task.build_model(cfg)
         return stock
     lora = Lora(**OmegaConf.to_container(cfg.run_cfg.lora, resolve=True))
+    seed = int(cfg.run_cfg.seed)
     if saved is not None:
         _check_settings(lora, saved, str(path))
-        base = OmegaConf.merge(cfg.model_cfg, _base_section(saved))
-        cfg = SimpleNamespace(model_cfg=base, run_cfg=cfg.run_cfg)
+        first = _first_run(saved)
+        seed = int(first["run"].get("seed", seed))
+        base = _finetuned(first["model"])
+        below = OmegaConf.merge(cfg.model_cfg, {"load_finetuned": base is not None, "finetuned": base})
+        _warn_of_another_base(below, first["model"])
+        cfg = SimpleNamespace(model_cfg=below, run_cfg=cfg.run_cfg)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(cfg.run_cfg.seed))
+        torch.manual_seed(seed)
         model: nn.Module = task.build_model(cfg)
         add_adapters(model, lora)
     if saved is not None:
@@ -490,14 +496,19 @@ def _read_lora_checkpoint(path: str) -> dict[str, Any] | None:
     return dict(content)
 
 
-def _base_section(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the checkpoint's run loaded before adapters were added, also where it went on from another one."""
-    section = saved["config"]["model"]
-    path = _finetuned(section)
+def _first_run(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of the run that added the adapters; later ones may have gone on from its checkpoint."""
+    path = _finetuned(saved["config"]["model"])
     earlier = _read_lora_checkpoint(path) if path else None
-    if earlier is not None:
-        return _base_section(earlier)
-    return {"load_finetuned": path is not None, "finetuned": path}
+    config: Mapping[str, Any] = saved["config"]
+    return config if earlier is None else _first_run(earlier)
+
+
+def _warn_of_another_base(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    """The frozen weights are not in the checkpoint, so nothing else would tell; a moved file may be the same one."""
+    for key in ("model_type", "pretrained", "vit_pretrained"):
+        if now.get(key) != then.get(key):
+            logging.warning("adapters were trained on model.%s: %s, now: %s", key, then.get(key), now.get(key))
 
 
 def _check_settings(lora: Lora, saved: Mapping[str, Any], path: str) -> None:

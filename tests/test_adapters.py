@@ -338,12 +338,14 @@ def refused(call, *arguments):
     return str(stopped.value)
 
 
-def rebuilt(best=None, lora=None):
+def rebuilt(best=None, lora=None, seed=42, **changes):
     """The run's base model, or with a checkpoint the trained one."""
-    run, model = OmegaConf.create({"seed": 42}), {"arch": "blip2_cir", "load_finetuned": bool(best)}
+    run, model = OmegaConf.create({"seed": seed}), {"arch": "blip2_cir", "load_finetuned": bool(best)}
     defaults = OmegaConf.load(Blip2Cir.PRETRAINED_MODEL_CONFIG_DICT["tiny"]).model
     run.lora = lora
-    section = OmegaConf.merge(defaults, {"freeze_vit": True}, model, {"finetuned": str(best) if best else None})
+    section = OmegaConf.merge(
+        defaults, {"freeze_vit": True, **changes}, model, {"finetuned": str(best) if best else None}
+    )
     return build_model(BaseTask(), SimpleNamespace(model_cfg=section, run_cfg=run))
 
 
@@ -401,6 +403,14 @@ def test_adapters_on_a_finetuned_model_find_it_again(trained, tmp_path):
         weight = model.Qformer["bert"].embeddings.word_embeddings.weight
         assert torch.equal(weight, torch.load(base)["model"]["Qformer.bert.embeddings.word_embeddings.weight"])
         assert torch.equal(model.text_proj.weight, content["model"]["text_proj.weight"])
+
+
+def test_another_seed_finds_the_same_base_and_another_base_is_told(trained, caplog):
+    states = [rebuilt(trained.best, LORA, seed=seed).state_dict() for seed in (42, 1)]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    assert not caplog.messages
+    rebuilt(trained.best, LORA, vit_pretrained="elsewhere.pth")
+    assert "adapters were trained on model.vit_pretrained: None, now: elsewhere.pth" in caplog.text
 
 
 def test_a_lora_checkpoint_that_does_not_fit_is_refused(trained, tmp_path):
