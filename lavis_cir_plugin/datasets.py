@@ -25,6 +25,7 @@ from lavis_cir_plugin import CONFIGS, benchmarks
 from lavis_cir_plugin.benchmarks.benchmark import SPLITS, Benchmark, Triplet, did_you_mean, split_names
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.config import as_plain
+from lavis_cir_plugin.feature_cache import FeatureCache
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 
 Processor = Callable[[Any], Any]
@@ -36,7 +37,10 @@ def image_id(name: str) -> int:
 
 
 def cache_root() -> Path:
-    """Return where drawn worlds are kept: ``$XDG_CACHE_HOME/lavis_cir_plugin``, by default below ``~/.cache``."""
+    """Return where drawn worlds and image features are kept.
+
+    ``$XDG_CACHE_HOME/lavis_cir_plugin``, by default below ``~/.cache``.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lavis_cir_plugin"
 
 
@@ -48,12 +52,27 @@ class CirDataset(Dataset):
         self.vis_processor = vis_processor
         self.text_processor = text_processor
         self.preloaded: dict[str, torch.Tensor] = {}
+        self.features: FeatureCache | None = None
 
     def load_image(self, name: str) -> torch.Tensor:
-        """Return the preprocessed picture ``(3, H, W)``; an unreadable one is an error that names the file."""
+        """Return the preprocessed picture ``(3, H, W)``, or its features, such as ``(P, width)``, if they are cached.
+
+        An unreadable picture is an error that names the file.
+        """
+        if self.features is not None:
+            return self.features[self.image_paths[name]]
         if name in self.preloaded:
             return self.preloaded[name]
         return self.vis_processor(open_rgb(self.image_paths[name]))
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether the processor says that it returns the same for the same picture."""
+        return bool(getattr(self.vis_processor, "is_deterministic", False))
+
+    def use_features(self, features: FeatureCache) -> None:
+        """Return these features in place of pictures from now on; preloaded pictures are dropped."""
+        self.features, self.preloaded = features, {}
 
     def preload(self) -> None:
         """Preprocess every picture now and keep it: 4 * 3 * H * W bytes each, shared with forked workers.
@@ -61,7 +80,7 @@ class CirDataset(Dataset):
         Raises:
             ValueError: If the processor is random, so that a kept picture would be the same crop for ever.
         """
-        if not getattr(self.vis_processor, "is_deterministic", False):
+        if not self.is_deterministic:
             raise ValueError(
                 f"datasets.<name>.preload: true needs a processor without randomness, got "
                 f"{type(self.vis_processor).__name__}; use target_pad or set preload: false."

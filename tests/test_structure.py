@@ -14,6 +14,7 @@ import lavis_cir_plugin  # noqa: F401 (registers)
 
 PACKAGE = Path(__file__).parents[1] / "lavis_cir_plugin"
 WITHOUT_LAVIS = [
+    PACKAGE / "feature_cache.py",
     PACKAGE / "losses.py",
     PACKAGE / "perturbation.py",
     PACKAGE / "ranking.py",

@@ -24,6 +24,7 @@ from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
 from lavis_cir_plugin.checkpoints import load_strictly, read_state
 from lavis_cir_plugin.losses import LOSSES, TrainingOutputs
+from lavis_cir_plugin.models.fused_attention import fuse_attention
 
 _CHOICES = {
     "fusion": ("joint", "sentence_prompt"),
@@ -61,6 +62,9 @@ class Blip2Cir(Blip2Base):
 
     Parameter names follow BLIP-2's published checkpoints, so those of LAVIS and of SPRC load as they are. Only heads
     that composed retrieval never calls (matching and language-model heads) are left out.
+
+    Wherever a batch of pictures ``(B, 3, H, W)`` is taken, the tower's tokens ``(B, P, vit width)``, as
+    :meth:`image_features` returns them, are taken as well: four dimensions are pictures, three are tokens.
 
     Args:
         vit_model: ``eva_clip_g`` or ``clip_L``.
@@ -125,6 +129,8 @@ class Blip2Cir(Blip2Base):
         if vit_precision == "fp16":
             eva_vit.convert_weights_to_fp16(self.visual_encoder)
         self.visual_encoder.requires_grad_(not freeze_vit)
+        if freeze_vit:
+            fuse_attention(self.visual_encoder)
 
         config = BertConfig(
             vocab_size=len(self.tokenizer),
@@ -246,8 +252,8 @@ class Blip2Cir(Blip2Base):
         """Return the training losses of a batch of triplets.
 
         Args:
-            samples: ``image`` and ``target`` ``(B, 3, H, W)``; ``text_input``, B strings; ``target_id`` ``(B,)`` int64,
-                equal for the same target image (optional).
+            samples: ``image`` and ``target`` ``(B, 3, H, W)``, or both as tokens ``(B, P, vit width)``; ``text_input``,
+                B strings; ``target_id`` ``(B,)`` int64, equal for the same target image (optional).
 
         Returns:
             ``loss``, the weighted sum, and ``loss_<name>`` for each loss of the fusion.
@@ -315,16 +321,33 @@ class Blip2Cir(Blip2Base):
             multimodal_embeds=self.encode_query(samples) if mode == "multimodal" else None,
         )
 
-    def _embed_images(self, image: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` to the tower's tokens ``(B, P, vit width)`` in float32."""
+    @property
+    def image_tower(self) -> nn.Module:
+        """Everything that :meth:`image_features` depends on."""
+        return self.visual_encoder
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return the tower's tokens ``(B, P, vit width)`` of pictures ``(B, 3, H, W)``, in its own precision.
+
+        That is float16 for ``vit_precision: fp16``, although ViT-g adds its half-precision layers up in float32: the
+        last bits say nothing and would double the size of cached features.
+
+        Raises:
+            ValueError: If the tower is stored in half precision and the pictures are on a CPU.
+        """
         is_half = any(weight.dtype == torch.float16 for weight in self.visual_encoder.parameters())
-        if is_half and image.device.type == "cpu":
+        if is_half and images.device.type == "cpu":
             raise ValueError("model.vit_precision: 'fp16' needs a GPU; on a CPU set model.vit_precision: fp32.")
-        with torch.autocast(image.device.type, dtype=torch.float16) if is_half else nullcontext():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
-                tokens = self.visual_encoder(image)
-            # In float32 although LAVIS's layer takes any: a half-precision gradient into it would underflow.
-            return self.ln_vision(tokens.float())
+        precision = torch.autocast(images.device.type, dtype=torch.float16) if is_half else nullcontext()
+        with precision, torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
+            tokens = self.visual_encoder(images)
+        return tokens.half() if is_half else tokens
+
+    def _embed_images(self, image: Tensor) -> Tensor:
+        """Pictures ``(B, 3, H, W)`` or tokens ``(B, P, vit width)`` to normalised tokens in float32."""
+        tokens = image if image.ndim == 3 else self.image_features(image)
+        # In float32 although LAVIS's layer takes any: a half-precision gradient into it would underflow.
+        return self.ln_vision(tokens.float())
 
     def _tokenize(self, text: Sequence[str]) -> tuple[Tensor, Tensor]:
         # Padding to the longest text gives the same outputs as to max_txt_len: padded positions are masked everywhere.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ from tqdm import tqdm
 
 from lavis_cir_plugin import report
 from lavis_cir_plugin.benchmarks.benchmark import Group
-from lavis_cir_plugin.datasets import BenchmarkDataset, CirDataset
+from lavis_cir_plugin.datasets import BenchmarkDataset, CirDataset, cache_root
+from lavis_cir_plugin.feature_cache import FeatureCache, check_tower, fingerprint
 from lavis_cir_plugin.ranking import Ranking, rank
 
 TRAINED, IMAGE_ONLY, TEXT_ONLY, RANDOM = "trained model", "image only", "text only", "random (expected)"
@@ -35,7 +38,70 @@ class ComposedRetrievalTask(BaseTask):
     The gallery and the queries are shared out over the processes with exact counts; every process ends with all of
     them. The final evaluation (after training, and in an evaluation run) also ranks by the image alone, by the text
     alone and at random, and writes ``metrics.json``, contact sheets and the training curve to the run's folder.
+
+    ``run.feature_cache`` (``false``, ``true`` or a folder) runs a frozen image tower once per picture, for any model
+    that is a :class:`~lavis_cir_plugin.feature_cache.HasImageTower`.
     """
+
+    RUN_KEYS = ("feature_cache",)
+
+    @staticmethod
+    def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what is wrong with ``run.feature_cache``."""
+        where = run.get("feature_cache", False)
+        if not isinstance(where, (bool, str)) or where == "":
+            yield f"run.feature_cache must be true, false or the path of a folder, got {where!r}."
+        elif isinstance(where, str) and Path(where).expanduser().is_file():
+            yield f"run.feature_cache: {where} is a file; name a folder."
+
+    def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
+        """Build LAVIS's way; pictures whose features will be cached are not preloaded."""
+        if not cfg.run_cfg.get("feature_cache"):
+            return super().build_datasets(cfg)
+        sections = copy.deepcopy(cfg.datasets_cfg)  # the config itself is logged, and compared when a run is resumed
+        for name, section in sections.items():
+            if section.get("preload"):
+                logging.info("datasets.%s.preload has no effect: run.feature_cache keeps the features instead", name)
+                section.preload = False
+        return super().build_datasets(SimpleNamespace(datasets_cfg=sections))
+
+    def cache_features(self, model: nn.Module, datasets: Mapping[str, Mapping[str, Any]], cfg: Any) -> None:
+        """Let the data sets return cached features of a frozen image tower, if ``run.feature_cache`` says so.
+
+        Args:
+            model: As it will be trained or evaluated; moved to ``run.device``.
+            datasets: By name and split; those of other packages stay as they are.
+            cfg: LAVIS's config.
+
+        Raises:
+            ValueError: If the tower is trained, or a processor random; with the key to change.
+            OSError: If the features cannot be written.
+        """
+        where = cfg.run_cfg.get("feature_cache")
+        if not where:
+            return
+        root = cache_root() / "features" if where is True else Path(where).expanduser().absolute()
+        check_tower(model)
+        alike: dict[str, list[CirDataset]] = {}
+        for name, splits in datasets.items():
+            for split, dataset in splits.items():
+                if not isinstance(dataset, CirDataset):
+                    continue
+                if not dataset.is_deterministic:
+                    key = f"datasets.{name}.vis_processor.{'train' if split == 'train' else 'eval'}"
+                    raise ValueError(
+                        f"run.feature_cache: {key} is {type(dataset.vis_processor).__name__}, which may return "
+                        f"something else each time; set {key}.name: target_pad or run.feature_cache: false."
+                    )
+                alike.setdefault(fingerprint(dataset.vis_processor), []).append(dataset)
+        model.to(torch.device(cfg.run_cfg.device))
+        for members in alike.values():
+            cache = FeatureCache(root, model, members[0].vis_processor)
+            paths = {path for dataset in members for path in dataset.image_paths.values()}
+            workers = int(cfg.run_cfg.get("num_workers", 0))
+            cache.fill(model, paths, batch_size=int(cfg.run_cfg.get("batch_size_eval", 64)), num_workers=workers)
+            for dataset in members:
+                dataset.use_features(cache)
 
     def evaluation(self, model: nn.Module, data_loader: DataLoader, cuda_enabled: bool = True) -> Evaluation:
         """Encode the gallery and rank every query; the rest happens in :meth:`after_evaluation`."""
