@@ -338,8 +338,10 @@ class Blip2Cir(Blip2Base):
         is_half = any(weight.dtype == torch.float16 for weight in self.visual_encoder.parameters())
         if is_half and images.device.type == "cpu":
             raise ValueError("model.vit_precision: 'fp16' needs a GPU; on a CPU set model.vit_precision: fp32.")
+        # Not freeze_vit: adapters are trained inside a frozen tower.
+        is_trained = any(weight.requires_grad for weight in self.visual_encoder.parameters())
         precision = torch.autocast(images.device.type, dtype=torch.float16) if is_half else nullcontext()
-        with precision, torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
+        with precision, torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
             tokens = self.visual_encoder(images)
         return tokens.half() if is_half else tokens
 
