@@ -12,7 +12,7 @@ import importlib.util
 import pkgutil
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PACKAGE = Path(__file__).parent
 _STATIONS_WITH_DECORATORS = ("processors", "datasets", "models", "tasks", "runners")

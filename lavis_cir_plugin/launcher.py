@@ -57,7 +57,7 @@ def main(command: str, arguments: Sequence[str] | None = None) -> None:
 
 def run(command: str, args: argparse.Namespace) -> None:
     """Build config, task, data sets, model and runner as LAVIS's scripts do, then train or evaluate."""
-    cfg = _complete(config.read_config(str(_find_config(args.cfg_path)), args.options))
+    cfg = complete(config.read_config(str(_find_config(args.cfg_path)), args.options))
     config.check_values(cfg, command)
     config.choose_splits(cfg, command)
     cfg.run_cfg.output_dir = str(_output_folder(cfg.run_cfg.output_dir))
@@ -82,7 +82,7 @@ def run(command: str, args: argparse.Namespace) -> None:
         logging.info("output: %s", runner.output_dir)
 
 
-def _complete(merged: DictConfig) -> Config:
+def complete(merged: DictConfig) -> Config:
     """Let LAVIS add the defaults of model and data sets; it insists on reading the project from a file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "project.yaml"

@@ -376,7 +376,7 @@ class PerturbedModel:
         return {id(weight): weight + step for weight, step in zip(self.optimizer.weights.values(), steps)}
 
     def _in_places(self, new: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        return {name: new[id(tensor)] for name, tensor in _places(self.model) if id(tensor) in new}
+        return {name: new[id(tensor)] for name, tensor in places(self.model) if id(tensor) in new}
 
     def _gradient(self, samples: dict[str, Any]) -> list[Tensor]:
         # The bare module: DistributedDataParallel would wait for a backward pass that never comes.
@@ -427,7 +427,7 @@ def _cosine(direction: list[Tensor], gradients: list[Tensor | None]) -> float:
     return float(dot / (norms[0] * norms[1]).clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def _places(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def places(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield each place that holds a tensor once: a tied tensor by all its places, a shared module by its first name."""
     for prefix, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):

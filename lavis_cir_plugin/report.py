@@ -13,8 +13,9 @@ import math
 import os
 import random
 import textwrap
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -25,12 +26,13 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query
 from lavis_cir_plugin.ranking import Ranking
+from lavis_cir_plugin.tracking import EPOCHS, STEPS, read_epochs, read_steps
 
 TABLE_WIDTH = 120  # characters; the notes below a table are wrapped here
 
@@ -178,11 +180,15 @@ def write_metrics(
         },
         "extra": dict(extra),
     }
-    _replace(Path(path), (json.dumps(content, indent=2, default=str) + "\n").encode())
+    replace_file(Path(path), (json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Put content at path in one step: readers see the old file or the new one, never a part."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Put content at path in one step: readers see the old file or the new one, never a part.
+
+    Raises:
+        OSError: it cannot be written; an older file is then left as it was.
+    """
     # One name per process, beside the target: os.replace is atomic within one file system only.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -262,7 +268,7 @@ def contact_sheet(
         draw.text((text_left, y + PICTURE[1]), *_verdict(rank, columns), _font(13), anchor="ls")
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    _replace(Path(path), buffer.getvalue())
+    replace_file(Path(path), buffer.getvalue())
 
 
 def _verdict(rank: int, columns: int) -> tuple[str, str]:
@@ -346,93 +352,152 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 
-def training_curve(log_path: str | Path, png_path: str | Path, metric: str) -> None:
-    """Draw the training loss and a validation metric over the epochs of the last run in LAVIS's ``log.txt``, as a PNG.
+@dataclass(frozen=True)
+class Curve:
+    """A line of a panel: ``{x: value}``, where values that are not finite leave a gap."""
 
-    metric: a key of ``benchmark.metrics``, in percent; LAVIS logs it as ``val_<metric>``. A dashed line marks the
-    epoch that LAVIS keeps as ``checkpoint_best``: the first with the largest ``val_agg_metrics``. Epochs are counted
-    from 0, as LAVIS names its checkpoints, and from the first epoch of the run, since a resumed run does not log where
-    it went on.
+    points: Mapping[Any, float]
+    label: str
+    colour: str
+    has_marks: bool = True
+    style: str = "-"
+    width: float = 1.8
 
-    A log may have no validation (one panel) or one epoch; a last line that is still being written is left out. Losses
-    that are not finite leave a gap, and the legend tells how many there are.
+
+def training_curve(folder: str | Path, png_path: str | Path, metric: str) -> None:
+    r"""Draw how a run went, from its ``epochs.csv`` and ``steps.csv``, as a PNG.
+
+    The panels, each where there is something to show: the loss, per batch and as the mean of each epoch; ``metric`` on
+    ``val`` and, with the gap between them shaded, on ``seen``; the learning rate; :math:`\lVert\delta\rVert`, the
+    length of the weight perturbation; and the cosine between its direction and the gradient that was applied.
+
+    metric: a key of ``benchmark.metrics``, in percent. A dashed line marks the epoch that LAVIS keeps as
+    ``checkpoint_best``: the first with the largest ``agg_metrics`` of ``val``. Epochs are counted from 0, as LAVIS
+    names its checkpoints; the batches of an epoch lead up to its mark. Losses that are not finite leave a gap, and the
+    legend tells how many there are.
 
     Raises:
-        FileNotFoundError: there is no log.
-        ValueError: the log holds no epoch of its last run, a line that is not JSON, or validations without this metric.
+        FileNotFoundError: there is no ``epochs.csv``.
+        ValueError: it holds no finished epoch, a damaged line, or validations without this metric.
         OSError: the PNG cannot be written.
     """
-    losses, validations = _last_run(Path(log_path))
-    if not losses and not validations:
-        raise ValueError(f"{log_path} holds no finished epoch of its last run; draw the curve after the first epoch.")
-    values = {epoch: record[f"val_{metric}"] for epoch, record in validations.items() if f"val_{metric}" in record}
-    if validations and not values:
-        known = sorted({key[len("val_") :] for record in validations.values() for key in record})
-        raise ValueError(f"{log_path} has no validation metric {metric!r}; pass one of: {', '.join(known)}.")
-    panels = [name for name, content in (("loss", losses), ("metric", values)) if content]
-    figure = Figure(figsize=(7.5, 0.6 + 2.7 * len(panels)), constrained_layout=True)
-    FigureCanvasAgg(figure)
-    axes = dict(zip(panels, figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]))
-    if losses:
-        wrong = sum(not math.isfinite(loss) for loss in losses.values())
-        label = "training loss" + (f" (not finite in {wrong} of {len(losses)} epochs)" if wrong else "")
-        _draw_curve(axes["loss"], losses, label, GREY)
-        axes["loss"].set_ylabel("mean loss per epoch")
-    if values:
-        _draw_curve(axes["metric"], values, f"validation {metric}", BLUE)
-        axes["metric"].set_ylabel(f"{metric} in percent")
-        best = max(values, key=lambda epoch: validations[epoch].get("val_agg_metrics", values[epoch]))
-        label = f"best: epoch {best}, {metric} {values[best]:.2f} %"
-        for panel in axes.values():
-            panel.axvline(best, color=ORANGE, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
-        axes["metric"].plot([], [], color=ORANGE, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
+    folder = Path(folder)
+    epochs = read_epochs(folder / EPOCHS)
+    steps = _by_position(read_steps(folder / STEPS)) if (folder / STEPS).is_file() else {}
+    losses, val = epochs.get("train", {}).get("loss", {}), epochs.get("val", {})
+    if not losses and not val:
+        raise ValueError(f"{folder / EPOCHS} holds no finished epoch; draw the curve after the first one.")
+    panels = {"training loss": _loss_curves(losses, steps.get("loss", {}))}
+    if val:
+        panels[f"{metric} in percent"] = _metric_curves(epochs, metric, folder / EPOCHS)
+    measured = (("lr", "learning rate"), ("perturbation_norm", "‖δ‖"), ("cosine", "cos(g, g')"))
+    for name, label in measured:
+        panels[label] = [Curve(steps.get(name, {}), "", GREY, has_marks=False, width=1.0)]
+    panels = {label: curves for label, curves in panels.items() if any(curve.points for curve in curves)}
+    heights = [1.4 if label in dict(measured).values() else 2.7 for label in panels]
+    figure = Figure(figsize=(7.5, 0.6 + sum(heights)), constrained_layout=True)
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    axes = dict(zip(panels, rows))
+    for label, panel in axes.items():
+        draw_curves(panel, panels[label])
+        panel.set_ylabel(label)
+        panel.ticklabel_format(axis="y", scilimits=(-3, 4))
+    figure.align_ylabels()
+    if val:
+        panel = axes[f"{metric} in percent"]
+        shade_gap(panel, *panels[f"{metric} in percent"])
+        _mark_best(list(axes.values()), panel, best_epoch(val, metric), val[metric], metric)
     for panel in axes.values():
-        panel.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncol=2)
-    last = max([*losses, *validations])
-    bottom = axes[panels[-1]]
-    bottom.set_xlabel("epoch of this run, counted from 0")
-    bottom.set_xlim(-0.03 * last - 0.3, 1.03 * last + 0.3)
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    _replace(Path(png_path), buffer.getvalue())
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncol=3)
+    last = max([*losses, *(epoch for values in val.values() for epoch in values)])
+    bottom = list(axes.values())[-1]
+    bottom.set_xlabel("epoch, counted from 0")
+    bottom.set_xlim(-0.03 * last - (1 if steps else 0.3), 1.03 * last + 0.3)
+    bottom.xaxis.set_major_locator(FixedLocator(MaxNLocator(integer=True, min_n_ticks=1).tick_values(0, last)))
+    save_figure(figure, png_path)
 
 
-def _draw_curve(axes: Axes, points: Mapping[int, float], label: str, colour: str) -> None:
-    """Draw ``{epoch: value}`` as a line with a mark per epoch (a single epoch has no line), on plain axes."""
-    axes.plot(list(points), list(points.values()), color=colour, linewidth=1.8, marker="o", markersize=4, label=label)
+def best_epoch(val: Mapping[str, Mapping[int, float]], metric: str) -> int:
+    """Return the epoch that LAVIS keeps as ``checkpoint_best``: the first with the largest ``agg_metrics``.
+
+    val: ``{metric: {epoch: value}}``; ``metric`` decides where ``agg_metrics`` was not logged.
+    """
+    deciding = val.get("agg_metrics", val[metric])
+    return max(sorted(val[metric]), key=lambda epoch: deciding.get(epoch, -math.inf))
+
+
+def _by_position(steps: Mapping[str, Sequence[float]]) -> dict[str, dict[float, float]]:
+    """Return the logged numbers of each column by place on an axis of epochs: epoch e's batches end at e."""
+    count = Counter(steps["epoch"])
+    per_epoch = max(count.values(), default=1)
+    first: dict[float, float] = {}
+    for step, epoch in zip(steps["step"], steps["epoch"]):
+        first.setdefault(epoch, step)
+    places = [epoch - 1 + (step - first[epoch] + 1) / per_epoch for step, epoch in zip(steps["step"], steps["epoch"])]
+    columns = {name: zip(places, column) for name, column in steps.items() if name not in ("step", "epoch")}
+    return {name: {x: value for x, value in column if math.isfinite(value)} for name, column in columns.items()}
+
+
+def _loss_curves(losses: Mapping[int, float], by_batch: Mapping[float, float]) -> list[Curve]:
+    wrong = sum(not math.isfinite(loss) for loss in losses.values())
+    label = "mean of each epoch" + (f" (not finite in {wrong} of {len(losses)} epochs)" if wrong else "")
+    batches = [Curve(by_batch, "each batch", LIGHT_GREY, has_marks=False, width=1.0)] if by_batch else []
+    return [*batches, Curve(losses, label, GREY)]
+
+
+def _metric_curves(epochs: Mapping[str, Mapping[str, Mapping[int, float]]], metric: str, path: Path) -> list[Curve]:
+    if metric not in epochs["val"]:
+        raise ValueError(
+            f"{path} has no validation metric {metric!r}; pass one of: {', '.join(sorted(epochs['val']))}."
+        )
+    seen = epochs.get("seen", {}).get(metric, {})
+    return [
+        Curve(epochs["val"][metric], f"validation {metric}", BLUE),
+        *([Curve(seen, "on training queries (seen)", GREEN)] if seen else []),
+    ]
+
+
+def _mark_best(panels: Sequence[Axes], legend: Axes, best: int, values: Mapping[int, float], metric: str) -> None:
+    style: dict[str, Any] = {"color": ORANGE, "linewidth": 1.2, "linestyle": (0, (4, 3))}
+    for panel in panels:
+        panel.axvline(best, zorder=1, **style)
+    legend.plot([], [], label=f"best: epoch {best}, {metric} {values[best]:.2f} %", **style)
+
+
+def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Draw lines on plain axes, with a mark per point where asked for (a single epoch has no line)."""
+    for curve in curves:
+        axes.plot(
+            list(curve.points),
+            list(curve.points.values()),
+            color=curve.colour,
+            linestyle=curve.style,
+            linewidth=curve.width,
+            marker="o" if curve.has_marks else "",
+            markersize=4,
+            label=curve.label or None,
+        )
     axes.grid(axis="y", color=LIGHT_GREY, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _last_run(log_path: Path) -> tuple[dict[int, float], dict[int, dict[str, float]]]:
-    """Read ``{epoch: training loss}`` and ``{epoch: validation record}`` of the last run in LAVIS's ``log.txt``.
+def shade_gap(axes: Axes, val: Curve, seen: Curve | None = None) -> None:
+    """Shade the area between two curves over the epochs that both have."""
+    if seen is not None:
+        both = [epoch for epoch in val.points if epoch in seen.points]
+        low, high = ([curve.points[epoch] for epoch in both] for curve in (val, seen))
+        axes.fill_between(both, low, high, color=seen.colour, alpha=0.1, linewidth=0)
 
-    LAVIS appends: every run starts with its configuration, pretty-printed from a line ``{`` on, and then adds one line
-    per epoch and kind. Lines of other kinds (a second validation split) are passed over.
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure as a PNG in one step.
+
+    Raises:
+        OSError: it cannot be written; an older file is then left as it was.
     """
-    if not log_path.is_file():
-        raise FileNotFoundError(f"{log_path} does not exist; LAVIS writes log.txt into run.output_dir/<job id>.")
-    lines = log_path.read_text(encoding="utf-8").splitlines()
-    losses: dict[int, float] = {}
-    validations: dict[int, dict[str, float]] = {}
-    epoch = -1
-    for number, line in enumerate(lines, start=1):
-        if line == "{":
-            losses, validations, epoch = {}, {}, -1
-        if not line.startswith('{"'):
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{log_path}, line {number} is not JSON ({error}); repair or remove that line.") from error
-        if any(key.startswith("train_") for key in record):
-            epoch += 1
-            if "train_loss" in record:
-                losses[epoch] = float(record["train_loss"])
-        elif any(key.startswith("val_") for key in record):
-            validations[max(epoch, 0)] = record
-    return losses, validations
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    replace_file(Path(path), buffer.getvalue())

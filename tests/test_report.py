@@ -15,6 +15,7 @@ from PIL import Image, ImageColor
 from lavis_cir_plugin import report
 from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query
 from lavis_cir_plugin.ranking import Ranking, recall_at
+from lavis_cir_plugin.tracking import RunLog
 
 FASHIONIQ_SIZES = {"dress": (2017, 3817), "shirt": (2038, 6346), "toptee": (1961, 5373)}
 FASHIONIQ_PROTOCOL = (
@@ -355,15 +356,33 @@ def test_text_wraps_at_blanks_and_breaks_a_word_that_is_too_wide():
 
 # -- training curve --------------------------------------------------------------------------------------------------
 
-CONFIG = json.dumps({"run": {"task": "composed_retrieval", "nested": [{"train_loss": 1}]}}, indent=4)
+
+class Log:
+    """Write a run's log files: a loss per epoch, then validations."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.log = RunLog(folder)
+        self.epoch = -1
+
+    def train(self, loss, batches=()):
+        self.epoch += 1
+        for index, values in enumerate(batches):
+            self.log.log_step(self.epoch * len(batches) + index, self.epoch, values)
+        self.log.log_epoch(0, self.epoch, "train", {"loss": loss, "lr": "0.000"})
+        return self
+
+    def val(self, percent, agg=None, split="val"):
+        self.epoch = max(self.epoch, 0)
+        self.log.log_epoch(0, self.epoch, split, {"mean": percent, "agg_metrics": percent if agg is None else agg})
+        return self
 
 
-def train(loss):
-    return json.dumps({"train_lr": "0.000010", "train_loss": loss})
-
-
-def val(percent, agg=None, **others):
-    return json.dumps({"val_mean": percent, "val_agg_metrics": percent if agg is None else agg, **others})
+@pytest.fixture
+def run(tmp_path):
+    log = Log(tmp_path)
+    yield log
+    log.log.close()
 
 
 @pytest.fixture
@@ -380,92 +399,105 @@ def figures(monkeypatch):
     return made
 
 
-def curve(tmp_path, lines, metric="mean"):
-    (tmp_path / "log.txt").write_text("\n".join(lines) + "\n")
-    report.training_curve(tmp_path / "log.txt", tmp_path / "curve.png", metric)
-    with Image.open(tmp_path / "curve.png") as image:
+def curve(run, metric="mean"):
+    report.training_curve(run.folder, run.folder / "curve.png", metric)
+    with Image.open(run.folder / "curve.png") as image:
         assert image.format == "PNG"
 
 
-def points(axes):
-    return [(int(x), float(y)) for x, y in axes.lines[0].get_xydata()]
+def points(axes, line=0):
+    return [(float(x), float(y)) for x, y in axes.lines[line].get_xydata()]
 
 
 def legend(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-def test_curve_shows_the_last_run_and_its_best_epoch(tmp_path, figures):
+def test_curve_shows_loss_and_validation_and_the_best_epoch(run, figures):
     """Ties go to the first epoch, as in LAVIS, which replaces its best only by a larger value."""
-    first = [CONFIG, train("9.000"), val(99.0), train("8.000"), val(99.5)]
-    last = [CONFIG, train("2.500"), val(10.0), train("1.500"), val(30.0), train("1.000"), val(30.0)]
-    curve(tmp_path, [*first, *last])
+    run.train("2.500").val(10.0).train("1.500").val(30.0).train("1.000").val(30.0)
+    curve(run)
     ((loss, metric),) = (figure.axes for figure in figures)
     assert points(loss) == [(0, 2.5), (1, 1.5), (2, 1.0)]
     assert points(metric) == [(0, 10.0), (1, 30.0), (2, 30.0)]
-    assert legend(loss) == ["training loss"]
+    assert legend(loss) == ["mean of each epoch"]
     assert legend(metric) == ["validation mean", "best: epoch 1, mean 30.00 %"]
 
 
-def test_curve_takes_the_best_epoch_from_what_chose_the_checkpoint(tmp_path, figures):
-    curve(tmp_path, [CONFIG, train("2"), val(50.0, agg=1.0), train("1"), val(40.0, agg=2.0)])
+def test_curve_takes_the_best_epoch_from_what_chose_the_checkpoint(run, figures):
+    curve(run.train(2).val(50.0, agg=1.0).train(1).val(40.0, agg=2.0))
     assert legend(figures[0].axes[1])[1] == "best: epoch 1, mean 40.00 %"
 
 
-def test_curve_without_validation_has_one_panel(tmp_path, figures):
-    curve(tmp_path, [CONFIG, train("2.0"), train("1.0")])
-    (loss,) = figures[0].axes
-    assert points(loss) == [(0, 2.0), (1, 1.0)]
+def test_curve_shows_the_gap_to_seen_queries(run, figures):
+    """Two of three epochs were ranked on both; the shaded area has corners at 10, 20, 30 and 15."""
+    run.train(3).val(10.0).val(15.0, split="seen").train(2).val(20.0).val(30.0, split="seen").train(1).val(25.0)
+    curve(run)
+    metric = figures[0].axes[1]
+    assert points(metric, 1) == [(0, 15.0), (1, 30.0)]
+    assert legend(metric)[:2] == ["validation mean", "on training queries (seen)"]
+    (area,) = metric.collections
+    corners = {tuple(corner) for corner in area.get_paths()[0].vertices.tolist()}
+    assert corners == {(0.0, 10.0), (1.0, 20.0), (1.0, 30.0), (0.0, 15.0)}
 
 
-def test_curve_of_an_evaluation_alone_has_one_panel(tmp_path, figures):
-    curve(tmp_path, [CONFIG, val(12.0)])
+def test_curve_shows_every_batch_and_the_perturbation(run, figures):
+    """Two batches per epoch: those of epoch 0 stand at -0.5 and 0, those of epoch 1 at 0.5 and 1."""
+    measured = {"perturbation_norm": 0.5, "cosine": 0.9}
+    run.train(2.5, [{"loss": 3.0, "lr": 1e-4}, {"loss": 2.0, "lr": 2e-4}])
+    run.train(1.0, [{"loss": float("nan"), "lr": 3e-4, **measured}, {"loss": 1.0, "lr": 4e-4}]).val(5.0)
+    curve(run)
+    loss, metric, lr, norm, cosine = figures[0].axes
+    assert points(loss) == [(-0.5, 3.0), (0, 2.0), (1, 1.0)]
+    assert points(loss, 1) == [(0, 2.5), (1, 1.0)]
+    assert points(metric) == [(1, 5.0)]
+    assert points(lr) == [(-0.5, 1e-4), (0, 2e-4), (0.5, 3e-4), (1, 4e-4)]
+    assert points(norm) == [(0.5, 0.5)]
+    assert points(cosine) == [(0.5, 0.9)]
+    assert [axes.get_ylabel() for axes in (lr, norm, cosine)] == ["learning rate", "‖δ‖", "cos(g, g')"]
+
+
+def test_curve_of_a_run_without_perturbation_has_no_panel_for_it(run, figures):
+    curve(run.train(2.5, [{"loss": 3.0, "lr": 1e-4}]))
+    assert [axes.get_ylabel() for axes in figures[0].axes] == ["training loss", "learning rate"]
+
+
+def test_curve_of_an_evaluation_alone_has_one_panel(run, figures):
+    curve(run.val(12.0))
     (metric,) = figures[0].axes
     assert points(metric) == [(0, 12.0)]
 
 
-def test_curve_of_one_epoch_has_whole_epochs_on_its_axis(tmp_path, figures):
-    curve(tmp_path, [CONFIG, train("2.0"), val(12.0)])
+def test_curve_of_one_epoch_has_whole_epochs_on_its_axis(run, figures):
+    curve(run.train(2.0).val(12.0))
     metric = figures[0].axes[1]
     low, high = metric.get_xlim()
     assert [tick for tick in metric.get_xticks() if low <= tick <= high] == [0]
     assert metric.lines[0].get_marker() == "o"
 
 
-def test_curve_says_that_a_loss_is_not_finite(tmp_path, figures):
-    curve(tmp_path, [CONFIG, train("2.0"), train("nan"), train("inf")])
-    assert legend(figures[0].axes[0]) == ["training loss (not finite in 2 of 3 epochs)"]
+def test_curve_says_that_a_loss_is_not_finite(run, figures):
+    curve(run.train(2.0).train("nan").train("inf"))
+    assert legend(figures[0].axes[0]) == ["mean of each epoch (not finite in 2 of 3 epochs)"]
 
 
-def test_curve_passes_over_other_splits_and_a_line_in_the_making(tmp_path, figures):
-    test = json.dumps({"test_mean": 1.0, "test_agg_metrics": 1.0})
-    curve(tmp_path, [CONFIG, train("2.0"), val(12.0), test, train("1.0")[:20]])
-    assert [points(axes) for axes in figures[0].axes] == [[(0, 2.0)], [(0, 12.0)]]
+def test_curve_is_deterministic(run):
+    run.train(2.0).val(12.0).train(1.0).val(13.0)
+    curve(run)
+    first = (run.folder / "curve.png").read_bytes()
+    curve(run)
+    assert (run.folder / "curve.png").read_bytes() == first
 
 
-def test_curve_is_deterministic(tmp_path):
-    lines = [CONFIG, train("2.0"), val(12.0), train("1.0"), val(13.0)]
-    curve(tmp_path, lines)
-    first = (tmp_path / "curve.png").read_bytes()
-    curve(tmp_path, lines)
-    assert (tmp_path / "curve.png").read_bytes() == first
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([CONFIG], "no finished epoch of its last run"),
-        ([CONFIG, train("1.0"), CONFIG], "no finished epoch of its last run"),
-        ([CONFIG, train("1.0"), val(3.0)[:15], train("1.0")], r"line \d+ is not JSON"),
-        ([CONFIG, train("1.0"), json.dumps({"val_R@1": 1.0})], "no validation metric 'mean'; pass one of: R@1"),
-    ],
-)
-def test_curve_refuses_a_log_it_cannot_show(tmp_path, lines, message):
-    with pytest.raises(ValueError, match=message):
-        curve(tmp_path, lines)
-    assert not (tmp_path / "curve.png").exists()
+def test_curve_refuses_a_log_it_cannot_show(run):
+    with pytest.raises(ValueError, match=r"epochs\.csv holds no finished epoch"):
+        curve(run)
+    run.train(1.0).val(3.0)
+    with pytest.raises(ValueError, match=r"no validation metric 'R@1'; pass one of: agg_metrics, mean\."):
+        curve(run, "R@1")
+    assert not (run.folder / "curve.png").exists()
 
 
 def test_curve_without_log(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"log\.txt does not exist; LAVIS writes"):
-        report.training_curve(tmp_path / "log.txt", tmp_path / "curve.png", "mean")
+    with pytest.raises(FileNotFoundError, match=r"epochs\.csv does not exist; a training run writes it"):
+        report.training_curve(tmp_path, tmp_path / "curve.png", "mean")

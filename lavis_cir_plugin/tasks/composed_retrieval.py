@@ -26,6 +26,7 @@ from lavis_cir_plugin.benchmarks.benchmark import Group
 from lavis_cir_plugin.datasets import BenchmarkDataset, CirDataset, cache_root
 from lavis_cir_plugin.feature_cache import FeatureCache, check_tower, fingerprint
 from lavis_cir_plugin.ranking import Ranking, rank
+from lavis_cir_plugin.tracking import EPOCHS
 
 TRAINED, IMAGE_ONLY, TEXT_ONLY, RANDOM = "trained model", "image only", "text only", "random (expected)"
 
@@ -248,10 +249,12 @@ def write_report(
         sheet = folder / f"contact_sheet_{group.name}.png"
         report.contact_sheet(benchmark, group, ranking.top.cpu(), ranking.ranks.cpu(), sheet)
         written.append(sheet)
-    log = folder / "log.txt"
-    if log.is_file() and '"train_loss"' in log.read_text():
-        report.training_curve(log, folder / "training_curve.png", benchmark.selection_metric)
-        written.append(folder / "training_curve.png")
+    if (folder / EPOCHS).is_file():  # not in an evaluation run
+        try:
+            report.training_curve(folder, folder / "training_curve.png", benchmark.selection_metric)
+            written.append(folder / "training_curve.png")
+        except ValueError as error:
+            logging.warning("no training curve: %s", error)
     written += sorted(folder.glob("checkpoint_*.pth"))
     print(report.metrics_table(rows, benchmark))
     print("\nWritten to " + str(folder) + ":\n  " + "\n  ".join(path.name for path in written))
