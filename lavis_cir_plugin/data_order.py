@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from lavis_cir_plugin.random_state import get_random_state, seed_all, set_random_state
 
 
-def training_loader(dataset: Dataset, seed: int, **options: Any) -> DataLoader:
+def training_loader(dataset: Dataset[Any], seed: int, **options: Any) -> DataLoader[Any]:
     """Return a loader of shuffled batches, without the incomplete last one, for :class:`EpochLoader`.
 
     Args:
@@ -75,10 +75,10 @@ class EpochLoader:
         self._iterator = None
 
 
-class _EpochSampler(DistributedSampler):
+class _EpochSampler(DistributedSampler[Any]):
     """Yields (epoch, index), so that a worker knows what to seed its generators with."""
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         super().__init__(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed)
         self.first = 0
@@ -91,8 +91,8 @@ class _EpochSampler(DistributedSampler):
         return iter([(self.epoch, index) for index in super().__iter__()][self.first :])
 
 
-class _SeededDataset(Dataset):
-    def __init__(self, dataset: Dataset, seed: int) -> None:
+class _SeededDataset(Dataset[Any]):
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
 

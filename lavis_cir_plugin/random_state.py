@@ -11,9 +11,12 @@ import torch
 
 def get_random_state(device: torch.device | None = None) -> dict[str, Any]:
     """Return the state of Python's, NumPy's and torch's generators; torch's also on ``device``, where it is a GPU."""
-    name, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": [name, torch.from_numpy(keys.astype("int64")), *rest]}
-    state["torch"] = torch.get_rng_state()
+    numpy = np.random.get_state(legacy=False)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": {**numpy, "state": {**numpy["state"], "key": torch.from_numpy(numpy["state"]["key"].astype("int64"))}},
+        "torch": torch.get_rng_state(),
+    }
     if device is not None and device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -23,8 +26,8 @@ def set_random_state(state: dict[str, Any], device: torch.device | None = None) 
     """Set what :func:`get_random_state` returned."""
     version, values, gauss = state["python"]
     random.setstate((version, tuple(values), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+    numpy = state["numpy"]
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].numpy().astype("uint32")}})
     torch.set_rng_state(state["torch"])
     if "cuda" in state and device is not None:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -60,7 +60,7 @@ class PortableRunner:
         """Return LAVIS's loaders, in an order that can be resumed; on a CPU without its prefetcher, a CUDA stream."""
         seed = int(self.config.run_cfg.get("seed", 42))
 
-        def loader(dataset: Any, drop_last: bool = False, **options: Any) -> DataLoader:
+        def loader(dataset: Any, drop_last: bool = False, **options: Any) -> DataLoader[Any]:
             if not drop_last:  # LAVIS's mark of training on data of known length
                 return DataLoader(dataset, **options)
             del options["sampler"], options["shuffle"]
@@ -89,8 +89,9 @@ class PortableRunner:
 
 
 def frozen_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters that are not trained, which LAVIS's checkpoints leave out."""
-    return tuple(name for name, weight in model.named_parameters() if not weight.requires_grad)
+    """Return the names, all of a tied one's, of the parameters that are not trained, which LAVIS's checkpoints lack."""
+    named = model.named_parameters(remove_duplicate=False)
+    return tuple(name for name, weight in named if not weight.requires_grad)
 
 
 def _synchronize_meter(meter: lavis_logger.SmoothedValue) -> None:

@@ -48,7 +48,7 @@ class ResumableRunner(PortableRunner):
     * ``steps.csv``, ``epochs.csv`` and TensorBoard's files are written beside LAVIS's ``log.txt``.
     """
 
-    RUN_KEYS = ("save_every",)
+    RUN_KEYS: tuple[str, ...] = ("save_every",)
 
     @staticmethod
     def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
