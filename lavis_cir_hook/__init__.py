@@ -23,13 +23,13 @@ class LavisFinder:
     def find_spec(
         cls, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        """Return the launcher's spec, or None to let the import go its usual way.
+        """Return the launcher's spec, LAVIS's own to be completed, or None to let the import go its usual way.
 
         fullname: absolute module name. path: ``lavis.__path__`` when ``fullname`` is a launcher, else None.
         """
         if fullname == "lavis":
-            _prepare()
-        elif fullname in _LAUNCHERS:
+            return _prepared()
+        if fullname in _LAUNCHERS:
             return _launcher(fullname, path)
         return None
 
@@ -40,12 +40,23 @@ def install() -> None:
         sys.meta_path.insert(0, LavisFinder)
 
 
-def _prepare() -> None:
-    """Apply the compatibility module before LAVIS's first import; without LAVIS there is nothing to prepare."""
-    if _found_elsewhere("lavis", None):
-        from lavis_cir_hook import compat
+def _prepared() -> "ModuleSpec | None":
+    """Apply the compatibility module before LAVIS's first import and, with today's libraries, again after it."""
+    spec = _found_elsewhere("lavis", None)
+    if spec is None or spec.loader is None:
+        return None
+    from lavis_cir_hook import compat
 
-        compat.apply()
+    if not compat.apply():
+        return None
+    execute = spec.loader.exec_module
+
+    def execute_and_complete(module: "ModuleType") -> None:
+        execute(module)
+        compat.complete()
+
+    spec.loader.exec_module = execute_and_complete  # type: ignore[method-assign]
+    return spec
 
 
 def _launcher(fullname: str, path: "Sequence[str] | None") -> "ModuleSpec | None":
@@ -63,8 +74,9 @@ def _launcher(fullname: str, path: "Sequence[str] | None") -> "ModuleSpec | None
     return spec_from_file_location(fullname, f"{folder}/{fullname.rpartition('.')[2]}.py")
 
 
-def _found_elsewhere(fullname: str, path: "Sequence[str] | None") -> bool:
-    return any(finder.find_spec(fullname, path) for finder in sys.meta_path if not _is_ours(finder))
+def _found_elsewhere(fullname: str, path: "Sequence[str] | None") -> "ModuleSpec | None":
+    found = (finder.find_spec(fullname, path) for finder in sys.meta_path if not _is_ours(finder))
+    return next((spec for spec in found if spec is not None), None)
 
 
 def _is_ours(finder: object) -> bool:

@@ -1,17 +1,33 @@
 """The one place that adapts today's libraries (Python >= 3.12) to LAVIS 1.0.2, which expects transformers 4.26.
 
-Nothing is replaced: only names that LAVIS imports and transformers moved are put back where LAVIS looks for them.
-Not covered: text generation (``generate`` of LAVIS's BLIP captioners), which relies on 4.26's beam search.
+Nothing is replaced: names that LAVIS imports and transformers moved are put back where LAVIS looks for them, and
+LAVIS's language models get the ``generate`` that they once inherited. A beam's score is transformers' own affair: 4.26
+divides it by the length with the prompt, 4.57 by the length without.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
-def apply() -> None:
+# Those of LAVIS's classes that call ``generate`` on themselves and read nothing from a key-value cache.
+_GENERATING = (
+    ("lavis.models.med", "BertLMHeadModel"),
+    ("lavis.models.blip2_models.Qformer", "BertLMHeadModel"),
+    ("lavis.models.blip2_models.modeling_opt", "OPTForCausalLM"),
+)
+
+
+def apply() -> bool:
     """Let ``import lavis`` succeed with transformers 4.57; do nothing with LAVIS's own pins or without transformers.
+
+    Returns:
+        Whether :func:`complete` is wanted after the import.
 
     Raises:
         ImportError: If transformers is installed but cannot be imported.
@@ -19,9 +35,9 @@ def apply() -> None:
     try:
         major, minor = (int(number) for number in version("transformers").split(".")[:2])
     except PackageNotFoundError:
-        return
+        return False
     if (major, minor) < (4, 27):
-        return
+        return False
     import transformers.modeling_utils as former_home
     import transformers.pytorch_utils as home
 
@@ -31,3 +47,32 @@ def apply() -> None:
             setattr(former_home, name, getattr(home, name))
     # LAVIS imports timm.models.{hub,registry,layers,helpers}; timm serves them with a warning users cannot act on.
     warnings.filterwarnings("ignore", message=r"Importing from timm\.models\.", category=FutureWarning)
+    return True
+
+
+def complete() -> None:
+    """Give LAVIS's language models ``generate``, which transformers 4.50 took out of their base class.
+
+    LAVIS's ``prepare_inputs_for_generation`` passes on no cache, in 4.26 as here, so each step reads the whole prefix.
+    """
+    from transformers import PreTrainedModel
+    from transformers.generation import GenerationMixin
+
+    for module, name in _GENERATING:
+        model = getattr(sys.modules.get(module), name, None)
+        if model is None or not issubclass(model, PreTrainedModel) or hasattr(model, "generate"):
+            continue
+        model.__bases__ += (GenerationMixin,)
+        model._expand_inputs_for_generation = staticmethod(_expand_inputs)
+
+
+def _expand_inputs(
+    expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Repeat a batch for its beams as 4.26 did: what LAVIS has repeated itself (its encoders' states) is left alone."""
+    for name in ("attention_mask", "token_type_ids"):
+        if model_kwargs.get(name) is not None:
+            model_kwargs[name] = model_kwargs[name].repeat_interleave(expand_size, dim=0)
+    if input_ids is not None:
+        input_ids = input_ids.repeat_interleave(expand_size, dim=0)
+    return input_ids, model_kwargs

@@ -15,6 +15,7 @@ from PIL import Image
 
 from lavis_cir_plugin.garments import attributes as world
 from lavis_cir_plugin.garments import draw, draw_for_name, fashioniq
+from lavis_cir_plugin.garments import world as cache
 from lavis_cir_plugin.garments.fashioniq import GarmentsConfig, make_garments, plan_split, write_fashioniq
 from lavis_cir_plugin.garments.wording import captions, phrases, tokens, words
 
@@ -293,8 +294,8 @@ def test_unknown_category_is_refused():
 def drawn_names(monkeypatch) -> list[str]:
     """Count the pictures drawn in this process."""
     names: list[str] = []
-    draw_job = fashioniq._draw_job
-    monkeypatch.setattr(fashioniq, "_draw_job", lambda job: (names.append(job[2]), draw_job(job)))
+    draw_job = cache._draw_job
+    monkeypatch.setattr(cache, "_draw_job", lambda job: (names.append(job[2]), draw_job(job)))
     return names
 
 
@@ -322,7 +323,7 @@ def test_interrupted_run_is_redone(tmp_path, monkeypatch):
     left_over = tmp_path / f".{place.name}.part-killed"
     left_over.mkdir()
     with monkeypatch.context() as patched:
-        patched.setattr(fashioniq, "_draw_job", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(cache, "_draw_job", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             make_garments(tmp_path, TINY, progress=False, workers=1)
     assert make_garments(tmp_path, TINY, progress=False, workers=1) == place
@@ -334,7 +335,7 @@ def test_full_disk_is_said_in_one_sentence_and_leaves_nothing(tmp_path, monkeypa
     def no_space(job):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fashioniq, "_draw_job", no_space)
+    monkeypatch.setattr(cache, "_draw_job", no_space)
     with pytest.raises(OSError, match=r"no space left on the disk of .* while writing 30 images of 40 x 50") as caught:
         make_garments(tmp_path, TINY, progress=False, workers=1)
     assert caught.value.errno == errno.ENOSPC
@@ -347,5 +348,5 @@ def test_a_world_that_another_process_finished_meanwhile_stays(tmp_path):
     for folder in (place, part):
         folder.mkdir()
         (folder / "complete.json").write_text(folder.name)
-    fashioniq._moved(part, place)
+    cache._moved(part, place)
     assert (place / "complete.json").read_text() == "place"

@@ -8,33 +8,13 @@ families: neither the picture nor the text alone finds the target.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
-import io
-import json
-import logging
-import multiprocessing
-import os
 import random
-import shutil
-import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tqdm import tqdm  # type: ignore[import-untyped]
-
 from .attributes import CATEGORIES, Garment, attributes, edited, is_held_out, sample, sample_photo, varying_attributes
-from .drawing import draw
 from .wording import captions, phrases
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may then both draw the world, and the first to finish wins.
-    fcntl = None  # type: ignore[assignment]
+from .world import digest, full_disk_named, made_once, write_json, write_pictures
 
 GENERATOR_VERSION = 1
 """Part of the cache key; raise it with every change of the written files."""
@@ -45,7 +25,6 @@ _FAMILY_SIZE = 40
 _VARYING = 4
 _EDITS = {1: 3, 2: 5, 3: 2}
 _ATTEMPTS = 1000
-_MARKER = "complete.json"
 
 
 @dataclass(frozen=True)
@@ -201,125 +180,37 @@ def write_fashioniq(root: Path, config: GarmentsConfig, progress: bool = True, w
     """
     root = Path(root)
     pictures: dict[str, Garment] = {}
-    try:
-        for folder in ("captions", "image_splits", "images"):
+    size = (config.image_width, config.image_height)
+    images = len(CATEGORIES) * sum(config.counts(split)[1] for split in SPLITS)
+    with full_disk_named(root, images, size):
+        for folder in ("captions", "image_splits"):
             (root / folder).mkdir(parents=True, exist_ok=True)
         for category in CATEGORIES:
             for split in SPLITS:
                 plan = plan_split(config, category, split)
                 pictures.update(plan.images)
-                _write_json(root / "image_splits" / f"split.{category}.{split}.json", list(plan.images))
+                write_json(root / "image_splits" / f"split.{category}.{split}.json", list(plan.images))
                 rows = [asdict(annotation) for annotation in plan.annotations]
                 if split == "test":
                     for row in rows:
                         del row["target"]
-                _write_json(root / "captions" / f"cap.{category}.{split}.json", rows)
-        size = (config.image_width, config.image_height)
-        jobs = [
-            (garment, size, str(root / "images" / f"{name}{config.image_suffix}")) for name, garment in pictures.items()
-        ]
-        logging.info("drawing %d garments into %s", len(jobs), root)
-        hidden = None if progress else True  # None: shown on a terminal only
-        for _ in tqdm(_drawn(jobs, workers), total=len(jobs), desc="garments", unit="image", disable=hidden):
-            pass
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                error.errno,
-                f"garments: no space left on the disk of {root} while writing {len(pictures)} images of "
-                f"{config.image_width} x {config.image_height}; free some, choose another folder or a smaller world.",
-            ) from error
-        raise
+                write_json(root / "captions" / f"cap.{category}.{split}.json", rows)
+        files = {f"{name}{config.image_suffix}": garment for name, garment in pictures.items()}
+        write_pictures(root / "images", files, size, progress, workers)
     return root
-
-
-def _write_json(path: Path, rows: Sequence[object]) -> None:
-    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-
-
-_Job = tuple[Garment, tuple[int, int], str]
-
-
-def _drawn(jobs: list[_Job], workers: int | None) -> Iterator[None]:
-    """Draw every job's picture, in this process or in several, and yield once for each."""
-    workers = os.cpu_count() or 1 if workers is None else workers
-    if workers <= 1 or len(jobs) < 100:
-        yield from map(_draw_job, jobs)
-        return
-    # A forked worker has the modules already; a fresh interpreter would first import the whole plugin.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method)) as pool:
-            try:
-                yield from pool.map(_draw_job, jobs, chunksize=16)
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-
-
-def _draw_job(job: _Job) -> None:
-    garment, size, path = job
-    picture, encoded = draw(garment, size), io.BytesIO()
-    if path.endswith(".png"):
-        picture.save(encoded, "PNG")
-    else:
-        picture.save(encoded, "JPEG", quality=90)
-    Path(path).write_bytes(encoded.getvalue())
 
 
 def world_name(config: GarmentsConfig) -> str:
     """Return the folder name of a world: a hash of its configuration and of the generator's version."""
-    text = json.dumps([GENERATOR_VERSION, asdict(config)], sort_keys=True)
-    return f"garments-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"garments-{digest([GENERATOR_VERSION, asdict(config)])}"
 
 
 def make_garments(cache_root: Path, config: GarmentsConfig, progress: bool = True, workers: int | None = None) -> Path:
     """Return the folder of a world in FashionIQ's format below `cache_root`; draw it on the first call only.
 
-    A world is drawn beside its place and moved there when it is whole, so what stands there is complete; what an
-    interrupted call left is removed by the next one. Processes that call at once wait for the one that draws.
-
     Raises:
         OSError: see `write_fashioniq`; nothing of the unfinished world is left.
     """
-    cache_root = Path(cache_root)
-    place = cache_root / world_name(config)
-    if (place / _MARKER).is_file():
-        return place
-    cache_root.mkdir(parents=True, exist_ok=True)
-    with _locked(cache_root / f".{place.name}.lock"):
-        if (place / _MARKER).is_file():
-            return place
-        if fcntl is not None:
-            for left_over in cache_root.glob(f".{place.name}.part-*"):
-                shutil.rmtree(left_over, ignore_errors=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{place.name}.part-", dir=cache_root))
-        try:
-            write_fashioniq(part, config, progress, workers)
-            part.chmod(0o755)
-            _write_json(part / _MARKER, [{"generator_version": GENERATOR_VERSION, **asdict(config)}])
-            _moved(part, place)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return place
-
-
-def _moved(part: Path, place: Path) -> None:
-    """Move a whole world to its place; a whole one that another process has put there in the meantime stays."""
-    if place.exists() and not (place / _MARKER).is_file():
-        shutil.rmtree(place)
-    try:
-        part.rename(place)
-    except OSError:
-        if not (place / _MARKER).is_file():
-            raise
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the system releases when its holder dies; without such locks, hold nothing."""
-    with path.open("w") as lock:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    settings = [{"generator_version": GENERATOR_VERSION, **asdict(config)}]
+    place = Path(cache_root) / world_name(config)
+    return made_once(place, settings, lambda part: write_fashioniq(part, config, progress, workers))

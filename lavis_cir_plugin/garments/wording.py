@@ -1,4 +1,4 @@
-"""Say in FashionIQ's manner how a target garment differs from its reference.
+"""Say in FashionIQ's manner how a target garment differs from its reference; and describe one garment.
 
 Every phrase states something true of the target that is not true of the reference (or a true comparison of the two);
 `{}` in the tables stands for the value's own words. A phrase is either an "is" phrase (an adjective) or a "has" phrase
@@ -379,6 +379,26 @@ def _without_repeats(chosen: list[Phrase]) -> list[Phrase]:
         for phrase in chosen
         if not any(other is not phrase and set(phrase.covers) < set(other.covers) for other in chosen)
     ]
+
+
+def description(garment: Garment, rng: random.Random) -> str:
+    """Describe one garment as a caption does: "a navy striped dress with long sleeves and a v neck".
+
+    Colour and pattern (unless solid) are always told, in varied words, and two of the other details.
+    """
+    adjectives = [rng.choice(_COLOUR_WORDS[garment.colour])]
+    if garment.pattern != "solid":
+        adjectives.append(rng.choice(_PATTERN_ADJECTIVES[garment.pattern]))
+    details = [rng.choice(_SLEEVE_NOUNS[garment.sleeve]), rng.choice(_NECKLINE_NOUNS[garment.neckline])]
+    if garment.graphic != "none":
+        details.append(rng.choice(_GRAPHIC_NOUNS[garment.graphic]))
+    if garment.buttons == "yes":
+        details.append("buttons")
+    if garment.belt == "yes":
+        details.append("a belt")
+    first, second = rng.sample(details, 2)
+    article = "an" if adjectives[0] == "orange" else "a"
+    return f"{article} {' '.join(adjectives)} {rng.choice(_NOUNS[garment.category])} with {first} and {second}"
 
 
 def tokens(text: str) -> list[str]:

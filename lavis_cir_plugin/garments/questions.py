@@ -1,0 +1,337 @@
+"""Ask questions about garments and describe them, in the files that LAVIS's COCO data sets read.
+
+Every picture shows another garment. A question is about one attribute that can be seen; of each kind every answer is
+right equally often, in training and in validation, so that knowing the question alone gives no more than chance.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .attributes import CATEGORIES, COLOURS, Garment, attributes, is_held_out, sample
+from .wording import description, tokens
+from .world import digest, full_disk_named, made_once, write_json, write_pictures
+
+GENERATOR_VERSION = 1
+"""Part of the cache key; raise it with every change of the written files."""
+
+SPLITS = ("train", "val")
+
+_DRESS, _TOPS = ("dress",), ("shirt", "toptee")
+_NOUNS = {"dress": "dress", "shirt": "shirt", "toptee": "top"}
+# VQA's scorer takes ten answers of ten people for each question, and lets three that agree count in full.
+_ANNOTATORS = 10
+
+
+@dataclass(frozen=True)
+class QuestionsConfig:
+    """Set the sizes of a world of questions and captions.
+
+    seed: everything follows from it. train_images, val_images: pictures, >= 1, of all categories together.
+    captions_per_image: >= 1. image_width, image_height: pixels, >= 32. held_out: expected share, in [0, 0.5], of the
+    (colour, pattern, sleeve) combinations that training never shows.
+
+    Raises:
+        ValueError: a value outside these ranges.
+    """
+
+    seed: int = 0
+    train_images: int = 3000
+    val_images: int = 600
+    captions_per_image: int = 5
+    image_width: int = 64
+    image_height: int = 80
+    held_out: float = 0.2
+
+    def __post_init__(self) -> None:
+        least = {"train_images": 1, "val_images": 1, "captions_per_image": 1, "image_width": 32, "image_height": 32}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"garments: {name} must be at least {minimum}, got {getattr(self, name)}.")
+        if not 0 <= self.held_out <= 0.5:
+            raise ValueError(f"garments: held_out must lie in [0, 0.5], got {self.held_out}.")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Hold one kind of question: what it asks ({} stands for the garment's noun), of which categories, the answers.
+
+    answers: attribute value -> answer; a garment with another value is not asked. No answer holds an article, a
+    numeral or punctuation, which VQA's scorer would rewrite.
+    """
+
+    name: str
+    attribute: str
+    wordings: tuple[str, ...]
+    answers: Mapping[str, str]
+    categories: tuple[str, ...] = CATEGORIES
+
+
+KINDS = (
+    Kind(
+        "what color",
+        "colour",
+        ("what color is the {}?", "what is the main color of the {}?", "which color does the {} have?"),
+        {colour: colour for colour in COLOURS},
+    ),
+    Kind(
+        "what pattern",
+        "pattern",
+        ("what pattern does the {} have?", "what is the print of the {}?", "how is the {} patterned?"),
+        {
+            "solid": "solid",
+            "stripes": "horizontal stripes",
+            "vertical stripes": "vertical stripes",
+            "dots": "polka dots",
+            "plaid": "plaid",
+            "floral": "flowers",
+            "zigzag": "zigzags",
+            "two tone": "color block",
+        },
+    ),
+    Kind(
+        "what sleeves",
+        "sleeve",
+        ("how long are the sleeves of the {}?", "what sleeves does the {} have?"),
+        {"sleeveless": "sleeveless", "short": "short", "elbow": "elbow length", "long": "long"},
+    ),
+    Kind(
+        "what neckline",
+        "neckline",
+        ("what is the neckline of the {}?", "which neckline does the {} have?"),
+        {
+            "v": "v neck",
+            "square": "square neck",
+            "round": "round neck",
+            "boat": "boat neck",
+            "collar": "collar",
+            "high": "turtleneck",
+        },
+    ),
+    Kind(
+        "how long is the dress",
+        "length",
+        ("how long is the {}?", "what is the length of the {}?"),
+        {"mini": "mini", "knee": "knee length", "midi": "calf length", "maxi": "floor length"},
+        _DRESS,
+    ),
+    Kind(
+        "how long is the top",
+        "length",
+        ("how long is the {}?", "what is the length of the {}?"),
+        {"cropped": "waist length", "regular": "hip length", "tunic": "thigh length"},
+        _TOPS,
+    ),
+    Kind(
+        "what is on",
+        "graphic",
+        ("what is on the chest of the {}?", "what is printed on the {}?"),
+        {"star": "star", "heart": "heart", "lettering": "letters", "circle": "circle", "moon": "moon"},
+        _TOPS,
+    ),
+    Kind(
+        "is there a belt",
+        "belt",
+        ("does the {} have a belt?", "is there a belt?"),
+        {"no": "no", "yes": "yes"},
+        _DRESS,
+    ),
+    Kind(
+        "are there buttons",
+        "buttons",
+        ("does the {} have buttons?", "are there buttons on the {}?"),
+        {"no": "no", "yes": "yes"},
+    ),
+    Kind("is it striped", "pattern", ("is the {} striped?", "are there stripes on the {}?"), {
+        "solid": "no", "dots": "no", "plaid": "no", "floral": "no", "two tone": "no",
+        "stripes": "yes", "vertical stripes": "yes",
+    }),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Question:
+    """Hold one question about a picture and its right answer."""
+
+    image: str
+    kind: str
+    text: str
+    answer: str
+
+
+def image_id(file_name: str) -> int:
+    """Return the number at the end of a picture's file name, which is its id, as in COCO's names."""
+    return int(Path(file_name).stem.rpartition("_")[2])
+
+
+def plan_pictures(config: QuestionsConfig) -> dict[str, dict[str, Garment]]:
+    """Invent the garments by split and file name: pure, and equal for equal arguments.
+
+    No garment occurs twice, in one split or in both, and no held-out combination occurs in training.
+    """
+    rng = random.Random(f"garments/questions/{config.seed}")
+    seen: set[tuple[str, ...]] = set()
+    plan: dict[str, dict[str, Garment]] = {}
+    number = 0
+    for split, count in zip(SPLITS, (config.train_images, config.val_images)):
+        plan[split] = {}
+        while len(plan[split]) < count:
+            category = rng.choice(CATEGORIES)
+            garment = sample(category, rng)
+            key = (category, *attributes(garment))
+            if key in seen or (split == "train" and is_held_out(garment, config.held_out)):
+                continue
+            seen.add(key)
+            number += 1
+            plan[split][f"garments_{split}_{number:08d}.jpg"] = garment
+    return plan
+
+
+def plan_questions(config: QuestionsConfig, split: str, pictures: Mapping[str, Garment]) -> list[Question]:
+    """Ask about a split's pictures: of each kind, as many questions for each answer as the rarest answer allows.
+
+    Raises:
+        ValueError: the pictures are too few for any kind of question.
+    """
+    rng = random.Random(f"garments/questions/{config.seed}/{split}")
+    questions = [question for kind in KINDS for question in _balanced(kind, pictures, rng)]
+    if not questions:
+        raise ValueError(
+            f"garments: {len(pictures)} pictures show no kind of question with all of its answers; raise "
+            f"datasets.garments_vqa.garments.{split}_images."
+        )
+    rng.shuffle(questions)
+    return questions
+
+
+def _balanced(kind: Kind, pictures: Mapping[str, Garment], rng: random.Random) -> Iterator[Question]:
+    by_answer: dict[str, list[str]] = {answer: [] for answer in kind.answers.values()}
+    for name, garment in pictures.items():
+        answer = kind.answers.get(getattr(garment, kind.attribute))
+        if answer is not None and garment.category in kind.categories:
+            by_answer[answer].append(name)
+    count = min(len(names) for names in by_answer.values())
+    for answer, names in by_answer.items():
+        for name in rng.sample(names, count):
+            text = rng.choice(kind.wordings).format(_NOUNS[pictures[name].category])
+            yield Question(name, kind.name, text, answer)
+
+
+def plan_captions(config: QuestionsConfig, split: str, pictures: Mapping[str, Garment]) -> dict[str, list[str]]:
+    """Describe a split's pictures, each ``captions_per_image`` times, by file name."""
+    rng = random.Random(f"garments/captions/{config.seed}/{split}")
+    return {
+        name: [description(garment, rng) for _ in range(config.captions_per_image)]
+        for name, garment in pictures.items()
+    }
+
+
+def answers() -> list[str]:
+    """List every answer once, sorted."""
+    return sorted({answer for kind in KINDS for answer in kind.answers.values()})
+
+
+def guess_rate(questions: Sequence[Question]) -> float:
+    """Return the percentage of questions that the best constant answer to each kind gets right; 0 for none."""
+    kinds = {kind.name: len(set(kind.answers.values())) for kind in KINDS}
+    return 100 * sum(1 / kinds[question.kind] for question in questions) / max(len(questions), 1)
+
+
+def write_questions(root: Path, config: QuestionsConfig, progress: bool = True, workers: int | None = None) -> Path:
+    """Write images/ and the annotation files of LAVIS's COCO-VQA and COCO-caption data sets below `root`; return it.
+
+    ``vqa_train.json``, ``vqa_val.json``: the questions; ``answer_list.json``: the candidates; ``questions_val.json``
+    and ``annotations_val.json``: VQA's own files for its scorer; ``caption_train.json`` (a record per caption) and
+    ``caption_val.json`` (a record per picture). The files depend on `config` alone, not on `workers`.
+
+    Raises:
+        OSError: a file could not be written; a full disk is named as such.
+    """
+    root = Path(root)
+    plan = plan_pictures(config)
+    size = (config.image_width, config.image_height)
+    pictures = {name: garment for split in plan.values() for name, garment in split.items()}
+    with full_disk_named(root, len(pictures), size):
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(root / "answer_list.json", answers())
+        for split, garments in plan.items():
+            questions = plan_questions(config, split, garments)
+            write_json(root / f"vqa_{split}.json", _records(questions, with_answers=split == "train"))
+            described = plan_captions(config, split, garments)
+            if split == "train":
+                rows: list[dict[str, Any]] = [
+                    {"image": name, "caption": text, "image_id": image_id(name)}
+                    for name, texts in described.items()
+                    for text in texts
+                ]
+            else:
+                rows = [{"image": name, "caption": texts} for name, texts in described.items()]
+                write_json(root / f"questions_{split}.json", _coco_questions(questions))
+                write_json(root / f"annotations_{split}.json", _coco_annotations(questions))
+            write_json(root / f"caption_{split}.json", rows)
+        write_pictures(root / "images", pictures, size, progress, workers)
+    return root
+
+
+def make_questions(cache_root: Path, config: QuestionsConfig) -> Path:
+    """Return the folder of a world of questions and captions below `cache_root`; draw it on the first call only.
+
+    Raises:
+        OSError: see `write_questions`; nothing of the unfinished world is left.
+    """
+    settings = {"generator_version": GENERATOR_VERSION, **asdict(config)}
+    place = Path(cache_root) / f"garments-questions-{digest(settings)}"
+    return made_once(place, settings, lambda part: write_questions(part, config))
+
+
+def words() -> list[str]:
+    """List every word of the questions and answers, lower case, sorted; the captions' are ``wording.words``."""
+    texts = [text.format(noun) for kind in KINDS for text in kind.wordings for noun in _NOUNS.values()]
+    return sorted({word for text in (*texts, *answers()) for word in tokens(text)})
+
+
+def _records(questions: Sequence[Question], with_answers: bool) -> list[dict[str, Any]]:
+    """Return LAVIS's own records; a question's id is its place."""
+    return [
+        {
+            "question_id": place,
+            "question": question.text,
+            "image": question.image,
+            "dataset": "vqa",
+            **({"answer": [question.answer]} if with_answers else {}),
+        }
+        for place, question in enumerate(questions)
+    ]
+
+
+_COCO_HEADER = {"info": {}, "task_type": "Open-Ended", "data_type": "garments", "data_subtype": "val", "license": {}}
+
+
+def _coco_questions(questions: Sequence[Question]) -> dict[str, Any]:
+    rows = [
+        {"question_id": place, "image_id": image_id(question.image), "question": question.text}
+        for place, question in enumerate(questions)
+    ]
+    return {**_COCO_HEADER, "questions": rows}
+
+
+def _coco_annotations(questions: Sequence[Question]) -> dict[str, Any]:
+    rows = [
+        {
+            "question_id": place,
+            "image_id": image_id(question.image),
+            "question_type": question.kind,
+            "answer_type": "yes/no" if question.answer in ("yes", "no") else "other",
+            "multiple_choice_answer": question.answer,
+            "answers": [
+                {"answer": question.answer, "answer_confidence": "yes", "answer_id": number}
+                for number in range(1, _ANNOTATORS + 1)
+            ],
+        }
+        for place, question in enumerate(questions)
+    ]
+    return {**_COCO_HEADER, "annotations": rows}

@@ -1,0 +1,156 @@
+"""Draw a world's pictures, in several processes, and keep its folder: made once, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from .attributes import Garment
+from .drawing import draw
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may then both draw the world, and the first to finish wins.
+    fcntl = None  # type: ignore[assignment]
+
+_MARKER = "complete.json"
+_Job = tuple[Garment, tuple[int, int], str]
+
+
+def digest(settings: object) -> str:
+    """Return 16 hexadecimal digits that are equal for equal settings (what JSON can hold)."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file of JSON."""
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def write_pictures(
+    folder: Path,
+    pictures: Mapping[str, Garment],
+    size: tuple[int, int],
+    progress: bool = True,
+    workers: int | None = None,
+) -> None:
+    """Draw garments of `size` = (width, height) pixels into `folder`, by file name ending in ".jpg" or ".png".
+
+    The files do not depend on `workers`, the number of drawing processes (default: one per core).
+
+    Raises:
+        OSError: a file could not be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(garment, size, str(folder / name)) for name, garment in pictures.items()]
+    logging.info("drawing %d garments into %s", len(jobs), folder)
+    hidden = None if progress else True  # None: shown on a terminal only
+    for _ in tqdm(_drawn(jobs, workers), total=len(jobs), desc="garments", unit="image", disable=hidden):
+        pass
+
+
+def _drawn(jobs: list[_Job], workers: int | None) -> Iterator[None]:
+    """Draw every job's picture, in this process or in several, and yield once for each."""
+    workers = os.cpu_count() or 1 if workers is None else workers
+    if workers <= 1 or len(jobs) < 100:
+        yield from map(_draw_job, jobs)
+        return
+    # A forked worker has the modules already; a fresh interpreter would first import the whole plugin.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method)) as pool:
+            try:
+                yield from pool.map(_draw_job, jobs, chunksize=16)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+
+def _draw_job(job: _Job) -> None:
+    garment, size, path = job
+    picture, encoded = draw(garment, size), io.BytesIO()
+    if path.endswith(".png"):
+        picture.save(encoded, "PNG")
+    else:
+        picture.save(encoded, "JPEG", quality=90)
+    Path(path).write_bytes(encoded.getvalue())
+
+
+@contextlib.contextmanager
+def full_disk_named(root: Path, images: int, size: tuple[int, int]) -> Iterator[None]:
+    """Name a full disk as such in the error of whatever writes `images` pictures of `size` below `root`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                error.errno,
+                f"garments: no space left on the disk of {root} while writing {images} images of "
+                f"{size[0]} x {size[1]}; free some, choose another folder or a smaller world.",
+            ) from error
+        raise
+
+
+def made_once(place: Path, settings: object, write: Callable[[Path], object]) -> Path:
+    """Return the folder `place`, made by ``write(folder)`` on the first call only.
+
+    It is written beside its place and moved there when it is whole, with `settings` in a file that marks it so; what
+    an interrupted call left is removed by the next one. Processes that call at once wait for the one that writes.
+
+    Raises:
+        OSError: something could not be written; nothing of the unfinished folder is left.
+    """
+    root = place.parent
+    if (place / _MARKER).is_file():
+        return place
+    root.mkdir(parents=True, exist_ok=True)
+    with _locked(root / f".{place.name}.lock"):
+        if (place / _MARKER).is_file():
+            return place
+        if fcntl is not None:
+            for left_over in root.glob(f".{place.name}.part-*"):
+                shutil.rmtree(left_over, ignore_errors=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{place.name}.part-", dir=root))
+        try:
+            write(part)
+            part.chmod(0o755)
+            write_json(part / _MARKER, settings)
+            _moved(part, place)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return place
+
+
+def _moved(part: Path, place: Path) -> None:
+    """Move a whole world to its place; a whole one that another process has put there in the meantime stays."""
+    if place.exists() and not (place / _MARKER).is_file():
+        shutil.rmtree(place)
+    try:
+        part.rename(place)
+    except OSError:
+        if not (place / _MARKER).is_file():
+            raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that the system releases when its holder dies; without such locks, hold nothing."""
+    with path.open("w") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

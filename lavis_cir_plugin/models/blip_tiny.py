@@ -1,0 +1,152 @@
+"""LAVIS's BLIP for question answering and captioning, small enough to learn from scratch on a CPU and without a hub.
+
+Only the construction differs: LAVIS takes BERT's tokenizer from the hub and a tower of fixed size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from lavis.common.registry import registry
+from lavis.models.blip_models.blip_caption import BlipCaption
+from lavis.models.blip_models.blip_vqa import BlipVQA
+from lavis.models.med import BertConfig, XBertEncoder, XBertLMHeadDecoder
+from lavis.models.vit import VisionTransformerEncoder
+from transformers import BertTokenizer
+
+from lavis_cir_plugin import CONFIGS
+from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
+from lavis_cir_plugin.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.models.blip2_cir import load_tokenizer
+
+_VIT = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+# What med_config.json adds to BERT's own settings.
+_BERT = {"add_cross_attention": True, "add_type_embeddings": False}
+
+
+class _Tiny:
+    """Mix-in before one of LAVIS's BLIP classes: a tokenizer, a tower and BERTs built from the config alone."""
+
+    _words: str
+
+    def init_tokenizer(self) -> BertTokenizer:
+        """Return the tokenizer with BLIP's extra tokens [DEC] and [ENC]; LAVIS's constructor calls this."""
+        tokenizer = load_tokenizer(self._words)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+        tokenizer.enc_token_id = tokenizer.additional_special_tokens_ids[0]
+        return tokenizer
+
+    def _parts(
+        self,
+        tokenizer: str,
+        image_size: int,
+        vit_config: Mapping[str, Any] | None,
+        bert_config: Mapping[str, Any] | None,
+    ) -> tuple[VisionTransformerEncoder, BertConfig]:
+        self.check_config({"image_size": image_size, "vit_config": vit_config, "bert_config": bert_config})
+        self._words = tokenizer
+        tower = VisionTransformerEncoder(img_size=image_size, **{**_VIT, **dict(vit_config or {})})
+        size = {"vocab_size": len(self.init_tokenizer()), "encoder_width": tower.num_features}
+        return tower, BertConfig(**{**_BERT, **dict(bert_config or {}), **size})
+
+    @classmethod
+    def check_config(cls, cfg: Mapping[str, Any]) -> None:
+        """Check a ``model`` section without building anything.
+
+        Raises:
+            ValueError: The first unknown key or impossible size, and what is allowed.
+        """
+        vit, bert = {**_VIT, **(cfg.get("vit_config") or {})}, {**_BERT, **(cfg.get("bert_config") or {})}
+        known = {
+            "vit_config": sorted(set(inspect.signature(VisionTransformerEncoder.__init__).parameters) - {"self"}),
+            "bert_config": [*BertConfig().to_dict(), *_BERT],
+        }
+        for key, given in (("vit_config", vit), ("bert_config", bert)):
+            for name in given:
+                if name not in known[key]:
+                    raise ValueError(f"model.{key}.{name} is not a known key{did_you_mean(name, known[key])}")
+        image_size = cfg.get("image_size", 64)
+        if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size % vit["patch_size"]:
+            raise ValueError(
+                f"model.image_size must be a multiple of model.vit_config.patch_size: {vit['patch_size']}, got "
+                f"{image_size!r}."
+            )
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any]) -> _Tiny:
+        """Build from a ``model`` section, with the weights of ``finetuned`` where ``load_finetuned`` asks for them.
+
+        Raises:
+            ValueError: If the checkpoint does not match the model.
+            FileNotFoundError: If it is missing.
+        """
+        names = cls.__init__.__kwdefaults__
+        model = cls(**{name: cfg[name] for name in names if cfg.get(name) is not None})
+        checkpoint = cfg.get("finetuned") if cfg.get("load_finetuned") else cfg.get("pretrained")
+        if cfg.get("load_finetuned") and not checkpoint:
+            raise ValueError(
+                "model.load_finetuned is true and model.finetuned is empty; name a checkpoint file or URL."
+            )
+        if checkpoint:
+            load_strictly(model, read_state(checkpoint), checkpoint)
+        return model
+
+
+def _types(name: str) -> dict[str, str]:
+    return {"tiny": str(CONFIGS / "models" / f"{name}.yaml")}
+
+
+@registry.register_model("blip_vqa_tiny")
+class BlipVqaTiny(_Tiny, BlipVQA):
+    """LAVIS's BLIP for visual question answering in the size that its config states.
+
+    Args:
+        tokenizer: Folder or file of a WordPiece vocabulary, a vocabulary shipped with this package, or a hub name.
+        image_size: Pixels per side, a multiple of the patch size.
+        vit_config: Overrides of ViT-B/16's dimensions, by the names of LAVIS's constructor.
+        bert_config: Overrides of BERT-base's dimensions, for the question encoder and the answer decoder.
+        max_txt_len: Longest question in tokens; longer ones are cut.
+    """
+
+    PRETRAINED_MODEL_CONFIG_DICT = _types("blip_vqa_tiny")
+
+    def __init__(
+        self,
+        *,
+        tokenizer: str = "blip_tiny_vocab.txt",
+        image_size: int = 64,
+        vit_config: Mapping[str, Any] | None = None,
+        bert_config: Mapping[str, Any] | None = None,
+        max_txt_len: int = 35,
+    ) -> None:
+        tower, config = self._parts(tokenizer, image_size, vit_config, bert_config)
+        question_encoder = XBertEncoder(config, add_pooling_layer=False)
+        super().__init__(tower, question_encoder, XBertLMHeadDecoder(config), max_txt_len)
+
+
+@registry.register_model("blip_caption_tiny")
+class BlipCaptionTiny(_Tiny, BlipCaption):
+    """LAVIS's BLIP for captioning in the size that its config states.
+
+    Args:
+        tokenizer, image_size, vit_config, bert_config: As :class:`BlipVqaTiny`'s.
+        prompt: What every caption starts with; not counted as generated.
+        max_txt_len: Longest training caption in tokens, with the prompt.
+    """
+
+    PRETRAINED_MODEL_CONFIG_DICT = _types("blip_caption_tiny")
+
+    def __init__(
+        self,
+        *,
+        tokenizer: str = "blip_tiny_vocab.txt",
+        image_size: int = 64,
+        vit_config: Mapping[str, Any] | None = None,
+        bert_config: Mapping[str, Any] | None = None,
+        prompt: str = "a picture of ",
+        max_txt_len: int = 40,
+    ) -> None:
+        tower, config = self._parts(tokenizer, image_size, vit_config, bert_config)
+        super().__init__(tower, XBertLMHeadDecoder(config), prompt, max_txt_len)
