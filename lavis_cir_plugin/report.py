@@ -392,7 +392,8 @@ def training_curve(folder: str | Path, png_path: str | Path, metric: str) -> Non
         panels[f"{metric} in percent"] = _metric_curves(epochs, metric, folder / EPOCHS)
     measured = (("lr", "learning rate"), ("perturbation_norm", "‖δ‖"), ("cosine", "cos(g, g')"))
     for name, label in measured:
-        panels[label] = [Curve(steps.get(name, {}), "", GREY, has_marks=False, width=1.0)]
+        values = steps.get(name, {})  # the perturbation is measured now and then, in a short run once
+        panels[label] = [Curve(values, "", GREY, has_marks=len(values) < 50, width=1.0)]
     panels = {label: curves for label, curves in panels.items() if any(curve.points for curve in curves)}
     heights = [1.4 if label in dict(measured).values() else 2.7 for label in panels]
     figure = Figure(figsize=(7.5, 0.6 + sum(heights)), constrained_layout=True)
