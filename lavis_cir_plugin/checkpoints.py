@@ -61,8 +61,8 @@ def read_checkpoint(path_or_url: str) -> Any:
         ) from error
 
 
-def write_checkpoint(content: Any, folder: Path, name: str, previous: str) -> None:
-    """Write a checkpoint beside its place and move it there when it is whole; the one before is kept as ``previous``.
+def write_checkpoint(content: Any, folder: Path, name: str, previous: str | None = None) -> None:
+    """Write a checkpoint beside its place and move it there when it is whole; keep the one before as ``previous``.
 
     Raises:
         OSError, RuntimeError: If it cannot be written; both older files are then as they were.
@@ -73,7 +73,7 @@ def write_checkpoint(content: Any, folder: Path, name: str, previous: str) -> No
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        if (folder / name).exists():
+        if previous is not None and (folder / name).exists():
             os.replace(folder / name, folder / previous)
         os.replace(unfinished, folder / name)
     finally:

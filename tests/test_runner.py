@@ -193,15 +193,14 @@ def test_a_saved_optimizer_state_resumes(freeze_vit, make_runner, small_model, t
     assert resumed.optimizer.steps == {"perturbed": 9, "skipped": 0}
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
-def test_no_space_left_keeps_the_earlier_checkpoint(error, make_runner, tmp_path, monkeypatch):
+def test_no_space_left_keeps_the_earlier_checkpoint(make_runner, tmp_path, monkeypatch):
     runner = make_runner()
     train(runner)
     before = {path: path.read_bytes() for path in (tmp_path / "out/job").glob("*.pth")}
 
     def fail(content, file):
-        Path(getattr(file, "name", file)).write_bytes(b"half")
-        raise error
+        Path(file.name).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match=r"no checkpoint could be written to .*job .*untouched; free some space"):

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
+from lavis.common.dist_utils import get_rank, get_world_size, is_main_process, main_process
 from torch import Tensor
 
 from lavis_cir_plugin.checkpoints import load_strictly, read_checkpoint, verify_checkpoint, write_checkpoint
@@ -146,8 +143,8 @@ class ResumableRunner(PortableRunner):
                 stats[key] = self.best["epoch"]
         super().log_stats(stats, split_name)
         if self._run_log is not None and isinstance(stats, dict):
-            values = {key: float(value) for key, value in stats.items() if not key.startswith("best_")}
-            self._run_log.log_epoch(self._batches_done, self._epoch, split_name, values)
+            values = {key: value for key, value in stats.items() if not key.startswith("best_")}
+            self._run_log.log_epoch(max(self._batches_done - 1, 0), self._epoch, split_name, values)
 
     def log_config(self) -> None:
         """Log the config at the start of a run, not again where it goes on."""
@@ -188,14 +185,14 @@ class ResumableRunner(PortableRunner):
 
     # Checkpoints.
 
+    @main_process
     def _save_checkpoint(self, cur_epoch: Any, is_best: bool = False) -> None:
+        """Save as LAVIS does, but whole or not at all, and the best only where it beats that of before a resume."""
         if is_best:
-            # LAVIS's loop counts its best anew after a resume.
             if self._validation_metric <= self.best["metric"]:
                 return
             self.best = {"epoch": cur_epoch, "metric": self._validation_metric}
-        with self._staged_output():
-            super()._save_checkpoint(cur_epoch, is_best=is_best)
+        self._write(self._checkpoint(cur_epoch), f"checkpoint_{'best' if is_best else cur_epoch}.pth")
 
     def _save_last(self, place: int, batches: int, meters: dict[str, tuple[int, float]]) -> None:
         """Write ``checkpoint_last.pth``: ``batches`` of the part that begins at ``place`` are done."""
@@ -204,32 +201,49 @@ class ResumableRunner(PortableRunner):
         if get_world_size() > 1:
             processes = [None] * get_world_size()
             dist.all_gather_object(processes, own)
-        if is_main_process():
-            with self._explained():
-                write_checkpoint(self._everything(place, batches, processes), Path(self.output_dir), LAST, PREVIOUS)
+        if not is_main_process():
+            return
+        weights = self.unwrap_dist_model(self.model).named_parameters()
+        folder = Path(self.output_dir)
+        progress = {
+            "place": place,
+            "batches": batches,
+            "taken": [loader.taken for loader in self._epoch_loaders()],
+            "processes": processes,
+            "gradients": {name: weight.grad for name, weight in weights if weight.grad is not None},
+            "best": self.best,
+            "logs": {name: (folder / name).stat().st_size for name in _LOGS if (folder / name).is_file()},
+        }
+        # In LAVIS's counts, for its own runners: iterations done, or the last epoch done.
+        done = place if self._counts_iterations else place - 1
+        self._write({**self._checkpoint(done), "progress": progress}, LAST, PREVIOUS)
 
-    def _everything(self, place: int, batches: int, processes: list[Any]) -> dict[str, Any]:
+    def _checkpoint(self, done: Any) -> dict[str, Any]:
+        """Return what LAVIS's checkpoints hold; frozen weights are left out, unless training moves them."""
         model = self.unwrap_dist_model(self.model)
         left_out = set(frozen_names(model)) - _momentum_copies(model)
-        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-        folder = Path(self.output_dir)
         return {
             "model": {name: tensor for name, tensor in model.state_dict().items() if name not in left_out},
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler else None,
             "config": self.config.to_dict(),
-            # In LAVIS's counts, for its own runners: iterations done, or the last epoch done.
-            **({"iters": place} if self._counts_iterations else {"epoch": place - 1}),
-            "progress": {
-                "place": place,
-                "batches": batches,
-                "taken": [loader.taken for loader in self._epoch_loaders()],
-                "processes": processes,
-                "gradients": gradients,
-                "best": self.best,
-                "logs": {name: (folder / name).stat().st_size for name in _LOGS if (folder / name).is_file()},
-            },
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "iters" if self._counts_iterations else "epoch": done,
         }
+
+    def _write(self, content: dict[str, Any], name: str, previous: str | None = None) -> None:
+        folder = Path(self.output_dir)
+        try:
+            write_checkpoint(content, folder, name, previous)
+        except (OSError, RuntimeError) as error:
+            # torch's own writer reports a failed write as a RuntimeError; any other one is no matter of space.
+            if isinstance(error, RuntimeError) and Path(_origin(error)).name != "serialization.py":
+                raise
+            reason = getattr(error, "strerror", None) or "the file could not be finished"
+            raise OSError(
+                f"no checkpoint could be written to {folder} ({reason}). Earlier checkpoints there are untouched; free "
+                "some space or set run.output_dir to another disk."
+            ) from error
+        logging.info("checkpoint complete: %s", folder / name)
 
     def _load_checkpoint(self, url_or_filename: str) -> None:
         """Resume from ``checkpoint_last.pth``, or from a checkpoint of LAVIS's; frozen tensors may be left out."""
@@ -286,41 +300,10 @@ class ResumableRunner(PortableRunner):
         self._start_at(state["place"])
         self._resumed, self._continues = state, True
         if is_main_process():
-            for stale in Path(self.output_dir).glob(".saving-*"):
-                shutil.rmtree(stale, ignore_errors=True)
             for name, size in state["logs"].items():
-                with open(os.path.join(self.output_dir, name), "r+b") as file:
-                    file.truncate(size)
+                if os.path.isfile(os.path.join(self.output_dir, name)):
+                    os.truncate(os.path.join(self.output_dir, name), size)
         logging.info("resumed from %s: %s batches after %s", path, state["batches"], state["place"])
-
-    @contextmanager
-    def _staged_output(self) -> Iterator[None]:
-        """Let a stock method write into a folder beside the checkpoints, then move what it wrote into place."""
-        final = self.output_dir
-        try:
-            with self._explained(), tempfile.TemporaryDirectory(prefix=".saving-", dir=final) as staging:
-                self.output_dir = Path(staging)
-                yield
-                for name in os.listdir(staging):
-                    os.replace(os.path.join(staging, name), os.path.join(final, name))
-                    logging.info("checkpoint complete: %s", os.path.join(final, name))  # LAVIS logs the staging folder
-        finally:
-            self.output_dir = final
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        folder = self.output_dir
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            # torch's own writer reports a failed write as a RuntimeError; any other one is no matter of space.
-            if isinstance(error, RuntimeError) and Path(_origin(error)).name != "serialization.py":
-                raise
-            reason = getattr(error, "strerror", None) or "the file could not be finished"
-            raise OSError(
-                f"no checkpoint could be written to {folder} ({reason}). Earlier checkpoints there are untouched; free "
-                "some space or set run.output_dir to another disk."
-            ) from error
 
     def _append_to_log(self, record: Mapping[str, Any]) -> None:
         if is_main_process() and not self.evaluate_only:
