@@ -19,6 +19,8 @@ from lavis_cir_plugin import PROJECTS, command_line, config, launcher
 from lavis_cir_plugin.adapters import Lora, add_adapters, build_model, lora_pairs, merged_state, run_problems
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.models.blip2_cir import Blip2Cir
+from lavis_cir_plugin.perturbation import WeightPerturbation
+from lavis_cir_plugin.perturbed_model import PerturbingOptimizer
 from lavis_cir_plugin.runners.wrf4cir import RunnerWrf4Cir
 
 CLIP = {"vit_model": "clip_L", "vit_config": {"patch_size": 8, "width": 12, "layers": 2, "heads": 2}}
@@ -452,3 +454,60 @@ def test_exports_that_would_mislead_are_refused(trained, tmp_path, small_model):
     assert "plain peft would ignore 3 of the adapters" in sentence
     assert not (tmp_path / "x").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "other.pth", "qkv.pth"]
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("direction", ["gradient", "random"])
+def test_the_perturbation_takes_the_radius_of_the_merged_weights(scope, direction, small_model, triplets):
+    """At B = 0 a radius relative to each factor would leave every adapter where it is: delta_B = gamma ||B|| = 0 and
+    g_A = 0. Scaled by W + s B A, the merged weight moves by gamma ||W||, to first order, and here exactly (g_A = 0)."""
+    model = small_model(freeze_vit=True).train()
+    add_adapters(model, Lora(target_modules=r"Qformer.*\.(query|value)", r=2, lora_alpha=6))
+    optimizer = PerturbingOptimizer(
+        torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.1),
+        model,
+        WeightPerturbation(gamma=0.1, scope=scope, direction=direction),
+    )
+    steps = []
+    stock = optimizer.perturbations
+    optimizer.perturbations = lambda d: steps.append(stock(d)) or steps[0]
+    clean = model(dict(triplets(3)))["loss"]
+    perturbed = optimizer.perturb(model)({**triplets(3), "epoch": 0})["loss"]
+    assert perturbed != clean
+    if direction == "gradient":
+        assert perturbed > clean
+    pairs, names = lora_pairs(model), list(optimizer.weights)
+    assert 2 * len(pairs) == len(names)
+    changes, sizes = [], []
+    for pair in pairs:
+        a_step, b_step = (steps[0][names.index(name)] for name in (pair.a_name, pair.b_name))
+        changes.append(3 * (b_step @ pair.a + pair.b @ a_step).norm().detach())
+        sizes.append(pair.merged_norm())
+    changes, sizes = torch.stack(changes), torch.stack(sizes)
+    if scope == "global":
+        changes, sizes = changes.norm(), sizes.norm()
+    torch.testing.assert_close(changes, 0.1 * sizes)
+
+
+def test_one_factor_without_the_other_is_refused(small_model):
+    model = small_model(freeze_vit=True)
+    add_adapters(model, Lora(target_modules=r"Qformer.*\.query", r=2))
+    for values, message in (
+        ({"tensors": "lora_A"}, r"chooses only one of .*lora_A.* and .*lora_B.*choose both or neither"),
+        ({"radius": "elementwise"}, r"elementwise is not defined for LoRA's factors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PerturbingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, WeightPerturbation(**values))
+
+
+def test_the_frozen_layers_below_the_first_adapter_run_once(small_model, triplets):
+    model = small_model(freeze_vit=True).train()
+    add_adapters(model, Lora(target_modules=r"Qformer.*\.query", r=2))
+    runs = []
+    model.visual_encoder.blocks[0].register_forward_hook(lambda *_: runs.append(1))
+    inner = model.visual_encoder.blocks[0].mlp.fc1
+    inner.register_forward_hook(lambda *_: runs.append(2))
+    trained = [w for w in model.parameters() if w.requires_grad]
+    optimizer = PerturbingOptimizer(torch.optim.SGD(trained, lr=0.1), model, WeightPerturbation(gamma=0.1))
+    optimizer.perturb(model)({**triplets(3), "epoch": 0})
+    assert runs.count(2) == 1
