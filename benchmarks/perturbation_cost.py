@@ -47,10 +47,13 @@ VARIANTS: dict[str, tuple[WeightPerturbation | None, bool, bool]] = {
 }
 # Tower and head in the proportion of ViT-g and BERT-base: 12 to 1 in operations.
 SMALL = {
-    "vit_precision": "fp32", "image_size": 112, "num_query_token": 8, "embed_dim": 64,
-    "vit_config": {"patch_size": 14, "embed_dim": 384, "depth": 16, "num_heads": 6, "mlp_ratio": 4},
-    "qformer_config": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768},
-}  # fmt: skip
+    "vit_precision": "fp32",
+    "image_size": 98,
+    "num_query_token": 8,
+    "embed_dim": 64,
+    "vit_config": {"patch_size": 14, "embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4},
+    "qformer_config": {"hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 640},
+}
 FASHIONIQ_TRIPLETS, FASHIONIQ_EPOCHS = 18_000, 30
 
 

@@ -9,6 +9,8 @@ import pickle
 import pytest
 import torch
 from fairscale.nn.checkpoint.checkpoint_activations import checkpoint_wrapper
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from lavis_cir_plugin.perturbation import LowRank, WeightPerturbation, ascent_step
@@ -109,6 +111,29 @@ def test_the_first_order_change_of_a_merged_weight_has_the_relative_length():
     step_a, step_b, step = ascent_step([a, b, other], directions, gamma=0.01, scope="global", low_rank=[pair])
     change = math.hypot(0.5 * float((step_b @ a + b @ step_a).norm()), float(step.norm()))
     assert change == pytest.approx(0.01 * math.hypot(float(merged.norm()), float(other.norm())), rel=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size=1, max_size=4),
+    seed=st.integers(0, 2**16),
+    radius=st.sampled_from(["relative", "absolute", "elementwise"]),
+    scope=st.sampled_from(["tensor", "global"]),
+    scale=st.floats(1e-6, 1e6),
+)
+def test_every_step_has_the_radius_whatever_the_scale_of_the_direction(shapes, seed, radius, scope, scale):
+    """In its own measure (ASAM's is delta / |theta|) the perturbation is gamma long, and it never points downhill."""
+    generator = torch.Generator().manual_seed(seed)
+    weights, directions = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2))
+    steps = ascent_step(weights, [scale * d for d in directions], 0.01, radius=radius, scope=scope)
+    measured = [s / w.abs() if radius == "elementwise" else s for s, w in zip(steps, weights)]
+    lengths = torch.stack([m.norm() for m in measured])
+    sizes = torch.stack([w.norm() if radius == "relative" else torch.ones(()) for w in weights])
+    if scope == "global":
+        lengths = lengths.norm()
+        sizes = sizes.norm() if radius == "relative" else torch.ones(())
+    torch.testing.assert_close(lengths, 0.01 * sizes, rtol=1e-3, atol=1e-7)
+    assert all(float((s * d).sum()) >= 0 for s, d in zip(steps, directions))
 
 
 class Net(nn.Module):
