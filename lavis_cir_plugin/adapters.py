@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
 from lavis_cir_plugin.checkpoints import load_strictly
+from lavis_cir_plugin.recomputation import recomputing_modules
 
 RUN_KEYS = ("lora",)
 
@@ -396,8 +397,6 @@ def _refuse_unfit(model: nn.Module, targets: list[str]) -> None:
                 f"run.lora.target_modules: the weight of {target} is tied ({' and '.join(places)} are one tensor), and "
                 "an adapter would part them; leave it out."
             )
-    from lavis_cir_plugin.perturbed_model import recomputing_modules
-
     for prefix in recomputing_modules(model):
         inside = [target for target in targets if target.startswith(prefix)]
         if inside:

@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader
 
 from lavis_cir_plugin import adapters, launcher
 from lavis_cir_plugin.checkpoints import load_strictly, read_checkpoint
-from lavis_cir_plugin.frozen import FrozenMemo
 from lavis_cir_plugin.perturbation import WeightPerturbation
 from lavis_cir_plugin.perturbed_model import PerturbingOptimizer, places
 from lavis_cir_plugin.random_state import seed_all
+from lavis_cir_plugin.recomputation import FrozenMemo
 from lavis_cir_plugin.report import (
     BLUE,
     GREEN,

@@ -7,7 +7,6 @@ Nothing in this file ever writes into a weight. The perturbed tensors exist only
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -19,12 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from lavis_cir_plugin.frozen import FrozenMemo
+from lavis_cir_plugin.adapters import lora_pairs
 from lavis_cir_plugin.perturbation import TENSORS, LowRank, WeightPerturbation, ascent_step
 from lavis_cir_plugin.random_state import get_random_state, set_random_state
-
-# Of LAVIS's EVA tower, of transformers, and of timm and open_clip.
-_RECOMPUTING_FLAGS = ("use_checkpoint", "gradient_checkpointing", "grad_checkpointing")
+from lavis_cir_plugin.recomputation import FrozenMemo, recomputing_modules
 
 
 def select_tensors(model: nn.Module, settings: WeightPerturbation) -> dict[str, nn.Parameter]:
@@ -85,17 +82,6 @@ def _is_normalisation(module: nn.Module) -> bool:
     # Repositories define their own LayerNorm and RMSNorm, so the name decides besides torch's own classes.
     batch_norm = nn.modules.batchnorm._NormBase
     return isinstance(module, (nn.LayerNorm, nn.GroupNorm, batch_norm)) or type(module).__name__.endswith("Norm")
-
-
-def recomputing_modules(model: nn.Module) -> Iterator[str]:
-    """Yield the name prefixes of modules with activation checkpointing, by the marks that LAVIS's models leave."""
-    for name, module in model.named_modules():
-        config = getattr(module, "config", None)
-        by_flag = any(getattr(module, flag, False) is True for flag in _RECOMPUTING_FLAGS)
-        by_config = getattr(config, "gradient_checkpointing", False) is True
-        by_wrapper = isinstance(module.forward, functools.partial) and "checkpoint" in module.forward.func.__name__
-        if by_flag or by_config or by_wrapper:
-            yield f"{name}." if name else ""
 
 
 class PerturbingOptimizer(torch.optim.Optimizer):
@@ -309,7 +295,7 @@ class PerturbedModel:
 
     Where there are two passes, both draw the same random numbers (Python's, NumPy's, torch's), so the same dropout
     mask; buffers (batch-norm statistics, queues) and momentum copies are updated by the clean pass alone; and frozen
-    sub-modules run once (:class:`~lavis_cir_plugin.frozen.FrozenMemo`). A single pass updates buffers itself.
+    sub-modules run once (:class:`~lavis_cir_plugin.recomputation.FrozenMemo`). A single pass updates buffers itself.
 
     Under DistributedDataParallel the direction is the gradient averaged over processes, so all share one. Where it is
     not finite (a loss-scale overflow) the step is made without perturbation and counted in
@@ -395,10 +381,6 @@ def _pairs(
     model: nn.Module, weights: Mapping[str, nn.Parameter], settings: WeightPerturbation
 ) -> list[tuple[int, int, Any]]:
     """Return the positions of the LoRA factors among the chosen tensors, pair by pair."""
-    if not any("lora_" in name for name in weights):
-        return []
-    from lavis_cir_plugin.adapters import lora_pairs
-
     names = list(weights)
     pairs = []
     for pair in lora_pairs(model):

@@ -16,7 +16,11 @@ PACKAGE = Path(__file__).parents[1] / "lavis_cir_plugin"
 WITHOUT_LAVIS = [
     PACKAGE / "feature_cache.py",
     PACKAGE / "losses.py",
+    PACKAGE / "data_order.py",
     PACKAGE / "perturbation.py",
+    PACKAGE / "perturbed_model.py",
+    PACKAGE / "random_state.py",
+    PACKAGE / "recomputation.py",
     PACKAGE / "ranking.py",
     PACKAGE / "report.py",
     PACKAGE / "tracking.py",

@@ -1,7 +1,8 @@
-"""Frozen sub-modules run once per training step: their outputs are remembered for the step's second pass."""
+"""What is computed twice in a training step: frozen sub-modules need not be, checkpointed activations have to be."""
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from torch.utils._pytree import tree_flatten
 
 # LAVIS's and timm's towers are often entered by the second.
 _ENTRIES = ("forward", "forward_features")
+
+# Of LAVIS's EVA tower, of transformers, and of timm and open_clip.
+_RECOMPUTING_FLAGS = ("use_checkpoint", "gradient_checkpointing", "grad_checkpointing")
 
 _Version = tuple[int, int]
 
@@ -132,6 +136,17 @@ class FrozenMemo:
     def _is_clean(self, module: nn.Module) -> bool:
         """Whether nothing of the module has been written to since the recording began."""
         return all(self.versions.get(id(tensor)) == _version(tensor) for tensor in _tensors(module))
+
+
+def recomputing_modules(model: nn.Module) -> Iterator[str]:
+    """Yield the name prefixes of modules with activation checkpointing, by the marks that LAVIS's models leave."""
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        by_flag = any(getattr(module, flag, False) is True for flag in _RECOMPUTING_FLAGS)
+        by_config = getattr(config, "gradient_checkpointing", False) is True
+        by_wrapper = isinstance(module.forward, functools.partial) and "checkpoint" in module.forward.func.__name__
+        if by_flag or by_config or by_wrapper:
+            yield f"{name}." if name else ""
 
 
 @dataclass(frozen=True)
