@@ -14,14 +14,19 @@ import yaml
 from lavis.common.config import Config
 from omegaconf import OmegaConf
 
-from lavis_cir_plugin import config
+from lavis_cir_plugin import adapters, command_line, config, gap
+from lavis_cir_plugin.adapters import Lora
 from lavis_cir_plugin.benchmarks import cirr, fashioniq
 from lavis_cir_plugin.benchmarks.cirr import CIRRConfig
 from lavis_cir_plugin.benchmarks.fashioniq import FashionIQConfig
 from lavis_cir_plugin.garments import GarmentsConfig
+from lavis_cir_plugin.garments.questions import QuestionsConfig
 from lavis_cir_plugin.models.blip2_cir import Blip2Cir
 from lavis_cir_plugin.perturbation import WeightPerturbation
+from lavis_cir_plugin.runners.resumable import LAST, PREVIOUS
 from lavis_cir_plugin.runners.wrf4cir import RunnerWrf4Cir
+from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask
+from lavis_cir_plugin.tracking import EPOCHS, STEPS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,15 +66,20 @@ def blocks(language: str) -> list[str]:
         ("`datasets.fashioniq.build_info`", FashionIQConfig),
         ("`datasets.cirr.build_info`", CIRRConfig),
         ("`datasets.fashioniq.garments`", GarmentsConfig),
+        ("`datasets.garments_vqa.garments` and `datasets.garments_caption.garments`", QuestionsConfig),
         ("`run.wrf`", WeightPerturbation),
+        ("`run.lora`", Lora),
     ],
 )
 def test_a_table_has_every_field_and_its_default(heading, cls):
     written = table(heading)
     assert set(written) == {field.name for field in dataclasses.fields(cls)}
-    defaults = field_defaults(cls)
-    assert {key: yaml.safe_load(written[key]) for key in defaults} == defaults
-    assert {written[key] for key in set(written) - set(defaults)} <= {"required"}
+    required = {key for key, default in written.items() if default == "required"}
+    defaults = {key: default for key, default in field_defaults(cls).items() if key not in required}
+    assert {key: yaml.safe_load(written[key]) for key in set(written) - required} == defaults
+    for key in required:
+        with pytest.raises((TypeError, ValueError), match=key):
+            cls()
 
 
 def test_the_model_table_has_every_keyword_and_its_default():
@@ -85,11 +95,35 @@ def test_the_data_set_table_has_every_key():
 
 def test_the_run_table_has_every_default_and_no_unknown_key():
     written = table("`run`")
-    assert set(written) >= {*config.RUN_DEFAULTS, *RunnerWrf4Cir.RUN_KEYS, *config._TRAINING_KEYS}
+    readers = (RunnerWrf4Cir, ComposedRetrievalTask, *config._RUN_KEY_READERS)
+    assert set(written) >= {*config.RUN_DEFAULTS, *config._TRAINING_KEYS, *(k for r in readers for k in r.RUN_KEYS)}
     stated = {key: default for key, default in config.RUN_DEFAULTS.items() if written[key] != "set"}
     assert {key: yaml.safe_load(written[key]) for key in stated} == stated
-    run = {**dict.fromkeys(written), **config.RUN_DEFAULTS, "task": "composed_retrieval", "wrf": {}}
+    run = {key: yaml.safe_load(written[key]) for reader in readers for key in reader.RUN_KEYS if key != "adam_eps"}
+    run = {**dict.fromkeys(written), **config.RUN_DEFAULTS, **run, "task": "composed_retrieval"}
     assert list(config._run_names(OmegaConf.create({**run, "runner": "runner_wrf4cir"}))) == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"radius": "absolute", "scope": "global", "tensors": "all", "embeddings": "tensor"},
+        {"radius": "elementwise", "scope": "global", "tensors": "all", "embeddings": "tensor"},
+        {"every": 5},
+        {"direction": "random"},
+        {"direction": "momentum"},
+    ],
+)
+def test_the_relatives_of_the_method_card_are_allowed_and_named(values):
+    WeightPerturbation(**values)
+    card = section("Method card: WRF4CIR")
+    assert all(f"`{key}: {'k' if key == 'every' else value}`" in card for key, value in values.items())
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.split()[1])
+def test_every_yaml_block_is_valid(block):
+    run = {**config.RUN_DEFAULTS, "task": "composed_retrieval", **yaml.safe_load(block)["run"]}
+    assert list(config._run_names(OmegaConf.create(run))) == []
 
 
 COMMANDS = [
@@ -103,8 +137,9 @@ COMMANDS = [
 @pytest.mark.parametrize(("line", "words"), COMMANDS, ids=[line[:60] for line, _ in COMMANDS])
 def test_every_command_has_right_keys_and_values(line, words, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    path, marker, *options = words[words.index("--cfg-path") + 1 :]
-    assert marker == "--options"
+    path, *options = words[words.index("--cfg-path") + 1 :]
+    assert options[:1] in ([], ["--options"])
+    options = options[1:]
     OmegaConf.save(config.read_config(str(ROOT / path), options), tmp_path / "merged.yaml")
     completed = Config(argparse.Namespace(cfg_path=str(tmp_path / "merged.yaml"), options=[]))
     config.check_values(completed, "train" if "lavis.train" in words else "evaluate")
@@ -112,6 +147,21 @@ def test_every_command_has_right_keys_and_values(line, words, tmp_path, monkeypa
 
 def test_there_are_commands():
     assert {"lavis.train", "lavis.evaluate"} <= {word for _, words in COMMANDS for word in words}
+
+
+def test_every_lavis_cir_command_is_understood(monkeypatch):
+    understood = []
+    monkeypatch.setattr(gap, "_compare", understood.append)
+    monkeypatch.setattr(adapters, "_export", understood.append)
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("lavis-cir ")]
+    for line in lines:
+        command_line.main(shlex.split(line, comments=True)[1:])
+    assert len(understood) == len(lines) >= 3
+
+
+def test_the_files_of_a_run_have_their_names():
+    text = section("See a run") + section("Never lose a run")
+    assert all(f"`{name}`" in text for name in (LAST, PREVIOUS, STEPS, EPOCHS))
 
 
 def test_every_path_of_the_project_exists():
