@@ -51,8 +51,8 @@ SMALL = {
     "image_size": 98,
     "num_query_token": 8,
     "embed_dim": 64,
-    "vit_config": {"patch_size": 14, "embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4},
-    "qformer_config": {"hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 640},
+    "vit_config": {"patch_size": 14, "embed_dim": 384, "depth": 10, "num_heads": 6, "mlp_ratio": 4},
+    "qformer_config": {"hidden_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 640},
 }
 FASHIONIQ_TRIPLETS, FASHIONIQ_EPOCHS = 18_000, 30
 
@@ -60,7 +60,7 @@ FASHIONIQ_TRIPLETS, FASHIONIQ_EPOCHS = 18_000, 30
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--batch-size", type=int, default=128 if on_gpu else 8)
+    parser.add_argument("--batch-size", type=int, default=128 if on_gpu else 4)
     parser.add_argument("--rounds", type=int, default=200 if on_gpu else 15)
     args = parser.parse_args()
 

@@ -6,7 +6,7 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -110,17 +110,18 @@ def load_strictly(
         model: Takes the weights; unchanged if anything is refused.
         state: Name to tensor.
         source: The file's name, for the messages.
-        unused: Prefixes of names in the checkpoint that this model has no use for.
-        fresh: Prefixes of names in the model that start anew when the checkpoint lacks them.
-        may_lack: Prefixes of names that the checkpoint may leave out because they were loaded before.
+        unused: Names in the checkpoint that this model has no use for; one that ends in a dot means all below it.
+        fresh: Names in the model that start anew when the checkpoint lacks them, likewise.
+        may_lack: Names that the checkpoint may leave out because they were loaded before, likewise.
 
     Raises:
         ValueError: If names are unexpected or missing, or shapes differ; with counts and the first of them.
     """
     own = model.state_dict()
-    known = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(unused))}
+    allowed = {*fresh, *may_lack}
+    known = {name: tensor for name, tensor in state.items() if not _is_among(name, unused)}
     unexpected = [name for name in known if name not in own]
-    missing = [name for name in own if name not in known and not name.startswith((*fresh, *may_lack))]
+    missing = [name for name in own if name not in known and not _is_among(name, allowed)]
     # Buffers such as position ids are constants that some versions write and others do not.
     buffers = {name for name, _ in model.named_buffers()}
     missing = [name for name in missing if name not in buffers]
@@ -144,6 +145,10 @@ def load_strictly(
         )
     model.load_state_dict(known, strict=False)
     logging.info("loaded %d of %d tensors from %s", len(known), len(own), source)
+
+
+def _is_among(name: str, entries: Collection[str]) -> bool:
+    return name in entries or name.startswith(tuple(entry for entry in entries if entry.endswith(".")))
 
 
 def _local_file(path_or_url: str) -> Path:

@@ -312,6 +312,11 @@ def _run_values(run: DictConfig, command: str) -> Iterator[str]:
     if run.amp is True and device == "cpu":
         yield "run.amp: true needs a GPU; set run.amp: false on a CPU."
     asked = run.resume_ckpt_path
+    if asked is not None and (command == "evaluate" or run.evaluate is True):
+        yield (
+            "run.resume_ckpt_path goes on with a training run; to evaluate one set model.load_finetuned=true and "
+            "model.finetuned=<checkpoint_best.pth of the run>."
+        )
     if asked not in (None, "auto") and not os.path.exists(os.path.expanduser(str(asked))):
         yield f"run.resume_ckpt_path: {asked} does not exist; name a checkpoint, a run's folder, or auto."
 

@@ -23,7 +23,8 @@ def training_loader(dataset: Dataset[Any], seed: int, **options: Any) -> DataLoa
     Args:
         dataset: Map-style; each process gets its own share.
         seed: Of order and augmentation, the same on every process.
-        options: Of torch's DataLoader, other than sampler, shuffle and generator.
+        options: Of torch's DataLoader, other than sampler, shuffle and generator. What ``collate_fn`` draws itself is
+            not covered: it draws from the process's own generators.
     """
     sampler = _EpochSampler(dataset, seed)
     # With a generator of its own the loader takes nothing from the global one when an epoch starts.
@@ -98,9 +99,6 @@ class _SeededDataset(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Any]:
         """Load one batch; the generators are the process's own again afterwards (without workers: the training's)."""

@@ -191,7 +191,7 @@ def with_losses(run: Run, folder: Path, batches: int) -> Run:
 def _settings(config: Mapping[str, Any]) -> str:
     """Write ``run.wrf`` in short: the radius, and what differs from the defaults."""
     given = dict(config["run"].get("wrf") or {})
-    if config["run"].get("runner") != "runner_wrf4cir" or given.get("gamma") == 0:
+    if not str(config["run"].get("runner")).startswith("runner_wrf4cir") or given.get("gamma") == 0:
         return "no perturbation"
     defaults = dataclasses.asdict(WeightPerturbation())
     gamma = given.pop("gamma", defaults["gamma"])
@@ -288,7 +288,7 @@ def loss_along(
     def loss_at(batch: dict[str, Any], new: Mapping[int, Tensor]) -> float:
         seed_all(SEED)
         memo.position.clear()
-        tensors = {name: new[id(tensor)] for name, tensor in places(model) if id(tensor) in new}
+        tensors = {name: new[id(holder[key])] for name, holder, key in places(model) if id(holder[key]) in new}
         with torch.autocast(device.type, enabled=is_mixed):
             output = functional_call(model, tensors, (dict(batch),), tie_weights=False)
         return float(output["loss"])

@@ -29,7 +29,7 @@ class WeightPerturbation:
             about 15 times the radius, and not before the learning rate has warmed up). The last two need one pass.
         radius: ``relative`` to the weights (WRF, AWP), ``absolute`` (SAM) or ``elementwise`` (ASAM).
         scope: ``tensor`` (each tensor has its own ratio, as in AWP's code) or ``global`` (one ratio for all).
-        every: The gradient's direction is computed every so many steps and used again between them, >= 1. Costs
+        every: The gradient's direction is computed for every so many batches and used again between them, >= 1. Costs
             1 + 1 / every passes.
         warmup_epochs: Epochs at the start that are trained without perturbation, >= 0.
         last_epochs: Only the last so many epochs are perturbed, >= 1; ``None``: all after the warm-up.

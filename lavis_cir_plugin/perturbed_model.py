@@ -33,12 +33,7 @@ def select_tensors(model: nn.Module, settings: WeightPerturbation) -> dict[str, 
             its activations (the recomputation would use the clean weights).
     """
     trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    tables = {
-        id(weight)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for weight in module.parameters(recurse=False)
-    }
+    tables = _embedding_tables(model)
     chosen = {
         name: weight
         for name, weight in trainable.items()
@@ -134,12 +129,12 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         self.measured: dict[str, float] = {}
         self._pending: list[Tensor] | None = None
         bare = _unwrap(model)
+        copies = momentum_copies(bare)
         self.weights = select_tensors(bare, settings) if settings.gamma > 0 else {}
-        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        tables = _embedding_tables(bare)
         self.by_row = [settings.embeddings == "row" and id(weight) in tables for weight in self.weights.values()]
         self.pairs = _pairs(bare, self.weights, settings) if self.weights else []
-        has_copies = bool(getattr(bare, "model_pairs", None))
-        if self.weights and has_copies and (settings.direction != "gradient" or settings.every > 1):
+        if self.weights and copies and (settings.direction != "gradient" or settings.every > 1):
             raise ValueError(
                 f"run.wrf: {type(bare).__name__} keeps momentum copies of its weights, and with direction: "
                 f"{settings.direction} and every: {settings.every} they would average perturbed ones; set direction: "
@@ -239,8 +234,12 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         if self.settings.direction == "random":
             return self._random_direction()
         if self.settings.direction == "momentum":
-            moments = [self.state.get(weight, {}).get("exp_avg") for weight in self.weights.values()]
-            return [] if any(moment is None for moment in moments) else [-moment for moment in moments]
+            weights = self.weights.values()
+            moments = [self.state.get(weight, {}).get("exp_avg") for weight in weights]
+            if all(moment is None for moment in moments):
+                return []
+            # A tensor that never got a gradient has none.
+            return [torch.zeros_like(w) if moment is None else -moment for w, moment in zip(weights, moments)]
         if self.direction is None or self.uses >= self.settings.every:
             return None
         self.uses += 1
@@ -313,6 +312,8 @@ class PerturbedModel:
         self.loss_scale = loss_scale
         self.device = next(iter(optimizer.weights.values())).device if optimizer.weights else torch.device("cpu")
         self.memo = FrozenMemo(model, self.device)
+        self.moving = {id(weight) for weight in momentum_copies(_unwrap(model)).values()}
+        self.places = list(places(model))
 
     def __getattr__(self, name: str) -> Any:
         """Anything but the call is the model's own."""
@@ -337,10 +338,14 @@ class PerturbedModel:
         return functional_call(self.model, self._in_places(self._perturbed(direction)), (samples,), tie_weights=False)
 
     def _in_two_passes(self, samples: dict[str, Any]) -> Any:
+        if isinstance(self.model, DistributedDataParallel) and self.model.will_sync_module_buffers():
+            self.model._sync_buffers()  # it would do so before its own call, which sees the stand-ins alone
         # What the second pass reads and may overwrite is a stand-in with the values from before the first: buffers
         # (statistics, queues), and frozen weights (momentum copies, which LAVIS's models move by assigning to .data).
         new = {id(buffer): buffer.clone() for buffer in self.model.buffers()}
-        new.update({id(weight): weight.detach() for weight in self.model.parameters() if not weight.requires_grad})
+        for weight in self.model.parameters():
+            if not weight.requires_grad:
+                new[id(weight)] = weight.detach().clone() if id(weight) in self.moving else weight.detach()
         random_state = get_random_state(self.device)
         with self.memo.recording():
             direction = self._gradient(dict(samples))
@@ -362,7 +367,7 @@ class PerturbedModel:
         return {id(weight): weight + step for weight, step in zip(self.optimizer.weights.values(), steps)}
 
     def _in_places(self, new: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        return {name: new[id(tensor)] for name, tensor in places(self.model) if id(tensor) in new}
+        return {name: new[id(holder[key])] for name, holder, key in self.places if id(holder[key]) in new}
 
     def _gradient(self, samples: dict[str, Any]) -> list[Tensor]:
         # The bare module: DistributedDataParallel would wait for a backward pass that never comes.
@@ -370,10 +375,11 @@ class PerturbedModel:
         weights = list(self.optimizer.weights.values())
         gradients = list(torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True))
         if isinstance(self.model, DistributedDataParallel):
-            gradients = [gradient.contiguous() for gradient in gradients]  # an expanded one cannot be reduced in place
-            for gradient in gradients:
-                dist.all_reduce(gradient)
-                gradient /= dist.get_world_size()
+            together = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(together)
+            together /= dist.get_world_size()
+            parts = together.split([gradient.numel() for gradient in gradients])
+            gradients = [part.view(gradient.shape) for part, gradient in zip(parts, gradients)]
         return gradients
 
 
@@ -409,12 +415,26 @@ def _cosine(direction: list[Tensor], gradients: list[Tensor | None]) -> float:
     return float(dot / (norms[0] * norms[1]).clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def places(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield each place that holds a tensor once: a tied tensor by all its places, a shared module by its first name."""
+def places(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield each place of a tensor as its name in the model, the dictionary it stands in, and its key there.
+
+    A tied tensor is named by all its places, a module that is registered twice by its first name.
+    """
     for prefix, module in model.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                yield f"{prefix}.{name}" if prefix else name, tensor
+        for holder in (module._parameters, module._buffers):
+            for key in holder:
+                yield f"{prefix}.{key}" if prefix else key, holder, key  # type: ignore[misc]
+
+
+def momentum_copies(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the frozen weights that training moves: of the second of each of LAVIS's ``model_pairs``."""
+    pairs = getattr(model, "model_pairs", None) or []
+    moving = {id(weight) for pair in pairs for weight in pair[1].parameters()}
+    return {name: weight for name, weight in model.named_parameters() if id(weight) in moving}
+
+
+def _embedding_tables(model: nn.Module) -> set[int]:
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,14 +149,107 @@ def test_two_steps_equal_those_that_run_everything_twice(model, runs):
     assert twice == (8 if isinstance(model, Twice) else 4)
 
 
-def test_what_the_tower_is_made_of_is_remembered_where_the_tower_is_never_called():
-    model = InsideTheTower()
-    inner = []
-    model.tower.inner[0].register_forward_hook(lambda *_: inner.append(1))
-    counted = Tower(model.tower.inner[0])
-    model.tower.inner[0] = counted
-    runs_and_gradients(model, True, {"x": torch.ones(5, 4), "epoch": 0}, steps=0)
+def step_with_and_without_memory(model, steps=1):
+    """Return the gradients of both ways, the bits of which must agree."""
+    gradients = []
+    for is_remembering in (True, False):
+        net = copy.deepcopy(model).train()
+        optimizer = PerturbingOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), net, WeightPerturbation(gamma=0.3))
+        call = optimizer.perturb(net)
+        if not is_remembering:
+            call.memo.modules = []
+        torch.manual_seed(9)
+        random.seed(9)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            call({"x": torch.linspace(0, 1, 20).view(5, 4), "epoch": 0})["loss"].backward()
+        gradients.append([weight.grad for weight in net.parameters() if weight.grad is not None])
+        assert max(float(gradient.abs().max()) for gradient in gradients[-1]) > 0
+    assert all(torch.equal(left, right) for left, right in zip(*gradients))
+    return net
+
+
+class Container(nn.Module):
+    """Returns a dictionary, or an object that torch cannot take apart."""
+
+    def __init__(self, inner, kind):
+        super().__init__()
+        self.inner = inner
+        self.kind = kind
+
+    def forward(self, x):
+        return self.kind(hidden=self.inner(x))
+
+
+class EditsTheContainer(Model):
+    def features(self, x):
+        output = self.tower(x)
+        output["hidden"] = output["hidden"][:3] * 2
+        return output["hidden"]
+
+
+class ReadsAnObject(Model):
+    def features(self, x):
+        return self.tower(x).hidden
+
+
+class DrawsFromPython(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) * random.random()
+
+
+class DrawsAfterTheTower(Model):
+    def features(self, x):
+        return self.tower(x) + random.random()
+
+
+class ReadsThroughAHook(Model):
+    """Takes the tower's features as feature extractors do: from inside, by a forward hook."""
+
+    def features(self, x):
+        seen = []
+        handle = self.tower.inner[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+        self.tower(x)
+        handle.remove()
+        return sum(seen)
+
+
+def test_an_output_that_the_model_edits_is_handed_out_as_it_was():
+    model = EditsTheContainer()
+    model.tower.inner = Container(model.tower.inner, dict)
+    step_with_and_without_memory(model)
+
+
+def test_what_is_inside_a_module_with_an_opaque_output_is_remembered_from_the_second_step_on():
+    model = ReadsAnObject()
+    inner = Tower(model.tower.inner)
+    model.tower.inner = Container(inner, SimpleNamespace)
+    step_with_and_without_memory(model)
     net = copy.deepcopy(model)
+    optimizer = PerturbingOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), net, WeightPerturbation(gamma=0.3))
+    call = optimizer.perturb(net)
+    for _ in range(3):
+        call({"x": torch.ones(5, 4), "epoch": 0})
+    assert net.tower.inner.inner.runs == 2 + 2 + 1, "the tower was tried first, then what it holds, then that"
+
+
+def test_a_module_that_draws_from_python_runs_in_both_passes():
+    model = DrawsAfterTheTower()
+    model.tower.inner = DrawsFromPython(model.tower.inner)
+    step_with_and_without_memory(model, steps=2)
+
+
+def test_a_hook_inside_a_frozen_module_is_called_in_both_passes():
+    step_with_and_without_memory(ReadsThroughAHook())
+
+
+def test_what_the_tower_is_made_of_is_remembered_where_the_tower_is_never_called():
+    net = InsideTheTower()
+    net.tower.inner[0] = Tower(net.tower.inner[0])
     optimizer = PerturbingOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), net, WeightPerturbation(gamma=0.3))
     optimizer.perturb(net)({"x": torch.ones(5, 4), "epoch": 0})
     assert net.tower.inner[0].runs == 1
@@ -195,7 +290,8 @@ def test_the_frozen_tower_of_blip2_runs_once(fusion, small_model):
     model = small_model(freeze_vit=True, fusion=fusion).train()
     twin = copy.deepcopy(model)
     runs = []
-    model.visual_encoder.patch_embed.proj.register_forward_hook(lambda *_: runs.append(1))
+    forward = model.visual_encoder.forward
+    model.visual_encoder.forward = lambda images: runs.append(1) or forward(images)
     gradients = []
     for net, is_remembering in ((model, True), (twin, False)):
         optimizer = PerturbingOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), net, WeightPerturbation(gamma=0.1))

@@ -1,1 +1,1 @@
-"""Runners: each file registers one with LAVIS, except ``portable``, which they share."""
+"""Runners: each file registers one with LAVIS, except ``portable`` and ``resumable``, which they share."""

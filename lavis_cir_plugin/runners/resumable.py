@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -18,16 +20,26 @@ from torch import Tensor
 
 from lavis_cir_plugin.checkpoints import load_strictly, read_checkpoint, verify_checkpoint, write_checkpoint
 from lavis_cir_plugin.data_order import EpochLoader
+from lavis_cir_plugin.perturbed_model import momentum_copies
 from lavis_cir_plugin.random_state import get_random_state, set_random_state
 from lavis_cir_plugin.runners.portable import PortableRunner, frozen_names
 from lavis_cir_plugin.tracking import RunLog, progress
 
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may then resume one run
+    fcntl = None  # type: ignore[assignment]
+
 LAST, PREVIOUS = "checkpoint_last.pth", "checkpoint_previous.pth"
 _LOGS = ("log.txt", "steps.csv", "epochs.csv", "evaluate.txt")
 _FINISHED = {"run_finished": True}
+# A scaler skips a step that has overflowed, so one such loss is no reason to stop.
+_NOT_FINITE_WITH_SCALER = 20
+# Of the optimizer's groups: a resumed run takes these from its config, as it does the learning rate.
+_GROUP_KEYS = ("weight_decay", "eps", "betas")
 
 # The order of the data, hence the place to go on from, depends on these.
-_MUST_AGREE = ("seed", "batch_size_train", "accum_grad_iters", "max_iters", "iters_per_inner_epoch")
+_MUST_AGREE = ("seed", "batch_size_train", "accum_grad_iters", "iters_per_inner_epoch")
 _MAY_DIFFER = ("resume_ckpt_path", "output_dir", "num_workers", "log_freq", "save_every", "distributed", "rank", "gpu",
                "world_size", "dist_url", "dist_backend", "device")  # fmt: skip
 
@@ -64,6 +76,7 @@ class ResumableRunner(PortableRunner):
         self._run_log: RunLog | None = None  # on the main process
         self._epoch = 0  # of the part that was trained last, and the batches done since the run began
         self._batches_done = 0
+        self._next_place = 0  # where the run goes on once that part is done
 
     # What differs between LAVIS's two loops: the unit that is counted, and where a resumed run begins.
 
@@ -93,11 +106,16 @@ class ResumableRunner(PortableRunner):
             ValueError: If there is not a single batch, which LAVIS would only notice in a division by zero, or if the
                 checkpoint does not fit this run.
         """
-        if not self.evaluate_only and hasattr(self.train_loader, "__len__") and len(self.train_loader) == 0:
+        if not self.evaluate_only and any(len(loader) == 0 for loader in self._epoch_loaders()):
             raise ValueError(
                 f"the training data gives no batch of run.batch_size_train: {self.config.run_cfg.batch_size_train} in "
                 "each process (LAVIS drops an incomplete one); choose a smaller batch."
             )
+        is_writing = is_main_process() and not self.evaluate_only
+        with lock_run(Path(self.output_dir)) if is_writing else nullcontext():
+            self._train()
+
+    def _train(self) -> None:
         path = self.config.run_cfg.get("resume_ckpt_path")
         if path is not None and not self.evaluate_only:
             self._load_checkpoint(path)
@@ -126,7 +144,7 @@ class ResumableRunner(PortableRunner):
     def evaluate(self, cur_epoch: Any = "best", skip_reload: bool = False) -> Any:
         """Save what was trained, then evaluate as :class:`PortableRunner` does."""
         if self._has_trained:
-            self._save_last(self._end, 0, {})
+            self._save_last(self._next_place, 0, {})
         return super().evaluate(cur_epoch, skip_reload)
 
     def eval_epoch(self, split_name: str, cur_epoch: Any, skip_reload: bool = False) -> Any:
@@ -163,6 +181,7 @@ class ResumableRunner(PortableRunner):
         if resumed is None and place != self._begin:
             self._save_last(place, 0, {})
         self._has_trained = True
+        self._next_place = place + (total if self._counts_iterations else 1)
         stock = getattr(self.task, name)
         setattr(self.task, name, lambda **arguments: stock(**part.arguments(arguments)))
         try:
@@ -209,6 +228,7 @@ class ResumableRunner(PortableRunner):
             "place": place,
             "batches": batches,
             "taken": [loader.taken for loader in self._epoch_loaders()],
+            "lengths": [len(loader) for loader in self._epoch_loaders()],
             "processes": processes,
             "gradients": {name: weight.grad for name, weight in weights if weight.grad is not None},
             "best": self.best,
@@ -221,7 +241,7 @@ class ResumableRunner(PortableRunner):
     def _checkpoint(self, done: Any) -> dict[str, Any]:
         """Return what LAVIS's checkpoints hold; frozen weights are left out, unless training moves them."""
         model = self.unwrap_dist_model(self.model)
-        left_out = set(frozen_names(model)) - _momentum_copies(model)
+        left_out = set(frozen_names(model)) - set(momentum_copies(model))
         return {
             "model": {name: tensor for name, tensor in model.state_dict().items() if name not in left_out},
             "optimizer": self.optimizer.state_dict(),
@@ -245,34 +265,37 @@ class ResumableRunner(PortableRunner):
             ) from error
         logging.info("checkpoint complete: %s", folder / name)
 
-    def _load_checkpoint(self, url_or_filename: str) -> None:
+    def _load_checkpoint(self, path: str) -> None:
         """Resume from ``checkpoint_last.pth``, or from a checkpoint of LAVIS's; frozen tensors may be left out."""
-        saved = read_checkpoint(url_or_filename)
+        saved = read_checkpoint(path)
         missing = {"model", "optimizer"} - set(saved)
         if missing:
             raise ValueError(
-                f"run.resume_ckpt_path: {url_or_filename} holds no {' and no '.join(sorted(missing))}, so it is no "
+                f"run.resume_ckpt_path: {path} holds no {' and no '.join(sorted(missing))}, so it is no "
                 "checkpoint of a LAVIS run; to start from its weights set model.finetuned and model.load_finetuned."
             )
         counts = "iters" if self._counts_iterations else "epoch"
         if counts not in saved:
             raise ValueError(
-                f"run.resume_ckpt_path: {url_or_filename} counts no {counts}, so it was written by another kind of "
+                f"run.resume_ckpt_path: {path} counts no {counts}, so it was written by another kind of "
                 f"runner than run.runner: {self.config.run_cfg.get('runner')}; choose that runner."
             )
         model = self.unwrap_dist_model(self.model)
-        load_strictly(model, saved["model"], url_or_filename, may_lack=frozen_names(model))
+        load_strictly(model, saved["model"], path, may_lack=frozen_names(model))
+        asked = [{key: group[key] for key in _GROUP_KEYS if key in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, asked):
+            group.update(own)
         if self.scaler and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         if "progress" in saved:
-            self._continue(saved, url_or_filename)
+            self._continue(saved, path)
             return
         # LAVIS counts the last epoch done, and in its other runner the iterations done.
         self._start_at(saved[counts] + (0 if self._counts_iterations else 1))
         if self._begin >= self._end:
             raise ValueError(
-                f"run.resume_ckpt_path: {url_or_filename} was written after {counts} {saved[counts]} (counted from "
+                f"run.resume_ckpt_path: {path} was written after {counts} {saved[counts]} (counted from "
                 f"0), so nothing is left of run.max_{counts}: {self._end}; choose a larger one."
             )
 
@@ -291,18 +314,37 @@ class ResumableRunner(PortableRunner):
                     "set it back, or start a new run from these weights (model.finetuned)."
                 )
             logging.warning("run.%s is %r now and was %r when %s was written", key, now, before, path)
-        for loader, taken in zip(self._epoch_loaders(), state["taken"]):
+        for section in ("model", "datasets"):
+            if saved["config"].get(section) != self.config.to_dict().get(section):
+                logging.warning("section %s differs from that of %s", section, path)
+        loaders = self._epoch_loaders()
+        if state["lengths"] != [len(loader) for loader in loaders]:
+            raise ValueError(
+                f"run.resume_ckpt_path: {path} was written with {state['lengths']} training batches an epoch and there "
+                f"are {[len(loader) for loader in loaders]} now; restore the data, or start a new run from these "
+                "weights (model.finetuned)."
+            )
+        for loader, taken in zip(loaders, state["taken"]):
             loader.seek(taken)
+        if not loaders:
+            logging.warning("the training data is a stream, which begins anew")
         weights = dict(self.unwrap_dist_model(self.model).named_parameters())
         for name, gradient in state["gradients"].items():
             weights[name].grad = gradient.to(weights[name].device)
-        self.best = dict(state["best"])
         self._start_at(state["place"])
-        self._resumed, self._continues = state, True
+        self._resumed = state
+        folder = Path(self.output_dir)
+        self._continues = folder.resolve() == Path(path).resolve().parent
+        if not self._continues:
+            logging.warning("%s is another run's; this one begins a folder and a best epoch of its own", path)
+            return
+        self.best = dict(state["best"])
         if is_main_process():
-            for name, size in state["logs"].items():
-                if os.path.isfile(os.path.join(self.output_dir, name)):
-                    os.truncate(os.path.join(self.output_dir, name), size)
+            for log in (folder / name for name in _LOGS):
+                if log.is_file():  # one that the checkpoint does not know is younger
+                    os.truncate(log, state["logs"].get(log.name, 0))
+            if Path(path).name == PREVIOUS:  # the last one is damaged, and would become the previous one
+                (folder / LAST).unlink(missing_ok=True)
         logging.info("resumed from %s: %s batches after %s", path, state["batches"], state["place"])
 
     def _append_to_log(self, record: Mapping[str, Any]) -> None:
@@ -334,6 +376,7 @@ class _Part:
             self.random_state = own["random_state"]
             self.meters.update({name: tuple(meter) for name, meter in own["meters"].items()})
         self.loss: Tensor | None = None
+        self.not_finite = 0  # losses in a row
 
     def arguments(self, stock: Mapping[str, Any]) -> dict[str, Any]:
         """Return what LAVIS's loop gets in place of the runner's own arguments."""
@@ -363,9 +406,18 @@ class _Part:
         self._measure()
 
     def finish(self) -> None:
-        """Finish the last batch."""
+        """Finish the last batch.
+
+        Raises:
+            ValueError: If the task has not trained by calling the model it was given, so that nothing was perturbed.
+        """
         if self.loss is not None:
             self._finish_batch(self.loss)
+        if self.done != self.total:
+            raise ValueError(
+                f"run.task: {self.runner.config.run_cfg.get('task')} called its model for {self.done} of {self.total} "
+                "training batches; this runner works with tasks whose train_step calls model(samples)."
+            )
 
     def stats(self) -> dict[str, str]:
         """Return LAVIS's averages over the whole epoch and all processes, in its format."""
@@ -376,10 +428,11 @@ class _Part:
 
     def _finish_batch(self, loss: Tensor) -> None:
         values = {"lr": self.optimizer.param_groups[0]["lr"], "loss": loss.item()}
-        if values["loss"] != values["loss"]:
+        self.not_finite = 0 if math.isfinite(values["loss"]) else self.not_finite + 1
+        if self.not_finite > (_NOT_FINITE_WITH_SCALER if self.runner.scaler else 0):
             raise ValueError(
-                f"the training loss is not a number in epoch {self.epoch}, batch {self.done}; lower run.init_lr, or "
-                f"set run.amp: false. {LAST} in {self.runner.output_dir} is from before."
+                f"the training loss is {values['loss']} in epoch {self.epoch}, batch {self.done}; lower run.init_lr, "
+                f"or set run.amp: false. {LAST} in {self.runner.output_dir} is from before."
             )
         self.meters = {name: (count + 1, total + values[name]) for name, (count, total) in self.meters.items()}
         if self.runner._run_log is not None:
@@ -405,6 +458,9 @@ class _Batches:
 
     def __len__(self) -> int:
         return self.rest
+
+    def __iter__(self) -> _Batches:
+        return self
 
     def __next__(self) -> Any:
         self.part.before_batch()
@@ -471,9 +527,35 @@ def find_checkpoint(asked: str | None, output_dir: str, config: Mapping[str, Any
         return _last_whole(path.parent) if path.name == LAST else path
     for log in sorted(Path(output_dir).glob("*/log.txt"), key=os.path.getmtime, reverse=True):
         has_checkpoint = any((log.parent / name).is_file() for name in (LAST, PREVIOUS))
-        if has_checkpoint and _is_unfinished(log, config):
+        if has_checkpoint and _is_unfinished(log, config) and not _is_running(log.parent):
             return _last_whole(log.parent)
     return None
+
+
+def lock_run(folder: Path) -> TextIO:
+    """Mark a run's folder as in use until the returned file is closed or the process ends, however it ends.
+
+    Raises:
+        ValueError: If another process trains there.
+    """
+    log = open(folder / "log.txt", "a")  # noqa: SIM115 (open as long as the run)
+    if fcntl is not None:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            log.close()
+            raise ValueError(
+                f"run.resume_ckpt_path: the run in {folder} is still going on in another process; wait for its end."
+            ) from None
+    return log
+
+
+def _is_running(folder: Path) -> bool:
+    try:
+        lock_run(folder).close()
+    except ValueError:
+        return True
+    return False
 
 
 def _is_unfinished(log: Path, config: Mapping[str, Any]) -> bool:
@@ -517,10 +599,3 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tupl
 
 def _origin(error: BaseException) -> str:
     return traceback.extract_tb(error.__traceback__)[-1].filename
-
-
-def _momentum_copies(model: torch.nn.Module) -> set[str]:
-    """Return the names of frozen weights that training moves: of the second of each of LAVIS's ``model_pairs``."""
-    pairs = getattr(model, "model_pairs", None) or []
-    moving = {id(weight) for pair in pairs for weight in pair[1].parameters()}
-    return {name for name, weight in model.named_parameters() if id(weight) in moving}

@@ -60,17 +60,19 @@ class PerturbingRunner(ResumableRunner):
             for group in stock.param_groups if run.get("adam_eps") is not None else ():
                 group["eps"] = float(run.adam_eps)
             settings = WeightPerturbation(**run.get("wrf", {}))
-            if settings.gamma > 0 and not settings.is_active(self.max_epoch - 1, self.max_epoch):
+            # LAVIS trains a last, incomplete inner epoch whole.
+            epochs = (
+                math.ceil(self.max_iters / self.iters_per_inner_epoch) if self._counts_iterations else self.max_epoch
+            )
+            if settings.gamma > 0 and not settings.is_active(epochs - 1, epochs):
                 logging.warning(
-                    "nothing will be perturbed: run.wrf.warmup_epochs: %s of run.max_epoch: %s",
-                    settings.warmup_epochs,
-                    self.max_epoch,
+                    "nothing will be perturbed: run.wrf.warmup_epochs: %s of %s epochs", settings.warmup_epochs, epochs
                 )
             self._optimizer = PerturbingOptimizer(
                 stock,
                 self.model,
                 settings,
-                total_epochs=self.max_epoch,
+                total_epochs=epochs,
                 seed=int(run.get("seed", 42)),
                 max_grad_norm=run.get("max_grad_norm"),
             )
