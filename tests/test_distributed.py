@@ -60,6 +60,21 @@ def whole_batch():
     return batch
 
 
+def statistics(kind, rank):
+    """Return the running means that a third step begins with, and those that it leaves; the rate is 0."""
+    torch.manual_seed(0)
+    wrapped = DistributedDataParallel(Normalised())
+    stock = torch.optim.SGD(wrapped.parameters(), lr=0.0)
+    call = PerturbingOptimizer(stock, wrapped, WeightPerturbation(**SETTINGS[kind])).perturb(wrapped)
+    seen = []
+    wrapped.module.layer.register_forward_pre_hook(lambda *_: seen.append(wrapped.module.norm.running_mean.clone()))
+    for step in range(3):
+        x = torch.randn(6, 3, generator=torch.Generator().manual_seed(10 * step + rank))
+        seen.clear()
+        call({"x": x, "epoch": 0})["loss"].backward()
+    return seen[0], wrapped.module.norm.running_mean.clone()
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -68,6 +83,8 @@ def work(rank, folder):
     for fusion in FUSIONS:
         for kind in SETTINGS:
             found[fusion, kind] = second_gradients(fusion, kind, half, DistributedDataParallel)
+    for kind in ("plain", "gradient"):
+        found["statistics", kind] = statistics(kind, rank)
     # A sum over a weight has an expanded gradient, which cannot be reduced in place.
     flat = Flat()
     wrapped = DistributedDataParallel(flat)
@@ -103,3 +120,22 @@ def test_gathering_keeps_the_order_and_exact_counts(found):
         assert torch.equal(found[rank]["expanded"], torch.ones(2, 2))
         assert found[rank]["gathered"].tolist() == [0, 1]
         assert [rows.flatten().tolist() for rows in found[rank]["rows"]] == [[0.0], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+
+
+class Normalised(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)
+
+    def forward(self, samples):
+        return {"loss": self.norm(self.layer(samples["x"])).pow(4).mean()}
+
+
+def test_batch_norm_statistics_stay_together(found):
+    """As in plain DistributedDataParallel, every step begins with the first process's statistics, also when perturbed:
+    after a step they differ by one batch's part (momentum 0.1), not by the sum of all."""
+    plain, perturbed = ([found[rank]["statistics", kind] for rank in range(2)] for kind in ("plain", "gradient"))
+    assert torch.equal(plain[0][1], perturbed[0][1]), "the clean pass alone counts, and it is the plain one"
+    for both in (plain, perturbed):
+        assert torch.equal(both[0][0], both[1][0]), "before a step"
+        assert not torch.equal(both[0][1], both[1][1]), "after it"

@@ -675,3 +675,38 @@ def test_recomputed_activations_are_refused():
 def test_a_choice_of_nothing_is_refused():
     with pytest.raises(ValueError, match=r"'nothing_here' chooses none of the 9 trainable tensors"):
         make(WeightPerturbation(tensors="nothing_here"))
+
+
+def test_a_head_that_is_never_used_does_not_switch_momentum_off(batch):
+    """AdamW keeps no moment for a tensor without gradient; the others are perturbed all the same."""
+    torch.manual_seed(0)
+    net = Net()
+    net.unused = nn.Linear(4, 4)
+    settings = WeightPerturbation(gamma=0.05, direction="momentum")
+    optimizer = PerturbingOptimizer(torch.optim.AdamW(net.parameters(), lr=0.01), net, settings)
+    for _ in range(3):
+        optimizer.perturb(net)(batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.steps == {"perturbed": 2, "skipped": 0}
+
+
+def test_momentum_copies_that_are_moved_in_place_move_once_and_by_clean_weights():
+    """Where a model names its copies as LAVIS does (model_pairs), the second pass has copies of them to write into."""
+
+    class InPlace(Momentum):
+        def __init__(self):
+            super().__init__()
+            self.model_pairs = [[self.net, self.copy]]
+
+        def forward(self, samples):
+            for moving, weight in zip(self.copy.parameters(), self.net.parameters()):
+                moving.data.mul_(0.5).add_(weight.data, alpha=0.5)
+            return {"loss": (self.net(samples["x"]) - self.copy(samples["x"])).square().mean()}
+
+    net, optimizer = make(WeightPerturbation(gamma=0.3), InPlace())
+    plain = copy.deepcopy(net)
+    samples = {"x": torch.randn(5, 4), "epoch": 0}
+    for call in (optimizer.perturb(net), plain):
+        call(samples)
+    torch.testing.assert_close(net.copy.weight, plain.copy.weight, rtol=0, atol=0)

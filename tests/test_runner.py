@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import errno
 import logging
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import make_triplets
 from lavis.common.optims import LinearWarmupCosineLRScheduler
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
@@ -233,3 +236,54 @@ def test_it_is_registered_and_leaves_lavis_classes_alone():
     assert resumable(RunnerWrf4Cir) is RunnerWrf4Cir
     assert issubclass(resumable(RunnerIter), (ResumableRunner, RunnerIter))
     assert not issubclass(RunnerBase, ResumableRunner)
+
+
+class CallsAMethod(BaseTask):
+    """A task that passes by the object it is given in place of the model."""
+
+    def train_step(self, model, samples):
+        return model.forward(samples)["loss"]
+
+
+def test_a_task_that_does_not_call_its_model_is_told(make_runner):
+    """It would train without perturbation, logs or checkpoints, and nobody would notice."""
+    with pytest.raises(ValueError, match=r"called its model for 0 of 3 training batches; .*train_step calls model"):
+        train(make_runner(task=CallsAMethod()))
+
+
+def test_an_evaluation_writes_no_checkpoint(make_runner, tmp_path):
+    runner = make_runner(task=Scored([50.0, 50.0]), splits=("val",), test_splits=["val"], evaluate=True)
+    train(runner)
+    assert not list((tmp_path / "out/job").glob("*.pth"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_do_not_depend_on_workers_or_on_where_a_run_began(num_workers, make_runner):
+    """Augmentation included: each sample draws a number while it is loaded."""
+
+    class Drawing(Triplets):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "draw": torch.rand(1) + random.random() + np.random.rand()}
+
+    def batches(workers, first):
+        loader = EpochLoader(
+            training_loader(
+                Drawing(make_triplets(12)),
+                seed=5,
+                batch_size=4,
+                num_workers=workers,
+                drop_last=True,
+                collate_fn=default_collate,
+            )
+        )
+        loader.seek(first)
+        return [next(loader) for _ in range(first, 6)]
+
+    state = torch.get_rng_state()
+    whole = batches(0, 0)
+    assert torch.equal(state, torch.get_rng_state()), "the training's own numbers are left alone"
+    assert not torch.equal(whole[0]["target_id"], whole[3]["target_id"]), "every epoch has an order of its own"
+    for first in (0, 2, 3, 5):
+        for batch, expected in zip(batches(num_workers, first), whole[first:]):
+            assert torch.equal(batch["target_id"], expected["target_id"])
+            assert torch.equal(batch["draw"], expected["draw"])

@@ -207,6 +207,8 @@ class ResumableRunner(PortableRunner):
     @main_process
     def _save_checkpoint(self, cur_epoch: Any, is_best: bool = False) -> None:
         """Save as LAVIS does, but whole or not at all, and the best only where it beats that of before a resume."""
+        if self.evaluate_only:
+            return  # LAVIS's loop would save what it has only evaluated
         if is_best:
             if self._validation_metric <= self.best["metric"]:
                 return
