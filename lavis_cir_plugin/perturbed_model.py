@@ -186,7 +186,7 @@ class PerturbingOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the wrapped optimizer's groups."""
-        self._pending = None  # GradScaler may have skipped the step
+        self.drop_measurement()  # GradScaler may have skipped the step
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -221,6 +221,10 @@ class PerturbingOptimizer(torch.optim.Optimizer):
             weights = self.weights.values()
             self.direction = [d.to(weight.device) for d, weight in zip(saved["direction"], weights)]
             self.uses = saved["uses"]
+
+    def drop_measurement(self) -> None:
+        """Forget the directions of the micro-batches since the last step, so that no cosine follows from them."""
+        self._pending = None
 
     def perturb(self, model: nn.Module, loss_scale: Callable[[], float] = lambda: 1.0) -> PerturbedModel:
         """Return the callable that stands in for ``model`` in a training loop."""

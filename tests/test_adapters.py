@@ -504,10 +504,10 @@ def test_the_frozen_layers_below_the_first_adapter_run_once(small_model, triplet
     model = small_model(freeze_vit=True).train()
     add_adapters(model, Lora(target_modules=r"Qformer.*\.query", r=2))
     runs = []
-    model.visual_encoder.blocks[0].register_forward_hook(lambda *_: runs.append(1))
     inner = model.visual_encoder.blocks[0].mlp.fc1
-    inner.register_forward_hook(lambda *_: runs.append(2))
+    forward = inner.forward
+    inner.forward = lambda x: runs.append(1) or forward(x)
     trained = [w for w in model.parameters() if w.requires_grad]
     optimizer = PerturbingOptimizer(torch.optim.SGD(trained, lr=0.1), model, WeightPerturbation(gamma=0.1))
     optimizer.perturb(model)({**triplets(3), "epoch": 0})
-    assert runs.count(2) == 1
+    assert len(runs) == 1

@@ -451,6 +451,8 @@ class _Part:
         if hasattr(self.optimizer, "is_measuring"):
             self.optimizer.is_measuring = self.done % self.runner.log_freq == 0
             self.optimizer.measured = {}
+            if self.done == self.skipped:
+                self.optimizer.drop_measurement()  # of gradients left over, which no checkpoint holds
 
 
 class _Batches:
