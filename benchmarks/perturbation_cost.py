@@ -177,7 +177,8 @@ def measure_in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     peaks = dict.fromkeys(steps, 0)
     for number in range(rounds + 5):
-        for name, run_step in steps.items():
+        # In another order each time: what a variant leaves in the processor's caches is not always the same one's gain.
+        for name, run_step in random.Random(number).sample(list(steps.items()), len(steps)):
             if number < 5:
                 peaks[name] = max(peaks[name], peak_of(run_step, device))
                 continue
