@@ -21,12 +21,11 @@ from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
-from lavis_cir_plugin import CONFIGS, benchmarks
-from lavis_cir_plugin.benchmarks.benchmark import SPLITS, Benchmark, Triplet, did_you_mean, split_names
+from lavis_cir_plugin import CONFIGS, benchmarks, garments
+from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Triplet, did_you_mean
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.config import as_plain
 from lavis_cir_plugin.feature_cache import FeatureCache
-from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 
 Processor = Callable[[Any], Any]
 
@@ -190,6 +189,13 @@ class BenchmarkBuilder(BaseDatasetBuilder):
     """
 
     benchmark_module: ModuleType
+    world_module: Any
+    """``None``, or what draws the embedded world in the benchmark's files, from a ``GarmentsConfig``, by ``make_garments``."""
+
+    @classmethod
+    def known_splits(cls) -> tuple[str, ...]:
+        """Return the splits that the benchmark has."""
+        return tuple(cls.benchmark_module.SPLITS)
 
     @classmethod
     def section_problems(cls, name: str, section: Mapping[str, Any]) -> Iterator[str]:
@@ -197,16 +203,26 @@ class BenchmarkBuilder(BaseDatasetBuilder):
         if not isinstance(section.get("preload", False), bool):
             yield f"datasets.{name}.preload must be true or false, got {section['preload']!r}."
         splits = section.get("splits")
-        if splits is not None and (isinstance(splits, str) or not set(splits) <= {"train", *SPLITS}):
-            yield f"datasets.{name}.splits must be a list of train, {split_names()}, got {splits!r}."
-        garments = as_plain(section.get("garments"))
-        known = [field.name for field in dataclasses.fields(GarmentsConfig)]
-        unknown = [key for key in garments if key not in known]
-        yield from (f"datasets.{name}.garments.{key} is not a known key{did_you_mean(key, known)}" for key in unknown)
+        if splits is not None and (isinstance(splits, str) or not set(splits) <= set(cls.known_splits())):
+            yield f"datasets.{name}.splits must be a list of {', '.join(cls.known_splits())}, got {splits!r}."
+        if section.get("garments") is not None:
+            yield from cls._world_problems(name, as_plain(section.garments))
         try:
-            GarmentsConfig(**{key: value for key, value in garments.items() if key in known})
             # The root may still come from the defaults or from the drawn world.
             cls.benchmark_module.check_config({"root": "any", **as_plain(section.get("build_info"))})
+        except ValueError as error:
+            yield str(error)
+
+    @classmethod
+    def _world_problems(cls, name: str, settings: Mapping[str, Any]) -> Iterator[str]:
+        if cls.world_module is None:
+            yield f"datasets.{name}.garments has no effect: no world is drawn in {name}'s files."
+            return
+        known = [field.name for field in dataclasses.fields(cls.world_module.GarmentsConfig)]
+        unknown = [key for key in settings if key not in known]
+        yield from (f"datasets.{name}.garments.{key} is not a known key{did_you_mean(key, known)}" for key in unknown)
+        try:
+            cls.world_module.GarmentsConfig(**{key: value for key, value in settings.items() if key in known})
         except (ValueError, TypeError) as error:
             yield str(error)
 
@@ -217,8 +233,8 @@ class BenchmarkBuilder(BaseDatasetBuilder):
     def _build_info(self) -> dict[str, Any]:
         build_info = dict(as_plain(self.config.get("build_info")))
         if self.config.get("garments") is not None:
-            world = GarmentsConfig(**as_plain(self.config.garments))
-            build_info["root"] = str(make_garments(cache_root(), world))
+            world = self.world_module.GarmentsConfig(**as_plain(self.config.garments))
+            build_info["root"] = str(self.world_module.make_garments(cache_root(), world))
         return build_info
 
     def build(self) -> dict[str, Dataset]:
@@ -226,7 +242,8 @@ class BenchmarkBuilder(BaseDatasetBuilder):
         self.build_processors()
         build_info = self._build_info()
         datasets: dict[str, Dataset] = {}
-        for split in self.config.get("splits") or ("train", "val"):
+        default = [split for split in ("train", "val") if split in self.known_splits()]
+        for split in self.config.get("splits") or default:
             stage = "train" if split == "train" else "eval"
             processors = self.vis_processors[stage], self.text_processors[stage]
             if split == "train":
@@ -234,31 +251,27 @@ class BenchmarkBuilder(BaseDatasetBuilder):
                 text = self.benchmark_module.training_text
                 dataset: CirDataset = TripletDataset(triplets, image_paths, *processors, text)
             else:
-                benchmark = _with_targets(self.benchmark_module.read_benchmark(build_info, split))
-                dataset = BenchmarkDataset(benchmark, *processors)
+                dataset = BenchmarkDataset(self.benchmark_module.read_benchmark(build_info, split), *processors)
             if self.config.get("preload"):
                 dataset.preload()
             datasets[split] = dataset
         return datasets
 
 
-def _with_targets(benchmark: Benchmark) -> Benchmark:
-    """Refuse a split that cannot be scored before a run rather than after its training."""
-    if all(query.target is None for group in benchmark.groups for query in group.queries):
-        raise ValueError(
-            f"{benchmark.name} {benchmark.split}: this split has no public targets, so it cannot be scored; evaluate "
-            "on val (run.valid_splits, run.test_splits)."
-        )
-    return benchmark
-
-
 def _register_builders() -> None:
+    worlds = {found.name for found in pkgutil.iter_modules(garments.__path__)}
     for found in pkgutil.iter_modules(benchmarks.__path__):
         module = importlib.import_module(f"{benchmarks.__name__}.{found.name}")
         if not hasattr(module, "read_benchmark"):
             continue
         configs = {path.stem: str(path) for path in (CONFIGS / "datasets" / found.name).glob("*.yaml")}
-        attributes = {"benchmark_module": module, "DATASET_CONFIG_DICT": configs, "__doc__": module.__doc__}
+        world = importlib.import_module(f"{garments.__name__}.{found.name}") if found.name in worlds else None
+        attributes = {
+            "benchmark_module": module,
+            "world_module": world,
+            "DATASET_CONFIG_DICT": configs,
+            "__doc__": module.__doc__,
+        }
         builder = type(f"{found.name.title()}Builder", (BenchmarkBuilder,), {**attributes, "__module__": __name__})
         registry.register_builder(found.name)(builder)
 

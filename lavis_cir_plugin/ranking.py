@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,11 +23,13 @@ class Ranking:
         ranks: ``(Q,)`` int64, 0-based rank of the target; -1 where a query has none or it is not among the candidates.
         top: ``(Q, k)`` int64, gallery indices, best first, without the excluded image; -1 pads short rankings.
         subset_ranks: ``(Q,)`` int64, 0-based rank of the target among the query's members; -1 where it is not one.
+        relevant_ranks: ``(Q, T)`` int64, 0-based rank of every labelled image; -1 pads, and as for `ranks`.
     """
 
     ranks: Tensor
     top: Tensor
     subset_ranks: Tensor
+    relevant_ranks: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
 
 def similarity(query: Tensor, gallery: Tensor) -> Tensor:

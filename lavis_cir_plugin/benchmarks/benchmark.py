@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config")
 
-SPLITS = ("val", "test", "seen")
+EVALUATION_SPLITS = ("val", "test", "seen")
 """Evaluation splits; ``seen`` is drawn from the training data, to be compared with ``val``."""
 
 logger = logging.getLogger(__name__)
@@ -48,12 +48,17 @@ class Query:
         texts: Modification texts; the query features of several are averaged and normalised again.
         target: ``None`` where the split's targets are not public.
         members: The image set that a subset metric ranks, without the reference (CIRR).
+        relevance: Every labelled image and its weight, where a metric needs more than the target: CIRCO's ground truths
+            (each 1.0), CIRR's soft labels.
+        identifier: The annotation's own id, which a submission names the query by.
     """
 
     reference: str
     texts: tuple[str, ...]
     target: str | None
     members: tuple[str, ...] = ()
+    relevance: tuple[tuple[str, float], ...] = ()
+    identifier: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,18 +78,24 @@ class Group:
     reference_removed: bool
 
 
+def no_submissions(rankings: Mapping[str, Ranking]) -> dict[str, Any]:
+    """Return no file: the benchmark has no test server."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """A split with its protocol.
 
     Attributes:
         name: Of the benchmark, as registered.
-        split: One of `SPLITS`.
+        split: One of `EVALUATION_SPLITS`.
         groups: At least one.
         image_paths: File of every gallery and reference image.
         protocol: One line that says what makes the numbers comparable; print it beside them.
         metrics: Ranking per group name to metrics in percent; empty where the targets are not public.
         selection_metric: The metric that chooses the best checkpoint.
+        submissions: Ranking per group name to the test server's files, the content (for JSON) by file name.
     """
 
     name: str
@@ -94,6 +105,7 @@ class Benchmark:
     protocol: str
     metrics: Callable[[Mapping[str, Ranking]], dict[str, float]]
     selection_metric: str
+    submissions: Callable[[Mapping[str, Ranking]], dict[str, Any]] = no_submissions
 
 
 def no_metrics(rankings: Mapping[str, Ranking]) -> dict[str, float]:
@@ -101,16 +113,17 @@ def no_metrics(rankings: Mapping[str, Ranking]) -> dict[str, float]:
     return {}
 
 
-def split_names() -> str:
+def split_names(splits: Sequence[str] = EVALUATION_SPLITS) -> str:
     """Return the names of the evaluation splits for a sentence."""
-    return f"{', '.join(SPLITS[:-1])} and {SPLITS[-1]}"
+    return f"{', '.join(splits[:-1])} and {splits[-1]}"
 
 
-def check_split(split: str, dataset: str) -> None:
-    """Raise ValueError unless ``split`` is one that benchmarks evaluate on."""
-    if split not in SPLITS:
+def check_split(split: str, dataset: str, splits: Sequence[str] = EVALUATION_SPLITS) -> None:
+    """Raise ValueError unless ``split`` is one that the benchmark is evaluated on."""
+    if split not in splits:
         raise ValueError(
-            f"{dataset} has the evaluation splits {split_names()}, got '{split}'; change datasets.{dataset}.splits."
+            f"{dataset} has the evaluation splits {split_names(splits)}, got '{split}'; "
+            f"change datasets.{dataset}.splits."
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lavis_cir_plugin.benchmarks.benchmark import (
+    EVALUATION_SPLITS,
     Benchmark,
     Group,
     Query,
@@ -31,6 +32,7 @@ from lavis_cir_plugin.benchmarks.benchmark import (
 from lavis_cir_plugin.benchmarks.images import find_images, image_folders, verify_images
 from lavis_cir_plugin.ranking import Ranking, recall_at
 
+SPLITS = ("train", *EVALUATION_SPLITS)
 CUTOFFS = (1, 5, 10, 50)
 SUBSET_CUTOFFS = (1, 2, 3)
 

@@ -14,6 +14,7 @@ from statistics import mean
 from typing import Any
 
 from lavis_cir_plugin.benchmarks.benchmark import (
+    EVALUATION_SPLITS,
     Benchmark,
     Group,
     Query,
@@ -37,6 +38,7 @@ from lavis_cir_plugin.benchmarks.benchmark import (
 from lavis_cir_plugin.benchmarks.images import find_images, image_folders, verify_images
 from lavis_cir_plugin.ranking import Ranking, recall_at
 
+SPLITS = ("train", *EVALUATION_SPLITS)
 CUTOFFS = (10, 50)
 
 _ROOT_NAMES = ("fashionIQ_dataset", "FashionIQ", "fashion-iq", "fashioniq", "fashionIQ", "fiq")
