@@ -24,12 +24,14 @@ class Ranking:
         top: ``(Q, k)`` int64, gallery indices, best first, without the excluded image; -1 pads short rankings.
         subset_ranks: ``(Q,)`` int64, 0-based rank of the target among the query's members; -1 where it is not one.
         relevant_ranks: ``(Q, T)`` int64, 0-based rank of every labelled image; -1 pads, and as for `ranks`.
+        subset_top: ``(Q, M)`` int64, the query's members, best first, without the excluded image; -1 pads.
     """
 
     ranks: Tensor
     top: Tensor
     subset_ranks: Tensor
     relevant_ranks: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    subset_top: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
 
 def similarity(query: Tensor, gallery: Tensor) -> Tensor:
@@ -56,6 +58,7 @@ def rank(
     *,
     excluded: Tensor | None = None,
     members: Tensor | None = None,
+    relevant: Tensor | None = None,
     top_k: int = 50,
     chunk: int | None = None,
 ) -> Ranking:
@@ -76,7 +79,8 @@ def rank(
         targets: ``(Q,)`` gallery index of the target, -1 for none.
         excluded: ``(Q,)`` gallery index that is taken out of the query's ranking (its reference), -1 for none.
         members: ``(Q, M)`` distinct gallery indices of the query's image set, padded with -1.
-        top_k: How many of the best to return (fewer where the gallery is smaller).
+        relevant: ``(Q, T)`` gallery indices of the query's labelled images, padded with -1.
+        top_k: How many of the best to return (fewer where the gallery is smaller); 0 for ranks alone.
         chunk: Queries at a time; by default as many as `WORKING_BYTES` allows.
 
     Returns:
@@ -85,21 +89,22 @@ def rank(
     Raises:
         ValueError: shapes do not fit, an index is outside the gallery, or a feature is not finite.
     """
-    _check(query, gallery, targets, excluded, members, top_k, chunk)
+    _check(query, gallery, targets, excluded, members, relevant, top_k, chunk)
     device, size = query.device, len(gallery)
     targets = targets.to(device)
     excluded = torch.full_like(targets, -1) if excluded is None else excluded.to(device)
     members = targets.new_empty(len(targets), 0) if members is None else members.to(device)
+    relevant = targets.new_empty(len(targets), 0) if relevant is None else relevant.to(device)
 
     features = gallery if gallery.dim() == 3 else gallery.unsqueeze(1)
-    query_step, gallery_step = _step(query, "query"), _step(features, "gallery")
+    query_step, gallery_step = _step(query, "query"), _step(features, "gallery").max()
     rows = chunk or max(1, WORKING_BYTES // (32 * size))
     columns = max(1, WORKING_BYTES // (8 * features.shape[1] * max(min(rows, len(query)), features.shape[2])))
 
-    ranks, top, subset_ranks = [], [], []
+    ranks, top, subset_ranks, relevant_ranks, subset_top = [], [], [], [], []
     for start in range(0, len(query), rows):
         part = slice(start, start + rows)
-        fixed_query = _fixed_point(query[part], query_step)
+        fixed_query = _fixed_point(query[part], query_step[part].unsqueeze(1))
         scores = torch.cat(
             [
                 similarity(fixed_query, _fixed_point(features[first : first + columns].to(device), gallery_step))
@@ -111,7 +116,11 @@ def rank(
         ranks.append(_rank_among(scores, targets[part], None))
         subset_ranks.append(_rank_among(scores, targets[part], members[part]))
         top.append(_best(scores, min(top_k, size)))
-    return Ranking(torch.cat(ranks), torch.cat(top), torch.cat(subset_ranks))
+        relevant_ranks.append(_rank_all(scores, relevant[part]))
+        subset_top.append(_order_members(scores, members[part]))
+    return Ranking(
+        torch.cat(ranks), torch.cat(top), torch.cat(subset_ranks), torch.cat(relevant_ranks), torch.cat(subset_top)
+    )
 
 
 def recall_at(ranks: Tensor, k: int) -> float:
@@ -140,8 +149,22 @@ def _rank_among(scores: Tensor, targets: Tensor, members: Tensor | None) -> Tens
     return torch.where(is_candidate, (better & (index >= 0)).sum(dim=1), -1)
 
 
+def _rank_all(scores: Tensor, relevant: Tensor) -> Tensor:
+    columns = [_rank_among(scores, column, None) for column in relevant.unbind(1)]
+    return torch.stack(columns, dim=1) if columns else relevant
+
+
+def _order_members(scores: Tensor, members: Tensor) -> Tensor:
+    members = members.sort(dim=1).values  # the stable sort by score then breaks ties by gallery index
+    own = scores.gather(1, members.clamp(min=0)).masked_fill(members < 0, -math.inf)
+    best, order = own.sort(dim=1, descending=True, stable=True)
+    return members.gather(1, order).masked_fill(best == -math.inf, -1)
+
+
 def _best(scores: Tensor, k: int) -> Tensor:
     """Return the indices of the k best columns per row; of equal scores the first, which `topk` does not promise."""
+    if k == 0:
+        return torch.empty(len(scores), 0, dtype=torch.int64, device=scores.device)
     least = scores.topk(k, dim=1).values[:, -1:]
     above, equal = scores > least, scores == least
     chosen = above | (equal & (equal.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
@@ -155,8 +178,8 @@ def _mask(scores: Tensor, excluded: Tensor) -> None:
     scores[rows, excluded[rows]] = -math.inf
 
 
-def _step(features: Tensor, name: str) -> float:
-    """Return the power of two under which every feature vector, counted in steps, is shorter than 2^26."""
+def _step(features: Tensor, name: str) -> Tensor:
+    """Return, per row, the power of two under which its feature vectors, counted in steps, are shorter than 2^26."""
     norms = torch.linalg.vector_norm(features, dim=-1, dtype=torch.promote_types(features.dtype, torch.float32))
     finite = norms.isfinite()
     if not finite.all():
@@ -166,11 +189,11 @@ def _step(features: Tensor, name: str) -> float:
             f"the model has diverged, or its half precision overflows: evaluate an earlier checkpoint or use float32."
         )
     # Unit vectors differ from 1 in the last bits, by device and thread count; a hair more puts all on one side.
-    _, exponent = math.frexp(float(norms.max()) * (1 + 1e-5))
-    return 2.0 ** (exponent - FIXED_POINT_BITS)
+    _, exponent = torch.frexp(norms.reshape(len(features), -1).amax(dim=1).double() * (1 + 1e-5))
+    return torch.ldexp(norms.new_ones((), dtype=torch.float64), exponent - FIXED_POINT_BITS)
 
 
-def _fixed_point(features: Tensor, step: float) -> Tensor:
+def _fixed_point(features: Tensor, step: Tensor) -> Tensor:
     return (features.double() / step).round_()
 
 
@@ -180,6 +203,7 @@ def _check(
     targets: Tensor,
     excluded: Tensor | None,
     members: Tensor | None,
+    relevant: Tensor | None,
     top_k: int,
     chunk: int | None,
 ) -> None:
@@ -190,9 +214,10 @@ def _check(
         )
     if 0 in query.shape or 0 in gallery.shape:
         raise ValueError(f"nothing to rank: query {tuple(query.shape)}, gallery {tuple(gallery.shape)}.")
-    if top_k < 1 or (chunk is not None and chunk < 1):
-        raise ValueError(f"top_k and chunk must be at least 1, got {top_k} and {chunk}.")
-    for name, indices, dim in (("targets", targets, 1), ("excluded", excluded, 1), ("members", members, 2)):
+    if top_k < 0 or (chunk is not None and chunk < 1):
+        raise ValueError(f"top_k must be at least 0 and chunk at least 1, got {top_k} and {chunk}.")
+    named = (("targets", targets, 1), ("excluded", excluded, 1), ("members", members, 2), ("relevant", relevant, 2))
+    for name, indices, dim in named:
         if indices is None:
             continue
         if indices.dim() != dim or len(indices) != len(query):

@@ -49,11 +49,14 @@ def test_agrees_with_a_naive_double_loop(num_features: int | None, chunk: int | 
     targets = torch.randint(-1, size, (num_queries,), generator=generator)
     excluded = torch.randint(-1, size, (num_queries,), generator=generator)
     members = torch.stack([torch.randperm(size, generator=generator)[:5] for _ in range(num_queries)])
+    members[(members == targets.unsqueeze(1)) & (torch.arange(5) > 0)] = -1  # distinct
     members[:, 0] = targets
     members[::3, 4] = -1
     members[5] = -1
+    relevant = torch.randint(-1, size, (num_queries, 3), generator=generator)
+    labels = {"excluded": excluded, "members": members, "relevant": relevant}
 
-    result = rank(query, gallery, targets, excluded=excluded, members=members, top_k=30, chunk=chunk)
+    result = rank(query, gallery, targets, **labels, top_k=30, chunk=chunk)
 
     for q in range(num_queries):
         scores = []
@@ -64,8 +67,23 @@ def test_agrees_with_a_naive_double_loop(num_features: int | None, chunk: int | 
         order = sorted(candidates, key=lambda j: (-scores[j], j))
         assert result.ranks[q] == naive_rank(scores, int(targets[q]), candidates)
         assert result.top[q].tolist() == order + [-1] * (size - len(order))
-        subset = [j for j in candidates if j in members[q].tolist()]
+        assert result.relevant_ranks[q].tolist() == [naive_rank(scores, t, candidates) for t in relevant[q].tolist()]
+        subset = [j for j in order if j in members[q].tolist()]
         assert result.subset_ranks[q] == naive_rank(scores, int(targets[q]), subset)
+        assert result.subset_top[q].tolist() == subset + [-1] * (5 - len(subset))
+    metrics_only = rank(query, gallery, targets, **labels, top_k=0, chunk=chunk)
+    assert metrics_only.top.shape == (num_queries, 0)
+    assert torch.equal(metrics_only.relevant_ranks, result.relevant_ranks)
+
+
+def test_queries_may_be_ranked_in_parts_even_of_very_different_lengths():
+    """Every query has its own fixed-point step: a long one in the same call makes no short one coarser."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(20, 16, generator=generator) * 10.0 ** torch.arange(-10, 10).unsqueeze(1)
+    gallery, targets = torch.randn(300, 16, generator=generator), torch.arange(20)
+    whole = rank(query, gallery, targets, top_k=300)
+    for part in (slice(0, 10), slice(10, 20), slice(3, 4)):
+        assert torch.equal(rank(query[part], gallery, targets[part], top_k=300).top, whole.top[part])
 
 
 def test_one_query_and_one_image():
@@ -202,8 +220,9 @@ def test_features_that_are_not_finite_are_refused(value: float):
         ({"targets": torch.tensor([0])}, "targets must have 1 dimension"),
         ({"excluded": torch.tensor([0, -2])}, "excluded must be -1 or gallery indices"),
         ({"members": torch.tensor([0, 1])}, "members must have 2 dimension"),
-        ({"top_k": 0}, "top_k and chunk must be at least 1"),
-        ({"chunk": 0}, "top_k and chunk must be at least 1"),
+        ({"relevant": torch.tensor([[0], [7]])}, "relevant must be -1 or gallery indices under 4, got 0 to 7"),
+        ({"top_k": -1}, "top_k must be at least 0 and chunk at least 1, got -1"),
+        ({"chunk": 0}, "top_k must be at least 0 and chunk at least 1, got 50 and 0"),
     ],
 )
 def test_wrong_arguments_are_refused(change: dict, message: str):
