@@ -289,6 +289,26 @@ def text_field(record: Mapping[str, Any], key: str, path: Path, number: int, opt
     raise record_error(path, number, f"{problem}; it must be text")
 
 
+def image_name(value: Any, key: str, path: Path, number: int) -> str:
+    """Return the image name in a field of a record: a file stem, which can lead to no other folder.
+
+    Args:
+        value: What the file holds.
+        key: Of the field, for the message.
+        path: Of the annotation file.
+        number: Of the record, counting from 0.
+
+    Raises:
+        ValueError: it is not text, empty, ``.`` or ``..``, or holds a slash, a backslash or something unprintable
+            (NUL, line breaks, halves of surrogate pairs).
+    """
+    if not isinstance(value, str) or value in ("", ".", "..") or set(value) & {"/", "\\"} or not value.isprintable():
+        raise record_error(
+            path, number, f"has {key} = {_shown(value)}; it must be an image name, that is text without / and \\"
+        )
+    return value
+
+
 def record_error(path: Path, number: int, problem: str) -> ValueError:
     """Build the error of one record; `number` counts from 0."""
     return ValueError(f"{path}: record {number} (counting from 0) {problem}; correct the file or copy it again.")
@@ -396,5 +416,5 @@ def did_you_mean(word: Any, known: Iterable[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
     return text if len(text) <= 80 else text[:77] + "..."
