@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lavis_cir_plugin import ranking
-from lavis_cir_plugin.ranking import rank, recall_at, similarity
+from lavis_cir_plugin.ranking import average_precision_at, rank, recall_at, similarity
 
 
 def naive_rank(scores: list[float], target: int, candidates: list[int]) -> int:
@@ -197,6 +197,44 @@ def test_recall_by_hand():
 def test_recall_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="zero queries"):
         recall_at(torch.tensor([], dtype=torch.long), 1)
+
+
+def test_average_precision_by_hand():
+    """Ranks 0, 2 of two: (1/1 + 2/3) / 2; rank 4 of one: 1/5. Ranks 0, 1, 2 at 2: the two first fill both places.
+
+    Ranks 9, 0 of three images at 5, in any order: (1/1) / 3, because 9 is beyond 5 and the third is at 5.
+    """
+    assert average_precision_at(torch.tensor([[2, 0, -1], [4, -1, -1]]), 5) == pytest.approx(100 * (5 / 6 + 1 / 5) / 2)
+    assert average_precision_at(torch.tensor([[0, 1, 2]]), 2) == 100.0
+    assert average_precision_at(torch.tensor([[9, 0, 5]]), 5) == pytest.approx(100 / 3)
+    assert average_precision_at(torch.tensor([[5]]), 5) == 0.0
+
+
+def naive_average_precision(ranks: list[int], k: int) -> float:
+    """Walk down the list of results, as an evaluation server does."""
+    relevant = {rank for rank in ranks if rank >= 0}
+    hits, total = 0, 0.0
+    for place in range(k):
+        if place in relevant:
+            hits += 1
+            total += hits / (place + 1)
+    return total / min(k, len(relevant))
+
+
+@pytest.mark.parametrize("k", [1, 5, 10, 50])
+def test_average_precision_equals_a_walk_down_the_list(k: int):
+    generator = torch.Generator().manual_seed(k)
+    rows = torch.stack([torch.randperm(30, generator=generator)[:14] for _ in range(40)])
+    counts = torch.randint(1, 15, (40, 1), generator=generator)
+    rows[torch.arange(14) >= counts] = -1
+    expected = [naive_average_precision(row, k) for row in rows.tolist()]
+    assert average_precision_at(rows, k) == pytest.approx(100 * sum(expected) / 40)
+
+
+@pytest.mark.parametrize("ranks", [torch.empty(0, 3, dtype=torch.long), torch.tensor([[0], [-1]])])
+def test_average_precision_of_nothing_is_an_error(ranks: Tensor):
+    with pytest.raises(ValueError, match=r"zero queries|1 of 2 queries: they have no labelled image"):
+        average_precision_at(ranks, 5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
