@@ -241,7 +241,7 @@ def test_a_broken_split_file_is_named(tmp_path: Path, content: Any):
 
 
 def test_configuration():
-    assert CIRRConfig.from_mapping({"root": "x"}) == CIRRConfig("x", None, None, "error", False)
+    assert CIRRConfig.from_mapping({"root": "x"}) == CIRRConfig(root="x")
     with pytest.raises(ValueError, match=r"datasets.cirr.build_info.gallery is not a known key") as error:
         CIRRConfig.from_mapping({"root": "x", "gallery": "val", "missing_images": "ignore"})
     assert 'missing_images must be one of error, skip, got "ignore"' in str(error.value)

@@ -168,7 +168,7 @@ def cirr_root(tmp_path):
                 for index in range(4):
                     record = {"reference": names[index], "target_hard": names[index + 1], "caption": f"to {index + 1}"}
                     if has_sets or split == "val":
-                        record["img_set"] = {"members": names}
+                        record.update(pairid=len(records), img_set={"members": names})
                     records.append(record)
             images[f"{split}-unused"] = f"./{folder}/{split}-unused.png"
             for kind, content in (("captions/cap", records), ("image_splits/split", images)):

@@ -107,6 +107,11 @@ class Benchmark:
     selection_metric: str
     submissions: Callable[[Mapping[str, Ranking]], dict[str, Any]] = no_submissions
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether the answers are public, so that it can be scored."""
+        return any(query.target is not None for group in self.groups for query in group.queries)
+
 
 def no_metrics(rankings: Mapping[str, Ranking]) -> dict[str, float]:
     """Return no metric: the targets of the split are not public."""
@@ -152,11 +157,7 @@ def without_missing(group: Group, image_paths: Mapping[str, Path]) -> Group:
         ValueError: no query is left.
     """
     gallery = tuple(name for name in group.gallery if name in image_paths)
-    queries = tuple(
-        query
-        for query in group.queries
-        if all(name in image_paths for name in (query.reference, query.target, *query.members) if name is not None)
-    )
+    queries = tuple(query for query in group.queries if all(name in image_paths for name in _images(query)))
     if not queries:
         raise ValueError(f"{group.name}: every query needs an image that is missing; check build_info.images.")
     return replace(group, gallery=gallery, queries=queries)
@@ -196,8 +197,8 @@ def drawn_like(training: Group, val: Group, seed: int = 0) -> Group:
         seed: Of the draw, which also depends on the group's name and on nothing else.
 
     Returns:
-        A group with training's name and rule. Every reference, target and member is in its gallery; queries and
-        gallery keep training's order.
+        A group with training's name and rule. Every reference, target, member and labelled image is in its gallery;
+        queries and gallery keep training's order.
     """
     rng = random.Random(f"{seed} {training.name}")
     clusters = _clusters(training.queries)
@@ -217,7 +218,8 @@ def drawn_like(training: Group, val: Group, seed: int = 0) -> Group:
 
 
 def _images(query: Query) -> list[str]:
-    return [name for name in (query.reference, query.target, *query.members) if name is not None]
+    names = (query.reference, query.target, *query.members, *(name for name, _ in query.relevance))
+    return [name for name in names if name is not None]
 
 
 def _clusters(queries: Iterable[Query]) -> list[list[Query]]:
@@ -259,6 +261,8 @@ def read_json(path: Path) -> Any:
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
+        raise ValueError(f"{path} cannot be read as JSON: {error}; correct the file or copy it again.") from error
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -283,10 +287,48 @@ def text_field(record: Mapping[str, Any], key: str, path: Path, number: int, opt
         ValueError: the field is missing or not text.
     """
     value = record.get(key)
-    if isinstance(value, str) or (optional and value is None):
+    if is_text(value) or (optional and value is None):
         return value
-    problem = f"has no '{key}'" if key not in record else f"has {key} = {_shown(value)}"
-    raise record_error(path, number, f"{problem}; it must be text")
+    raise record_error(path, number, f"{_has(record, key)}; it must be text")
+
+
+def is_text(value: Any) -> bool:
+    """Return whether a value is text that can be written: JSON also spells halves of surrogate pairs, which cannot."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def whole_number_field(
+    record: Mapping[str, Any], key: str, path: Path, number: int, optional: bool = False
+) -> int | None:
+    """Return a whole number of a record; ``None`` only where it is optional and absent.
+
+    Raises:
+        ValueError: the field is missing or not a whole number.
+    """
+    value = record.get(key)
+    if type(value) is int or (optional and value is None):
+        return value
+    raise record_error(path, number, f"{_has(record, key)}; it must be a whole number")
+
+
+def _has(record: Mapping[str, Any], key: str) -> str:
+    return f"has {key} = {_shown(record[key])}" if key in record else f"has no '{key}'"
+
+
+def require_distinct(records: Sequence[Mapping[str, Any]], key: str, path: Path) -> None:
+    """Check that no two records have the same value in a field; those without it do not count.
+
+    Raises:
+        ValueError: with the first two that do.
+    """
+    first: dict[Any, int] = {}
+    for number, record in enumerate(records):
+        value = record.get(key)
+        if value is not None and first.setdefault(value, number) != number:
+            raise record_error(path, number, f"has {key} = {_shown(value)} like record {first[value]}")
 
 
 def image_name(value: Any, key: str, path: Path, number: int) -> str:

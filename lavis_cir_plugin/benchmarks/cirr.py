@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
+from statistics import fmean, harmonic_mean
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from lavis_cir_plugin.benchmarks.benchmark import (
     EVALUATION_SPLITS,
@@ -20,13 +27,18 @@ from lavis_cir_plugin.benchmarks.benchmark import (
     coverage,
     drawn_like,
     find_annotation,
+    image_name,
+    listed,
     no_metrics,
+    no_submissions,
     one_of,
     read_json,
     read_records,
     record_error,
+    require_distinct,
     require_listed,
     text_field,
+    whole_number_field,
     without_missing,
 )
 from lavis_cir_plugin.benchmarks.images import find_images, image_folders, verify_images
@@ -35,9 +47,20 @@ from lavis_cir_plugin.ranking import Ranking, recall_at
 SPLITS = ("train", *EVALUATION_SPLITS)
 CUTOFFS = (1, 5, 10, 50)
 SUBSET_CUTOFFS = (1, 2, 3)
+VERSION = "rc2"
+TOP, SUBSET_TOP = 50, 3
+"""How many names per query the test server takes."""
 
 _FILE_SPLITS = {"train": "train", "val": "val", "test": "test1", "seen": "train"}
 _ROOT_NAMES = ("cirr_dataset", "CIRR", "cirr")
+_SEVEN = (*(f"R@{k}" for k in CUTOFFS), *(f"R_subset@{k}" for k in SUBSET_CUTOFFS))
+_MEANS_OF_SEVEN = {
+    "arithmetic_mean": fmean,
+    "geometric_mean": lambda values: math.prod(values) ** (1 / len(values)),
+    "harmonic_mean": harmonic_mean,
+}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,9 +69,14 @@ class CIRRConfig:
 
     Attributes:
         root: The data set's folder (with ``cirr/captions/`` or ``captions/``, and ``train/``, ``dev/``, ``test1/`` in
-            it or in ``img_raw/``) or its parent.
+            it, or in ``img_raw/`` in or beside it) or its parent.
         annotations: Folder of the JSON files where it is not below ``root``.
         images: Folder with ``train/``, ``dev/`` and ``test1/`` where it is not below ``root``.
+        labels: What R@K counts. ``hard``: the share of queries with ``target_hard`` among the first K. ``soft``: the
+            best ``target_soft`` weight among the first K, at least 0, the mean over queries (CIRPLANT, ARTEMIS).
+            R_subset@K is always that of ``target_hard``.
+        selection_metric: What chooses the best checkpoint: a metric of the split, or a mean of the seven recalls
+            (CLIP4Cir, SPRC), which is then reported too.
         missing_images: ``error``, or ``skip`` what needs a missing image and say how much that is.
         verify_images: Check every image file before the run.
     """
@@ -56,6 +84,8 @@ class CIRRConfig:
     root: str
     annotations: str | None = None
     images: str | None = None
+    labels: str = one_of("hard", "soft")
+    selection_metric: str = one_of("mean", *_SEVEN, *_MEANS_OF_SEVEN)
     missing_images: str = one_of("error", "skip")
     verify_images: bool = False
 
@@ -95,13 +125,18 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
     """Read the ``val``, ``test`` (file name ``test1``; without targets, hence without metrics) or ``seen`` split.
 
     The gallery is the split file: 137 images of test1 are never a reference. The reference is removed from every
-    ranking. The target is ``target_hard``; ``target_soft`` contradicts it in 42 queries of val and is not used.
+    ranking. The target is ``target_hard``; ``target_soft`` contradicts it in 42 queries of val and is read for
+    ``labels: soft`` alone. A blank caption is refused except in ``test``, where one is real (pairid 27098).
+
     With ``missing_images: skip`` the gallery shrinks and queries that need a missing image, be it only as a member of
     their image set, are left out; the protocol line says how many.
 
     ``seen`` is drawn from the training queries and the images they use to val's sizes (`drawn_like`), with val's rules.
     A training file in the reduced shape has no image sets; there are then no subset metrics, and ``R@5`` stands in for
-    ``mean``.
+    a selection metric that needs them. It has no soft labels either.
+
+    The submissions of ``test`` are the server's two files, by pairid: the best 50 of the gallery, and the best 3 of the
+    image set by the scores of all its members.
 
     Raises:
         ValueError: a key, value or record of the configuration or an annotation file is wrong, or no such split.
@@ -111,14 +146,14 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
     settings = CIRRConfig.from_mapping(config)
     if split == "seen":
         settings = replace(settings, verify_images=False)  # reading the training split is what verifies its images
-    queries, listed = _read_split(settings, split)
+    queries, places = _read_split(settings, split)
     has_members = all(query.members for query in queries)
     if not has_members:
         queries = [replace(query, members=()) for query in queries]
-    gallery = listed
+    gallery = places
     if split == "seen":
         used = set(_used_images(queries))
-        gallery = {name: place for name, place in listed.items() if name in used}
+        gallery = {name: place for name, place in places.items() if name in used}
     complete = available = Group("cirr", tuple(gallery), tuple(queries), reference_removed=True)
     paths, missing = _find_images(settings, gallery)
     if missing:
@@ -129,14 +164,16 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
         group = drawn_like(available, val)
         paths = {name: paths[name] for name in group.gallery}
     has_targets = all(query.target is not None for query in queries)
+    selected = settings.selection_metric
     return Benchmark(
         name="cirr",
         split=split,
         groups=(group,),
         image_paths=paths,
-        protocol=_protocol(split, group, available, has_members) + coverage([complete], [available]),
-        metrics=(_metrics if has_members else _gallery_metrics) if has_targets else no_metrics,
-        selection_metric="mean" if has_members else "R@5",
+        protocol=_protocol(settings, split, group, available, has_members) + coverage([complete], [available]),
+        metrics=partial(_metrics, group=group, settings=settings) if has_targets else no_metrics,
+        selection_metric=selected if has_members or selected.startswith("R@") else "R@5",
+        submissions=partial(_submissions, group=group) if split == "test" else no_submissions,
     )
 
 
@@ -145,29 +182,70 @@ def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
     return captions[0]
 
 
-def _protocol(split: str, group: Group, available: Group, has_members: bool) -> str:
+def _protocol(settings: CIRRConfig, split: str, group: Group, available: Group, has_members: bool) -> str:
     gallery, counted = f"{len(group.gallery):,} images", f"{len(group.queries):,} queries"
     if split == "seen":
         gallery = f"{len(group.gallery):,} training images drawn up to the size of val's"
         counted = f"{len(group.queries):,} of {len(available.queries):,} training queries"
+    labels = "hard targets"
+    if settings.labels == "soft":
+        labels = "R@K of soft labels (the best weight among the first K), R_subset of hard targets"
     subset = "R_subset among the 5 other members of the image set" if has_members else "no image sets, so no R_subset"
     name = split if split == "seen" else _FILE_SPLITS[split]
-    return (
-        f"CIRR {name}, gallery of {gallery}, reference removed, {counted}, hard targets, {subset}, "
-        f"ties by gallery order"
-    )
+    return f"CIRR {name}, gallery of {gallery}, reference removed, {counted}, {labels}, {subset}, ties by gallery order"
 
 
-def _gallery_metrics(rankings: Mapping[str, Ranking]) -> dict[str, float]:
-    """Compute R@K on the whole gallery, in percent."""
-    return {f"R@{k}": recall_at(rankings["cirr"].ranks, k) for k in CUTOFFS}
+def _metrics(rankings: Mapping[str, Ranking], group: Group, settings: CIRRConfig) -> dict[str, float]:
+    """Compute R@K, R_subset@K, ``mean`` = (R@5 + R_subset@1) / 2 and a selected mean of the seven, in percent."""
+    ranking = rankings["cirr"]
+    metrics = _gallery_metrics(ranking, group.queries, settings.labels)
+    if not all(query.members for query in group.queries):
+        return metrics
+    metrics.update(_subset_metrics(ranking))
+    metrics["mean"] = (metrics["R@5"] + metrics["R_subset@1"]) / 2
+    selected = settings.selection_metric
+    if selected in _MEANS_OF_SEVEN:
+        metrics[selected] = _MEANS_OF_SEVEN[selected]([metrics[name] for name in _SEVEN])
+    return metrics
 
 
-def _metrics(rankings: Mapping[str, Ranking]) -> dict[str, float]:
-    """Compute R@K, R_subset@K and ``mean`` = (R@5 + R_subset@1) / 2, in percent."""
-    metrics = _gallery_metrics(rankings)
-    metrics.update({f"R_subset@{k}": recall_at(rankings["cirr"].subset_ranks, k) for k in SUBSET_CUTOFFS})
-    return {**metrics, "mean": (metrics["R@5"] + metrics["R_subset@1"]) / 2}
+def _gallery_metrics(ranking: Ranking, queries: Sequence[Query], labels: str) -> dict[str, float]:
+    if labels == "soft":
+        return {f"R@{k}": _soft_recall_at(ranking.relevant_ranks, queries, k) for k in CUTOFFS}
+    return {f"R@{k}": recall_at(ranking.ranks, k) for k in CUTOFFS}
+
+
+def _subset_metrics(ranking: Ranking) -> dict[str, float]:
+    return {f"R_subset@{k}": recall_at(ranking.subset_ranks, k) for k in SUBSET_CUTOFFS}
+
+
+def _soft_recall_at(relevant_ranks: Tensor, queries: Sequence[Query], k: int) -> float:
+    r"""Compute the mean over queries of :math:`\max(0, \max_{i \le K} w_{p_i})`, in percent.
+
+    Args:
+        relevant_ranks: ``(Q, T)``, 0-based rank of every image in ``relevance``; -1: not ranked.
+        queries: Q queries with the weights ``w`` in ``relevance``.
+        k: At least 1.
+    """
+    weights = torch.zeros(relevant_ranks.shape, dtype=torch.float64, device=relevant_ranks.device)
+    for row, query in enumerate(queries):
+        weights[row, : len(query.relevance)] = weights.new_tensor([weight for _, weight in query.relevance])
+    is_found = (relevant_ranks >= 0) & (relevant_ranks < k)
+    return 100.0 * float(weights.masked_fill(~is_found, 0.0).amax(dim=1).clamp(min=0).mean())
+
+
+# -- submission ------------------------------------------------------------------------------------------------------
+
+
+def _submissions(rankings: Mapping[str, Ranking], group: Group) -> dict[str, Any]:
+    ranking = rankings["cirr"]
+    best = {"recall": ranking.top[:, :TOP], "recall_subset": ranking.subset_top[:, :SUBSET_TOP]}
+    return {f"cirr_test1_{metric}.json": _submission(metric, rows, group) for metric, rows in best.items()}
+
+
+def _submission(metric: str, best: Tensor, group: Group) -> dict[str, Any]:
+    names = ([group.gallery[index] for index in row if index >= 0] for row in best.tolist())
+    return {"version": VERSION, "metric": metric, **dict(zip((query.identifier for query in group.queries), names))}
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -184,39 +262,99 @@ def _read_split(settings: CIRRConfig, split: str) -> tuple[list[Query], dict[str
     bases = [Path(settings.annotations).expanduser()] if settings.annotations else _bases(settings)
     path = find_annotation(bases, ("captions", ""), f"cap.rc2.{_FILE_SPLITS[split]}.json", "cirr")
     split_path = find_annotation(bases, ("image_splits", ""), f"split.rc2.{_FILE_SPLITS[split]}.json", "cirr")
-    images = read_json(split_path)
-    if not isinstance(images, dict) or not images or not all(isinstance(place, str) for place in images.values()):
-        raise ValueError(f"{split_path} must map image names to paths; correct the file or copy it again.")
-    queries = [_query(item, path, number, split) for number, item in enumerate(read_records(path))]
-    require_listed(_used_images(queries), images, path, split_path)
-    return queries, images
+    places = _read_places(split_path)
+    queries = _read_queries(path, split, settings.labels)
+    require_listed(_used_images(queries), places, path, split_path)
+    return queries, places
+
+
+def _read_places(path: Path) -> dict[str, str]:
+    places = read_json(path)
+    if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
+        raise ValueError(f"{path} must map image names to paths; correct the file or copy it again.")
+    for number, (name, place) in enumerate(places.items()):
+        image_name(name, "name", path, number)
+        parts = PurePosixPath(place).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\\" in place or not place.isprintable():
+            problem = (
+                f"maps {name} to {place!r}; it must be a path below the image folder, without '..' and backslashes"
+            )
+            raise record_error(path, number, problem)
+    return places
+
+
+def _read_queries(path: Path, split: str, labels: str) -> list[Query]:
+    records = read_records(path)
+    queries = [_query(item, path, number, split, labels) for number, item in enumerate(records)]
+    require_distinct(records, "pairid", path)
+    blank = [query.identifier for query in queries if not query.texts[0]]
+    if blank:
+        logger.warning("cirr test1: %d of %d captions are blank (pairid, %s).", len(blank), len(queries), listed(blank))
+    return queries
 
 
 def _used_images(queries: Iterable[Query]) -> list[str]:
-    used = (name for query in queries for name in (query.reference, query.target, *query.members) if name is not None)
+    used = (
+        name
+        for query in queries
+        for name in (query.reference, query.target, *query.members, *dict(query.relevance))
+        if name is not None
+    )
     return list(dict.fromkeys(used))
 
 
-def _query(item: Mapping[str, Any], path: Path, number: int, split: str) -> Query:
-    reference = str(text_field(item, "reference", path, number))
-    caption = str(text_field(item, "caption", path, number)).strip()
+def _query(item: Mapping[str, Any], path: Path, number: int, split: str, labels: str) -> Query:
+    is_training = split in ("train", "seen")
+    pair = whole_number_field(item, "pairid", path, number, optional=is_training)
+    reference = image_name(text_field(item, "reference", path, number), "reference", path, number)
     target = text_field(item, "target_hard", path, number, optional=split == "test")
-    if split == "train" or (split == "seen" and "img_set" not in item):
-        return Query(reference, (caption,), target)
+    if target is not None:
+        image_name(target, "target_hard", path, number)
+    caption = str(text_field(item, "caption", path, number)).strip()
+    if not caption and split != "test":
+        raise record_error(path, number, "has an empty caption; it must say how the target differs")
+    query = Query(reference, (caption,), target, identifier=str(number if pair is None else pair))
+    if split == "train":
+        return query
+    if labels == "soft" and target is not None:
+        query = replace(query, relevance=_soft_labels(item, path, number))
+    if split == "seen" and "img_set" not in item:
+        return query
+    return replace(query, members=_other_members(item, query, path, number))
+
+
+def _other_members(item: Mapping[str, Any], query: Query, path: Path, number: int) -> tuple[str, ...]:
     image_set = item.get("img_set")
     members = image_set.get("members") if isinstance(image_set, dict) else None
     if not isinstance(members, list) or not all(isinstance(name, str) for name in members):
         raise record_error(path, number, "needs 'img_set' with 'members', a list of image names")
-    if len(set(members)) < len(members) or not {reference, target or reference} <= set(members):
+    for name in members:
+        image_name(name, "members", path, number)
+    if len(set(members)) < len(members) or not {query.reference, query.target or query.reference} <= set(members):
         raise record_error(path, number, "needs distinct 'members' that include the reference and the target")
-    return Query(reference, (caption,), target, tuple(name for name in members if name != reference))
+    return tuple(name for name in members if name != query.reference)
+
+
+def _soft_labels(item: Mapping[str, Any], path: Path, number: int) -> tuple[tuple[str, float], ...]:
+    labels = item.get("target_soft")
+    weights = labels.values() if isinstance(labels, dict) else ()
+    if not weights or not all(type(weight) in (int, float) and -1 <= weight <= 1 for weight in weights):
+        raise record_error(
+            path,
+            number,
+            "needs 'target_soft', which maps image names to weights from -1 to 1, for "
+            "datasets.cirr.build_info.labels = soft",
+        )
+    return tuple((image_name(name, "target_soft", path, number), float(weight)) for name, weight in labels.items())
 
 
 def _find_images(settings: CIRRConfig, split: Mapping[str, str]) -> tuple[dict[str, Path], list[str]]:
     tops = list(dict.fromkeys(_top_folder(place) for place in split.values()))
     bases = [Path(settings.images).expanduser()] if settings.images else _bases(settings)
-    guesses = [base / below / top for base in bases for below in ("", "img_raw") for top in tops]
-    folders = image_folders(guesses, "cirr")
+    places = [base / below for base in bases for below in ("", "img_raw")]
+    if not settings.images:
+        places.append(Path(settings.root).expanduser().absolute().parent / "img_raw")  # CIRR's README: beside cirr/
+    folders = image_folders([place / top for place in places for top in tops], "cirr")
     paths, missing = find_images(split, folders, "cirr", settings.missing_images)
     if settings.verify_images:
         verify_images(paths.values())
