@@ -1,4 +1,7 @@
-"""Draw the project's own benchmark: a procedural world of dresses, shirts and tops in FashionIQ's files."""
+"""Draw the project's own benchmarks: a procedural world of dresses, shirts and tops in other benchmarks' files.
+
+The names below are FashionIQ's; `cirr` and `circo` hold those of the other shapes.
+"""
 
 from .attributes import Garment as Garment
 from .drawing import draw as draw

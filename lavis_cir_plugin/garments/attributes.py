@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 CATEGORIES = ("dress", "shirt", "toptee")
+
+DISTINCT_CATEGORIES = ("dress", "toptee")
+"""What one gallery may mix: a shirt and a top of equal attributes cannot be told apart in a picture."""
 
 COLOURS: Mapping[str, tuple[int, int, int]] = {
     "red": (205, 28, 38),
@@ -119,6 +122,8 @@ _EDIT_WEIGHTS = {
     "hem": 1.0,
     "finish": 1.0,
 }
+
+_ATTEMPTS = 1000
 
 BACKGROUNDS = ("studio", "gradient", "wall", "street", "curtain")
 BODIES = ("mannequin", "porcelain", "light", "tan", "brown", "dark")
@@ -308,6 +313,25 @@ def _consistent(garment: Garment, rng: random.Random) -> Garment:
         return garment
     neutral = [colour for colour in ("white", "black") if colour in readable]
     return replace(garment, secondary=rng.choice(neutral if neutral and rng.random() < 0.5 else readable))
+
+
+def draw_new(draw: Callable[[], Garment | None], seen: set[tuple[str, ...]], held_out: float = 0.0) -> Garment | None:
+    """Repeat `draw` until it gives a garment that is not in `seen`, and add that to it; ``None``: it never did.
+
+    Args:
+        draw: Gives a garment, or ``None`` for one that is of no use.
+        seen: What exists already: category and `attributes`.
+        held_out: A combination that `is_held_out` at this share is not taken.
+    """
+    for _ in range(_ATTEMPTS):
+        garment = draw()
+        if garment is None or is_held_out(garment, held_out):
+            continue
+        key = (garment.category, *attributes(garment))
+        if key not in seen:
+            seen.add(key)
+            return garment
+    return None
 
 
 def is_held_out(garment: Garment, share: float) -> bool:

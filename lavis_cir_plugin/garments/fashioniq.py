@@ -12,9 +12,9 @@ import random
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .attributes import CATEGORIES, Garment, attributes, edited, is_held_out, sample, sample_photo, varying_attributes
+from .attributes import CATEGORIES, Garment, draw_new, edited, sample, sample_photo, varying_attributes
 from .wording import captions, phrases
-from .world import digest, full_disk_named, made_once, write_json, write_pictures
+from .world import check_drawing, full_disk_named, make_world, write_json, write_pictures
 
 GENERATOR_VERSION = 1
 """Part of the cache key; raise it with every change of the written files."""
@@ -24,7 +24,6 @@ SPLITS = ("train", "val", "test")
 _FAMILY_SIZE = 40
 _VARYING = 4
 _EDITS = {1: 3, 2: 5, 3: 2}
-_ATTEMPTS = 1000
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,9 @@ class GarmentsConfig:
                 raise ValueError(
                     f"garments: {name} must be at least 1 and less than {split}_images = {images}, got {queries}."
                 )
-        if min(self.image_width, self.image_height) < 32:
-            raise ValueError(
-                "garments: image_width and image_height must be at least 32 pixels, "
-                f"got {self.image_width} x {self.image_height}."
-            )
+        check_drawing(self.image_width, self.image_height, self.held_out)
         if self.image_suffix not in (".jpg", ".png"):
             raise ValueError(f"garments: image_suffix must be '.jpg' or '.png', got {self.image_suffix!r}.")
-        if not 0 <= self.held_out <= 0.5:
-            raise ValueError(f"garments: held_out must lie in [0, 0.5], got {self.held_out}.")
 
     def counts(self, split: str) -> tuple[int, int]:
         """Return the number of queries (triplets in training) and of images of a split, per category."""
@@ -129,7 +122,6 @@ def plan_split(config: GarmentsConfig, category: str, split: str) -> SplitPlan:
             family_start, varying = index, varying_attributes(category, rng, _VARYING)
         parent = None if index == family_start else rng.randrange(family_start, index)
         garment = _unseen(config, category, split, None if parent is None else garments[parent], varying, seen, rng)
-        seen.add(attributes(garment))
         garments.append(garment)
         parents.append(parent)
     order = list(range(images))
@@ -154,20 +146,18 @@ def _unseen(
     rng: random.Random,
 ) -> Garment:
     """Draw a garment, or an edit of `parent` in `varying` attributes, that the split does not hold yet and may hold."""
-    for _ in range(_ATTEMPTS):
+
+    def draw() -> Garment | None:
         if parent is None:
-            garment = sample(category, rng)
-        else:
-            garment = edited(parent, rng, rng.choices(tuple(_EDITS), tuple(_EDITS.values()))[0], varying)
-            garment = replace(garment, photo=sample_photo(rng))
-            if not phrases(parent, garment):
-                continue
-        if attributes(garment) not in seen and not (split == "train" and is_held_out(garment, config.held_out)):
-            return garment
-    raise ValueError(
-        f"garments: no unused {category} was found for {split} in {_ATTEMPTS} attempts; "
-        f"lower {split}_images or held_out."
-    )
+            return sample(category, rng)
+        garment = edited(parent, rng, rng.choices(tuple(_EDITS), tuple(_EDITS.values()))[0], varying)
+        garment = replace(garment, photo=sample_photo(rng))
+        return garment if phrases(parent, garment) else None
+
+    garment = draw_new(draw, seen, config.held_out if split == "train" else 0)
+    if garment is None:
+        raise ValueError(f"garments: no unused {category} was found for {split}; lower {split}_images or held_out.")
+    return garment
 
 
 def write_fashioniq(root: Path, config: GarmentsConfig, progress: bool = True, workers: int | None = None) -> Path:
@@ -183,8 +173,6 @@ def write_fashioniq(root: Path, config: GarmentsConfig, progress: bool = True, w
     size = (config.image_width, config.image_height)
     images = len(CATEGORIES) * sum(config.counts(split)[1] for split in SPLITS)
     with full_disk_named(root, images, size):
-        for folder in ("captions", "image_splits"):
-            (root / folder).mkdir(parents=True, exist_ok=True)
         for category in CATEGORIES:
             for split in SPLITS:
                 plan = plan_split(config, category, split)
@@ -200,17 +188,16 @@ def write_fashioniq(root: Path, config: GarmentsConfig, progress: bool = True, w
     return root
 
 
-def world_name(config: GarmentsConfig) -> str:
-    """Return the folder name of a world: a hash of its configuration and of the generator's version."""
-    return f"garments-{digest([GENERATOR_VERSION, asdict(config)])}"
-
-
 def make_garments(cache_root: Path, config: GarmentsConfig, progress: bool = True, workers: int | None = None) -> Path:
     """Return the folder of a world in FashionIQ's format below `cache_root`; draw it on the first call only.
 
     Raises:
         OSError: see `write_fashioniq`; nothing of the unfinished world is left.
     """
-    settings = [{"generator_version": GENERATOR_VERSION, **asdict(config)}]
-    place = Path(cache_root) / world_name(config)
-    return made_once(place, settings, lambda part: write_fashioniq(part, config, progress, workers))
+    return make_world(
+        cache_root,
+        "garments-fashioniq",
+        GENERATOR_VERSION,
+        config,
+        lambda place: write_fashioniq(place, config, progress, workers),
+    )

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .attributes import CATEGORIES, COLOURS, Garment, attributes, is_held_out, sample
 from .wording import description, tokens
-from .world import digest, full_disk_named, made_once, write_json, write_pictures
+from .world import full_disk_named, make_world, write_json, write_pictures
 
 GENERATOR_VERSION = 1
 """Part of the cache key; raise it with every change of the written files."""
@@ -256,7 +256,6 @@ def write_questions(root: Path, config: QuestionsConfig, progress: bool = True, 
     size = (config.image_width, config.image_height)
     pictures = {name: garment for split in plan.values() for name, garment in split.items()}
     with full_disk_named(root, len(pictures), size):
-        root.mkdir(parents=True, exist_ok=True)
         write_json(root / "answer_list.json", answers())
         for split, garments in plan.items():
             questions = plan_questions(config, split, garments)
@@ -283,9 +282,9 @@ def make_questions(cache_root: Path, config: QuestionsConfig) -> Path:
     Raises:
         OSError: see `write_questions`; nothing of the unfinished world is left.
     """
-    settings = {"generator_version": GENERATOR_VERSION, **asdict(config)}
-    place = Path(cache_root) / f"garments-questions-{digest(settings)}"
-    return made_once(place, settings, lambda part: write_questions(part, config))
+    return make_world(
+        cache_root, "garments-questions", GENERATOR_VERSION, config, lambda place: write_questions(place, config)
+    )
 
 
 def words() -> list[str]:

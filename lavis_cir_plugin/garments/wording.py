@@ -115,6 +115,17 @@ _TOGGLES: Mapping[tuple[str, str], tuple[tuple[str, str], ...]] = {
 }
 _NOUNS: Mapping[str, tuple[str, ...]] = {"dress": ("dress",), "shirt": ("shirt",), "toptee": ("top", "shirt")}
 
+_OPENINGS = (
+    "{edit}",
+    "{edit}",
+    "the {noun} {edit}",
+    "the same {noun}, but it {edit}",
+    "same {noun} that {edit}",
+    "show a {noun} that {edit}",
+    "shows the same {noun} but it {edit}",
+    "unlike the reference image, the {noun} {edit}",
+)
+
 _OTHER_WORDS = (
     "a and at bottom in instead is it of the with not no has color colored design print graphic different",
     "darker lighter brighter more less colorful patterned busy solid much slightly little longer shorter",
@@ -313,11 +324,20 @@ def _choose(options: tuple[Phrase, ...], rng: random.Random, absolute: bool) -> 
 
 def _sentence(chosen: list[Phrase], category: str, rng: random.Random) -> str:
     """Join one to three phrases as annotators do: "is red and has long sleeves", "is red with long sleeves", "red"."""
-    first, *rest = sorted(chosen, key=lambda phrase: phrase.verb, reverse=rng.random() < 0.8)
+    first, *rest = _ordered(chosen, rng)
     text = first.text if rng.random() < 0.1 else f"{first.verb} {first.text}"
     if rng.random() < 0.05:
         text = f"{rng.choice(('the ' + _NOUNS[category][0], 'it'))} {first.verb} {first.text}"
-    previous = first.verb
+    return _joined(text, first.verb, rest, rng)
+
+
+def _ordered(chosen: Iterable[Phrase], rng: random.Random) -> list[Phrase]:
+    """Put equal verbs together, "is" or "has" first."""
+    return sorted(chosen, key=lambda phrase: phrase.verb, reverse=rng.random() < 0.8)
+
+
+def _joined(text: str, previous: str, rest: Iterable[Phrase], rng: random.Random) -> str:
+    """Append phrases to a text whose last verb is `previous`."""
     for phrase in rest:
         if phrase.verb == previous:
             text += f" and {phrase.text}"
@@ -370,6 +390,45 @@ def captions(reference: Garment, target: Garment, rng: random.Random) -> tuple[s
         texts.append(_as_typed(_sentence(_without_repeats(chosen), reference.category, rng), rng))
     rng.shuffle(texts)
     return texts[0], texts[1]
+
+
+def told(reference: Garment, target: Garment, rng: random.Random, only: Iterable[str] | None = None) -> list[Phrase]:
+    """Choose a phrase for every change that can be said (of those in `only`); in five cases of six, by its new value.
+
+    A phrase that speaks of two changes ("white stripes") speaks for both.
+    """
+    said = phrases(reference, target)
+    names = [name for name in said if only is None or name in only]
+    rng.shuffle(names)
+    chosen: list[Phrase] = []
+    for name in names:
+        if not any(name in phrase.covers for phrase in chosen):
+            chosen.append(_choose(said[name], rng, absolute=rng.random() < 0.85))
+    return _without_repeats(chosen)
+
+
+def predicate(chosen: Iterable[Phrase], rng: random.Random) -> str:
+    """Say phrases as CIRCO does, beginning with a verb, without capitals and full stop: "is red and has a belt"."""
+    first, *rest = _ordered(chosen, rng)
+    return _joined(f"{first.verb} {first.text}", first.verb, rest, rng)
+
+
+def edit_sentence(chosen: Iterable[Phrase], category: str, rng: random.Random) -> str:
+    """Say phrases as CIRR does, in one sentence: "shows the same dress but it is red and has a belt"."""
+    noun = _NOUNS[category][0]
+    text = rng.choice(_OPENINGS).format(noun=noun, edit=predicate(chosen, rng))
+    return _as_typed(text, rng)
+
+
+def concept(garment: Garment, names: Iterable[str], rng: random.Random) -> str:
+    """Describe what two garments share, a category and attributes out of colour, pattern and sleeve: "a red dress"."""
+    words = {"colour": rng.choice(_COLOUR_WORDS[garment.colour])}
+    words["pattern"] = rng.choice(_PATTERN_ADJECTIVES[garment.pattern])
+    adjectives = [words[name] for name in ("colour", "pattern") if name in names]
+    text = " ".join([*adjectives, _NOUNS[garment.category][0]])
+    if "sleeve" in names:
+        text += f" with {rng.choice(_SLEEVE_NOUNS[garment.sleeve])}"
+    return f"{'an' if text.startswith('orange') else 'a'} {text}"
 
 
 def _without_repeats(chosen: list[Phrase]) -> list[Phrase]:

@@ -15,7 +15,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -36,8 +38,23 @@ def digest(settings: object) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def check_drawing(image_width: int, image_height: int, held_out: float = 0.0) -> None:
+    """Check the settings that worlds share: the pictures' size and the share of combinations kept out of training.
+
+    Raises:
+        ValueError: a side below 32 pixels, or a share outside [0, 0.5].
+    """
+    if min(image_width, image_height) < 32:
+        raise ValueError(
+            f"garments: image_width and image_height must be at least 32 pixels, got {image_width} x {image_height}."
+        )
+    if not 0 <= held_out <= 0.5:
+        raise ValueError(f"garments: held_out must lie in [0, 0.5], got {held_out}.")
+
+
 def write_json(path: Path, content: object) -> None:
-    """Write a file of JSON."""
+    """Write a file of JSON; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
@@ -50,13 +67,15 @@ def write_pictures(
 ) -> None:
     """Draw garments of `size` = (width, height) pixels into `folder`, by file name ending in ".jpg" or ".png".
 
-    The files do not depend on `workers`, the number of drawing processes (default: one per core).
+    A name may hold folders, which are made. The files do not depend on `workers`, the number of drawing processes
+    (default: one per core).
 
     Raises:
         OSError: a file could not be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     jobs = [(garment, size, str(folder / name)) for name, garment in pictures.items()]
+    for below in {(folder / name).parent for name in pictures}:
+        below.mkdir(parents=True, exist_ok=True)
     logging.info("drawing %d garments into %s", len(jobs), folder)
     hidden = None if progress else True  # None: shown on a terminal only
     for _ in tqdm(_drawn(jobs, workers), total=len(jobs), desc="garments", unit="image", disable=hidden):
@@ -104,6 +123,18 @@ def full_disk_named(root: Path, images: int, size: tuple[int, int]) -> Iterator[
                 f"{size[0]} x {size[1]}; free some, choose another folder or a smaller world.",
             ) from error
         raise
+
+
+def make_world(cache_root: Path, kind: str, version: int, config: Any, write: Callable[[Path], object]) -> Path:
+    """Return the folder ``<kind>-<hash>`` below `cache_root`, made by ``write(folder)`` on the first call only.
+
+    The hash is of the generator's version and of the configuration, a dataclass.
+
+    Raises:
+        OSError: something could not be written; nothing of the unfinished world is left.
+    """
+    settings = {"generator_version": version, **asdict(config)}
+    return made_once(Path(cache_root) / f"{kind}-{digest(settings)}", settings, write)
 
 
 def made_once(place: Path, settings: object, write: Callable[[Path], object]) -> Path:

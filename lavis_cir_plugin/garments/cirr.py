@@ -1,0 +1,274 @@
+"""Write a garments world as CIRR's files: sets of six near-identical images, and a sentence for a pair of one set.
+
+A split grows in neighbourhoods of several sets: a set's first garment is an edit of an earlier garment of the
+neighbourhood, and the other five are edits, one or two at a time, of earlier members of the set, each in a photo of its
+own. So the image alone leaves a neighbourhood and the text alone a few members of every one; both are needed, and most
+of all within a set.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .attributes import DISTINCT_CATEGORIES, Garment, draw_new, edited, sample, sample_photo, varying_attributes
+from .truth import Gallery, is_answer
+from .wording import Phrase, edit_sentence, phrases, told
+from .world import check_drawing, full_disk_named, make_world, write_json, write_pictures
+
+GENERATOR_VERSION = 1
+"""Part of the cache key; raise it with every change of the written files."""
+
+SPLITS = ("train", "val", "test1")
+
+SET_SIZE = 6
+MAX_QUERIES_PER_SET = 9
+
+_FOLDERS = {"train": "train", "val": "dev", "test1": "test1"}
+_TRAIN_FOLDERS = 100
+_SETS_PER_NEIGHBOURHOOD = 6
+_VARYING = 3
+_EDITS_OF_MEMBER = {1: 3, 2: 2}
+_EDITS_OF_SET = 2
+_MOST_CHANGES = 2
+_TOO_DIFFERENT = 4
+_WORDINGS = 4
+
+
+@dataclass(frozen=True)
+class GarmentsConfig:
+    """Set a world's sizes.
+
+    seed: everything follows from it. train_sets, val_sets, test_sets: image sets, >= 1, of six images each.
+    queries_per_set: at most, 1 to 9. image_width, image_height: pixels, >= 32. held_out: expected share, in [0, 0.5],
+    of the (colour, pattern, sleeve) combinations that training never shows.
+
+    CIRR's own size is about train_sets=2823, val_sets=383, test_sets=386 (by images), queries_per_set=9.
+
+    Raises:
+        ValueError: a value outside these ranges.
+    """
+
+    seed: int = 0
+    train_sets: int = 450
+    val_sets: int = 60
+    test_sets: int = 20
+    queries_per_set: int = 8
+    image_width: int = 96
+    image_height: int = 120
+    held_out: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("train_sets", "val_sets", "test_sets"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"garments: {name} must be at least 1, got {getattr(self, name)}.")
+        if not 1 <= self.queries_per_set <= MAX_QUERIES_PER_SET:
+            raise ValueError(
+                f"garments: queries_per_set must lie in 1..{MAX_QUERIES_PER_SET}, got {self.queries_per_set}."
+            )
+        check_drawing(self.image_width, self.image_height, self.held_out)
+
+    def sets(self, split: str) -> int:
+        """Return the number of image sets of a split."""
+        return {"train": self.train_sets, "val": self.val_sets, "test1": self.test_sets}[split]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Hold one query: reference and target as places in their image set, and what the caption says."""
+
+    image_set: int
+    reference: int
+    target: int
+    changes: tuple[Phrase, ...]
+    caption: str
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """Hold a split before it is drawn.
+
+    images: its garments by image name, in gallery order. sets: the image names of each set, in the order in which its
+    members were invented. pairs: the queries, in file order.
+    """
+
+    images: dict[str, Garment]
+    sets: tuple[tuple[str, ...], ...]
+    pairs: tuple[Pair, ...]
+
+
+def image_name(split: str, index: int) -> str:
+    """Return an image's name in NLVR2's manner: eight images share a number, such as ``dev-12-0-img0``."""
+    return f"{_FOLDERS[split]}-{index // 8}-{index // 2 % 4}-img{index % 2}"
+
+
+def image_path(split: str, name: str) -> str:
+    """Return an image's path as a split file gives it, such as ``./dev/dev-12-0-img0.png``."""
+    folder = _FOLDERS[split]
+    if split == "train":
+        folder += f"/{int(name.split('-')[1]) % _TRAIN_FOLDERS}"
+    return f"./{folder}/{name}.png"
+
+
+def plan_split(config: GarmentsConfig, split: str) -> SplitPlan:
+    """Invent the garments and queries of a split: pure, and equal for equal arguments.
+
+    No two images of a split show the same garment, and in training no held-out combination occurs. A caption tells
+    everything that can be said of the one or two differences between reference and target, and the target is the only
+    image of the whole gallery that answers it (`truth.is_answer`).
+
+    Raises:
+        ValueError: the world has no room for that many different garments.
+    """
+    rng = random.Random(f"garments/cirr/{config.seed}/{split}")
+    sets = list(_image_sets(config, split, rng))
+    garments = [garment for members in sets for garment in members]
+    places = list(range(len(garments)))
+    rng.shuffle(places)
+    names = [image_name(split, place) for place in places]
+    gallery = Gallery(garments)
+    pairs = []
+    for number, members in enumerate(sets):
+        pairs.extend(_pairs(config, number, members, gallery, rng))
+    if not pairs:
+        raise ValueError(f"garments: {split} got no query; raise the number of sets or queries_per_set.")
+    return SplitPlan(
+        {name: garment for _, name, garment in sorted(zip(places, names, garments), key=lambda row: row[0])},
+        tuple(tuple(names[start : start + SET_SIZE]) for start in range(0, len(names), SET_SIZE)),
+        tuple(pairs),
+    )
+
+
+def _image_sets(config: GarmentsConfig, split: str, rng: random.Random) -> Iterator[list[Garment]]:
+    """Yield sets of six different garments, neighbourhood by neighbourhood."""
+    seen: set[tuple[str, ...]] = set()
+    held_out = config.held_out if split == "train" else 0
+    neighbours: list[Garment] = []
+
+    def new(parent: Garment | None, edits: int, varying: tuple[str, ...]) -> Garment:
+        def draw() -> Garment | None:
+            if parent is None:
+                return sample(rng.choice(DISTINCT_CATEGORIES), rng)
+            garment = replace(edited(parent, rng, edits, varying), photo=sample_photo(rng))
+            return garment if phrases(parent, garment) else None
+
+        garment = draw_new(draw, seen, held_out)
+        if garment is None:
+            raise ValueError(
+                f"garments: no unused garment was found for {split}; lower its number of sets, or held_out."
+            )
+        return garment
+
+    for number in range(config.sets(split)):
+        if number % _SETS_PER_NEIGHBOURHOOD == 0:
+            neighbours = []
+        parent = rng.choice(neighbours) if neighbours else None
+        category = parent.category if parent else rng.choice(DISTINCT_CATEGORIES)
+        first = new(parent, _EDITS_OF_SET, varying_attributes(category, rng, 2 * _VARYING))
+        varying = varying_attributes(first.category, rng, _VARYING)
+        members = [first]
+        while len(members) < SET_SIZE:
+            edits = rng.choices(tuple(_EDITS_OF_MEMBER), tuple(_EDITS_OF_MEMBER.values()))[0]
+            members.append(new(rng.choice(members), edits, varying))
+        neighbours.extend(members)
+        yield members
+
+
+def _pairs(
+    config: GarmentsConfig, number: int, members: Sequence[Garment], gallery: Gallery, rng: random.Random
+) -> Iterator[Pair]:
+    """Yield up to ``queries_per_set`` pairs of a set that a caption tells apart from everything in the gallery."""
+    ordered = [(a, b) for a in range(SET_SIZE) for b in range(SET_SIZE) if a != b]
+    rng.shuffle(ordered)
+    found = 0
+    for reference, target in ordered:
+        if found == config.queries_per_set:
+            return
+        if not 1 <= len(phrases(members[reference], members[target])) <= _MOST_CHANGES:
+            continue
+        for _ in range(_WORDINGS):
+            changes = told(members[reference], members[target], rng)
+            if gallery.answers(members[reference], changes) == [number * SET_SIZE + target]:
+                caption = edit_sentence(changes, members[reference].category, rng)
+                yield Pair(number, reference, target, tuple(changes), caption)
+                found += 1
+                break
+
+
+def soft_labels(members: Sequence[Garment], pair: Pair) -> dict[int, float]:
+    """Weigh the members of a pair's set, by place: what is left out has no label.
+
+    1.0 the target; 0.5 what the caption says is true of it, though something else has changed too; -1.0 in four or
+    more respects different from the target (and nothing of the former).
+    """
+    labels = {pair.target: 1.0}
+    for place, garment in enumerate(members):
+        if place in (pair.reference, pair.target):
+            continue
+        if is_answer(garment, members[pair.reference], pair.changes, kept=()):
+            labels[place] = 0.5
+        elif len(phrases(members[pair.target], garment)) >= _TOO_DIFFERENT:
+            labels[place] = -1.0
+    return labels
+
+
+def _records(plan: SplitPlan, split: str, rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Yield the rows of an annotation file; `pairid` grows with gaps, and members stand in a shuffled order."""
+    shuffled = [rng.sample(names, SET_SIZE) for names in plan.sets]
+    pairid = -1
+    for pair in plan.pairs:
+        pairid += rng.choice((1, 1, 1, 2, 4))
+        names = plan.sets[pair.image_set]
+        image_set: dict[str, Any] = {
+            "id": pair.image_set,
+            "members": shuffled[pair.image_set],
+            "reference_rank": pair.reference,
+        }
+        row: dict[str, Any] = {"pairid": pairid, "reference": names[pair.reference]}
+        if split != "test1":
+            labels = soft_labels([plan.images[name] for name in names], pair)
+            row["target_hard"] = names[pair.target]
+            row["target_soft"] = {names[place]: weight for place, weight in labels.items()}
+            image_set["target_rank"] = pair.target
+        yield {**row, "caption": pair.caption, "img_set": image_set}
+
+
+def write_cirr(root: Path, config: GarmentsConfig, progress: bool = True, workers: int | None = None) -> Path:
+    """Write cirr/captions/, cirr/image_splits/, train/<n>/, dev/ and test1/ below `root` and return `root`.
+
+    The files depend on `config` alone, not on `workers`, the number of drawing processes (default: one per core).
+
+    Raises:
+        OSError: a file could not be written; a full disk is named as such.
+    """
+    root = Path(root)
+    pictures: dict[str, Garment] = {}
+    size = (config.image_width, config.image_height)
+    with full_disk_named(root, SET_SIZE * sum(config.sets(split) for split in SPLITS), size):
+        for split in SPLITS:
+            plan = plan_split(config, split)
+            paths = {name: image_path(split, name) for name in plan.images}
+            rows = list(_records(plan, split, random.Random(f"garments/cirr/{config.seed}/{split}/records")))
+            write_json(root / "cirr" / "captions" / f"cap.rc2.{split}.json", rows)
+            write_json(root / "cirr" / "image_splits" / f"split.rc2.{split}.json", paths)
+            pictures.update((paths[name], garment) for name, garment in plan.images.items())
+        write_pictures(root, pictures, size, progress, workers)
+    return root
+
+
+def make_garments(cache_root: Path, config: GarmentsConfig, progress: bool = True, workers: int | None = None) -> Path:
+    """Return the folder of a world in CIRR's format below `cache_root`; draw it on the first call only.
+
+    Raises:
+        OSError: see `write_cirr`; nothing of the unfinished world is left.
+    """
+    return make_world(
+        cache_root,
+        "garments-cirr",
+        GENERATOR_VERSION,
+        config,
+        lambda place: write_cirr(place, config, progress, workers),
+    )
