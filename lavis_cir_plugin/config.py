@@ -130,15 +130,16 @@ def check_values(cfg: Config, command: str) -> None:
 
 
 def choose_splits(cfg: Config, command: str) -> None:
-    """Let each of our data sets build only the splits that this run reads, unless its section says which.
+    """Let each of our data sets build only the splits that this run reads, of those that its section names, if any.
 
     So an evaluation needs no training images, and a training run without ``valid_splits`` no validation images.
     """
     keys = ("train_splits", "valid_splits", "test_splits") if command == "train" else ("test_splits",)
     needed = list(dict.fromkeys(split for key in keys for split in cfg.run_cfg[key]))
     for name, section in cfg.datasets_cfg.items():
-        if _is_ours(registry.get_builder_class(name)) and section.get("splits") is None:
-            section.splits = needed
+        builder = registry.get_builder_class(name)
+        if _is_ours(builder):
+            section.splits = [split for split in needed if split in (section.get("splits") or builder.known_splits())]
 
 
 def _sections(merged: DictConfig) -> Iterator[str]:
@@ -341,9 +342,12 @@ def _split_owners(cfg: Config, key: str, split: str) -> Iterator[str]:
     sections = cfg.datasets_cfg.items()
     if not all(_is_ours(registry.get_builder_class(name)) for name, _ in sections):
         return  # what LAVIS's own builders build is theirs to say
-    owners = [name for name, section in sections if split in (section.get("splits") or [split])]
+    splits = {
+        name: section.get("splits") or registry.get_builder_class(name).known_splits() for name, section in sections
+    }
+    owners = [name for name, built in splits.items() if split in built]
     if not owners:
-        built = "; ".join(f"datasets.{name}.splits: {list(section.splits)}" for name, section in sections)
+        built = "; ".join(f"datasets.{name}.splits: [{', '.join(splits[name])}]" for name in splits)
         yield f"run.{key}: {split} is built by no data set ({built})."
     if len(owners) > 1 and split != "train":
         yield (

@@ -190,7 +190,7 @@ class BenchmarkBuilder(BaseDatasetBuilder):
 
     benchmark_module: ModuleType
     world_module: Any
-    """``None``, or what draws the embedded world in the benchmark's files, from a ``GarmentsConfig``, by ``make_garments``."""
+    """What draws the embedded world in the benchmark's files: ``GarmentsConfig`` and ``make_garments``; or ``None``."""
 
     @classmethod
     def known_splits(cls) -> tuple[str, ...]:
@@ -242,8 +242,8 @@ class BenchmarkBuilder(BaseDatasetBuilder):
         self.build_processors()
         build_info = self._build_info()
         datasets: dict[str, Dataset] = {}
-        default = [split for split in ("train", "val") if split in self.known_splits()]
-        for split in self.config.get("splits") or default:
+        splits = self.config.get("splits")
+        for split in self.known_splits()[:2] if splits is None else splits:
             stage = "train" if split == "train" else "eval"
             processors = self.vis_processors[stage], self.text_processors[stage]
             if split == "train":

@@ -33,12 +33,12 @@ from typing import Any, Callable, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lavis_cir_plugin.benchmarks.images import open_rgb
+from lavis_cir_plugin.processes import gather, rank_and_world, together
 
 # Part of every key: raise it when a shipped model or processor comes to return something else under the same name.
 _FORMAT = 1
@@ -150,24 +150,24 @@ class FeatureCache:
                 its features are not finite.
             OSError: If a row cannot be written, as on a full disk; earlier ones stay and count.
         """
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         names = sorted({str(path) for path in paths})
-        with _together():
+        with together():
             files = self._identify(names[rank::world])
-        image_of = {file["name"]: file["image"] for part in _gather(files) for file in part}
+        image_of = {file["name"]: file["image"] for part in gather(files) for file in part}
         source = {image_of[name]: name for name in reversed(names)}
 
         rows = self._read_rows()
-        checked = _gather(self._wrong(rows, list(source)[rank::world]))
+        checked = gather(self._wrong(rows, list(source)[rank::world]))
         wrong = {image: place for part in checked for image, place in part.items()}
         # Processes may see different rows if an independent run is writing, so the first one decides.
-        missing = _gather([image for image in source if image not in rows or image in wrong])[0]
-        with _together():
+        missing = gather([image for image in source if image not in rows or image in wrong])[0]
+        with together():
             if missing and not self._shape:
                 probe = self._features(model, self._picture(source[missing[0]])[None])
                 self._shape, self._dtype = tuple(probe.shape[1:]), probe.dtype
             self._announce(len(source), len(missing), len(wrong))
-        with _together():
+        with together():
             self._remember(files)
             if missing[rank::world]:
                 self._compute(model, missing[rank::world], source, wrong, batch_size, num_workers)
@@ -466,37 +466,7 @@ def _size(count: int) -> str:
 
 def _progress(items: Iterable[Any] | None, label: str, total: int) -> tqdm:
     """Return a bar of the first process, shown on a terminal."""
-    return tqdm(items, label, total, unit="image", leave=False, disable=True if _rank_and_world()[0] else None)
-
-
-def _rank_and_world() -> tuple[int, int]:
-    is_distributed = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if is_distributed else (0, 1)
-
-
-def _gather(value: Any) -> list[Any]:
-    """Return the value of every process, by rank; none goes on before all have come."""
-    world = _rank_and_world()[1]
-    if world == 1:
-        return [value]
-    values = [None] * world
-    dist.all_gather_object(values, value)
-    return values
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """Let what fails in one process end the block in all, instead of leaving the others waiting."""
-    failure: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    others = [message for message in _gather(str(failure) if failure else "") if message]
-    if failure is not None:
-        raise failure
-    if others:
-        raise ValueError(f"another process stopped: {others[0].splitlines()[-1]}")
+    return tqdm(items, label, total, unit="image", leave=False, disable=True if rank_and_world()[0] else None)
 
 
 @contextmanager

@@ -28,13 +28,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query
 from lavis_cir_plugin.ranking import Ranking
 from lavis_cir_plugin.tracking import EPOCHS, STEPS, read_epochs, read_steps
 
 TABLE_WIDTH = 120  # characters; the notes below a table are wrapped here
+
+RANDOM_ROUNDS = 100  # over 200 queries and more: the mean is known to a few hundredths of its value
 
 OVERALL = "overall"  # heading of the metrics that belong to no group
 
@@ -59,7 +60,8 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark)
     ``benchmark.metrics`` returns it. A metric named ``<group>_<rest>`` stands as ``<rest>`` below its group, every
     other one below ``overall``; the headings are left out where all metrics are overall ones. Groups keep the
     benchmark's order, metrics that of the rows. A metric that a ranking lacks shows as ``-``. The lines below the
-    table give the number of queries and the gallery size of every group, and the protocol.
+    table give the number of queries and the gallery size of every group, and the protocol; they are all there is
+    without rows.
 
     The borders are ASCII; the text ends without a newline.
     """
@@ -76,7 +78,7 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark)
         blocks.append([heading.center(width), *(line.rjust(width) for line in lines)])
     border = "-+-".join("-" * len(block[0]) for block in blocks).join(("+-", "-+"))
     headings, labels, *body = [" | ".join(line).join(("| ", " |")) for line in zip(*blocks)]
-    table = [border, *([headings] if set(columns) - {OVERALL} else []), labels, border, *body, border]
+    table = [border, *([headings] if set(columns) - {OVERALL} else []), labels, border, *body, border] if rows else []
     sizes = ", ".join(f"{group.name} {len(group.queries):,} / {len(group.gallery):,}" for group in benchmark.groups)
     notes = (f"Queries / gallery images: {sizes}", f"Protocol: {benchmark.protocol}")
     return "\n".join([*table, *(line for note in notes for line in textwrap.wrap(note, TABLE_WIDTH))])
@@ -97,7 +99,7 @@ def _columns(rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark) -> d
 
 
 def expected_random(benchmark: Benchmark) -> dict[str, float]:
-    r"""Compute what a uniformly random ranking scores on average: exact expectations in percent, nothing is drawn.
+    r"""Compute what a uniformly random ranking scores on average, in percent.
 
     .. math:: \mathbb{E}[\mathrm{R@}K] = 100 \cdot \min(K, n) / n
 
@@ -107,9 +109,14 @@ def expected_random(benchmark: Benchmark) -> dict[str, float]:
     n-1 equally often. Handing ``benchmark.metrics`` a :class:`Ranking` in which each rank occurs equally often
     therefore yields the expectation itself, for any K and for any sum or mean of recalls over groups.
 
+    A metric of several labelled images (mAP, soft labels) depends on their ranks together. Where a query has such
+    labels, the value is the mean of `RANDOM_ROUNDS` rankings drawn with a fixed seed.
+
     Queries of a group that differ in :math:`n` are weighted by their number. A query whose target is unknown, removed
-    or not in the gallery keeps rank -1. ``top`` is empty, so a metric that reads it (mAP) is outside this function.
+    or not in the gallery keeps rank -1. ``top`` is empty.
     """
+    if any(query.relevance for group in benchmark.groups for query in group.queries):
+        return _mean_of_drawn(benchmark)
     chances = {group.name: sorted(_candidates(group)) or [(0, 0)] for group in benchmark.groups}
     # Usually every query of a group has the same chances, the cuts are 0 and 1, and metrics is called once.
     cuts = {Fraction(1)}
@@ -122,6 +129,37 @@ def expected_random(benchmark: Benchmark) -> dict[str, float]:
         for metric, percent in benchmark.metrics(rankings).items():
             expected[metric] += float(high - low) * percent
     return dict(expected)
+
+
+def _mean_of_drawn(benchmark: Benchmark) -> dict[str, float]:
+    rng = random.Random(0)
+    candidates = {group.name: _candidates(group) for group in benchmark.groups}
+    rounds = [
+        benchmark.metrics({group.name: _drawn(group, candidates[group.name], rng) for group in benchmark.groups})
+        for _ in range(RANDOM_ROUNDS)
+    ]
+    return {metric: sum(values[metric] for values in rounds) / len(rounds) for metric in rounds[0]}
+
+
+def _drawn(group: Group, candidates: Sequence[tuple[int, int]], rng: random.Random) -> Ranking:
+    """Draw different ranks for the labelled images of each query; a target among them has the rank of its label."""
+    gallery = set(group.gallery)
+    ranks, subset_ranks, relevant_ranks = [], [], []
+    for query, (found, members) in zip(group.queries, candidates):
+        removed = {query.reference} if group.reference_removed else set()
+        labelled = dict.fromkeys([name for name, _ in query.relevance] + [query.target or ""])
+        ranked = [name for name in labelled if name in gallery - removed]
+        rank_of = dict(zip(ranked, rng.sample(range(len(gallery) - len(removed & gallery)), len(ranked))))
+        ranks.append(rank_of.get(query.target or "", -1) if found else -1)
+        subset_ranks.append(rng.randrange(members) if members else -1)
+        relevant_ranks.append([rank_of.get(name, -1) for name, _ in query.relevance])
+    width = max(map(len, relevant_ranks))
+    return Ranking(
+        ranks=torch.tensor(ranks),
+        top=torch.empty(len(ranks), 0, dtype=torch.int64),
+        subset_ranks=torch.tensor(subset_ranks),
+        relevant_ranks=torch.tensor([row + [-1] * (width - len(row)) for row in relevant_ranks]),
+    )
 
 
 def _candidates(group: Group) -> list[tuple[int, int]]:
@@ -150,12 +188,12 @@ def _every_rank(candidates: int, members: int) -> Ranking:
 
 def write_metrics(
     path: str | Path, rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark, extra: Mapping[str, Any]
-) -> None:
+) -> Path:
     """Write metrics as JSON, together with everything needed to compare them: benchmark, split, protocol, sizes.
 
     rows: as for :func:`metrics_table`, in percent; a value that is not finite becomes ``null``. extra: what the caller
     knows of the run (checkpoint, seed, commit ...), stored under ``extra``; what JSON lacks (paths) is stored as text.
-    Folders are created, an older file is replaced in one step.
+    Folders are created, an older file is replaced in one step. Returns ``path``.
 
     Raises:
         OSError: the file cannot be written (a full disk, say); an older file is then left as it was.
@@ -180,11 +218,20 @@ def write_metrics(
         },
         "extra": dict(extra),
     }
-    replace_file(Path(path), (json.dumps(content, indent=2, default=str) + "\n").encode())
+    return replace_file(Path(path), (json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Put content at path in one step: readers see the old file or the new one, never a part.
+def write_submission(path: str | Path, content: Any) -> Path:
+    """Write a file for a test server, without a superfluous byte: CIRR's takes no file over 5 MB. Returns ``path``.
+
+    Raises:
+        OSError: the file cannot be written; an older one is then left as it was.
+    """
+    return replace_file(Path(path), json.dumps(content, separators=(",", ":")).encode())
+
+
+def replace_file(path: Path, content: bytes) -> Path:
+    """Put content at path in one step: readers see the old file or the new one, never a part. Returns ``path``.
 
     Raises:
         OSError: it cannot be written; an older file is then left as it was.
@@ -203,37 +250,38 @@ def replace_file(path: Path, content: bytes) -> None:
             f"{path} could not be written: {error.strerror or error}; "
             "free some space there or set run.output_dir to another folder."
         ) from error
+    return path
 
 
 def contact_sheet(
     benchmark: Benchmark,
     group: Group,
-    top: Tensor,
-    ranks: Tensor,
+    ranking: Ranking,
     path: str | Path,
     rows: int = 8,
     columns: int = 10,
     seed: int = 0,
-) -> None:
-    """Draw queries with the pictures retrieved for them, as a PNG.
+) -> Path:
+    """Draw queries with the pictures retrieved for them, as a PNG, and return ``path``.
 
-    top: ``(Q, k)`` int64, gallery indices, best first, -1 = no candidate left; ranks: ``(Q,)`` int64, 0-based, -1 = no
-    target or not in the gallery; both from the :class:`Ranking` of this group. One line per query: reference image,
-    modification text, the best ``min(columns, k)`` gallery pictures, numbered from 1. The right answer has a green
-    frame; where it is not among those shown, it stands apart at the end in an orange frame with its rank.
+    ranking: of this group, with ``top``. One line per query: reference image, modification text, the best
+    ``min(columns, k)`` gallery pictures, numbered from 1. Right answers (the target, and what is labelled with a weight
+    of 1) have a green frame; where the target is not among those shown, it stands apart at the end in an orange frame
+    with its rank.
 
     The ``min(rows, Q)`` queries are drawn at random with ``seed`` and shown in the benchmark's order: the sheet is no
     selection of successes, and its caption says so. Pictures keep their aspect ratio.
 
     Raises:
-        ValueError: top or ranks do not have one entry per query.
+        ValueError: the ranking does not have one entry per query.
         OSError: a picture cannot be read or the sheet cannot be written.
     """
     num_queries = len(group.queries)
+    top, ranks = ranking.top, ranking.ranks
     if len(top) != num_queries or len(ranks) != num_queries:
         raise ValueError(
             f"contact_sheet: group {group.name!r} has {num_queries} queries, but top has {len(top)} entries and ranks "
-            f"has {len(ranks)}; pass both from the ranking of this group."
+            f"has {len(ranks)}; pass the ranking of this group."
         )
     columns = min(columns, top.shape[1])
     chosen = sorted(random.Random(seed).sample(range(num_queries), min(rows, num_queries)))
@@ -248,31 +296,37 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     y = header.height
     titles = {MARGIN: "reference", text_left: "modification text", top_left: "retrieved, best first"}
-    for x, title in {**titles, answer_left: "right answer"}.items():
+    if benchmark.has_targets:
+        titles[answer_left] = "right answer"
+    for x, title in titles.items():
         draw.text((x, y - 4), title, GREY, _font(13))
     for row, index in enumerate(chosen):
         query, rank = group.queries[index], int(ranks[index])
+        answers = {query.target, *(name for name, weight in query.relevance if weight == 1)} - {None}
         # A ranking with fewer than k candidates ends in -1, which would index the last image of the gallery.
         shown = [group.gallery[i] for i in top[index, :columns].tolist() if i >= 0]
         y = header.height + LABEL_HEIGHT + row * row_height
         _draw_picture(sheet, (MARGIN, y), benchmark.image_paths[query.reference])
         _draw_text(draw, (text_left, y), " / ".join(query.texts))
         for column, name in enumerate(shown):
-            frame = GREEN if column == rank else ""
+            frame = GREEN if name in answers else ""
             label = f"{column + 1} (reference)" if name == query.reference else str(column + 1)
             place = (top_left + column * (PICTURE[0] + GAP), y)
             _draw_picture(sheet, place, benchmark.image_paths[name], label, frame)
         if rank >= columns and query.target is not None:
             label = f"rank {rank + 1:,}"
             _draw_picture(sheet, (answer_left, y), benchmark.image_paths[query.target], label, ORANGE)
-        draw.text((text_left, y + PICTURE[1]), *_verdict(rank, columns), _font(13), anchor="ls")
+        verdict = _verdict(rank, columns, len(answers), len(answers.intersection(shown)))
+        draw.text((text_left, y + PICTURE[1]), *verdict, _font(13), anchor="ls")
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    replace_file(Path(path), buffer.getvalue())
+    return replace_file(Path(path), buffer.getvalue())
 
 
-def _verdict(rank: int, columns: int) -> tuple[str, str]:
-    """Say at which rank the right answer stands, and in which colour to write it."""
+def _verdict(rank: int, columns: int, num_answers: int, num_shown: int) -> tuple[str, str]:
+    """Say at which rank the right answer stands, or how many of several are shown, and in which colour to write it."""
+    if num_answers > 1:
+        return f"{num_shown} of {num_answers} right answers shown", GREEN if num_shown else ORANGE
     if rank < 0:
         return "right answer not public or not in gallery", GREY
     return f"right answer at rank {rank + 1:,}", GREEN if rank < columns else ORANGE
@@ -296,7 +350,8 @@ def _header(benchmark: Benchmark, group: Group, num_shown: int, columns: int, se
         draw.text((MARGIN, y), line, GREY, _font(15))
         y += 22
     x = float(MARGIN)
-    for colour, meaning in ((GREEN, f"right answer among the first {columns}"), (ORANGE, "right answer ranked lower")):
+    colours = ((GREEN, f"right answer among the first {columns}"), (ORANGE, "right answer ranked lower"))
+    for colour, meaning in colours if benchmark.has_targets else ():
         draw.rectangle((x + 1, y + 3, x + 13, y + 15), outline=colour, width=3)
         draw.text((x + 22, y), meaning, BLACK, _font(15))
         x += 22 + _font(15).getlength(meaning) + 2 * GAP
@@ -364,8 +419,8 @@ class Curve:
     width: float = 1.8
 
 
-def training_curve(folder: str | Path, png_path: str | Path, metric: str) -> None:
-    r"""Draw how a run went, from its ``epochs.csv`` and ``steps.csv``, as a PNG.
+def training_curve(folder: str | Path, png_path: str | Path, metric: str) -> Path:
+    r"""Draw how a run went, from its ``epochs.csv`` and ``steps.csv``, as a PNG, and return its path.
 
     The panels, each where there is something to show: the loss, per batch and as the mean of each epoch; ``metric`` on
     ``val`` and, with the gap between them shaded, on ``seen``; the learning rate; :math:`\lVert\delta\rVert`, the
@@ -416,7 +471,7 @@ def training_curve(folder: str | Path, png_path: str | Path, metric: str) -> Non
     bottom.set_xlabel("epoch, counted from 0")
     bottom.set_xlim(-0.03 * last - (1 if steps else 0.3), 1.03 * last + 0.3)
     bottom.xaxis.set_major_locator(FixedLocator(MaxNLocator(integer=True, min_n_ticks=1).tick_values(0, last)))
-    save_figure(figure, png_path)
+    return save_figure(figure, png_path)
 
 
 def best_epoch(val: Mapping[str, Mapping[int, float]], metric: str) -> int:
@@ -492,8 +547,8 @@ def shade_gap(axes: Axes, val: Curve, seen: Curve | None = None) -> None:
         axes.fill_between(both, low, high, color=seen.colour, alpha=0.1, linewidth=0)
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure as a PNG in one step.
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as a PNG in one step and return ``path``.
 
     Raises:
         OSError: it cannot be written; an older file is then left as it was.
@@ -501,4 +556,4 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    replace_file(Path(path), buffer.getvalue())
+    return replace_file(Path(path), buffer.getvalue())

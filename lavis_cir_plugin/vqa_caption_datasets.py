@@ -32,6 +32,11 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
     annotation_files: Mapping[str, tuple[str, ...]]
 
     @classmethod
+    def known_splits(cls) -> tuple[str, ...]:
+        """Return the splits that are drawn."""
+        return SPLITS
+
+    @classmethod
     def section_problems(cls, name: str, section: Mapping[str, Any]) -> Iterator[str]:
         """Yield what is wrong with a config section's values, before anything is drawn."""
         for key in ("build_info", "preload"):
@@ -57,7 +62,7 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
         root = make_questions(cache_root(), QuestionsConfig(**as_plain(self.config.get("garments"))))
         annotations = {
             split: {"storage": [str(root / name) for name in self.annotation_files[split]]}
-            for split in self.config.get("splits") or SPLITS
+            for split in (SPLITS if self.config.get("splits") is None else self.config.splits)
         }
         build_info = {"annotations": annotations, "images": {"storage": str(root / "images")}}
         return OmegaConf.merge(self.config, {"build_info": build_info})

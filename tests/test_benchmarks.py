@@ -143,5 +143,5 @@ def test_full_size_script_from_annotations_to_report(annotations, tmp_path):
     assert "21 training triplets, 21 queries, 24 gallery images (NOT" in report
     assert "48 drawn, 0 already there" in report
     output = Path(report.split("output")[-1].strip())
-    assert (output / "metrics.json").is_file()
+    assert (output / "val" / "metrics.json").is_file()
     assert output.parent.parent == tmp_path / "work"

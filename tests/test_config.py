@@ -152,7 +152,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(option, message):
         ("run.train_splits=[]", r"run\.train_splits must name train, got \[\]"),
         ("datasets.fashioniq=null", r"datasets\.fashioniq must be a mapping, \{\} for its defaults, got None"),
         ("datasets.fashioniq.preload=maybe", r"datasets\.fashioniq\.preload must be true or false, got 'maybe'"),
-        ("datasets.fashioniq.splits=train", r"datasets\.fashioniq\.splits must be a list of train, val, test and seen"),
+        ("datasets.fashioniq.splits=train", r"datasets\.fashioniq\.splits must be a list of train, val, test, seen"),
         ("datasets.fashioniq.garments.sede=1", r"garments\.sede is not a known key; did you mean 'seed'\?"),
         ("datasets.fashioniq.garments.held_out=2", r"garments: held_out must lie in"),
         ("datasets.fashioniq.build_info.refrence=kept", r"build_info\.refrence is not a known key; did you mean 'ref"),
@@ -180,7 +180,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(option, message):
         ("run.valid_splits=val", r"run\.valid_splits must be a list such as \[val\], got 'val'"),
         (
             "run.valid_splits=[dev] datasets.fashioniq.splits=[train,val]",
-            r"run\.valid_splits: dev is built by no data set \(datasets\.fashioniq\.splits: \['train', 'val'\]\)",
+            r"run\.valid_splits: dev is built by no data set \(datasets\.fashioniq\.splits: \[train, val\]\)",
         ),
     ],
 )
@@ -201,7 +201,8 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_starts(tmp_path, monkey
         ("train", [], ["train", "val"]),
         ("train", ["run.valid_splits=[]", "run.test_splits=[]"], ["train"]),
         ("evaluate", [], ["val"]),
-        ("evaluate", ["datasets.fashioniq.splits=[train,val]"], ["train", "val"]),
+        ("evaluate", ["datasets.fashioniq.splits=[train,val]"], ["val"]),
+        ("evaluate", ["datasets.fashioniq.splits=[train]"], []),
     ],
 )
 def test_only_the_splits_that_a_run_reads_are_built(command, options, expected, tmp_path):

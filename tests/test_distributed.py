@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,11 +11,12 @@ import torch.multiprocessing as mp
 from conftest import SMALL, make_triplets
 from torch.nn.parallel import DistributedDataParallel
 
+from lavis_cir_plugin.gallery_features import shared_rows
 from lavis_cir_plugin.losses import gather_with_gradient
 from lavis_cir_plugin.models.blip2_cir import Blip2Cir
 from lavis_cir_plugin.perturbation import WeightPerturbation
 from lavis_cir_plugin.perturbed_model import PerturbingOptimizer
-from lavis_cir_plugin.tasks.composed_retrieval import gather_rows
+from lavis_cir_plugin.processes import share, together
 
 FUSIONS = ("joint", "sentence_prompt")
 SETTINGS = {
@@ -75,6 +78,12 @@ def statistics(kind, rank):
     return seen[0], wrapped.module.norm.running_mean.clone()
 
 
+def encoded(path, total):
+    """Write the numbers of this process's rows, in batches of two; return what all have written."""
+    numbers = torch.arange(float(total))[:, None].expand(total, 3)[list(share(total))]
+    return shared_rows(path, total, numbers.split(2) if len(numbers) else [], torch.float16).clone()
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -92,7 +101,12 @@ def work(rank, folder):
     optimizer.perturb(wrapped)({"epoch": 0})["loss"].backward()
     found["expanded"] = flat.weight.grad
     found["gathered"] = gather_with_gradient(torch.tensor([rank]))
-    found["rows"] = [gather_rows(torch.arange(rank, n, 2.0)[:, None], n, torch.device("cpu")) for n in (1, 4, 5)]
+    found["rows"] = [encoded(Path(folder) / "rows.tmp", n) for n in (1, 4, 5)]
+    try:
+        with together():
+            assert rank == 0, "no picture\nthis process has failed"
+    except (ValueError, AssertionError) as error:
+        found["stopped"] = type(error).__name__, str(error)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -115,11 +129,14 @@ def test_gradients_equal_those_of_one_process(fusion, kind, found):
             torch.testing.assert_close(gradient, expected[name], atol=5e-5, rtol=1e-3, msg=name)
 
 
-def test_gathering_keeps_the_order_and_exact_counts(found):
+def test_processes_share_rows_with_exact_counts_and_stop_together(found):
+    """Of one row, the first process of two has none. The file keeps no name."""
     for rank in range(2):
         assert torch.equal(found[rank]["expanded"], torch.ones(2, 2))
         assert found[rank]["gathered"].tolist() == [0, 1]
-        assert [rows.flatten().tolist() for rows in found[rank]["rows"]] == [[0.0], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+        assert [rows.tolist() for rows in found[rank]["rows"]] == [[[i] * 3 for i in range(n)] for n in (1, 4, 5)]
+    assert found[0]["stopped"] == ("ValueError", "another process stopped: this process has failed")
+    assert found[1]["stopped"] == ("AssertionError", "no picture\nthis process has failed")
 
 
 class Normalised(torch.nn.Module):

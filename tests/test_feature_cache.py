@@ -477,7 +477,7 @@ def project(tmp_path_factory):
 def launch(command, project, output, *options):
     launcher.main(command, ["--cfg-path", project, "--options", f"run.output_dir={output}", *options])
     (metrics,) = output.rglob("metrics.json")
-    return metrics.parent, json.loads(metrics.read_text())["metrics"]
+    return metrics.parents[1], json.loads(metrics.read_text())["metrics"]
 
 
 def test_training_and_evaluation_through_the_launcher(project, tmp_path, monkeypatch):
@@ -494,7 +494,7 @@ def test_training_and_evaluation_through_the_launcher(project, tmp_path, monkeyp
     images = [json.loads(line)["image"] for line in rows.read_text().splitlines()]
     assert sum(calls) == 1 + len(images) == 1 + len(set(images))
     assert len(images) > 3 * 14  # those of the evaluation and some more
-    assert (folder / "contact_sheet_dress.png").is_file()
+    assert (folder / "val" / "contact_sheet_dress.png").is_file()
     calls.clear()
     again, second = launch("train", project, tmp_path / "second", cache)
     assert second == first

@@ -78,11 +78,13 @@ def test_train_then_evaluate_end_to_end(project, tmp_path, capsys):
     ):
         assert row in printed
     assert str(folder) in printed
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "val" / "metrics.json").read_text())
     assert metrics["metrics"]["random (expected)"]["dress_R@10"] == 100.0  # a gallery of 10
     assert metrics["groups"]["dress"]["gallery_size"] == 10
-    for name in ("contact_sheet_dress", "contact_sheet_shirt", "contact_sheet_toptee", "training_curve"):
+    sheets = [f"val/contact_sheet_{category}" for category in ("dress", "shirt", "toptee")]
+    for name in (*sheets, "training_curve"):
         assert Image.open(folder / f"{name}.png").width > 300
+    assert not list(folder.glob("*.tmp"))
     saved = torch.load(folder / "checkpoint_best.pth", weights_only=True)
     # 48 triplets, 6 batches of 8 an epoch, the first of two epochs is the warm-up.
     assert saved["optimizer"]["wrf"]["steps"]["perturbed"] == 6 * saved["epoch"]
@@ -115,7 +117,7 @@ def test_two_processes_train_and_rank_together(project, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("Protocol:") == 1
     folder = output_of(tmp_path)
-    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    metrics = json.loads((folder / "val" / "metrics.json").read_text())["metrics"]
     options = ["model.load_finetuned=true", f"model.finetuned={folder / 'checkpoint_best.pth'}"]
     launcher.main("evaluate", ["--cfg-path", project(), "--options", *options, f"run.output_dir={tmp_path / 'one'}"])
     alone = json.loads(next((tmp_path / "one").rglob("metrics.json")).read_text())["metrics"]

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw
 
 from lavis_cir_plugin import report
 from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query
-from lavis_cir_plugin.ranking import Ranking, recall_at
+from lavis_cir_plugin.ranking import Ranking, average_precision_at, recall_at
 from lavis_cir_plugin.tracking import RunLog
 
 FASHIONIQ_SIZES = {"dress": (2017, 3817), "shirt": (2038, 6346), "toptee": (1961, 5373)}
@@ -133,6 +133,24 @@ def test_expected_random_is_the_mean_of_all_rankings():
     assert report.expected_random(benchmark) == pytest.approx(naive)
 
 
+def test_random_mean_average_precision_is_near_its_expectation():
+    r"""Of n candidates G = 3 are right: E[AP@K] = sum_{i<=K} G/n (1 + (i-1) (G-1)/(n-1)) / i / min(K, G)."""
+    gallery = tuple(f"i{index}" for index in range(20))
+    answers = tuple((name, 1.0) for name in gallery[1:4])
+    group = Group("circo", gallery, (Query("i0", ("x",), "i1", relevance=answers),) * 100, True)
+
+    def metrics(rankings):
+        ranking = rankings["circo"]
+        return {"mAP@5": average_precision_at(ranking.relevant_ranks, 5), "R@5": recall_at(ranking.ranks, 5)}
+
+    expected = report.expected_random(make_benchmark([group], metrics=metrics))
+    n, right, k = 19, 3, 5
+    by_hand = sum(right / n * (1 + (i - 1) * (right - 1) / (n - 1)) / i for i in range(1, k + 1)) / min(k, right)
+    assert expected["mAP@5"] == pytest.approx(100 * by_hand, rel=0.03)
+    assert expected["R@5"] == pytest.approx(100 * k / n, rel=0.03)
+    assert report.expected_random(make_benchmark([group], metrics=metrics)) == expected
+
+
 def test_expected_random_of_a_split_without_public_targets_is_empty():
     benchmark = make_benchmark([Group("g", ("a", "b"), (Query("a", ("x",), None),), False)], lambda rankings: {})
     assert report.expected_random(benchmark) == {}
@@ -241,7 +259,8 @@ def pictures(tmp_path):
 def sheet(pictures, queries, top, ranks, path, reference_removed=False, **options):
     group = Group("dress", tuple(pictures), tuple(queries), reference_removed)
     benchmark = make_benchmark([group], image_paths=pictures)
-    report.contact_sheet(benchmark, group, torch.tensor(top), torch.tensor(ranks), path, **options)
+    ranking = Ranking(torch.tensor(ranks), torch.tensor(top), torch.tensor(ranks))
+    report.contact_sheet(benchmark, group, ranking, path, **options)
     return Image.open(path).convert("RGB")
 
 
@@ -297,6 +316,34 @@ def test_sheet_keeps_the_aspect_ratio(tmp_path, pictures):
 def test_sheet_of_a_query_without_an_answer_has_no_frame(tmp_path, pictures, target):
     image = sheet(pictures, [Query("p0", ("x",), target)], [[1, 2]], [-1], tmp_path / "sheet.png")
     assert frames(image, report.GREEN) == frames(image, report.ORANGE) == []
+
+
+def test_sheet_frames_every_right_answer_and_counts_them(tmp_path, pictures, monkeypatch):
+    """p1 and p2 are right with a weight of 1, p3 is not; the target p1 is not shown and stands apart."""
+    frames, verdicts = {}, []
+    draw = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(report, "_draw_picture", lambda *a: frames.update({a[2].stem: a[4] if len(a) > 4 else ""}))
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: verdicts.append(a[2]) or draw(*a, **k))
+    query = Query("p0", ("x",), "p1", relevance=(("p1", 1.0), ("p2", 1.0), ("p3", 0.5)))
+    sheet(pictures, [query], [[4, 2, 3]], [9], tmp_path / "sheet.png")
+    assert frames == {"p0": "", "p4": "", "p2": report.GREEN, "p3": "", "p1": report.ORANGE}
+    assert "1 of 2 right answers shown" in verdicts
+
+
+def test_a_split_without_public_answers_is_shown_without_any(tmp_path, pictures, monkeypatch):
+    """There is no table either, only sizes and protocol."""
+    texts = []
+    draw = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: texts.append(a[2]) or draw(*a, **k))
+    sheet(pictures, [Query("p0", ("x",), None)], [[4, 2, 3]], [-1], tmp_path / "sheet.png")
+    assert not [text for text in texts if "right answer" in text and "public" not in text]
+    benchmark = make_benchmark([Group("dress", ("p0", "p1"), (Query("p0", ("x",), None),), False)])
+    assert report.metrics_table({}, benchmark).startswith("Queries / gallery images: dress 1 / 2\nProtocol: ")
+
+
+def test_a_submission_has_no_superfluous_byte(tmp_path):
+    path = report.write_submission(tmp_path / "test" / "x.json", {"version": "rc2", "12": ["a", "b"]})
+    assert path.read_text() == '{"version":"rc2","12":["a","b"]}'
 
 
 def test_sheet_leaves_places_of_a_short_ranking_empty(tmp_path, pictures):

@@ -114,7 +114,7 @@ def outcome(output):
     for folder in folders:
         log = (folder / "log.txt").read_text()
         _, end = json.JSONDecoder().raw_decode(log)  # the config, which names the folder
-        files = {name: (folder / name).read_text() for name in ("steps.csv", "epochs.csv", "metrics.json")}
+        files = {name: (folder / name).read_text() for name in ("steps.csv", "epochs.csv", "val/metrics.json")}
         states = {}
         for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
             saved = read_checkpoint(str(folder / name))
@@ -352,9 +352,9 @@ def test_a_finished_run_only_evaluates_again(stopped):
     folder, go_on = stopped
     go_on()
     steps = (folder / "steps.csv").read_text()
-    (folder / "metrics.json").unlink()
+    (folder / "val" / "metrics.json").unlink()
     go_on()
-    assert (folder / "metrics.json").is_file()
+    assert (folder / "val" / "metrics.json").is_file()
     assert (folder / "steps.csv").read_text() == steps
 
 

@@ -273,10 +273,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """
     records = read_json(path)
     if not isinstance(records, list) or not records:
-        raise ValueError(f"{path} must hold a non-empty list of objects, got {_shown(records)}.")
+        raise ValueError(f"{path} must hold a non-empty list of objects, got {shown(records)}.")
     for number, record in enumerate(records):
         if not isinstance(record, dict):
-            raise record_error(path, number, f"must be an object, got {_shown(record)}")
+            raise record_error(path, number, f"must be an object, got {shown(record)}")
     return records
 
 
@@ -315,7 +315,7 @@ def whole_number_field(
 
 
 def _has(record: Mapping[str, Any], key: str) -> str:
-    return f"has {key} = {_shown(record[key])}" if key in record else f"has no '{key}'"
+    return f"has {key} = {shown(record[key])}" if key in record else f"has no '{key}'"
 
 
 def require_distinct(records: Sequence[Mapping[str, Any]], key: str, path: Path) -> None:
@@ -328,7 +328,7 @@ def require_distinct(records: Sequence[Mapping[str, Any]], key: str, path: Path)
     for number, record in enumerate(records):
         value = record.get(key)
         if value is not None and first.setdefault(value, number) != number:
-            raise record_error(path, number, f"has {key} = {_shown(value)} like record {first[value]}")
+            raise record_error(path, number, f"has {key} = {shown(value)} like record {first[value]}")
 
 
 def image_name(value: Any, key: str, path: Path, number: int) -> str:
@@ -346,7 +346,7 @@ def image_name(value: Any, key: str, path: Path, number: int) -> str:
     """
     if not isinstance(value, str) or value in ("", ".", "..") or set(value) & {"/", "\\"} or not value.isprintable():
         raise record_error(
-            path, number, f"has {key} = {_shown(value)}; it must be an image name, that is text without / and \\"
+            path, number, f"has {key} = {shown(value)}; it must be an image name, that is text without / and \\"
         )
     return value
 
@@ -356,7 +356,7 @@ def record_error(path: Path, number: int, problem: str) -> ValueError:
     return ValueError(f"{path}: record {number} (counting from 0) {problem}; correct the file or copy it again.")
 
 
-def require_listed(names: Sequence[str], split: Mapping[str, Any], path: Path, split_path: Path) -> None:
+def require_listed(names: Sequence[Any], split: Mapping[Any, Any], path: Path, split_path: Path) -> None:
     """Check that every image that an annotation file uses is in its split file.
 
     Raises:
@@ -437,18 +437,18 @@ def config_from_mapping(cls: type[Config], dataset: str, mapping: Mapping[str, A
 def _problem(kind: Any, choices: tuple[str, ...], value: Any) -> str:
     """Say what a value must be, with what it is; empty where it is right. `kind` is the annotation's source text."""
     if kind == "bool":
-        return "" if isinstance(value, bool) else f"true or false, got {_shown(value)}."
+        return "" if isinstance(value, bool) else f"true or false, got {shown(value)}."
     if kind.startswith("tuple"):
         is_right = isinstance(value, tuple) and value and len(set(map(str, value))) == len(value)
         if is_right and all(item in choices for item in value):
             return ""
-        return f"a non-empty list of distinct names from {', '.join(choices)}, got {_shown(value)}."
+        return f"a non-empty list of distinct names from {', '.join(choices)}, got {shown(value)}."
     if choices:
-        allowed = f"one of {', '.join(choices)}, got {_shown(value)}"
+        allowed = f"one of {', '.join(choices)}, got {shown(value)}"
         return "" if value in choices else allowed + did_you_mean(value, choices)
     if value is None and kind.endswith("None"):
         return ""
-    return "" if isinstance(value, str) and value else f"the path of a folder, got {_shown(value)}."
+    return "" if isinstance(value, str) and value else f"the path of a folder, got {shown(value)}."
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:
@@ -457,6 +457,7 @@ def did_you_mean(word: Any, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else "."
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Write a value for an error sentence: as JSON, shortened, without what cannot be written."""
     text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
     return text if len(text) <= 80 else text[:77] + "..."

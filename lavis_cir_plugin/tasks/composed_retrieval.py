@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
-from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
+from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
 from lavis.tasks.base_task import BaseTask
@@ -22,12 +21,15 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from lavis_cir_plugin import report
-from lavis_cir_plugin.benchmarks.benchmark import Group
+from lavis_cir_plugin.benchmarks.benchmark import Group, Query
 from lavis_cir_plugin.datasets import BenchmarkDataset, CirDataset, cache_root
 from lavis_cir_plugin.feature_cache import FeatureCache, check_tower, fingerprint
+from lavis_cir_plugin.gallery_features import DTYPES, shared_rows
+from lavis_cir_plugin.processes import gather, share, together
 from lavis_cir_plugin.ranking import Ranking, rank
 from lavis_cir_plugin.tracking import EPOCHS
 
+GALLERY_FILE = "gallery_features.tmp"
 TRAINED, IMAGE_ONLY, TEXT_ONLY, RANDOM = "trained model", "image only", "text only", "random (expected)"
 
 
@@ -36,19 +38,25 @@ class ComposedRetrievalTask(BaseTask):
     """Ranks each benchmark group's gallery for its queries and scores the ranking by the benchmark's own metric.
 
     Works with any model that offers ``encode_query(samples, mode)`` and ``encode_target(image)`` as ``blip2_cir`` does.
-    The gallery and the queries are shared out over the processes with exact counts; every process ends with all of
-    them. The final evaluation (after training, and in an evaluation run) also ranks by the image alone, by the text
-    alone and at random, and writes ``metrics.json``, contact sheets and the training curve to the run's folder.
+    The gallery and the queries are shared out over the processes with exact counts; every process ends with the whole
+    ranking. The final evaluation (after training, and in an evaluation run) writes to ``<run>/<split>/``: the test
+    server's files where the targets are not public, elsewhere ``metrics.json`` with, for comparison, the rankings by
+    the image alone, by the text alone and at random; contact sheets; after training also the training curve.
 
-    ``run.feature_cache`` (``false``, ``true`` or a folder) runs a frozen image tower once per picture, for any model
-    that is a :class:`~lavis_cir_plugin.feature_cache.HasImageTower`.
+    * ``run.feature_cache`` (``false``, ``true`` or a folder) runs a frozen image tower once per picture, for any model
+      that is a :class:`~lavis_cir_plugin.feature_cache.HasImageTower`.
+    * ``run.gallery_dtype`` (``float32`` or ``float16``): as what the gallery's features are kept while it is ranked, in
+      a file in the run's folder.
     """
 
-    RUN_KEYS = ("feature_cache",)
+    RUN_KEYS = ("feature_cache", "gallery_dtype")
 
     @staticmethod
     def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what is wrong with ``run.feature_cache``."""
+        """Yield what is wrong with ``run.feature_cache`` and ``run.gallery_dtype``."""
+        dtype = run.get("gallery_dtype", "float32")
+        if dtype not in DTYPES:
+            yield f"run.gallery_dtype must be {' or '.join(DTYPES)}, got {dtype!r}."
         where = run.get("feature_cache", False)
         if not isinstance(where, (bool, str)) or where == "":
             yield f"run.feature_cache must be true, false or the path of a folder, got {where!r}."
@@ -56,15 +64,31 @@ class ComposedRetrievalTask(BaseTask):
             yield f"run.feature_cache: {where} is a file; name a folder."
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
-        """Build LAVIS's way; pictures whose features will be cached are not preloaded."""
-        if not cfg.run_cfg.get("feature_cache"):
-            return super().build_datasets(cfg)
-        sections = copy.deepcopy(cfg.datasets_cfg)  # the config itself is logged, and compared when a run is resumed
-        for name, section in sections.items():
-            if section.get("preload"):
-                logging.info("datasets.%s.preload has no effect: run.feature_cache keeps the features instead", name)
-                section.preload = False
-        return super().build_datasets(SimpleNamespace(datasets_cfg=sections))
+        """Build LAVIS's way; pictures whose features will be cached are not preloaded.
+
+        Raises:
+            ValueError: If a checkpoint would be chosen on a split without public targets.
+        """
+        self.gallery_dtype = DTYPES[cfg.run_cfg.get("gallery_dtype", "float32")]
+        sections = cfg.datasets_cfg
+        if cfg.run_cfg.get("feature_cache"):
+            sections = copy.deepcopy(sections)  # the config itself is logged, and compared when a run is resumed
+            for name, section in sections.items():
+                if section.get("preload"):
+                    logging.info(
+                        "datasets.%s.preload has no effect: run.feature_cache keeps the features instead", name
+                    )
+                    section.preload = False
+        datasets = super().build_datasets(SimpleNamespace(datasets_cfg=sections))
+        for splits in datasets.values():
+            for split in cfg.run_cfg.get("valid_splits", []):
+                dataset = splits.get(split)
+                if isinstance(dataset, BenchmarkDataset) and not dataset.benchmark.has_targets:
+                    raise ValueError(
+                        f"run.valid_splits: {dataset.benchmark.name} {split} has no public targets, so no checkpoint "
+                        "can be chosen by it; validate on val, and name it in run.test_splits for a submission."
+                    )
+        return datasets
 
     def cache_features(self, model: nn.Module, datasets: Mapping[str, Mapping[str, Any]], cfg: Any) -> None:
         """Let the data sets return cached features of a frozen image tower, if ``run.feature_cache`` says so.
@@ -106,7 +130,7 @@ class ComposedRetrievalTask(BaseTask):
 
     def evaluation(self, model: nn.Module, data_loader: DataLoader, cuda_enabled: bool = True) -> Evaluation:
         """Encode the gallery and rank every query; the rest happens in :meth:`after_evaluation`."""
-        return Evaluation(model, data_loader, cuda_enabled)
+        return Evaluation(model, data_loader, cuda_enabled, self.gallery_dtype)
 
     def after_evaluation(self, val_result: Evaluation, split_name: str, epoch: Any, **_: Any) -> dict[str, float]:
         """Return the metrics in percent and ``agg_metrics``, the one that chooses the best checkpoint.
@@ -115,20 +139,27 @@ class ComposedRetrievalTask(BaseTask):
             val_result: What :meth:`evaluation` returned.
             split_name: Of the evaluated split.
             epoch: LAVIS's epoch; ``"best"`` marks the final evaluation.
+
+        Returns:
+            Nothing for a split without public targets.
         """
         benchmark = val_result.dataset.benchmark
         rankings = val_result.rankings()
-        metrics = benchmark.metrics(rankings)
+        metrics = benchmark.metrics(rankings) if benchmark.has_targets else {}
         logging.info("%s: %s", benchmark.protocol, {name: round(value, 2) for name, value in metrics.items()})
         if epoch == "best":
-            rows = {
-                TRAINED: metrics,
-                IMAGE_ONLY: benchmark.metrics(val_result.rankings("image")),
-                TEXT_ONLY: benchmark.metrics(val_result.rankings("text")),
-                RANDOM: report.expected_random(benchmark),
-            }
+            rows = {}
+            if benchmark.has_targets:
+                rows = {
+                    TRAINED: metrics,
+                    IMAGE_ONLY: benchmark.metrics(val_result.rankings("image")),
+                    TEXT_ONLY: benchmark.metrics(val_result.rankings("text")),
+                    RANDOM: report.expected_random(benchmark),
+                }
             if is_main_process():
                 write_report(Path(registry.get_path("output_dir")), val_result.dataset, rows, rankings)
+        if not benchmark.has_targets:
+            return {}
         return {**metrics, "agg_metrics": metrics[benchmark.selection_metric]}
 
 
@@ -139,6 +170,7 @@ class Evaluation:
     model: nn.Module
     loader: DataLoader
     cuda_enabled: bool
+    gallery_dtype: torch.dtype = torch.float32
     gallery: Tensor | None = None
 
     @property
@@ -150,111 +182,145 @@ class Evaluation:
     def rankings(self, mode: str = "multimodal") -> dict[str, Ranking]:
         """Return each group's ranking by queries of ``mode`` (``multimodal``, ``image`` or ``text``)."""
         if self.gallery is None:
-            self.gallery = self._encode(
-                self.dataset, lambda samples: self.model.encode_target(samples["image"]), "encode gallery"
-            )
-        rows = self.dataset.texts if mode == "text" else self.dataset.queries
-        queries = self._encode(rows, lambda samples: self.model.encode_query(samples, mode), f"encode queries ({mode})")
-        position = {name: index for index, name in enumerate(self.dataset.names)}
-        rankings = {}
-        start = 0
-        for group in self.dataset.benchmark.groups:
-            end = start + sum(len(query.texts) for query in group.queries)
-            gallery = self.gallery[[position[name] for name in group.gallery]]
-            rankings[group.name] = rank_group(group, queries[start:end], gallery, self.model.device)
-            start = end
-        return rankings
+            self.gallery = self._encode_gallery()
+        groups = self.dataset.benchmark.groups
+        own: dict[str, Ranking] = {}
+        with together():
+            own = self._own_rankings(mode, self.gallery)
+        everybody = gather(own)
+        return {group.name: joined([part[group.name] for part in everybody if group.name in part]) for group in groups}
 
-    def _encode(self, dataset: CirDataset, function: Callable[[dict[str, Any]], Tensor], label: str) -> Tensor:
-        """Apply ``function`` to all rows of a data set, shared out over processes: ``(len(dataset), ...)`` float32."""
-        own = list(range(get_rank(), len(dataset), get_world_size()))
+    def _own_rankings(self, mode: str, gallery: Tensor) -> dict[str, Ranking]:
+        """Rank this process's share of each group's queries; a group without any is left out."""
+        groups = self.dataset.benchmark.groups
+        parts = [[group.queries[index] for index in share(len(group.queries))] for group in groups]
+        rows = self._encode_queries(mode, parts)
+        position = {name: index for index, name in enumerate(self.dataset.names)}
+        own = {}
+        for group, queries in zip(groups, parts):
+            count = sum(len(query.texts) for query in queries)
+            if queries:
+                is_whole = list(group.gallery) == self.dataset.names  # then a copy would only cost memory
+                features = gallery if is_whole else gallery[[position[name] for name in group.gallery]]
+                own[group.name] = rank_queries(queries, rows[:count], features, group, self.model.device)
+            rows = rows[count:]
+        return own
+
+    def _encode_gallery(self) -> Tensor:
+        """Encode every image of the data set once, each process its share: ``(G, ...)``."""
+        place = Path(registry.get_path("output_dir")) / GALLERY_FILE
+        batches = self._encode(
+            self.dataset,
+            share(len(self.dataset)),
+            lambda samples: self.model.encode_target(samples["image"]),
+            "encode gallery",
+        )
+        return shared_rows(place, len(self.dataset), batches, self.gallery_dtype)
+
+    def _encode_queries(self, mode: str, parts: Iterable[Iterable[Query]]) -> Tensor:
+        """Encode the texts of these parts of the groups, one row each: ``(R, D)`` float32."""
+        rows = self.dataset.texts if mode == "text" else self.dataset.queries
+        indices: list[int] = []
+        start = 0
+        for group, part in zip(self.dataset.benchmark.groups, parts):
+            texts = [len(query.texts) for query in group.queries]
+            first = start + sum(texts[: share(len(texts)).start])
+            indices += range(first, first + sum(len(query.texts) for query in part))
+            start += sum(texts)
+        label = f"encode queries ({mode})"
+        encoded = list(self._encode(rows, indices, lambda samples: self.model.encode_query(samples, mode), label))
+        return torch.cat(encoded) if encoded else torch.empty(0, 0)
+
+    def _encode(
+        self,
+        dataset: CirDataset,
+        indices: Sequence[int],
+        function: Callable[[dict[str, Any]], Tensor],
+        label: str,
+    ) -> Iterator[Tensor]:
+        """Apply ``function`` to these rows of a data set, batch by batch: float32 on the CPU."""
         loader = DataLoader(
-            Subset(dataset, own or [0]),  # a process without a row still has to take part in the gathering
+            Subset(dataset, indices),
             batch_size=self.loader.batch_size,
-            num_workers=self.loader.num_workers,
+            num_workers=self.loader.num_workers if indices else 0,
             collate_fn=dataset.collater,
         )
-        bar = tqdm(loader, desc=label, disable=None if is_main_process() else True, leave=False)
-        rows = torch.cat([function(prepare_sample(samples, self.cuda_enabled)).float().cpu() for samples in bar])
-        return gather_rows(rows[: len(own)], len(dataset), self.model.device)
+        for samples in tqdm(loader, desc=label, disable=None if is_main_process() else True, leave=False):
+            yield function(prepare_sample(samples, self.cuda_enabled)).float().cpu()
 
 
-def gather_rows(own: Tensor, total: int, device: torch.device) -> Tensor:
-    """Interleave the rows of all processes: process r holds rows r, r + world size, r + 2 * world size, ...
-
-    Args:
-        own: ``(n, ...)``, this process's rows; counts may differ by one.
-        total: Number of rows of all processes.
-        device: Where the processes' backend exchanges tensors.
-
-    Returns:
-        ``(total, ...)`` on the CPU, the same on every process.
-    """
-    world = get_world_size()
-    if world == 1:
-        return own
-    longest = -(-total // world)
-    padded = own.new_zeros(longest, *own.shape[1:])
-    padded[: own.shape[0]] = own
-    parts = [torch.empty_like(padded, device=device) for _ in range(world)]
-    dist.all_gather(parts, padded.to(device))
-    return torch.stack([part.cpu() for part in parts], dim=1).flatten(0, 1)[:total]
-
-
-def rank_group(group: Group, rows: Tensor, gallery: Tensor, device: torch.device) -> Ranking:
-    """Rank one group's gallery for its queries by the group's rules.
+def rank_queries(
+    queries: Sequence[Query], rows: Tensor, gallery: Tensor, group: Group, device: torch.device
+) -> Ranking:
+    """Rank a group's gallery for some of its queries by the group's rules.
 
     Args:
-        group: Names and rules.
+        queries: Of the group.
         rows: ``(R, D)``, one unit vector per text of each query, in order; a query with several texts is the
             normalised mean of theirs.
         gallery: ``(G, K, D)`` or ``(G, D)`` in the group's order, on any device.
+        group: Names and rules.
         device: Where to compute.
+
+    Returns:
+        The ranking on the CPU; its widths are those of the whole group.
     """
-    index = {name: position for position, name in enumerate(group.gallery)}
-    counts = torch.tensor([len(query.texts) for query in group.queries])
-    queries = rows
+    index: dict[str | None, int] = {name: position for position, name in enumerate(group.gallery)}
+
+    def positions(names: Callable[[Query], Sequence[str | None]]) -> Tensor:
+        width = max(len(names(query)) for query in group.queries)
+        found = [[index.get(name, -1) for name in names(query)] for query in queries]
+        return torch.tensor([row + [-1] * (width - len(row)) for row in found], device=device).reshape(len(found), width)
+
+    counts = torch.tensor([len(query.texts) for query in queries])
     if bool((counts > 1).any()):
         owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        queries = F.normalize(torch.zeros(len(counts), rows.shape[1]).index_add_(0, owner, rows), dim=-1)
-    references = torch.tensor([index.get(query.reference, -1) for query in group.queries])
-    members = None
-    if any(query.members for query in group.queries):
-        longest = max(len(query.members) for query in group.queries)
-        padded = [[index[name] for name in query.members] for query in group.queries]
-        members = torch.tensor([row + [-1] * (longest - len(row)) for row in padded]).to(device)
-    return rank(
-        queries.to(device),
+        rows = F.normalize(torch.zeros(len(counts), rows.shape[1]).index_add_(0, owner, rows), dim=-1)
+    ranking = rank(
+        rows.to(device),
         gallery,  # moved block by block
-        torch.tensor([-1 if query.target is None else index.get(query.target, -1) for query in group.queries]).to(
-            device
-        ),
-        excluded=references.to(device) if group.reference_removed else None,
-        members=members,
+        positions(lambda query: (query.target,)).flatten(),
+        excluded=positions(lambda query: (query.reference,)).flatten() if group.reference_removed else None,
+        members=positions(lambda query: query.members),
+        relevant=positions(lambda query: [name for name, _ in query.relevance]),
     )
+    return Ranking(**{field.name: getattr(ranking, field.name).cpu() for field in fields(Ranking)})
+
+
+def joined(rankings: Sequence[Ranking]) -> Ranking:
+    """Put the rankings of consecutive queries together."""
+    return Ranking(**{field.name: torch.cat([getattr(r, field.name) for r in rankings]) for field in fields(Ranking)})
 
 
 def write_report(
-    folder: Path,
+    run: Path,
     dataset: BenchmarkDataset,
     rows: Mapping[str, Mapping[str, float]],
     rankings: Mapping[str, Ranking],
 ) -> None:
-    """Print the table and write metrics, contact sheets and the training curve; say where they are."""
-    benchmark = dataset.benchmark
-    report.write_metrics(folder / "metrics.json", rows, benchmark, {})
-    written = [folder / "metrics.json"]
+    """Write what the final evaluation of a split gave to ``<run>/<split>/``, print the table and say what is where.
+
+    Args:
+        run: The run's folder.
+        dataset: Of the split.
+        rows: Metrics per way of ranking; none where the targets are not public, and then the submissions are written.
+        rankings: Of the trained model, by group.
+    """
+    benchmark, folder = dataset.benchmark, run / dataset.benchmark.split
+    written = []
+    if rows:
+        written.append(report.write_metrics(folder / "metrics.json", rows, benchmark, {}))
+    else:
+        for name, content in benchmark.submissions(rankings).items():
+            written.append(report.write_submission(folder / name, content))
     for group in benchmark.groups:
-        ranking = rankings[group.name]
         sheet = folder / f"contact_sheet_{group.name}.png"
-        report.contact_sheet(benchmark, group, ranking.top.cpu(), ranking.ranks.cpu(), sheet)
-        written.append(sheet)
-    if (folder / EPOCHS).is_file():  # not in an evaluation run
+        written.append(report.contact_sheet(benchmark, group, rankings[group.name], sheet))
+    if (run / EPOCHS).is_file():  # not in an evaluation run
         try:
-            report.training_curve(folder, folder / "training_curve.png", benchmark.selection_metric)
-            written.append(folder / "training_curve.png")
+            written.append(report.training_curve(run, run / "training_curve.png", benchmark.selection_metric))
         except ValueError as error:
             logging.warning("no training curve: %s", error)
-    written += sorted(folder.glob("checkpoint_*.pth"))
+    written += sorted(run.glob("checkpoint_*.pth"))
     print(report.metrics_table(rows, benchmark))
-    print("\nWritten to " + str(folder) + ":\n  " + "\n  ".join(path.name for path in written))
+    print(f"\nWritten to {run}:\n  " + "\n  ".join(str(path.relative_to(run)) for path in written))
