@@ -28,6 +28,7 @@ from lavis_cir_plugin.benchmarks.benchmark import (
     drawn_like,
     find_annotation,
     image_name,
+    is_text,
     listed,
     no_metrics,
     no_submissions,
@@ -37,11 +38,13 @@ from lavis_cir_plugin.benchmarks.benchmark import (
     record_error,
     require_distinct,
     require_listed,
+    shown,
     text_field,
     whole_number_field,
     without_missing,
 )
 from lavis_cir_plugin.benchmarks.images import find_images, image_folders, verify_images
+from lavis_cir_plugin.benchmarks.submissions import Review, gallery_beside, ranks_in
 from lavis_cir_plugin.ranking import Ranking, recall_at
 
 SPLITS = ("train", *EVALUATION_SPLITS)
@@ -50,6 +53,10 @@ SUBSET_CUTOFFS = (1, 2, 3)
 VERSION = "rc2"
 TOP, SUBSET_TOP = 50, 3
 """How many names per query the test server takes."""
+SIZE_LIMIT = 5_000_000
+"""The test server takes no file of 5 MB."""
+ANNOTATION_KEYS = frozenset({"pairid", "reference", "caption"})
+"""By which a record of an annotation file is known."""
 
 _FILE_SPLITS = {"train": "train", "val": "val", "test": "test1", "seen": "train"}
 _ROOT_NAMES = ("cirr_dataset", "CIRR", "cirr")
@@ -248,6 +255,53 @@ def _submission(metric: str, best: Tensor, group: Group) -> dict[str, Any]:
     return {"version": VERSION, "metric": metric, **dict(zip((query.identifier for query in group.queries), names))}
 
 
+def check_submission(content: Any, size: int, annotation: Path, gallery: Path | None) -> Review:
+    """Check a file for the test server, or the same of val, and score it where the annotation has targets.
+
+    Args:
+        content: Of the file.
+        size: Of the file, in bytes.
+        annotation: Caption file that the queries come from.
+        gallery: Split file with the image names; by default the one that lies with the annotation.
+
+    Raises:
+        ValueError, FileNotFoundError: the annotation or the split file cannot be read.
+    """
+    has_targets = any("target_hard" in item for item in read_records(annotation))
+    queries = {q.identifier: q for q in _read_queries(annotation, "val" if has_targets else "test", "hard")}
+    if not isinstance(content, dict):
+        return Review("CIRR", problems={"file that is no object": [shown(content)]})
+    metric = content.get("metric")
+    review = Review(f"CIRR, {len(queries):,} queries of {annotation.name}, metric {shown(metric)}")
+    if content.get("version") != VERSION:
+        review.refuse(f"wrong 'version', which must be {VERSION!r}", shown(content.get("version")))
+    if size >= SIZE_LIMIT:
+        review.refuse(f"file of {SIZE_LIMIT:,} bytes or more; write it without blanks and line breaks", f"{size:,}")
+    lists = {key: value for key, value in content.items() if key not in ("version", "metric")}
+    review.read_rows(lists, queries, lambda value: value if is_text(value) else None)
+    for identifier, row in review.rows.items():
+        if queries[identifier].reference in row:
+            review.refuse("queries with their own reference", identifier)
+    if metric == "recall":
+        split_name = annotation.name.replace("cap.", "split.", 1)
+        path = gallery_beside(annotation, gallery, ("../image_splits", ""), split_name)
+        names = None if path is None else _read_places(path)
+        review.check_rows(TOP if names is None else min(TOP, len(names) - 1), names)
+        if names is None:
+            review.without_gallery(split_name)
+    elif metric == "recall_subset":
+        review.check_rows(SUBSET_TOP, None)
+        for identifier in review.rows:
+            members = {*queries[identifier].members, queries[identifier].reference}
+            review.check_each("queries with an image that is not in their set", identifier, members)
+    else:
+        review.refuse("wrong 'metric', which must be 'recall' or 'recall_subset'", shown(metric))
+    if has_targets and not review.problems:
+        ranking = ranks_in(list(review.rows.values()), [query.target for query in queries.values()])
+        review.metrics = _gallery_metrics(ranking, (), "hard") if metric == "recall" else _subset_metrics(ranking)
+    return review
+
+
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +318,9 @@ def _read_split(settings: CIRRConfig, split: str) -> tuple[list[Query], dict[str
     split_path = find_annotation(bases, ("image_splits", ""), f"split.rc2.{_FILE_SPLITS[split]}.json", "cirr")
     places = _read_places(split_path)
     queries = _read_queries(path, split, settings.labels)
+    blank = [query.identifier for query in queries if not query.texts[0]]
+    if blank:
+        logger.warning("cirr test1: %d of %d captions are blank (pairid, %s).", len(blank), len(queries), listed(blank))
     require_listed(_used_images(queries), places, path, split_path)
     return queries, places
 
@@ -287,9 +344,6 @@ def _read_queries(path: Path, split: str, labels: str) -> list[Query]:
     records = read_records(path)
     queries = [_query(item, path, number, split, labels) for number, item in enumerate(records)]
     require_distinct(records, "pairid", path)
-    blank = [query.identifier for query in queries if not query.texts[0]]
-    if blank:
-        logger.warning("cirr test1: %d of %d captions are blank (pairid, %s).", len(blank), len(queries), listed(blank))
     return queries
 
 
@@ -337,8 +391,11 @@ def _other_members(item: Mapping[str, Any], query: Query, path: Path, number: in
 
 def _soft_labels(item: Mapping[str, Any], path: Path, number: int) -> tuple[tuple[str, float], ...]:
     labels = item.get("target_soft")
-    weights = labels.values() if isinstance(labels, dict) else ()
-    if not weights or not all(type(weight) in (int, float) and -1 <= weight <= 1 for weight in weights):
+    if (
+        not isinstance(labels, dict)
+        or not labels
+        or not all(type(weight) in (int, float) and -1 <= weight <= 1 for weight in labels.values())
+    ):
         raise record_error(
             path,
             number,

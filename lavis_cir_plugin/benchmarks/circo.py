@@ -1,0 +1,379 @@
+"""CIRCO (Baldrati et al., ICCV 2023): several ground truths per query among COCO's 123,403 unlabeled images, mAP@K.
+
+There is no training split: a model is trained on another data set and evaluated here.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lavis_cir_plugin.benchmarks.benchmark import (
+    Benchmark,
+    Group,
+    Query,
+    Triplet,
+    check_split,
+    config_from_mapping,
+    coverage,
+    find_annotation,
+    image_name,
+    is_text,
+    listed,
+    no_metrics,
+    no_submissions,
+    one_of,
+    read_json,
+    read_records,
+    record_error,
+    require_distinct,
+    require_listed,
+    shown,
+    text_field,
+    whole_number_field,
+    without_missing,
+)
+from lavis_cir_plugin.benchmarks.images import find_images, image_folders, verify_images
+from lavis_cir_plugin.benchmarks.submissions import Review, gallery_beside, ranks_in
+from lavis_cir_plugin.ranking import Ranking, average_precision_at, recall_at
+
+SPLITS = ("val", "test")
+CUTOFFS = (5, 10, 25, 50)
+ASPECT_CUTOFF = 10
+ASPECTS = (
+    "cardinality",
+    "addition",
+    "negation",
+    "direct_addressing",
+    "compare_change",
+    "comparative_statement",
+    "statement_with_conjunction",
+    "spatial_relations_background",
+    "viewpoint",
+)
+TOP = 50
+"""How many ids per query the test server takes, no more and no fewer."""
+ANNOTATION_KEYS = frozenset({"reference_img_id", "relative_caption"})
+"""By which a record of an annotation file is known."""
+
+_ROOT_NAMES = ("CIRCO", "circo")
+_GALLERY_FILE = "image_info_unlabeled2017.json"
+_GALLERY_FOLDERS = ("COCO2017_unlabeled/annotations", "annotations", "")
+_IMAGE_FOLDERS = ("COCO2017_unlabeled/unlabeled2017", "unlabeled2017", "COCO2017_unlabeled")
+_TEXTS = {
+    "relative": "relative captions",
+    "shared_and_relative": "texts 'find <shared concept> but <relative caption>'",
+}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CIRCOConfig:
+    """Keys of ``datasets.circo.build_info``.
+
+    Attributes:
+        root: The data set's folder (with ``annotations/`` and ``COCO2017_unlabeled/``) or its parent.
+        annotations: Folder of ``val.json`` and ``test.json`` where it is not below ``root``.
+        images: Folder of the image files, ``unlabeled2017``, where it is not below ``root``. COCO's list of them may
+            lie in ``annotations`` beside it.
+        text: Evaluation text. ``relative``: the relative caption (SEARLE, LinCIR). ``shared_and_relative``: 'find
+            <shared concept> but <relative caption>' (MagicLens), which says more; the two are not comparable.
+        reference: ``kept`` in the gallery, as by the test server, or ``removed`` from its own ranking (CoVR). It is
+            never a ground truth, so that removing it can only raise the numbers.
+        selection_metric: What chooses the best checkpoint: a metric of the split.
+        missing_images: ``error``, or ``skip`` what needs a missing image and say how much that is.
+        verify_images: Check every image file before the run.
+    """
+
+    root: str
+    annotations: str | None = None
+    images: str | None = None
+    text: str = one_of(*_TEXTS)
+    reference: str = one_of("kept", "removed")
+    selection_metric: str = one_of(*(f"{metric}@{k}" for metric in ("mAP", "Recall") for k in CUTOFFS))
+    missing_images: str = one_of("error", "skip")
+    verify_images: bool = False
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> CIRCOConfig:
+        """Build the configuration; raise ValueError with every unknown key and impossible value."""
+        return config_from_mapping(cls, "circo", mapping)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One record of an annotation file, as it stands there: images by COCO id."""
+
+    id: int
+    reference: int
+    target: int | None
+    ground_truths: tuple[int, ...]
+    relative_caption: str
+    shared_concept: str
+    aspects: tuple[str, ...]
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Check the keys and values of a ``build_info`` without reading anything.
+
+    Raises:
+        ValueError: every unknown key and impossible value.
+    """
+    CIRCOConfig.from_mapping(config)
+
+
+def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:
+    """Refuse: there is no training split.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "CIRCO has no training split; train on another data set (its splits: [train]) and keep datasets.circo.splits "
+        "to val and test."
+    )
+
+
+def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
+    """Read the ``val`` or ``test`` split; the targets of ``test`` are not public, hence no metrics.
+
+    Images are named by their file's stem (``000000243611``); COCO's numbers are mapped to it once, by COCO's list of
+    the gallery. The gallery is that list, in its order, the same for both splits. ``relevance`` are the ground truths.
+    With ``missing_images: skip`` the gallery shrinks and queries that need a missing image, be it only as one of their
+    ground truths, are left out; the protocol line says how many.
+
+    The submission of ``test`` is the server's file: the best 50 images, as COCO's numbers, by the query's id.
+
+    Raises:
+        ValueError: a key, value or record of the configuration or an annotation file is wrong, or no such split.
+        FileNotFoundError: an annotation file or an image is missing.
+    """
+    check_split(split, "circo", SPLITS)
+    settings = CIRCOConfig.from_mapping(config)
+    path = find_annotation(_annotation_bases(settings), ("annotations", ""), f"{split}.json", "circo")
+    names_path = find_annotation(_gallery_bases(settings), _GALLERY_FOLDERS, _GALLERY_FILE, "circo")
+    records, names = _read_records(path, settings.text, split == "test"), _read_gallery(names_path)
+    blank = [record.id for record in records if not record.relative_caption]
+    if blank:
+        logger.warning("circo test: %d of %d captions are blank (id, %s).", len(blank), len(records), listed(blank))
+    require_listed([image for record in records for image in _used_images(record)], names, path, names_path)
+    queries = tuple(_query(record, names, settings.text) for record in records)
+    complete = group = Group("circo", tuple(names.values()), queries, settings.reference == "removed")
+    paths, missing = _find_images(settings, group.gallery)
+    if missing:
+        group = without_missing(complete, paths)
+    identifiers = [query.identifier for query in group.queries]
+    aspects = {str(record.id): record.aspects for record in records}
+    has_targets = all(query.target is not None for query in queries)
+    return Benchmark(
+        name="circo",
+        split=split,
+        groups=(group,),
+        image_paths=paths,
+        protocol=_protocol(settings, split, group) + coverage([complete], [group]),
+        metrics=partial(_metrics, identifiers=identifiers, aspects=aspects) if has_targets else no_metrics,
+        selection_metric=settings.selection_metric,
+        submissions=partial(_submissions, group=group, names=names) if split == "test" else no_submissions,
+    )
+
+
+def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
+    """Refuse as `read_train`: no triplet exists."""
+    raise ValueError("CIRCO has no training split, hence no training text.")
+
+
+def _protocol(settings: CIRCOConfig, split: str, group: Group) -> str:
+    return (
+        f"CIRCO {split}, gallery of {len(group.gallery):,} images, reference {settings.reference}, "
+        f"{_TEXTS[settings.text]}, {len(group.queries):,} queries, mAP@K over min(K, ground truths), "
+        f"ties by gallery order"
+    )
+
+
+def _metrics(
+    rankings: Mapping[str, Ranking], identifiers: Sequence[str], aspects: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """Compute mAP@K, Recall@K of the target and mAP@10 of the queries with each semantic aspect, in percent.
+
+    Args:
+        rankings: Of the group.
+        identifiers: Of the group's queries.
+        aspects: By identifier. An aspect that no query has gives no metric.
+    """
+    ranking = rankings["circo"]
+    metrics = {f"mAP@{k}": average_precision_at(ranking.relevant_ranks, k) for k in CUTOFFS}
+    metrics.update({f"Recall@{k}": recall_at(ranking.ranks, k) for k in CUTOFFS})
+    for aspect in ASPECTS:
+        rows = [row for row, identifier in enumerate(identifiers) if aspect in aspects[identifier]]
+        if rows:
+            ranks = ranking.relevant_ranks[rows]
+            metrics[f"mAP@{ASPECT_CUTOFF}_{aspect}"] = average_precision_at(ranks, ASPECT_CUTOFF)
+    return metrics
+
+
+# -- submission ------------------------------------------------------------------------------------------------------
+
+
+def _submissions(rankings: Mapping[str, Ranking], group: Group, names: Mapping[int, str]) -> dict[str, Any]:
+    number = {name: image for image, name in names.items()}
+    numbers = [number[name] for name in group.gallery]
+    rows = ([numbers[index] for index in row if index >= 0] for row in rankings["circo"].top[:, :TOP].tolist())
+    return {"circo_test.json": dict(zip((query.identifier for query in group.queries), rows))}
+
+
+def check_submission(content: Any, size: int, annotation: Path, gallery: Path | None) -> Review:
+    """Check a file for the test server, or the same of val, and score it where the annotation has targets.
+
+    Args:
+        content: Of the file.
+        size: Of the file, in bytes; the server states no limit.
+        annotation: The split's JSON file.
+        gallery: COCO's list of images; by default the one in the data set's folder.
+
+    Raises:
+        ValueError, FileNotFoundError: the annotation or the list cannot be read.
+    """
+    has_targets = any("target_img_id" in item for item in read_records(annotation))
+    records = {str(record.id): record for record in _read_records(annotation, "relative", is_test=not has_targets)}
+    if not isinstance(content, dict):
+        return Review("CIRCO", problems={"file that is no object": [shown(content)]})
+    review = Review(f"CIRCO, {len(records):,} queries of {annotation.name}")
+    review.read_rows(content, records, _as_number)
+    path = gallery_beside(annotation, gallery, ("../COCO2017_unlabeled/annotations", ""), _GALLERY_FILE)
+    names = None if path is None else _read_gallery(path)
+    review.check_rows(TOP if names is None else min(TOP, len(names)), names)
+    if names is None:
+        review.without_gallery(_GALLERY_FILE)
+    own = [identifier for identifier, row in review.rows.items() if records[identifier].reference in row]
+    if own:
+        review.notes.append(f"queries with their own reference, which is never right: {len(own):,} ({listed(own)})")
+    if has_targets and not review.problems:
+        ground_truths = [record.ground_truths for record in records.values()]
+        ranking = ranks_in(list(review.rows.values()), [record.target for record in records.values()], ground_truths)
+        aspects = {identifier: record.aspects for identifier, record in records.items()}
+        review.metrics = _metrics({"circo": ranking}, list(records), aspects)
+    return review
+
+
+def _as_number(value: Any) -> int | None:
+    """Return COCO's number: the server takes whole numbers and their digits as text."""
+    is_digits = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 12
+    return int(value) if type(value) is int or is_digits else None
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def _bases(settings: CIRCOConfig) -> list[Path]:
+    root = Path(settings.root).expanduser()
+    return [root, *(root / name for name in _ROOT_NAMES if (root / name).is_dir())]
+
+
+def _annotation_bases(settings: CIRCOConfig) -> list[Path]:
+    return [Path(settings.annotations).expanduser()] if settings.annotations else _bases(settings)
+
+
+def _gallery_bases(settings: CIRCOConfig) -> list[Path]:
+    """Return where COCO's list may be: with the annotations, or with the images, in their folder or beside it."""
+    images = Path(settings.images).expanduser().absolute() if settings.images else None
+    return [*_annotation_bases(settings), *((images, images.parent) if images else ()), *_bases(settings)]
+
+
+def _read_gallery(path: Path) -> dict[int, str]:
+    """Read COCO's list of images: number to file stem, in file order."""
+    content = read_json(path)
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list) or not images or not all(isinstance(image, dict) for image in images):
+        raise ValueError(f"{path} must hold 'images', a non-empty list of objects; correct the file or copy it again.")
+    names = {}
+    for number, image in enumerate(images):
+        file_name = image_name(text_field(image, "file_name", path, number), "file_name", path, number)
+        names[_whole_number(image, "id", path, number)] = PurePosixPath(file_name).stem
+    require_distinct(images, "id", path)
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"{path} lists {len(names) - len(set(names.values())):,} files twice; correct the file.")
+    return names
+
+
+def _read_records(path: Path, text: str, is_test: bool) -> list[_Record]:
+    items = read_records(path)
+    records = [_record(item, path, number, text, is_test) for number, item in enumerate(items)]
+    require_distinct(items, "id", path)
+    return records
+
+
+def _record(item: Mapping[str, Any], path: Path, number: int, text: str, is_test: bool) -> _Record:
+    caption = str(text_field(item, "relative_caption", path, number)).strip()
+    concept = (text_field(item, "shared_concept", path, number, optional=text == "relative") or "").strip()
+    if not caption and not is_test:
+        raise record_error(path, number, "has an empty relative_caption; it must say how the targets differ")
+    if not concept and text == "shared_and_relative":
+        raise record_error(
+            path,
+            number,
+            "has an empty shared_concept, which datasets.circo.build_info.text = shared_and_relative needs",
+        )
+    reference = _whole_number(item, "reference_img_id", path, number)
+    target = whole_number_field(item, "target_img_id", path, number, optional=is_test)
+    return _Record(
+        id=_whole_number(item, "id", path, number),
+        reference=reference,
+        target=target,
+        ground_truths=() if target is None else _ground_truths(item, reference, target, path, number),
+        relative_caption=caption,
+        shared_concept=concept,
+        aspects=_aspects(item, path, number),
+    )
+
+
+def _whole_number(item: Mapping[str, Any], key: str, path: Path, number: int) -> int:
+    return int(whole_number_field(item, key, path, number) or 0)
+
+
+def _ground_truths(item: Mapping[str, Any], reference: int, target: int, path: Path, number: int) -> tuple[int, ...]:
+    images = item.get("gt_img_ids")
+    if not isinstance(images, list) or not all(type(image) is int for image in images):
+        raise record_error(path, number, "needs 'gt_img_ids', a list of whole numbers")
+    if len(set(images)) < len(images) or target not in images or reference in images:
+        raise record_error(path, number, "needs distinct 'gt_img_ids' with the target and without the reference")
+    return tuple(images)
+
+
+def _aspects(item: Mapping[str, Any], path: Path, number: int) -> tuple[str, ...]:
+    aspects = item.get("semantic_aspects", [])
+    if not isinstance(aspects, list) or not all(is_text(aspect) and aspect in ASPECTS for aspect in aspects):
+        raise record_error(path, number, f"needs 'semantic_aspects', a list of some of {', '.join(ASPECTS)}")
+    return tuple(aspects)
+
+
+def _used_images(record: _Record) -> tuple[int, ...]:
+    return (record.reference, *record.ground_truths)
+
+
+def _query(record: _Record, names: Mapping[int, str], text: str) -> Query:
+    return Query(
+        reference=names[record.reference],
+        texts=(
+            record.relative_caption
+            if text == "relative"
+            else f"find {record.shared_concept} but {record.relative_caption}",
+        ),
+        target=None if record.target is None else names[record.target],
+        relevance=tuple((names[image], 1.0) for image in record.ground_truths),
+        identifier=str(record.id),
+    )
+
+
+def _find_images(settings: CIRCOConfig, names: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
+    guesses = [base / folder for base in _bases(settings) for folder in _IMAGE_FOLDERS]
+    folders = image_folders([Path(settings.images).expanduser()] if settings.images else guesses, "circo")
+    paths, missing = find_images(names, folders[:1], "circo", settings.missing_images)  # the last is above the first
+    if settings.verify_images:
+        verify_images(paths.values())
+    return paths, missing

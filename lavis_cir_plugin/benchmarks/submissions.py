@@ -1,0 +1,119 @@
+"""What every submission file has to be: all queries, so many distinct images each, known ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavis_cir_plugin.benchmarks.benchmark import listed, shown
+from lavis_cir_plugin.ranking import Ranking
+
+Row = list[Hashable]
+"""The images of one query, best first, in the type in which the annotation names them."""
+
+_NOT_LISTED = 2**40  # a rank beyond every cutoff
+
+
+@dataclass
+class Review:
+    """What the check of a submission file found.
+
+    Attributes:
+        title: What the file is, by the annotation and by itself.
+        rows: By query, in the annotation's order, those that are lists of images.
+        problems: Offenders by kind of problem; the test server refuses the file for any of them.
+        notes: What is worth knowing and no problem.
+        metrics: In percent; empty where the annotation has no targets or the file has a problem.
+    """
+
+    title: str
+    rows: dict[str, Row] = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def refuse(self, kind: str, offender: str) -> None:
+        """Add a problem."""
+        self.problems.setdefault(kind, []).append(offender)
+
+    def read_rows(
+        self, content: Mapping[str, Any], identifiers: Collection[str], as_image: Callable[[Any], Hashable | None]
+    ) -> None:
+        """Take the rows of all queries, and note missing and unknown queries and what is no list of images.
+
+        Args:
+            content: Of the file: list by query.
+            identifiers: Of the annotation's queries, in order.
+            as_image: Returns a value's image, or None where it is no image's name.
+        """
+        for identifier in identifiers:
+            if identifier not in content:
+                self.refuse("queries missing", identifier)
+                continue
+            values = content[identifier]
+            images = [as_image(value) for value in values] if isinstance(values, list) else [None]
+            if None in images:
+                wrong = values[images.index(None)] if isinstance(values, list) else values
+                self.refuse("queries with a value that is no image's name", f"{identifier} has {shown(wrong)}")
+                continue
+            self.rows[identifier] = [image for image in images if image is not None]
+        for identifier in content:
+            if identifier not in identifiers:
+                self.refuse("unknown queries", shown(identifier))
+
+    def check_rows(self, count: int, gallery: Collection[Hashable] | None) -> None:
+        """Note every row that has not ``count`` distinct images, and unknown images where the gallery is known."""
+        for identifier, row in self.rows.items():
+            if len(row) != count:
+                self.refuse(f"queries without exactly {count} images", f"{identifier} has {len(row)}")
+            if len(set(row)) < len(row):
+                twice = next(image for image in row if row.count(image) > 1)
+                self.refuse("queries with an image twice", f"{identifier} has {shown(twice)}")
+            if gallery is not None:
+                self.check_each("queries with an image that is not in the gallery", identifier, gallery)
+
+    def check_each(self, kind: str, identifier: str, allowed: Collection[Hashable]) -> None:
+        """Note the query if one of its images is not allowed."""
+        stranger = next((image for image in self.rows[identifier] if image not in allowed), None)
+        if stranger is not None:
+            self.refuse(kind, f"{identifier} has {shown(stranger)}")
+
+    def without_gallery(self, name: str) -> None:
+        """Note that image names could not be checked."""
+        self.notes.append(f"image names were not checked, {name} is not beside the annotation; give it by --gallery")
+
+    def __str__(self) -> str:
+        """Return the findings, one a line."""
+        lines = [f"note: {note}" for note in self.notes]
+        lines += [f"refused: {kind}: {len(bad):,} ({listed(bad)})" for kind, bad in self.problems.items()]
+        return "\n".join([self.title, *lines, *(f"{name}: {value:.2f}" for name, value in self.metrics.items())])
+
+
+def ranks_in(rows: Sequence[Row], targets: Sequence[Hashable], relevant: Sequence[Sequence[Hashable]] = ()) -> Ranking:
+    """Return the ranks of labelled images in lists that end early.
+
+    Args:
+        rows: One per query, best first.
+        targets: One per query; its rank is -1 where it is not listed. It is the rank in the subset as well, for files
+            that rank one.
+        relevant: Labelled images per query; those that are not listed have a rank beyond every cutoff.
+    """
+    places = [{image: place for place, image in reversed(list(enumerate(row)))} for row in rows]
+    ranks = torch.tensor([place.get(target, -1) for place, target in zip(places, targets)])
+    width = max(map(len, relevant), default=0)
+    labelled = [
+        [place.get(image, _NOT_LISTED + column) for column, image in enumerate(images)] + [-1] * (width - len(images))
+        for place, images in zip(places, relevant)
+    ]
+    empty = torch.empty(len(rows), 0, dtype=torch.int64)
+    return Ranking(ranks, empty, ranks, torch.tensor(labelled) if relevant else empty)
+
+
+def gallery_beside(annotation: Path, gallery: Path | None, folders: Sequence[str], name: str) -> Path | None:
+    """Return the gallery file: the given one, else the first of the folders' (relative to the annotation's), if any."""
+    places = [annotation.parent / folder / name for folder in folders]
+    return gallery or next((place for place in places if place.is_file() and place != annotation), None)
