@@ -30,7 +30,7 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument(
         "--gallery",
         metavar="FILE",
-        help="the gallery's images: split.*.json or image_info_unlabeled2017.json; by default that beside the annotation",
+        help="the gallery's images: split.*.json, image_info_unlabeled2017.json; by default that beside the annotation",
     )
     parser.set_defaults(run=_check)
 

@@ -11,7 +11,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import REAL, real_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from lavis_cir_plugin.benchmarks import cirr
+from lavis_cir_plugin.benchmarks.benchmark import Group, Query
 from lavis_cir_plugin.benchmarks.cirr import CIRRConfig, read_benchmark, read_train, training_text
 from lavis_cir_plugin.ranking import Ranking, rank
 
@@ -132,6 +136,184 @@ def test_metrics_by_hand(tmp_path: Path):
     }
 
 
+def ranking(ranks: list[int], subset: list[int], relevant: list[list[int]] | None = None) -> dict[str, Ranking]:
+    empty = torch.empty(len(ranks), 0, dtype=torch.long)
+    labelled = empty if relevant is None else torch.tensor(relevant)
+    return {"cirr": Ranking(torch.tensor(ranks), empty, torch.tensor(subset), labelled)}
+
+
+def with_soft_labels(*labels: dict[str, float]) -> dict[str, Any]:
+    changed = records("val")
+    for record, weights in zip(changed, labels):
+        record["target_soft"] = weights
+    return {"val": changed}
+
+
+def test_soft_labels_by_hand(tmp_path: Path):
+    """The best weight among the first K, at least 0.
+
+    Query 0: weights 0.5 and 1.0 at ranks 0 and 6: 0.5 at K = 1 and 5, 1.0 at 10 and 50. Query 1: -1.0 at rank 0 counts
+    nothing and 0.2 at rank 4 from K = 5 on. Means: 25, 35, 60, 60 %. R_subset is that of the hard targets: ranks 0, 2.
+    """
+    a, b, c, d = names("val")[1:5]
+    world = write_world(tmp_path, with_soft_labels({a: 0.5, b: 1.0}, {c: -1, d: 0.2}))
+    benchmark = read_benchmark({**world, "labels": "soft"}, "val")
+    assert [query.relevance for query in benchmark.groups[0].queries] == [
+        ((a, 0.5), (b, 1.0)),
+        ((c, -1.0), (d, 0.2)),
+    ]
+    metrics = benchmark.metrics(ranking([6, 9], [0, 2], [[0, 6, -1], [0, 4, -1]]))
+    assert metrics == pytest.approx(
+        {
+            "R@1": 25,
+            "R@5": 35,
+            "R@10": 60,
+            "R@50": 60,
+            "R_subset@1": 50,
+            "R_subset@2": 50,
+            "R_subset@3": 100,
+            "mean": 42.5,
+        }
+    )
+    assert "R@K of soft labels (the best weight among the first K), R_subset of hard targets" in benchmark.protocol
+    hard = read_benchmark(world, "val")
+    assert [query.relevance for query in hard.groups[0].queries] == [(), ()]
+
+
+def test_soft_labels_that_are_images_removed_or_unranked_count_nothing():
+    queries = (Query("r", ("",), "a", relevance=(("r", 1.0), ("a", 0.5))),)
+    assert cirr._soft_recall_at(torch.tensor([[-1, 3]]), queries, 1) == 0.0
+    assert cirr._soft_recall_at(torch.tensor([[-1, 3]]), queries, 4) == 50.0
+
+
+@pytest.mark.parametrize(
+    ("selected", "expected"),
+    [("arithmetic_mean", 50.0), ("geometric_mean", 25 * 54 ** (1 / 7)), ("harmonic_mean", 38.8889)],
+)
+def test_means_of_the_seven_recalls(tmp_path: Path, selected: str, expected: float):
+    """Of 25, 50, 75, 75 and 25, 25, 75: the mean is 350 / 7 = 50.
+
+    Harmonic: 7 / (3 / 25 + 1 / 50 + 3 / 75) = 7 / 0.18 = 38.89. Geometric: (25^3 * 50 * 75^3)^(1/7)
+    = 25 * (2 * 3^3)^(1/7) = 25 * 54^(1/7).
+    """
+    benchmark = read_benchmark({**write_world(tmp_path), "selection_metric": selected}, "val")
+    assert benchmark.selection_metric == selected
+    metrics = benchmark.metrics(ranking([0, 4, 5, -1], [0, 2, 2, 4]))
+    assert (list(metrics)[-1], len(metrics)) == (selected, 9)
+    assert metrics[selected] == pytest.approx(expected, abs=1e-4)
+    nothing = benchmark.metrics(ranking([0, 99], [4, 4]))
+    assert nothing[selected] == (pytest.approx(200 / 7) if selected == "arithmetic_mean" else 0.0)
+
+
+def test_selection_by_a_single_metric_adds_none(tmp_path: Path):
+    benchmark = read_benchmark({**write_world(tmp_path), "selection_metric": "R_subset@1"}, "val")
+    assert benchmark.selection_metric == "R_subset@1"
+    assert len(benchmark.metrics(ranking([0], [0]))) == 8
+
+
+def naive_metrics(
+    scores: list[list[float]], sets: list[list[int]], weights: list[dict[int, float]]
+) -> dict[str, float]:
+    """Sort names and look them up, one query at a time: sets[q] holds the reference, the target, the other members."""
+    hits: dict[str, list[float]] = {}
+    for row, members, labels in zip(scores, sets, weights):
+        reference, target = members[:2]
+        order = sorted(range(len(row)), key=lambda image: -row[image])  # stable: by index among equal scores
+        order.remove(reference)
+        for k in (1, 5, 10, 50):
+            hits.setdefault(f"R@{k}", []).append(float(target in order[:k]))
+            hits.setdefault(f"soft R@{k}", []).append(max([0.0, *(labels.get(image, 0.0) for image in order[:k])]))
+        subset = [image for image in order if image in members]
+        for k in (1, 2, 3):
+            hits.setdefault(f"R_subset@{k}", []).append(float(target in subset[:k]))
+    return {name: 100 * sum(values) / len(values) for name, values in hits.items()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_equals_a_naive_implementation(data: st.DataObject):
+    """On few, small, negative and equal features, so that scores tie; on one query; with chunks that do not fit."""
+    size = data.draw(st.integers(7, 13))
+    count = data.draw(st.integers(1, 5))
+    vectors = st.lists(st.integers(-2, 1), min_size=2, max_size=2)
+    gallery = data.draw(st.lists(vectors, min_size=size, max_size=size))
+    queries = data.draw(st.lists(vectors, min_size=count, max_size=count))
+    sets = [data.draw(st.permutations(range(size)))[:6] for _ in range(count)]
+    labels = st.dictionaries(st.integers(0, size - 1), st.sampled_from([1.0, 0.5, 0.2, -1.0]), min_size=1, max_size=4)
+    weights = [data.draw(labels) for _ in range(count)]
+    indices = torch.tensor(sets)
+    relevant = [list(row) + [-1] * (4 - len(row)) for row in weights]
+    result = rank(
+        torch.tensor(queries).float(),
+        torch.tensor(gallery).float(),
+        indices[:, 1],
+        excluded=indices[:, 0],
+        members=indices[:, 1:],
+        relevant=torch.tensor(relevant),
+        chunk=data.draw(st.integers(1, 3)),
+    )
+    names = [str(image) for image in range(size)]
+    group = Group(
+        "cirr",
+        tuple(names),
+        tuple(
+            Query(
+                names[r],
+                ("",),
+                names[t],
+                tuple(names[m] for m in (t, *rest)),
+                tuple((names[i], w) for i, w in row.items()),
+            )
+            for (r, t, *rest), row in zip(sets, weights)
+        ),
+        True,
+    )
+    scores = [[float(sum(a * b for a, b in zip(query, image))) for image in gallery] for query in queries]
+    naive = naive_metrics(scores, sets, weights)
+    hard = cirr._metrics({"cirr": result}, group, CIRRConfig("x"))
+    soft = cirr._metrics({"cirr": result}, group, CIRRConfig("x", labels="soft"))
+    for name in hard.keys() - {"mean"}:
+        assert hard[name] == pytest.approx(naive[name])
+        assert soft[name] == pytest.approx(naive[f"soft {name}" if f"soft {name}" in naive else name])
+    assert hard["mean"] == pytest.approx((naive["R@5"] + naive["R_subset@1"]) / 2)
+
+
+# -- submission ------------------------------------------------------------------------------------------------------
+
+
+def test_the_servers_two_files(tmp_path: Path):
+    """The gallery's images lie on a line and both queries point down it, so the order is that of the file.
+
+    Query 0 refers to image 0: its best are 1 to 7, and of its set 1, 2, 3. Query 1 refers to image 1.
+    """
+    benchmark = read_benchmark(write_world(tmp_path), "test")
+    (group,) = benchmark.groups
+    members = torch.tensor([[group.gallery.index(name) for name in query.members] for query in group.queries])
+    result = rank(
+        torch.ones(2, 1),
+        torch.arange(8, 0, -1).unsqueeze(1).float(),
+        torch.tensor([-1, -1]),
+        excluded=torch.tensor([0, 1]),
+        members=members,
+    )
+    images = names("test1")
+    assert benchmark.submissions({"cirr": result}) == {
+        "cirr_test1_recall.json": {
+            "version": "rc2",
+            "metric": "recall",
+            "0": images[1:],
+            "10": [images[0], *images[2:]],
+        },
+        "cirr_test1_recall_subset.json": {
+            "version": "rc2",
+            "metric": "recall_subset",
+            "0": images[1:4],
+            "10": [images[0], *images[2:4]],
+        },
+    }
+    assert read_benchmark({"root": str(tmp_path)}, "val").submissions({"cirr": result}) == {}
+
+
 # -- layouts ---------------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +328,32 @@ def test_layouts(tmp_path: Path, folder: str, annotations: str, images: str, suf
     expected = {name: tmp_path / folder / images / "dev" / f"{name}{suffix}" for name in names("val")}
     assert read_benchmark(config, "val").image_paths == expected
     assert len(read_train(config)[0]) == 2
+
+
+@pytest.mark.parametrize("root", ["data", "data/cirr"])
+def test_the_layout_of_cirrs_own_readme(tmp_path: Path, root: str):
+    """``data/cirr/captions`` with ``data/img_raw/dev``, whether root names the folder or its parent."""
+    write_world(tmp_path / "elsewhere", annotations="", images="img_raw")
+    (tmp_path / "data" / "cirr").mkdir(parents=True)
+    for folder in ("captions", "image_splits"):
+        (tmp_path / "elsewhere" / folder).rename(tmp_path / "data" / "cirr" / folder)
+    (tmp_path / "elsewhere" / "img_raw").rename(tmp_path / "data" / "img_raw")
+    config = {"root": str(tmp_path / root)}
+    assert (
+        read_benchmark(config, "val")
+        .image_paths[names("val")[0]]
+        .samefile(tmp_path / "data" / "img_raw" / "dev" / f"{names('val')[0]}.png")
+    )
+    assert len(read_train(config)[0]) == 2
+
+
+def test_annotation_files_flat_in_one_folder(tmp_path: Path):
+    """CoVR keeps ``annotation/cirr/cap.rc2.val.json`` apart from the images."""
+    config = {**write_world(tmp_path), "annotations": str(tmp_path / "annotation" / "cirr")}
+    (tmp_path / "annotation" / "cirr").mkdir(parents=True)
+    for path in (tmp_path / "cirr").glob("*/*.json"):
+        path.rename(tmp_path / "annotation" / "cirr" / path.name)
+    assert len(read_benchmark(config, "val").groups[0].queries) == 2
 
 
 def test_annotations_and_images_apart_and_train_images_without_sub_folders(tmp_path: Path):
@@ -232,6 +440,98 @@ def test_images_that_the_split_does_not_list(tmp_path: Path):
         read_train(write_world(tmp_path, {"train": changed}))
 
 
+@pytest.mark.parametrize("split", ["val", "test1"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pairid": None}, "has pairid = null; it must be a whole number"),
+        ({"pairid": "10"}, 'has pairid = "10"; it must be a whole number'),
+        ({"pairid": True}, "has pairid = true; it must be a whole number"),
+        ({"pairid": 0}, "has pairid = 0 like record 0"),
+        ({"reference": "../dev-0-img0"}, r'has reference = "\.\./dev-0-img0"; it must be an image name'),
+        ({"reference": "/dev-0-img0"}, 'has reference = "/dev-0-img0"; it must be an image name'),
+        ({"reference": "a\\b"}, "has reference = .*; it must be an image name"),
+        ({"reference": "a\0"}, "has reference = .*; it must be an image name"),
+        ({"reference": "\ud800"}, "has reference = .*; it must be text"),
+        ({"target_hard": ""}, 'has target_hard = ""; it must be an image name'),
+        ({"caption": "half \ud800"}, "has caption = .*; it must be text"),
+        ({"img_set": {"members": ["..", "a"]}}, r'has members = "\.\."; it must be an image name'),
+    ],
+)
+def test_every_field_is_checked(tmp_path: Path, split: str, change: dict[str, Any], message: str):
+    changed = records(split)
+    changed[1].update(change)
+    with pytest.raises(ValueError, match=message) as error:
+        read_benchmark(write_world(tmp_path, {split: changed}), "val" if split == "val" else "test")
+    assert f"cap.rc2.{split}.json: record 1 (counting from 0)" in str(error.value)
+
+
+def test_pairids_name_the_queries_and_training_needs_none(tmp_path: Path):
+    world = write_world(tmp_path)
+    for split in ("val", "test", "seen"):
+        (group,) = read_benchmark(world, split).groups
+        assert [query.identifier for query in group.queries] == ["0", "10"]
+    for change, message in (({"pairid": 0}, "has pairid = 0 like record 0"), ({"pairid": 1.5}, "has pairid = 1.5")):
+        changed = records("train")
+        changed[1].update(change)
+        with pytest.raises(ValueError, match=message):
+            read_train(write_world(tmp_path, {"train": changed}))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_empty_caption_is_refused_where_none_is_known(tmp_path: Path, split: str):
+    changed = records(split)
+    changed[1]["caption"] = " "
+    world = write_world(tmp_path, {split: changed})
+    with pytest.raises(ValueError, match=rf"cap.rc2.{split}.json: record 1 .* has an empty caption"):
+        read_train(world) if split == "train" else read_benchmark(world, "val")
+
+
+def test_a_blank_caption_of_test1_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    changed = records("test1")
+    changed[1]["caption"] = " "
+    assert len(read_benchmark(write_world(tmp_path, {"test1": changed}), "test").groups[0].queries) == 2
+    assert "1 of 2 captions are blank (pairid, first: 10)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "labels", [None, {}, [], {"dev-1-img0": "1"}, {"dev-1-img0": 2}, {"dev-1-img0": True}, {"dev-1-img0": float("nan")}]
+)
+def test_soft_labels_of_another_shape_are_refused_where_they_are_used(tmp_path: Path, labels: Any):
+    world = write_world(tmp_path, with_soft_labels({"dev-1-img0": 1.0}, labels))
+    assert len(read_benchmark(world, "val").groups[0].queries) == 2
+    with pytest.raises(
+        ValueError, match=r"cap.rc2.val.json: record 1 .* needs 'target_soft'.*build_info.labels = soft"
+    ):
+        read_benchmark({**world, "labels": "soft"}, "val")
+
+
+def test_soft_labels_name_images_of_the_split(tmp_path: Path):
+    world = write_world(tmp_path, with_soft_labels({"stranger": 1.0}))
+    with pytest.raises(ValueError, match=r"uses 1 images that .* does not list \(first: stranger\)"):
+        read_benchmark({**world, "labels": "soft"}, "val")
+
+
+@pytest.mark.parametrize("place", ["../x.png", "dev/../../x.png", "/dev/x.png", "dev\\x.png", "dev/\0.png", "", "."])
+def test_a_path_that_leads_out_of_the_image_folder_is_refused(tmp_path: Path, place: str):
+    config = write_world(tmp_path)
+    path = tmp_path / "cirr" / "image_splits" / "split.rc2.val.json"
+    places = json.loads(path.read_text())
+    places[names("val")[3]] = place
+    write_json(path, places)
+    with pytest.raises(
+        ValueError, match=r"split.rc2.val.json: record 3 .* maps dev-3-img0 to .* below the image folder"
+    ):
+        read_benchmark(config, "val")
+
+
+def test_a_name_that_leads_out_of_the_image_folder_is_refused(tmp_path: Path):
+    config = write_world(tmp_path)
+    write_json(tmp_path / "cirr" / "image_splits" / "split.rc2.val.json", {"../x": "dev/x.png"})
+    with pytest.raises(ValueError, match=r'split.rc2.val.json: record 0 .* has name = "\.\./x"'):
+        read_benchmark(config, "val")
+
+
 @pytest.mark.parametrize("content", [[], {}, ["a"], {"a": 1}])
 def test_a_broken_split_file_is_named(tmp_path: Path, content: Any):
     config = write_world(tmp_path)
@@ -245,6 +545,12 @@ def test_configuration():
     with pytest.raises(ValueError, match=r"datasets.cirr.build_info.gallery is not a known key") as error:
         CIRRConfig.from_mapping({"root": "x", "gallery": "val", "missing_images": "ignore"})
     assert 'missing_images must be one of error, skip, got "ignore"' in str(error.value)
+    with pytest.raises(
+        ValueError, match=r"selection_metric must be one of mean, R@1, .*; did you mean 'harmonic_mean'\?"
+    ):
+        CIRRConfig.from_mapping({"root": "x", "selection_metric": "harmonic"})
+    with pytest.raises(ValueError, match=r"labels must be one of hard, soft, got"):
+        CIRRConfig.from_mapping({"root": "x", "labels": "both"})
 
 
 # -- the real annotation files ---------------------------------------------------------------------------------------
@@ -271,6 +577,52 @@ def test_real_evaluation_files(real: dict[str, str], split: str, queries: int, g
     assert {len(query.members) for query in group.queries} == {5}
     never_a_reference = set(group.gallery) - {query.reference for query in group.queries}
     assert len(never_a_reference) == (132 if split == "val" else 137)
+
+
+def test_real_labels(real: dict[str, str]):
+    """645 queries have several soft labels, and 37 lack their hard target and give 1.0 to the reference instead."""
+    (group,) = read_benchmark({**real, "labels": "soft"}, "val").groups
+    assert sum(len(query.relevance) > 1 for query in group.queries) == 645
+    without_target = [query for query in group.queries if query.target not in dict(query.relevance)]
+    assert len(without_target) == 37
+    assert all(dict(query.relevance)[query.reference] == 1.0 for query in without_target)
+    identifiers = [int(query.identifier) for query in group.queries]
+    assert (identifiers[0], identifiers[-1], len(set(identifiers))) == (12060, 38762, 4181)
+
+
+def test_the_real_blank_caption(real: dict[str, str], caplog: pytest.LogCaptureFixture):
+    (group,) = read_benchmark(real, "test").groups
+    assert [query.identifier for query in group.queries if query.texts == ("",)] == ["27098"]
+    assert "1 of 4148 captions are blank (pairid, first: 27098)" in caplog.text
+
+
+def test_random_scores_reach_chance_level_on_the_real_queries(real: dict[str, str]):
+    """R_subset@1/2/3 = 20/40/60 % and R@K = 100 K / 2296 %.
+
+    The standard deviation of a share p over 4,181 queries is at most 0.77 points; queries of one set are correlated, so
+    that 4 points are allowed, and 0.5 and 1.5 for the shares of 0.4 and 2.2 %.
+    """
+    benchmark = read_benchmark({**real, "labels": "soft"}, "val")
+    (group,) = benchmark.groups
+    index = {name: position for position, name in enumerate(group.gallery)}
+    generator = torch.Generator().manual_seed(0)
+    width = max(len(query.relevance) for query in group.queries)
+    relevant = [[index[name] for name, _ in q.relevance] + [-1] * (width - len(q.relevance)) for q in group.queries]
+    result = rank(
+        torch.randn(len(group.queries), 16, generator=generator),
+        torch.randn(len(group.gallery), 16, generator=generator),
+        torch.tensor([index[str(query.target)] for query in group.queries]),
+        excluded=torch.tensor([index[query.reference] for query in group.queries]),
+        members=torch.tensor([[index[name] for name in query.members] for query in group.queries]),
+        relevant=torch.tensor(relevant),
+    )
+    hard = cirr._metrics({"cirr": result}, group, CIRRConfig("x"))
+    for k in (1, 2, 3):
+        assert hard[f"R_subset@{k}"] == pytest.approx(20 * k, abs=4)
+    for k, allowed in ((1, 0.5), (5, 0.5), (10, 0.5), (50, 1.5)):
+        assert hard[f"R@{k}"] == pytest.approx(100 * k / 2296, abs=allowed)
+    soft = benchmark.metrics({"cirr": result})
+    assert all(abs(soft[name] - hard[name]) <= 100 * 100 / 4181 for name in soft)
 
 
 def test_real_training_files(real: dict[str, str], tmp_path: Path):
