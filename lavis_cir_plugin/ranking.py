@@ -6,13 +6,22 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
-WORKING_BYTES = 256 * 2**20
-"""Size that each temporary array of `rank` stays under (one query against the whole gallery is the least)."""
+from lavis_cir_plugin import fixed_point
+from lavis_cir_plugin.fixed_point import Scores, similarity
 
-FIXED_POINT_BITS = 26
-"""2 x 26 bits of product and a bit of rounding fit into the 53 bits of a float64: see `rank`."""
+__all__ = ["Ranking", "average_precision_at", "rank", "recall_at", "similarity"]
+
+QUERIES_AT_ONCE = 512
+"""Enough for matrix products at full speed, few enough for their result to stay in a processor's cache."""
+
+SPARE = 64
+"""How many candidates beyond the best k may be too close to the last of these to be left out by the fast scores."""
+
+DENSE = 32
+"""Where more than one in so many images is too close to a labelled one, all exact scores of the query are computed."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +43,6 @@ class Ranking:
     subset_top: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
 
-def similarity(query: Tensor, gallery: Tensor) -> Tensor:
-    r"""Compare every query with every gallery image.
-
-    .. math:: s(q, t) = \max_k \; q^\top v_{t,k}
-
-    Args:
-        query: ``(Q, D)``.
-        gallery: ``(G, K, D)`` with K features per image, or ``(G, D)``.
-
-    Returns:
-        ``(Q, G)``, differentiable; in [-1, 1] for unit features. Source: BLIP-2 (Li et al., 2023), section 3.1.
-    """
-    if gallery.dim() == 2:
-        return query @ gallery.T
-    return (query @ gallery.flatten(0, 1).T).reshape(len(query), *gallery.shape[:2]).amax(dim=2)
-
-
 def rank(
     query: Tensor,
     gallery: Tensor,
@@ -66,12 +58,12 @@ def rank(
 
     .. math:: \mathrm{rank}(t) = |\{j : s_j > s_t\}| + |\{j < t : s_j = s_t\}|
 
-    Memory is O(chunk x G), however many features K an image has.
+    The scores are the exact ones of `Scores`: equal features tie, and no result depends on `chunk`, on the other
+    queries, on the device or on the number of threads. A float32 product with a bound on its error decides most pairs,
+    and exact scores are computed only for those that it leaves open: for single pairs, or for the whole gallery where
+    these are many (a collapsed model, whose features are nearly equal).
 
-    Floating-point products depend in the last bit on the shape of the matrices and on the device, so that two equal
-    features need not get equal scores. Features are therefore rounded to fixed point (a step of 2^-25 at unit length,
-    finer than the error of a float32 product) and multiplied in float64, which is exact. Guaranteed: equal features
-    tie, and no result depends on `chunk`, on the device or on the number of threads.
+    Memory is O(chunk x G), however many features K an image has; the gallery is read in blocks.
 
     Args:
         query: ``(Q, D)``.
@@ -90,37 +82,29 @@ def rank(
         ValueError: shapes do not fit, an index is outside the gallery, or a feature is not finite.
     """
     _check(query, gallery, targets, excluded, members, relevant, top_k, chunk)
-    device, size = query.device, len(gallery)
-    targets = targets.to(device)
-    excluded = torch.full_like(targets, -1) if excluded is None else excluded.to(device)
-    members = targets.new_empty(len(targets), 0) if members is None else members.to(device)
-    relevant = targets.new_empty(len(targets), 0) if relevant is None else relevant.to(device)
+    targets = targets.to(query.device)
+    none = targets.new_empty(len(targets), 0)
+    excluded = torch.full_like(targets, -1) if excluded is None else excluded.to(query.device)
+    members = none if members is None else members.to(query.device)
+    labels = torch.cat([targets.unsqueeze(1), none if relevant is None else relevant.to(query.device)], dim=1)
 
-    features = gallery if gallery.dim() == 3 else gallery.unsqueeze(1)
-    query_step, gallery_step = _step(query, "query"), _step(features, "gallery").max()
-    rows = chunk or max(1, WORKING_BYTES // (32 * size))
-    columns = max(1, WORKING_BYTES // (8 * features.shape[1] * max(min(rows, len(query)), features.shape[2])))
-
-    ranks, top, subset_ranks, relevant_ranks, subset_top = [], [], [], [], []
-    for start in range(0, len(query), rows):
-        part = slice(start, start + rows)
-        fixed_query = _fixed_point(query[part], query_step[part].unsqueeze(1))
-        scores = torch.cat(
-            [
-                similarity(fixed_query, _fixed_point(features[first : first + columns].to(device), gallery_step))
-                for first in range(0, size, columns)
-            ],
-            dim=1,
-        )
-        _mask(scores, excluded[part])
-        ranks.append(_rank_among(scores, targets[part], None))
-        subset_ranks.append(_rank_among(scores, targets[part], members[part]))
-        top.append(_best(scores, min(top_k, size)))
-        relevant_ranks.append(_rank_all(scores, relevant[part]))
-        subset_top.append(_order_members(scores, members[part]))
-    return Ranking(
-        torch.cat(ranks), torch.cat(top), torch.cat(subset_ranks), torch.cat(relevant_ranks), torch.cat(subset_top)
-    )
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        scores = Scores(query, gallery)
+        top_k = min(top_k, scores.size)
+        ranks, subset_top = torch.full_like(labels, -1), torch.full_like(members, -1)
+        top = targets.new_full((len(targets), top_k), -1)
+        is_open = torch.zeros_like(targets, dtype=torch.bool)
+        for rows in torch.arange(len(query), device=query.device).split(chunk or _queries_at_once(scores.size, top_k)):
+            approximate = _mask(scores.approximate(rows), excluded[rows])
+            subset_top[rows] = _best_of(scores, rows, members[rows], _pick(approximate, members[rows]))
+            ranks[rows], open_ranks = _fast_ranks(scores, rows, labels[rows], approximate)
+            top[rows], open_top = _fast_top(scores, rows, top_k, approximate)
+            is_open[rows] = open_ranks | open_top
+        for rows in _some(is_open, _exact_at_once(scores.size)):
+            exact = _mask(scores.exact(rows), excluded[rows])
+            ranks[rows] = torch.stack([_rank(exact, label) for label in labels[rows].unbind(1)], dim=1)
+            top[rows] = _top(exact, top_k)
+    return Ranking(ranks[:, 0], top, _position(subset_top, targets), ranks[:, 1:], subset_top)
 
 
 def recall_at(ranks: Tensor, k: int) -> float:
@@ -168,63 +152,132 @@ def average_precision_at(relevant_ranks: Tensor, k: int) -> float:
     return 100.0 * float((precision.sum(dim=1) / counts.clamp(max=k)).mean())
 
 
-def _rank_among(scores: Tensor, targets: Tensor, members: Tensor | None) -> Tensor:
-    """Rank the target among the candidates: all columns, or those that `members` names."""
-    index = torch.arange(scores.shape[1], device=scores.device).unsqueeze(0) if members is None else members
-    candidates = scores if members is None else scores.gather(1, members.clamp(min=0))
-    target = targets.unsqueeze(1)
-    own = scores.gather(1, target.clamp(min=0))
-    better = (candidates > own) | ((candidates == own) & (index < target))
-    is_candidate = (index == target).any(dim=1) & (targets >= 0) & (own.squeeze(1) > -math.inf)
-    return torch.where(is_candidate, (better & (index >= 0)).sum(dim=1), -1)
+def _queries_at_once(size: int, top_k: int) -> int:
+    return max(1, min(QUERIES_AT_ONCE, fixed_point.WORKING_BYTES // max(4 * size, 8 * (top_k + SPARE))))
 
 
-def _rank_all(scores: Tensor, relevant: Tensor) -> Tensor:
-    columns = [_rank_among(scores, column, None) for column in relevant.unbind(1)]
-    return torch.stack(columns, dim=1) if columns else relevant
+def _exact_at_once(size: int) -> int:
+    return max(1, fixed_point.WORKING_BYTES // (8 * size))
 
 
-def _order_members(scores: Tensor, members: Tensor) -> Tensor:
-    members = members.sort(dim=1).values  # the stable sort by score then breaks ties by gallery index
-    own = scores.gather(1, members.clamp(min=0)).masked_fill(members < 0, -math.inf)
-    best, order = own.sort(dim=1, descending=True, stable=True)
-    return members.gather(1, order).masked_fill(best == -math.inf, -1)
+def _near_at_once(size: int) -> int:
+    return max(1, fixed_point.CACHE_BYTES // (4 * size))
 
 
-def _best(scores: Tensor, k: int) -> Tensor:
-    """Return the indices of the k best columns per row; of equal scores the first, which `topk` does not promise."""
-    if k == 0:
-        return torch.empty(len(scores), 0, dtype=torch.int64, device=scores.device)
-    least = scores.topk(k, dim=1).values[:, -1:]
-    above, equal = scores > least, scores == least
-    chosen = above | (equal & (equal.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
-    columns = chosen.nonzero()[:, 1].reshape(len(scores), k)
-    best, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    return columns.gather(1, order).masked_fill(best == -math.inf, -1)
+def _some(flags: Tensor, at_once: int) -> tuple[Tensor, ...]:
+    """Return the places where a vector is true, so many at once."""
+    places = flags.nonzero().squeeze(1)
+    return places.split(at_once) if len(places) else ()
 
 
-def _mask(scores: Tensor, excluded: Tensor) -> None:
+def _mask(scores: Tensor, excluded: Tensor) -> Tensor:
     rows = (excluded >= 0).nonzero().squeeze(1)
     scores[rows, excluded[rows]] = -math.inf
+    return scores
 
 
-def _step(features: Tensor, name: str) -> Tensor:
-    """Return, per row, the power of two under which its feature vectors, counted in steps, are shorter than 2^26."""
-    norms = torch.linalg.vector_norm(features, dim=-1, dtype=torch.promote_types(features.dtype, torch.float32))
-    finite = norms.isfinite()
-    if not finite.all():
-        bad = (~finite).reshape(len(features), -1).any(dim=1).nonzero().squeeze(1)
-        raise ValueError(
-            f"{len(bad):,} of {len(features):,} {name} features are not finite (first: number {int(bad[0])}); "
-            f"the model has diverged, or its half precision overflows: evaluate an earlier checkpoint or use float32."
-        )
-    # Unit vectors differ from 1 in the last bits, by device and thread count; a hair more puts all on one side.
-    _, exponent = torch.frexp(norms.reshape(len(features), -1).amax(dim=1).double() * (1 + 1e-5))
-    return torch.ldexp(norms.new_ones((), dtype=torch.float64), exponent - FIXED_POINT_BITS)
+def _pick(scores: Tensor, columns: Tensor) -> Tensor:
+    """Return the scores in some columns per row; -inf in column -1."""
+    return scores.gather(1, columns.clamp(min=0)).masked_fill_(columns < 0, -math.inf)
 
 
-def _fixed_point(features: Tensor, step: Tensor) -> Tensor:
-    return (features.double() / step).round_()
+def _fast_ranks(scores: Scores, rows: Tensor, labels: Tensor, approximate: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank labelled images by counting.
+
+    Args:
+        scores: Of all queries.
+        rows: ``(n,)`` which queries.
+        labels: ``(n, T)`` gallery indices, padded with -1.
+        approximate: ``(n, G)`` their approximate scores, -inf where excluded.
+
+    Returns:
+        The ranks ``(n, T)``, and ``(n,)`` whether those of a query are left open.
+    """
+    ranks, open_rows = torch.full_like(labels, -1), torch.zeros_like(rows, dtype=torch.bool)
+    ranked = _pick(approximate, labels) > -math.inf
+    flags = torch.empty_like(approximate)  # 0 or 1; the sum of floats is the fastest count
+    bound = scores.bound[rows].squeeze(1)
+    for column in range(labels.shape[1]):
+        label, with_label = labels[:, column], ranked[:, column]
+        own = bound.new_full((len(rows),), math.inf)
+        own[with_label] = scores.exact_pairs(rows[with_label], label[with_label])
+        low, high = (own - bound).float().unsqueeze(1), (own + bound).float().unsqueeze(1)
+        better = torch.gt(approximate, high, out=flags).sum(dim=1).long()
+        near = torch.ge(approximate, low, out=flags).sum(dim=1).long() - better  # with the labelled image itself
+        is_open = near > 1 + scores.size // DENSE
+        for some in _some(~is_open & (near > 1), _near_at_once(scores.size)):
+            values = approximate[some]
+            row, candidate = ((values >= low[some]) & (values <= high[some])).nonzero(as_tuple=True)
+            row = some[row]
+            exact = scores.exact_pairs(rows[row], candidate)
+            before = (exact > own[row]) | ((exact == own[row]) & (candidate < label[row]))
+            better.index_add_(0, row, before.long())
+        ranks[:, column] = torch.where(with_label, better, -1)
+        open_rows |= is_open
+    return ranks, open_rows
+
+
+def _fast_top(scores: Scores, rows: Tensor, k: int, approximate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the k best columns per row, -1 for excluded ones, and per row whether they are left open."""
+    if k == 0:
+        return rows.new_empty(len(rows), 0), torch.zeros_like(rows, dtype=torch.bool)
+    values, columns = approximate.topk(min(k + SPARE, scores.size), dim=1)
+    least = values[:, k - 1 : k].double() - 2 * scores.bound[rows]
+    possible = values >= least
+    is_open = possible[:, -1] if columns.shape[1] < scores.size else torch.zeros_like(rows, dtype=torch.bool)
+    values = values.masked_fill_(~possible | is_open.unsqueeze(1), -math.inf)
+    return _best_of(scores, rows, columns, values)[:, :k], is_open
+
+
+def _best_of(scores: Scores, rows: Tensor, columns: Tensor, approximate: Tensor) -> Tensor:
+    """Sort each row's columns by exact score, then by index, computing few of these scores.
+
+    Two approximate scores that are further apart than twice their bound are in the right order. So only those are made
+    exact that have a neighbour within it.
+
+    Args:
+        scores: Of all queries.
+        rows: ``(n,)`` which queries.
+        columns: ``(n, C)``, distinct in each row but for -1.
+        approximate: ``(n, C)`` their approximate scores; -inf takes a column out.
+
+    Returns:
+        ``(n, C)`` the columns, best first, padded with -1.
+    """
+    values, order = approximate.double().sort(dim=1, descending=True)
+    columns = columns.gather(1, order)
+    close = values[:, :-1] - values[:, 1:] <= 2 * scores.bound[rows]  # False between two -inf
+    row, place = (F.pad(close, (1, 0)) | F.pad(close, (0, 1))).nonzero(as_tuple=True)
+    values[row, place] = scores.exact_pairs(rows[row], columns[row, place])
+    columns, order = columns.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return columns.gather(1, order).masked_fill_(values == -math.inf, -1)
+
+
+def _rank(exact: Tensor, label: Tensor) -> Tensor:
+    """Rank one labelled image per row among all columns; -1 where it is -1 or excluded."""
+    own, label = _pick(exact, label.unsqueeze(1)), label.unsqueeze(1)
+    index = torch.arange(exact.shape[1], device=exact.device)
+    better = (exact > own) | ((exact == own) & (index < label))
+    return torch.where(own.squeeze(1) > -math.inf, better.sum(dim=1), -1)
+
+
+def _top(exact: Tensor, k: int) -> Tensor:
+    """Return the indices of the k best columns per row; of equal scores the first, which `topk` does not promise."""
+    if k == 0:
+        return torch.empty(len(exact), 0, dtype=torch.int64, device=exact.device)
+    least = exact.topk(k, dim=1).values[:, -1:]
+    above, equal = exact > least, exact == least
+    chosen = above | (equal & (equal.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
+    columns = chosen.nonzero()[:, 1].reshape(len(exact), k)
+    best, order = exact.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return columns.gather(1, order).masked_fill_(best == -math.inf, -1)
+
+
+def _position(order: Tensor, targets: Tensor) -> Tensor:
+    """Return where each row holds its target; -1 where it does not."""
+    found = (order == targets.unsqueeze(1)) & (targets.unsqueeze(1) >= 0)
+    return torch.where(found.any(dim=1), found.long().argmax(dim=1), -1) if order.shape[1] else targets * 0 - 1
 
 
 def _check(

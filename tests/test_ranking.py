@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+from operator import mul
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from torch import Tensor
 
-from lavis_cir_plugin import ranking
+from lavis_cir_plugin import fixed_point, ranking
+from lavis_cir_plugin.fixed_point import Scores
 from lavis_cir_plugin.ranking import average_precision_at, rank, recall_at, similarity
 
 
@@ -113,7 +121,7 @@ def test_equal_features_tie_and_chunks_change_nothing(monkeypatch: pytest.Monkey
     assert torch.equal(rank(query, gallery, first + 1).ranks, whole.ranks + 1)
     assert torch.equal(whole.top[:, 1::2], whole.top[:, ::2] + 1)
 
-    monkeypatch.setattr(ranking, "WORKING_BYTES", 200_000)
+    monkeypatch.setattr(fixed_point, "WORKING_BYTES", 200_000)
     for chunk in (None, 7, 60):
         parts = rank(query, gallery, first, chunk=chunk)
         assert torch.equal(parts.ranks, whole.ranks)
@@ -166,19 +174,166 @@ def test_half_precision_features_are_accepted():
     assert torch.equal(rank(query.bfloat16(), gallery.half(), torch.arange(3)).top, expected)
 
 
-def test_the_working_memory_bounds_every_product(monkeypatch: pytest.MonkeyPatch):
-    """20 queries x 100 images x 8 features are 16,000 scores = 128,000 bytes; under 16,384 no product is larger."""
-    sizes = []
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_the_working_memory_bounds_every_product(monkeypatch: pytest.MonkeyPatch, collapsed: bool):
+    """20 queries x 100 images x 8 features are 64,000 bytes of float32; under 16,384 no product is larger.
+
+    Of equal features no float32 product decides anything, so that all 128,000 bytes of float64 come on top.
+    """
+    sizes, features = [], []
 
     def spy(query: Tensor, gallery: Tensor) -> Tensor:
-        sizes.append(8 * len(query) * gallery.shape[0] * gallery.shape[1])
+        sizes.append(query.element_size() * len(query) * gallery.shape[0] * gallery.shape[1])
+        features.append(gallery.element_size() * gallery.numel())
         return similarity(query, gallery)
 
-    monkeypatch.setattr(ranking, "similarity", spy)
-    monkeypatch.setattr(ranking, "WORKING_BYTES", 16_384)
-    rank(torch.rand(20, 4), torch.rand(100, 8, 4), torch.arange(20))
-    assert sum(sizes) == 128_000
-    assert max(sizes) <= 16_384
+    monkeypatch.setattr(fixed_point, "similarity", spy)
+    monkeypatch.setattr(fixed_point, "WORKING_BYTES", 16_384)
+    gallery = torch.ones(100, 8, 4) if collapsed else torch.rand(100, 8, 4)
+    rank(torch.rand(20, 4), gallery, torch.arange(20), top_k=5)
+    assert sum(sizes) == (192_000 if collapsed else 64_000)
+    assert max(sizes + features) <= 16_384
+
+
+def exact_scores(query: Tensor, gallery: Tensor) -> list[list[int]]:
+    """Follow the definition in Python's integers: steps of 2^-26 of the power of two above the length."""
+
+    def fixed(vector: list[float], length: float) -> list[int]:
+        _, exponent = math.frexp(length * (1 + 1e-5))
+        return [round(Fraction(x) * Fraction(2) ** (26 - exponent)) for x in vector]
+
+    images = gallery.double().reshape(len(gallery), -1, gallery.shape[-1])
+    longest = float(images.norm(dim=-1).max())
+    vectors = [[fixed(vector, longest) for vector in image] for image in images.tolist()]
+    rows = [fixed(row, float(length)) for row, length in zip(query.double().tolist(), query.double().norm(dim=1))]
+    return [[max(sum(map(mul, row, vector)) for vector in image) for image in vectors] for row in rows]
+
+
+def features(generator: torch.Generator, kind: str, *shape: int) -> Tensor:
+    if kind == "integers":
+        return torch.randint(-2, 3, shape, generator=generator).float()
+    if kind == "zeros":
+        return torch.zeros(shape)
+    drawn = torch.nn.functional.normalize(torch.randn(shape, generator=generator), dim=-1)
+    if kind == "duplicates":
+        return drawn[torch.randint(max(1, shape[0] // 3), shape[:1], generator=generator)]
+    if kind == "nearly equal":  # by less than a float32 product can tell
+        return drawn[:1] + 1e-7 * torch.randn(shape, generator=generator)
+    if kind == "one long":
+        drawn[0] *= 1000
+    return drawn
+
+
+KINDS = ["unit", "integers", "duplicates", "nearly equal", "one long", "zeros"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=strategies.integers(0, 2**32),
+    kinds=strategies.tuples(strategies.sampled_from(KINDS), strategies.sampled_from(KINDS)),
+    sizes=strategies.tuples(strategies.integers(1, 9), strategies.integers(1, 40), strategies.integers(1, 9)),
+    num_features=strategies.sampled_from([None, 1, 3]),
+    scale=strategies.sampled_from([1.0, 1e-30, 3e-5, 1e30]),
+    half=strategies.booleans(),
+    chunk=strategies.sampled_from([None, 1, 2, 5]),
+    limits=strategies.tuples(
+        strategies.sampled_from([0, 1, 64]), strategies.sampled_from([1, 4, 32]), strategies.sampled_from([64, 2**28])
+    ),
+    top_k=strategies.sampled_from([0, 1, 3, 50]),
+)
+def test_every_result_is_that_of_exact_arithmetic(seed, kinds, sizes, num_features, scale, half, chunk, limits, top_k):
+    """Ties, duplicates, collapsed features, scales, uneven chunks: what the fast product decides, and what it cannot.
+
+    The limits send pairs to one way or the other: all by single exact scores, or all by whole exact galleries.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_queries, size, width = sizes
+    query = features(generator, kinds[0], num_queries, width)
+    gallery = features(generator, kinds[1], size, *([] if num_features is None else [num_features]), width)
+    query, gallery = (query * scale, gallery.half()) if half else (query, gallery * scale)
+    columns = torch.stack([torch.randperm(size + 3, generator=generator) for _ in range(num_queries)])
+    columns = columns.where(columns < size, -1)
+    targets, excluded, members, relevant = columns[:, 0], columns[:, 1], columns[:, :4], columns[:, 2:5]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "SPARE", limits[0])
+        patch.setattr(ranking, "DENSE", limits[1])
+        patch.setattr(fixed_point, "WORKING_BYTES", limits[2])
+        arguments = {"excluded": excluded, "members": members, "relevant": relevant, "top_k": top_k, "chunk": chunk}
+        result = rank(query, gallery, targets, **arguments)
+
+    for q, scores in enumerate(exact_scores(query, gallery)):
+        candidates = [j for j in range(size) if j != excluded[q]]
+        order = sorted(candidates, key=lambda j: (-scores[j], j))
+        assert result.ranks[q] == naive_rank(scores, int(targets[q]), candidates)
+        assert result.relevant_ranks[q].tolist() == [naive_rank(scores, t, candidates) for t in relevant[q].tolist()]
+        k = min(top_k, size)
+        assert result.top[q].tolist() == [*order, -1][:k]
+        subset = [j for j in order if j in members[q].tolist()]
+        assert result.subset_top[q].tolist() == [*subset, -1, -1, -1, -1][:4]
+        assert result.subset_ranks[q] == naive_rank(scores, int(targets[q]), subset)
+
+
+@pytest.mark.parametrize("width", [1, 3, 64, 1000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bound_holds(kind: str, width: int):
+    generator = torch.Generator().manual_seed(width)
+    query, gallery = features(generator, kind, 30, width), features(generator, kind, 200, width)
+    scores, rows = Scores(query, gallery), torch.arange(30)
+    error = (scores.approximate(rows).double() - scores.exact(rows)).abs()
+    assert (error <= scores.bound).all()
+    true = query.double() @ gallery.double().T
+    assert ((scores.exact(rows) * scores.unit - true).abs() <= scores.bound * scores.unit).all()
+    columns = torch.randint(200, (30, 7), generator=generator)
+    pairs = scores.exact_pairs(rows.repeat_interleave(7), columns.flatten()).view(30, 7)
+    assert torch.equal(pairs, scores.exact(rows).gather(1, columns))
+    assert ((scores.approximate_some(rows, columns).double() - pairs).abs() <= scores.bound).all()
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_products_in_lower_precision_change_no_rank(monkeypatch: pytest.MonkeyPatch, error: type[Exception] | None):
+    """A product of bfloat16 operands, as torch may use where the user allows it, is off by 1 %: all are checked."""
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = features(generator, "unit", 20, 32), features(generator, "unit", 300, 32)
+    expected = rank(query, gallery, torch.arange(20))
+
+    def coarse(query: Tensor, gallery: Tensor) -> Tensor:
+        if query.dtype == torch.float32:
+            query, gallery = query.bfloat16().float(), gallery.bfloat16().float()
+        return similarity(query, gallery)
+
+    monkeypatch.setattr(fixed_point, "similarity", coarse)
+    assert not torch.equal(rank(query, gallery, torch.arange(20)).top, expected.top)  # so it does matter
+
+    def precision() -> str:  # newer torch raises where precision was set per backend
+        if error:
+            raise error
+        return "medium"
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", precision)
+    result = rank(query, gallery, torch.arange(20))
+    assert torch.equal(result.top, expected.top)
+    assert torch.equal(result.ranks, expected.ranks)
+
+
+def test_autocast_changes_no_rank():
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = features(generator, "unit", 20, 32), features(generator, "unit", 300, 32)
+    expected = rank(query, gallery, torch.arange(20)).top
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rank(query, gallery, torch.arange(20)).top, expected)
+
+
+def test_a_gallery_mapped_from_a_file_ranks_like_one_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = features(generator, "unit", 20, 16), features(generator, "unit", 300, 4, 16).half()
+    gallery.numpy().tofile(tmp_path / "gallery.f16")
+    mapped = np.memmap(tmp_path / "gallery.f16", dtype=np.float16, mode="c", shape=(300, 4, 16))
+    expected = rank(query, gallery, torch.arange(20), top_k=300)
+    monkeypatch.setattr(fixed_point, "WORKING_BYTES", 10_000)
+    result = rank(query, torch.from_numpy(mapped), torch.arange(20), top_k=300)
+    assert torch.equal(result.top, expected.top)
+    assert torch.equal(rank(query, gallery.float(), torch.arange(20), top_k=300).top, expected.top)
 
 
 def test_recall_is_monotone_in_k_and_complete_at_gallery_size():

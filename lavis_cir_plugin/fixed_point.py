@@ -1,0 +1,205 @@
+"""Scores of queries and gallery images: exact ones, and fast ones with a bound on their error."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+WORKING_BYTES = 256 * 2**20
+"""Size that each temporary array stays under (one query against the whole gallery is the least)."""
+
+CACHE_BYTES = 8 * 2**20
+"""Size of the blocks that a processor works on: what it writes is still in its cache when it is read."""
+
+BITS = 26
+"""2 x 26 bits of product and a bit of rounding fit into the 53 bits of a float64."""
+
+
+def similarity(query: Tensor, gallery: Tensor) -> Tensor:
+    r"""Compare every query with every gallery image.
+
+    .. math:: s(q, t) = \max_k \; q^\top v_{t,k}
+
+    Args:
+        query: ``(Q, D)``.
+        gallery: ``(G, K, D)`` with K features per image, or ``(G, D)``.
+
+    Returns:
+        ``(Q, G)``, differentiable; in [-1, 1] for unit features. Source: BLIP-2 (Li et al., 2023), section 3.1.
+    """
+    if gallery.dim() == 2:
+        return query @ gallery.T
+    return (query @ gallery.flatten(0, 1).T).reshape(len(query), *gallery.shape[:2]).amax(dim=2)
+
+
+class Scores:
+    r"""Scores of Q queries and G images with K features each, in two arithmetics.
+
+    *Exact*: features are rounded to fixed point, in steps of 2^-26 of the least power of two above the length of the
+    query (of the longest gallery feature), which is finer than the error of a float32 product. Their products are
+    integers under 2^53 and so exact in float64, in whatever order they are summed: equal features score the same, and
+    a score depends neither on the other queries nor on the shape of the matrices, the device or the number of threads.
+
+    *Approximate*: a float32 product. Whatever the order of its sums, with unit roundoff u
+
+    .. math:: |\hat s - s| \le ((D + 6) u + 2^{-25} \sqrt D) \; |q| \max_{t,k} |v_{t,k}|
+
+    (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1; and half a step per fixed-point entry,
+    and the rounding of wider features and of thresholds), or more where torch may multiply in a lower precision.
+
+    Both count in the same unit, a power of two that brings every query (and gallery features of extreme length) to a
+    length below 1, where float32 neither overflows nor loses small numbers.
+
+    Attributes:
+        bound: ``(Q, 1)`` float64, the most that an approximate score of each query is away from the exact one.
+        unit: ``(Q, 1)`` float64; score times unit is :math:`q^\top v`.
+    """
+
+    def __init__(self, query: Tensor, gallery: Tensor) -> None:
+        """Take over the features.
+
+        Args:
+            query: ``(Q, D)``; all computation is done on its device.
+            gallery: ``(G, K, D)`` or ``(G, D)`` on any device, of any floating type, perhaps mapped from a file: it is
+                read in blocks and never copied as a whole.
+
+        Raises:
+            ValueError: a feature is not finite.
+        """
+        self.device = query.device
+        self.gallery = gallery if gallery.dim() == 3 else gallery.unsqueeze(1)
+        self.size, self.num_features, self.width = self.gallery.shape
+        query_norms, gallery_norms = _norms(query.unsqueeze(1), "query"), _norms(self.gallery, "gallery")
+
+        self._query = query
+        self._query_scale = torch.exp2(-_exponents(query_norms).double()).unsqueeze(1)
+        self._exponent = int(_exponents(gallery_norms.max()))
+        self._gallery_scale = 1.0 if abs(self._exponent) < 60 else 2.0**-self._exponent
+        self.unit = 1 / (self._query_scale * self._gallery_scale)
+        lengths = query_norms.unsqueeze(1) * self._query_scale
+        self.bound = _relative_bound(self.width) * float(gallery_norms.max()) * self._gallery_scale * lengths
+
+    def approximate(self, rows: Tensor) -> Tensor:
+        """Return the approximate scores of some queries with the whole gallery, ``(len(rows), G)`` float32."""
+        query = self._scaled_query(rows).float()
+        return self._assemble(
+            len(rows), (similarity(query, self._float32(block)) for block in self._blocks(len(rows), 4))
+        )
+
+    def exact(self, rows: Tensor) -> Tensor:
+        """Return the exact scores of some queries with the whole gallery, ``(len(rows), G)`` float64."""
+        query = self._fixed_query(rows)
+        scores = self._assemble(
+            len(rows), (similarity(query, self._fixed(block)) for block in self._blocks(len(rows), 8))
+        )
+        return scores.mul_(self._integer_unit)
+
+    def approximate_some(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the approximate scores of each query with images of its own: ``columns`` and result ``(n, C)``."""
+        query, scores = self._scaled_query(rows).float(), torch.empty(columns.shape, device=self.device)
+        for part in _split(len(rows), self._block_bytes, 4 * columns.shape[1] * self.num_features * self.width):
+            vectors = self._float32(self._take(columns[part].flatten())).flatten(0, 1)
+            products = vectors.view(len(rows[part]), -1, self.width) @ query[part].unsqueeze(2)
+            scores[part] = products.view(-1, columns.shape[1], self.num_features).amax(dim=2)
+        return scores
+
+    def exact_pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the exact scores of pairs of a query and an image: all three ``(n,)``, the scores float64."""
+        scores = self.unit.new_empty(len(rows))
+        for part in _split(len(rows), self._block_bytes, 8 * self.num_features * self.width):
+            vectors = self._fixed(self._take(columns[part]))
+            scores[part] = vectors.mul_(self._fixed_query(rows[part]).unsqueeze(1)).sum(dim=2).amax(dim=1)
+        return scores.mul_(self._integer_unit)
+
+    @property
+    def _integer_unit(self) -> float:
+        return 2.0 ** (self._exponent - 2 * BITS) * self._gallery_scale
+
+    @property
+    def _block_bytes(self) -> int:
+        return min(CACHE_BYTES, WORKING_BYTES) if self.device.type == "cpu" else WORKING_BYTES
+
+    def _assemble(self, num_queries: int, blocks: Iterator[Tensor]) -> Tensor:
+        """Put blocks of columns side by side without holding them all twice."""
+        first = next(blocks)
+        if first.shape[1] == self.size:
+            return first
+        scores = first.new_empty(num_queries, self.size)
+        end = 0
+        for block in itertools.chain([first], blocks):
+            scores[:, end : end + block.shape[1]] = block
+            end += block.shape[1]
+        return scores
+
+    def _blocks(self, num_queries: int, item_bytes: int) -> Iterator[Tensor]:
+        """Yield the gallery in blocks that, like their products, stay under the size of a block."""
+        row_bytes = item_bytes * self.num_features * max(num_queries, self.width)
+        for part in _split(self.size, self._block_bytes, row_bytes):
+            yield self.gallery[part].squeeze(1).to(self.device)
+
+    def _take(self, columns: Tensor) -> Tensor:
+        return self.gallery[columns.to(self.gallery.device)].to(self.device)
+
+    def _scaled_query(self, rows: Tensor) -> Tensor:
+        return self._query[rows].double().mul_(self._query_scale[rows])
+
+    def _fixed_query(self, rows: Tensor) -> Tensor:
+        return self._scaled_query(rows).mul_(2.0**BITS).round_()
+
+    def _float32(self, features: Tensor) -> Tensor:
+        return features.float() if self._gallery_scale == 1.0 else (features.double() * self._gallery_scale).float()
+
+    def _fixed(self, features: Tensor) -> Tensor:
+        return features.to(torch.float64, copy=True).mul_(2.0 ** (BITS - self._exponent)).round_()
+
+
+def _split(total: int, limit_bytes: int, item_bytes: int) -> Iterator[slice]:
+    """Yield slices of at least one item that stay under a number of bytes."""
+    step = max(1, limit_bytes // item_bytes)
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+def _norms(features: Tensor, name: str) -> Tensor:
+    """Return the length of the longest vector in each row of ``(N, K, D)``: ``(N,)`` float64, on the features' device.
+
+    Raises:
+        ValueError: a feature is not finite.
+    """
+    norms = torch.empty(len(features), dtype=torch.float64, device=features.device)
+    for part in _split(len(features), min(CACHE_BYTES, WORKING_BYTES), 8 * features.shape[1] * features.shape[2]):
+        block = features[part]
+        lengths = torch.linalg.vector_norm(block.float(), dim=2)
+        if not ((lengths > 1e-15) & (lengths < 1e15)).all():  # squares that float32 cannot hold
+            lengths = torch.linalg.vector_norm(block.double(), dim=2)
+        norms[part] = lengths.amax(dim=1)  # NaN if any is
+    bad = (~norms.isfinite()).nonzero().squeeze(1)
+    if len(bad):
+        raise ValueError(
+            f"{len(bad):,} of {len(features):,} {name} features are not finite (first: number {int(bad[0])}); "
+            f"the model has diverged, or its half precision overflows: evaluate an earlier checkpoint or use float32."
+        )
+    return norms
+
+
+def _exponents(norms: Tensor) -> Tensor:
+    """Return the exponent of the least power of two above each length; within what float64 can scale by."""
+    # Unit vectors differ from 1 in the last bits, by device and thread count; a hair more puts all on one side.
+    return torch.frexp(norms * (1 + 1e-5)).exponent.clamp(-900, 900)
+
+
+def _relative_bound(width: int) -> float:
+    """Return the error of an approximate score for query and gallery features of length 1."""
+    operand, accumulation = 2.0**-24, 2.0**-24
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch >= 2.9 where it was set per backend
+        precision = "medium"
+    if precision != "highest":  # TensorFloat-32 or bfloat16; tensor cores do not round their sums to nearest
+        operand, accumulation = (2.0**-11 if precision == "high" else 2.0**-8), 2.0**-23
+    # 1 %: quadratic terms and the rounding of the lengths.
+    return 1.01 * (2 * operand + (width + 4) * accumulation + math.sqrt(width) * 2.0 ** (1 - BITS))
