@@ -270,7 +270,8 @@ def rank_queries(
     def positions(names: Callable[[Query], Sequence[str | None]]) -> Tensor:
         width = max(len(names(query)) for query in group.queries)
         found = [[index.get(name, -1) for name in names(query)] for query in queries]
-        return torch.tensor([row + [-1] * (width - len(row)) for row in found], device=device).reshape(len(found), width)
+        padded = [row + [-1] * (width - len(row)) for row in found]
+        return torch.tensor(padded, dtype=torch.int64, device=device).reshape(len(found), width)
 
     counts = torch.tensor([len(query.texts) for query in queries])
     if bool((counts > 1).any()):
