@@ -1,4 +1,4 @@
-"""README against the code: config keys and their defaults, commands, paths, messages, protocol lines, the example."""
+"""README and docs against the code: config keys and their defaults, commands, paths, messages, protocol lines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask
 from lavis_cir_plugin.tracking import EPOCHS, STEPS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README = "\n".join(PAGES.values())
 PACKAGES = ("lavis_cir_plugin", "lavis_cir_hook")
 
 
@@ -169,10 +170,28 @@ def test_every_path_of_the_project_exists():
     prose = re.sub(r"^```(?:text|python)\n.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)  # they have tests
     folders = "benchmarks|configs|docs|lavis_cir_hook|lavis_cir_plugin|projects|tests"
     paths = re.findall(rf"(?<![\w./-])(?:{folders})/[\w./-]*", prose)
-    paths += [target for target in re.findall(r"\]\(([^)#]+)\)", prose) if "://" not in target]
     named = {path.rstrip(".") for path in paths if not re.search(r"/x[/.]", path)}
     assert len(named) > 20
     assert sorted(path for path in named if not (ROOT / path).exists()) == []
+
+
+def test_every_link_leads_somewhere():
+    """To a file beside the page and, after #, to one of its headings, spelt as they are rendered."""
+    pages = {
+        path: re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE) for path, text in PAGES.items()
+    }
+
+    def anchors(text: str) -> set[str]:
+        titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+    links = [(page, *link) for page, text in pages.items() for link in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text)]
+    local = [
+        (page, (page.parent / name).resolve() if name else page, part) for page, name, part in links if ":" not in name
+    ]
+    assert len(local) > 10
+    assert [str(target) for _, target, _ in local if not target.exists()] == []
+    assert [(page.name, part) for page, target, part in local if part and part not in anchors(pages[target])] == []
 
 
 def test_make_targets_exist():
