@@ -12,11 +12,22 @@ from typing import Any
 import pytest
 import torch
 from conftest import REAL, real_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from lavis_cir_plugin.benchmarks import fashioniq
 from lavis_cir_plugin.benchmarks.benchmark import Benchmark
-from lavis_cir_plugin.benchmarks.fashioniq import FashionIQConfig, read_benchmark, read_train, training_text
-from lavis_cir_plugin.ranking import Ranking
+from lavis_cir_plugin.benchmarks.fashioniq import (
+    FashionIQConfig,
+    check_config,
+    check_submission,
+    metric_names,
+    read_benchmark,
+    read_train,
+    training_text,
+)
+from lavis_cir_plugin.ranking import Ranking, rank
 
 DRESS = [
     {"candidate": "A", "target": "B", "captions": ["is red.", " has sleeves, "]},
@@ -27,7 +38,7 @@ SPLIT = ["C", "X", "A", "B"]
 
 def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def write_world(
@@ -73,8 +84,50 @@ def test_the_default_protocol(tmp_path: Path):
     assert benchmark.image_paths == {name: tmp_path / "images" / f"{name}.jpg" for name in SPLIT}
     assert benchmark.protocol == (
         "FashionIQ val, original-split gallery (dress 4), reference kept, captions 'a and b', 2 queries, "
-        "ties by gallery order"
+        "ties by gallery order; protocol clip4cir"
     )
+    assert [query.identifier for query in group.queries] == ["0", "1"]
+
+
+TEXTS = {
+    "and": [("is red and has sleeves",), ("is longer",)],
+    "both": [("is red and has sleeves", "has sleeves and is red"), ("is longer", "is longer")],
+    "two": [("is red and has sleeves",), ("has sleeves and is red",), ("is longer",), ("is longer",)],
+    "each": [("is red",), ("has sleeves",), ("is longer",)],
+}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "gallery", "removed", "queries"),
+    [
+        ("clip4cir", "CXAB", False, "and"),
+        ("searle", "CXAB", False, "both"),
+        ("covr", "CXAB", True, "and"),
+        ("artemis", "CXAB", True, "two"),
+        ("cosmo", "CAB", True, "two"),
+        ("val_split", "CAB", True, "each"),
+    ],
+)
+def test_named_protocols(tmp_path: Path, protocol: str, gallery: str, removed: bool, queries: str):
+    """X occurs in no query. Both queries of a record keep its place in the file as their identifier."""
+    benchmark = read_benchmark({**write_world(tmp_path), "protocol": protocol}, "val")
+    (group,) = benchmark.groups
+    assert ("".join(group.gallery), group.reference_removed) == (gallery, removed)
+    assert texts(benchmark) == TEXTS[queries]
+    assert benchmark.protocol.endswith(f"; protocol {protocol}")
+    assert f"reference {'removed' if removed else 'kept'}" in benchmark.protocol
+    assert {query.identifier: query.reference for query in group.queries} == {"0": "A", "1": "B"}
+
+
+def test_keys_override_the_protocol_and_the_line_says_so(tmp_path: Path):
+    config = {**write_world(tmp_path), "protocol": "cosmo"}
+    same = read_benchmark({**config, "gallery": "val"}, "val")
+    assert same.protocol.endswith("; protocol cosmo")
+    other = read_benchmark({**config, "gallery": "original", "captions": "and"}, "val")
+    assert other.groups[0].gallery == ("C", "X", "A", "B")
+    assert other.groups[0].reference_removed
+    assert "original-split gallery (dress 4), reference removed, captions 'a and b'" in other.protocol
+    assert other.protocol.endswith("; protocol cosmo except gallery: original, captions: and")
 
 
 def test_val_split_gallery_and_removed_reference(tmp_path: Path):
@@ -107,18 +160,29 @@ def test_caption_modes(tmp_path: Path, mode: str, expected: list, words: str):
     assert words in benchmark.protocol
 
 
-def test_captions_of_nothing_give_one_empty_text(tmp_path: Path):
-    config = write_world(tmp_path, [{"candidate": "A", "target": "B", "captions": [" . ", "?"]}])
-    assert texts(read_benchmark(config, "val")) == [("",)]
-    assert texts(read_benchmark({**config, "captions": "per_caption"}, "val")) == [("",)]
-    assert training_text((" . ", "?"), random.Random(0)) == ""
+@pytest.mark.parametrize("captions", [[" . ", "?"], ["", " "]])
+def test_captions_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture, captions: list[str]):
+    """Refused where they train or score; a test split has to be answered as it is."""
+    config = write_world(tmp_path, [DRESS[0], {"candidate": "A", "target": "B", "captions": captions}])
+    for split in ("val", "seen"):
+        with pytest.raises(ValueError, match=r"record 1 \(counting from 0\) has 'captions' without a word"):
+            read_benchmark(config, split)
+    with pytest.raises(ValueError, match=r"record 1 \(counting from 0\) has 'captions' without a word"):
+        read_train(config)
+    assert texts(read_benchmark(config, "test"))[1] == ("",)
+    assert "cap.dress.test.json: record 1 (counting from 0) has captions without a word" in caplog.text
+    assert training_text(tuple(captions), random.Random(0)) == ""
 
 
 def test_the_test_split_has_no_targets_and_no_metrics(tmp_path: Path):
     records = [{"candidate": "A", "captions": ["is red", "is blue"]}]
     config = write_world(tmp_path, records)
+    write_json(tmp_path / "captions" / "cap.dress.train.json", DRESS)
     benchmark = read_benchmark(config, "test")
     assert [query.target for query in benchmark.groups[0].queries] == [None]
+    for captions in ("two_queries", "per_caption"):
+        with pytest.raises(ValueError, match=f"captions: {captions} makes several; set it to and or both_orders_avg"):
+            read_benchmark({**config, "captions": captions}, "test")
     assert benchmark.metrics({"dress": ranking([-1])}) == {}
     with pytest.raises(ValueError, match="which test does not have"):
         read_benchmark({**config, "gallery": "val"}, "test")
@@ -182,6 +246,206 @@ def test_metrics_by_hand(tmp_path: Path):
             "mean": 175 / 3,
         }
     )
+
+
+def test_the_mean_per_query_by_hand(tmp_path: Path):
+    """dress has 3 queries, R@10 100/3 and R@50 200/3; shirt 1, both 100: (3 * 100/3 + 100) / 4 = 50 and 75, mean 62.5.
+
+    The weights are the numbers of queries: ranks repeated (as the expectation of chance hands them in) change nothing.
+    """
+    config = {**write_world(tmp_path), "categories": ["dress", "shirt"], "protocol": "artemis"}
+    for kind, content in {
+        "captions/cap.{}.val.json": DRESS,
+        "image_splits/split.{}.val.json": SPLIT,
+    }.items():
+        for category in ("dress", "shirt"):
+            write_json(tmp_path / kind.format(category), content)
+    three = [{**DRESS[0], "captions": [text, text]} for text in ("red", "blue", "green")]
+    write_json(tmp_path / "captions/cap.dress.val.json", three)
+    write_json(tmp_path / "captions/cap.shirt.val.json", DRESS[:1])
+    benchmark = read_benchmark({**config, "captions": "and"}, "val")
+    for times in (1, 4):
+        metrics = benchmark.metrics({"dress": ranking([0, 20, 50] * times), "shirt": ranking([9])})
+        assert list(metrics) == metric_names(("dress", "shirt"), "per_query")
+        assert metrics["R@10"] == pytest.approx(200 / 3)
+        assert [metrics[f"query_{name}"] for name in ("R@10", "R@50", "mean")] == pytest.approx([50, 75, 62.5])
+    assert "means per category and per query" in benchmark.protocol
+    assert list(read_benchmark(write_world(tmp_path), "val").metrics({"dress": ranking([0])})) == metric_names(
+        ("dress",), "per_category"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"selection_metric": "R@5"}, r'selection_metric must be one of mean, dress_R@10, .*, got "R@5"; did you mean'),
+        ({"selection_metric": "shirt_R@10"}, "shirt_R@10 is not computed with categories dress and average per_categ"),
+        ({"selection_metric": "query_mean"}, "query_mean is not computed .*; choose one of dress_R@10, dress_R@50, R@"),
+    ],
+)
+def test_a_selection_metric_that_is_not_computed_is_refused(tmp_path: Path, changes: dict[str, str], message: str):
+    with pytest.raises(ValueError, match=message):
+        check_config({**write_world(tmp_path), **changes})
+
+
+def test_the_selection_metric(tmp_path: Path):
+    chosen = {"selection_metric": "query_mean", "protocol": "artemis"}
+    assert read_benchmark({**write_world(tmp_path), **chosen}, "val").selection_metric == "query_mean"
+
+
+# -- protocols against loops that know nothing but the protocols.md table --------------------------------------------
+
+
+def naive_recall(protocol: str, records: list, split: list[str], scores: dict, k: int) -> list[int]:
+    """Rank by sorting per query: a hit (1) or not (0) for every query of one category.
+
+    ``scores`` maps (reference, text) to the score of every image; several texts of one query add up.
+    """
+    used = {name for record in records for name in (record["candidate"], record["target"])}
+    hits = []
+    for record in records:
+        first, second = record["captions"]
+        both, reverse = f"{first} and {second}", f"{second} and {first}"
+        queries = {
+            "clip4cir": [[both]],
+            "searle": [[both, reverse]],
+            "covr": [[both]],
+            "artemis": [[both], [reverse]],
+            "cosmo": [[both], [reverse]],
+            "val_split": [[first], [second]],
+        }[protocol]
+        for query in queries:
+            gallery = [name for name in split if protocol not in ("cosmo", "val_split") or name in used]
+            if protocol not in ("clip4cir", "searle"):
+                gallery.remove(record["candidate"])
+            total = {name: sum(scores[record["candidate"], text][name] for text in query) for name in gallery}
+            best = sorted(gallery, key=lambda name: (-total[name], gallery.index(name)))
+            hits.append(int(record["target"] in best[:k]))
+    return hits
+
+
+@pytest.mark.parametrize("protocol", ["clip4cir", "searle", "covr", "artemis", "cosmo", "val_split"])
+@settings(max_examples=12, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_a_protocol_equals_its_naive_implementation(
+    tmp_path_factory: pytest.TempPathFactory, protocol: str, rng: random.Random
+):
+    """From the JSON files to R@10; features of -1, 0 and 1, so that ties and negative scores abound."""
+    root = tmp_path_factory.mktemp("world")
+    hits, rankings = {}, {}
+    worlds = {}
+    for category in ("dress", "shirt"):
+        split = [f"{category}{number}" for number in range(rng.randint(12, 30))]
+        pairs = [rng.sample(split, 2) for _ in range(rng.randint(1, 5))]
+        records = [
+            {"candidate": a, "target": b, "captions": [f"x{number}", f"y{number}"]}
+            for number, (a, b) in enumerate(pairs)
+        ]
+        write_json(root / "captions" / f"cap.{category}.val.json", records)
+        write_json(root / "image_splits" / f"split.{category}.val.json", split)
+        for name in split:
+            (root / "images").mkdir(exist_ok=True)
+            (root / "images" / f"{name}.jpg").touch()
+        worlds[category] = records, split
+    config = {"root": str(root), "categories": ["dress", "shirt"], "protocol": protocol}
+    benchmark = read_benchmark(config, "val")
+    for group in benchmark.groups:
+        records, split = worlds[group.name]
+        images = {name: [rng.choice([-1, 0, 1]) for _ in range(4)] for name in split}
+        features: dict[tuple[str, str], list[int]] = {}
+        for record in records:
+            first, second = record["captions"]
+            for text in (first, second, f"{first} and {second}", f"{second} and {first}"):
+                features[record["candidate"], text] = [rng.choice([-1, 0, 1]) for _ in range(4)]
+        scores = {
+            key: {name: sum(a * b for a, b in zip(feature, image)) for name, image in images.items()}
+            for key, feature in features.items()
+        }
+        hits[group.name] = naive_recall(protocol, records, split, scores, 10)
+        index = {name: place for place, name in enumerate(group.gallery)}
+        summed = [
+            [sum(column) for column in zip(*(features[query.reference, text] for text in query.texts))]
+            for query in group.queries
+        ]
+        rankings[group.name] = rank(
+            torch.tensor(summed).float(),
+            torch.tensor([images[name] for name in group.gallery]).float(),
+            torch.tensor([index[str(query.target)] for query in group.queries]),
+            excluded=torch.tensor([index[query.reference] for query in group.queries])
+            if group.reference_removed
+            else None,
+        )
+    metrics = benchmark.metrics(rankings)
+    expected = {category: 100 * sum(found) / len(found) for category, found in hits.items()}
+    assert {category: metrics[f"{category}_R@10"] for category in hits} == pytest.approx(expected)
+    assert metrics["R@10"] == pytest.approx(sum(expected.values()) / 2)
+    if protocol == "artemis":
+        all_hits = [hit for found in hits.values() for hit in found]
+        assert metrics["query_R@10"] == pytest.approx(100 * sum(all_hits) / len(all_hits))
+
+
+# -- submissions -----------------------------------------------------------------------------------------------------
+
+
+def test_the_submission_is_the_caption_file_with_a_ranking(tmp_path: Path):
+    """Gallery C, X, A, B; -1 pads a ranking from which the reference was removed. The file passes its own check."""
+    records = [{"candidate": "A", "captions": ["is red", "is blue"], "extra": 1}]
+    benchmark = read_benchmark({**write_world(tmp_path, records), "reference": "removed"}, "test")
+    empty = torch.empty(1, 0, dtype=torch.long)
+    best = Ranking(torch.tensor([-1]), torch.tensor([[3, 0, 1, -1]]), torch.tensor([-1]), empty)
+    files = benchmark.submissions({"dress": best})
+    assert files == {"dress.test.pred.json": [{**records[0], "ranking": ["B", "C", "X"]}]}
+    assert read_benchmark(write_world(tmp_path), "val").submissions({"dress": best}) == {}
+
+
+def review(tmp_path: Path, change: Any = None, records: Any = None, size: int = 60) -> Any:
+    """Check a file with the whole gallery in order for every record, changed by ``change``."""
+    split = [f"I{number}" for number in range(size)]
+    records = records or [
+        {"candidate": "I0", "target": "I20", "captions": ["is red", "is blue"]},
+        {"candidate": "I1", "target": "I3", "captions": ["is red", "is blue"]},
+    ]
+    write_json(tmp_path / "captions" / "cap.dress.val.json", records)
+    write_json(tmp_path / "image_splits" / "split.dress.val.json", split)
+    content = [{**record, "ranking": split[:50]} for record in copy.deepcopy(records)]
+    content = content if change is None else change(content) or content
+    return check_submission(content, 0, tmp_path / "captions" / "cap.dress.val.json", None)
+
+
+def test_a_right_submission_of_val_is_scored(tmp_path: Path):
+    """Targets at 20 and 3: within 10 one of two, within 50 both."""
+    found = review(tmp_path)
+    assert found.problems == {}
+    assert found.metrics == {"R@10": 50.0, "R@50": 100.0}
+
+
+def set_ranking(value: Any):
+    def change(content: list) -> None:
+        content[1]["ranking"] = value(content[1]["ranking"])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda content: {"0": []}, "file that is no list"),
+        (lambda content: content[:1], "queries missing"),
+        (lambda content: [*content, content[0]], "unknown queries"),
+        (lambda content: content[::-1], "records with another candidate or other captions than the annotation's"),
+        (lambda content: ["x", content[1]], "queries with a value that is no image's name"),
+        (set_ranking(lambda names: names[:49]), "queries without exactly 50 images"),
+        (set_ranking(lambda names: [*names[:49], names[0]]), "queries with an image twice"),
+        (set_ranking(lambda names: [*names[:49], "unknown"]), "queries with an image that is not in the gallery"),
+        (set_ranking(lambda names: [*names[:49], 3]), "queries with a value that is no image's name"),
+        (set_ranking(lambda names: None), "queries with a value that is no image's name"),
+    ],
+)
+def test_a_wrong_submission_is_refused(tmp_path: Path, change: Any, problem: str):
+    found = review(tmp_path, change)
+    assert problem in found.problems
+    assert found.metrics == {}
+    assert f"refused: {problem}" in str(found)
 
 
 # -- layouts ---------------------------------------------------------------------------------------------------------
@@ -299,6 +563,11 @@ MISSING = object()
     [
         ("candidate", MISSING, "has no 'candidate'; it must be text"),
         ("candidate", 7, "has candidate = 7; it must be text"),
+        ("candidate", "", 'has candidate = ""; it must be an image name'),
+        ("candidate", "../A", r'has candidate = "\.\./A"; it must be an image name, that is text without /'),
+        ("target", "a\\b", "it must be an image name"),
+        ("target", "B\0", "it must be an image name"),
+        ("captions", ["is red", "\ud800"], "needs 'captions'"),
         ("target", MISSING, "has no 'target'"),
         ("target", None, "has target = null"),
         ("target", ["B"], "has target = "),
@@ -331,6 +600,7 @@ def test_a_broken_record_is_named(tmp_path: Path, field: str, value: Any, messag
         (None, [], "must hold a non-empty list of image names"),
         (None, ["A", 1], "must hold a non-empty list of image names"),
         (None, ["A", "B", "C", "A"], "lists 1 images twice"),
+        (None, ["A", "B", "C", "/etc/passwd"], r'record 3 .* has name = "/etc/passwd"; it must be an image name'),
         (None, ["A", "X"], r"uses 2 images that .*split.dress.val.json does not list \(first: B, C\)"),
     ],
 )
@@ -444,10 +714,14 @@ def test_real_val_split_galleries(real: dict[str, str]):
     assert {name: list(gallery) for name, gallery in galleries.items()} == expected
 
 
-def test_real_numbers_of_queries_per_caption_mode(real: dict[str, str]):
-    """Three of the 12,032 captions of val are empty."""
+def test_real_numbers_of_queries_are_those_of_the_table(real: dict[str, str]):
+    """Three of the 12,032 captions of val are empty. The module's table holds the same keys and numbers."""
+    rows = [line.split() for line in str(fashioniq.__doc__).splitlines() if line.startswith("``")]
+    table = {row[0].strip("`"): row[1:6] for row in rows if row[0].strip("`") in fashioniq._PROTOCOLS}
+    assert {name: tuple(row[:4]) for name, row in table.items()} == fashioniq._PROTOCOLS
     counts = {
-        mode: sum(len(group.queries) for group in read_benchmark({**real, "captions": mode}, "val").groups)
-        for mode in ("two_queries", "per_caption")
+        name: sum(len(group.queries) for group in read_benchmark({**real, "protocol": name}, "val").groups)
+        for name in fashioniq._PROTOCOLS
     }
-    assert counts == {"two_queries": 12_032, "per_caption": 12_029}
+    assert {name: int(row[4].replace(",", "")) for name, row in table.items()} == counts
+    assert sorted(set(counts.values())) == [6_016, 12_029, 12_032]

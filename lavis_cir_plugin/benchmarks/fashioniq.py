@@ -1,14 +1,31 @@
 """FashionIQ (Wu et al., CVPR 2021): 3 categories of garments, two captions per triplet, recall at 10 and 50.
 
-Published numbers follow several protocols, which differ in the gallery, in whether the reference image stays in it and
-in how the two captions become queries. `FashionIQConfig` offers them; a benchmark's ``protocol`` line names its own.
+Published numbers follow several protocols under one name. ``protocol`` chooses one by the paper or code that it comes
+from, and sets four keys, each of which may also be set by itself; a benchmark's ``protocol`` line says what it did.
+
+============= ========= ========= ================= ============ ======= ==========================================
+``protocol``  gallery   reference captions          average      queries who evaluates so
+============= ========= ========= ================= ============ ======= ==========================================
+``clip4cir``  original  kept      and               per_category   6,016 CLIP4Cir, SPRC, Bi-Blip4CIR, MagicLens
+``searle``    original  kept      both_orders_avg   per_category   6,016 SEARLE, LinCIR
+``covr``      original  removed   and               per_category   6,016 CoVR, DQU-CIR
+``artemis``   original  removed   two_queries       per_query     12,032 ARTEMIS
+``cosmo``     val       removed   two_queries       per_category  12,032 CosMo's paper (its code: gallery original)
+``val_split`` val       removed   per_caption       per_category  12,029 VAL
+============= ========= ========= ================= ============ ======= ==========================================
+
+The numbers of queries are those of the split val with all three categories; 3 of its 12,032 captions are empty. The
+``original`` galleries hold 3,817, 6,346 and 5,373 images, the ``val`` ones 2,628, 3,089 and 2,902. DQU-CIR's other
+table is ``covr`` with ``gallery: val``; Pic2Word, which puts the second caption first, is not offered.
 """
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,22 +42,32 @@ from lavis_cir_plugin.benchmarks.benchmark import (
     coverage,
     drawn_like,
     find_annotation,
+    image_name,
+    is_text,
     no_metrics,
+    no_submissions,
     one_of,
     read_json,
     read_records,
     record_error,
     require_listed,
+    shown,
     some_of,
     text_field,
     without_missing,
 )
 from lavis_cir_plugin.benchmarks.images import find_images, image_folders, verify_images
+from lavis_cir_plugin.benchmarks.submissions import Review, gallery_beside, ranks_in
 from lavis_cir_plugin.ranking import Ranking, recall_at
 
 SPLITS = ("train", *EVALUATION_SPLITS)
 CUTOFFS = (10, 50)
+TOP = 50
+"""How many names per query the challenge takes."""
+ANNOTATION_KEYS = frozenset({"candidate", "captions"})
+"""By which a record of an annotation file is known."""
 
+_CATEGORIES = ("dress", "shirt", "toptee")
 _ROOT_NAMES = ("fashionIQ_dataset", "FashionIQ", "fashion-iq", "fashioniq", "fashionIQ", "fiq")
 _IMAGE_FOLDERS = ("images", "resized_images", "resized_image", "image_data")
 _CAPTION_MODES = {
@@ -49,6 +76,24 @@ _CAPTION_MODES = {
     "two_queries": "two queries per triplet ('a and b', 'b and a')",
     "per_caption": "one query per caption",
 }
+_PROTOCOL_KEYS = ("gallery", "reference", "captions", "average")
+_PROTOCOLS = {
+    "clip4cir": ("original", "kept", "and", "per_category"),
+    "searle": ("original", "kept", "both_orders_avg", "per_category"),
+    "covr": ("original", "removed", "and", "per_category"),
+    "artemis": ("original", "removed", "two_queries", "per_query"),
+    "cosmo": ("val", "removed", "two_queries", "per_category"),
+    "val_split": ("val", "removed", "per_caption", "per_category"),
+}
+
+logger = logging.getLogger(__name__)
+
+
+def metric_names(categories: Iterable[str] = _CATEGORIES, average: str = "per_query") -> list[str]:
+    """Return the names of the metrics in the order of the table."""
+    means = ("", "query_") if average == "per_query" else ("",)
+    names = [f"{category}_R@{k}" for k in CUTOFFS for category in categories]
+    return names + [name for prefix in means for name in (*(f"{prefix}R@{k}" for k in CUTOFFS), f"{prefix}mean")]
 
 
 @dataclass(frozen=True)
@@ -60,12 +105,17 @@ class FashionIQConfig:
         annotations: Folder of the JSON files where it is not below ``root``.
         images: Folder of the image files, flat or one sub-folder per category, where it is not below ``root``.
         categories: Which to read.
+        protocol: Sets the next four keys as the module's table says, unless they are set themselves.
         gallery: ``original``: the whole split file. ``val``: only the images that occur in a query of the split (the
             "VAL split", smaller and easier).
         reference: ``kept`` in the gallery or ``removed`` from its own ranking.
         captions: Evaluation text. ``and``: one query 'a and b'. ``both_orders_avg``: one query, the features of both
             orders averaged (SEARLE). ``two_queries``: one query per order (CosMo, ARTEMIS). ``per_caption``: one query
             per non-empty caption (VAL).
+        average: ``per_category``: ``R@10``, ``R@50`` and ``mean`` are unweighted means over the categories.
+            ``per_query``: besides these, ``query_R@10``, ``query_R@50`` and ``query_mean`` weight each category by its
+            number of queries (ARTEMIS).
+        selection_metric: The metric that chooses the best checkpoint.
         training_text: ``random4``: drawn anew from 'a and b', 'b and a', 'a', 'b' (SPRC). ``and``: always 'a and b'.
         missing_images: ``error``, or ``skip`` what needs a missing image and say how much that is.
         verify_images: Check every image file before the run.
@@ -74,10 +124,13 @@ class FashionIQConfig:
     root: str
     annotations: str | None = None
     images: str | None = None
-    categories: tuple[str, ...] = some_of("dress", "shirt", "toptee")
+    categories: tuple[str, ...] = some_of(*_CATEGORIES)
+    protocol: str = one_of(*_PROTOCOLS)
     gallery: str = one_of("original", "val")
     reference: str = one_of("kept", "removed")
     captions: str = one_of(*_CAPTION_MODES)
+    average: str = one_of("per_category", "per_query")
+    selection_metric: str = one_of("mean", *(name for name in metric_names() if name != "mean"))
     training_text: str = one_of("random4", "and")
     missing_images: str = one_of("error", "skip")
     verify_images: bool = False
@@ -85,7 +138,18 @@ class FashionIQConfig:
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> FashionIQConfig:
         """Build the configuration; raise ValueError with every unknown key and impossible value."""
-        return config_from_mapping(cls, "fashioniq", mapping)
+        given = config_from_mapping(cls, "fashioniq", mapping)
+        chosen = dict(zip(_PROTOCOL_KEYS, _PROTOCOLS[given.protocol]))
+        free: dict[str, Any] = {key: value for key, value in chosen.items() if key not in mapping}
+        settings = replace(given, **free)
+        names = metric_names(settings.categories, settings.average)
+        if settings.selection_metric not in names:
+            raise ValueError(
+                f"datasets.fashioniq.build_info.selection_metric: {settings.selection_metric} is not computed with "
+                f"categories {', '.join(settings.categories)} and average {settings.average}; "
+                f"choose one of {', '.join(names)}."
+            )
+        return settings
 
 
 @dataclass(frozen=True)
@@ -93,6 +157,7 @@ class _Record:
     candidate: str
     target: str | None
     captions: tuple[str, str]
+    annotation: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -148,10 +213,16 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
         )
     if split == "seen":
         settings = replace(settings, verify_images=False)  # reading the training split is what verifies its images
+    if split == "test" and settings.captions in ("two_queries", "per_caption"):
+        raise ValueError(
+            "the test split gives one ranking per record to submit, and datasets.fashioniq.build_info.captions: "
+            f"{settings.captions} makes several; set it to and or both_orders_avg."
+        )
     is_removed = settings.reference == "removed"
+    categories = _read_split(settings, split)
     complete = [
         Group(category.name, _gallery(category, settings, split), _queries(category, settings), is_removed)
-        for category in _read_split(settings, split)
+        for category in categories
     ]
     paths, missing = _find_images(settings, (name for group in complete for name in group.gallery))
     groups = available = [without_missing(group, paths) for group in complete] if missing else complete
@@ -160,14 +231,19 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
         groups = [drawn_like(group, like) for group, like in zip(available, val.groups)]
         paths = {name: paths[name] for group in groups for name in group.gallery}
     has_targets = all(query.target is not None for group in groups for query in group.queries)
+    counts = {group.name: len(group.queries) for group in groups}
+    annotations = {category.name: [record.annotation for record in category.records] for category in categories}
     return Benchmark(
         name="fashioniq",
         split=split,
         groups=tuple(groups),
         image_paths=paths,
         protocol=_protocol(settings, split, groups, available) + coverage(complete, available),
-        metrics=_metrics if has_targets else no_metrics,
-        selection_metric="mean",
+        metrics=partial(_metrics, counts=counts, average=settings.average) if has_targets else no_metrics,
+        selection_metric=settings.selection_metric,
+        submissions=partial(_submissions, groups=groups, annotations=annotations)
+        if split == "test"
+        else no_submissions,
     )
 
 
@@ -203,8 +279,8 @@ def _query_texts(captions: tuple[str, ...], mode: str) -> list[tuple[str, ...]]:
 
 def _queries(category: _Category, settings: FashionIQConfig) -> tuple[Query, ...]:
     return tuple(
-        Query(record.candidate, texts, record.target)
-        for record in category.records
+        Query(record.candidate, texts, record.target, identifier=str(number))
+        for number, record in enumerate(category.records)
         for texts in _query_texts(record.captions, settings.captions)
     )
 
@@ -224,21 +300,94 @@ def _protocol(settings: FashionIQConfig, split: str, groups: list[Group], availa
         gallery = f"gallery of training images drawn up to the size of val's {gallery}"
         counted = f"{queries:,} of {all_queries:,} training queries"
     sizes = ", ".join(f"{group.name} {len(group.gallery):,}" for group in groups)
+    means = ", means per category and per query" if settings.average == "per_query" else ""
     return (
         f"FashionIQ {split}, {gallery} ({sizes}), reference {settings.reference}, {_CAPTION_MODES[settings.captions]}, "
-        f"{counted}, ties by gallery order"
+        f"{counted}, ties by gallery order{means}; protocol {_protocol_name(settings)}"
     )
 
 
-def _metrics(rankings: Mapping[str, Ranking]) -> dict[str, float]:
-    """Compute recall per category, the unweighted means over categories, and the mean of those, in percent."""
-    metrics = {
-        f"{category}_R@{k}": recall_at(ranking.ranks, k) for category, ranking in rankings.items() for k in CUTOFFS
-    }
-    for k in CUTOFFS:
-        metrics[f"R@{k}"] = mean(metrics[f"{category}_R@{k}"] for category in rankings)
+def _protocol_name(settings: FashionIQConfig) -> str:
+    """Name the protocol and the keys in which the configuration departs from it."""
+    chosen = zip(_PROTOCOL_KEYS, _PROTOCOLS[settings.protocol])
+    changed = [f"{key}: {getattr(settings, key)}" for key, value in chosen if getattr(settings, key) != value]
+    return settings.protocol + (f" except {', '.join(changed)}" if changed else "")
+
+
+def _metrics(rankings: Mapping[str, Ranking], counts: Mapping[str, int], average: str) -> dict[str, float]:
+    """Compute recall per category, its means over categories (and over queries), and the means of those, in percent.
+
+    The weights are the numbers of queries and not those of the ranks, so that the expectation of chance, which is
+    computed from other numbers of ranks, is weighted alike.
+    """
+    recalls = {k: {category: recall_at(ranking.ranks, k) for category, ranking in rankings.items()} for k in CUTOFFS}
+    metrics = {f"{category}_R@{k}": value for k in CUTOFFS for category, value in recalls[k].items()}
+    metrics.update({f"R@{k}": mean(recalls[k].values()) for k in CUTOFFS})
     metrics["mean"] = mean(metrics[f"R@{k}"] for k in CUTOFFS)
+    if average == "per_query":
+        total = sum(counts[category] for category in rankings)
+        for k in CUTOFFS:
+            metrics[f"query_R@{k}"] = sum(counts[name] * value for name, value in recalls[k].items()) / total
+        metrics["query_mean"] = mean(metrics[f"query_R@{k}"] for k in CUTOFFS)
     return metrics
+
+
+# -- submission ------------------------------------------------------------------------------------------------------
+
+
+def _submissions(
+    rankings: Mapping[str, Ranking], groups: Iterable[Group], annotations: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """Return the challenge's files, one per category: the caption file with ``ranking``, the best 50 names, added."""
+    files = {}
+    for group in groups:
+        records = [annotations[group.name][int(query.identifier)] for query in group.queries]
+        rows = rankings[group.name].top[:, :TOP].tolist()
+        names = ([group.gallery[index] for index in row if index >= 0] for row in rows)
+        files[f"{group.name}.test.pred.json"] = [
+            {**record, "ranking": ranking} for record, ranking in zip(records, names)
+        ]
+    return files
+
+
+def check_submission(content: Any, size: int, annotation: Path, gallery: Path | None) -> Review:
+    """Check a category's file for the challenge, or the same of val, and score it where the annotation has targets.
+
+    Args:
+        content: Of the file.
+        size: Of the file, in bytes; no limit is stated.
+        annotation: Caption file that the queries come from.
+        gallery: Split file with the image names; by default the one that lies with the annotation.
+
+    Raises:
+        ValueError, FileNotFoundError: the annotation or the split file cannot be read.
+    """
+    items = read_records(annotation)
+    has_targets = any("target" in item for item in items)
+    records = [_record(item, annotation, number, "val" if has_targets else "test") for number, item in enumerate(items)]
+    if not isinstance(content, list):
+        return Review("FashionIQ", problems={"file that is no list": [shown(content)]})
+    review = Review(f"FashionIQ, {len(records):,} queries of {annotation.name}")
+    rankings = {
+        str(number): item.get("ranking") if isinstance(item, dict) else item for number, item in enumerate(content)
+    }
+    review.read_rows(
+        rankings, [str(number) for number in range(len(records))], lambda value: value if is_text(value) else None
+    )
+    for number, (record, item) in enumerate(zip(records, content)):
+        given = (item.get("candidate"), item.get("captions")) if isinstance(item, dict) else ()
+        if given != (record.candidate, list(record.captions)):
+            review.refuse("records with another candidate or other captions than the annotation's", str(number))
+    split_name = annotation.name.replace("cap.", "split.", 1)
+    path = gallery_beside(annotation, gallery, ("../image_splits", ""), split_name)
+    names = None if path is None else _read_names(path)
+    review.check_rows(TOP if names is None else min(TOP, len(names)), names)
+    if names is None:
+        review.without_gallery(split_name)
+    if has_targets and not review.problems:
+        ranking = ranks_in(list(review.rows.values()), [record.target for record in records])
+        review.metrics = {f"R@{k}": recall_at(ranking.ranks, k) for k in CUTOFFS}
+    return review
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -257,25 +406,40 @@ def _read_split(settings: FashionIQConfig, split: str) -> list[_Category]:
 def _read_category(bases: list[Path], category: str, split: str) -> _Category:
     path = find_annotation(bases, ("captions", "json", ""), f"cap.{category}.{split}.json", "fashioniq")
     split_path = find_annotation(bases, ("image_splits", ""), f"split.{category}.{split}.json", "fashioniq")
-    names = read_json(split_path)
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{split_path} must hold a non-empty list of image names; correct the file or copy it again.")
-    listed = dict.fromkeys(names)
-    if len(listed) < len(names):
-        raise ValueError(f"{split_path} lists {len(names) - len(listed):,} images twice; its names must be distinct.")
+    names = _read_names(split_path)
     records = [_record(item, path, number, split) for number, item in enumerate(read_records(path))]
     used = [name for record in records for name in (record.candidate, record.target) if name is not None]
-    require_listed(used, listed, path, split_path)
-    return _Category(category, records, names)
+    require_listed(used, names, path, split_path)
+    return _Category(category, records, list(names))
+
+
+def _read_names(path: Path) -> dict[str, int]:
+    """Read a split file: the image names in gallery order, each with its place."""
+    names = read_json(path)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} must hold a non-empty list of image names; correct the file or copy it again.")
+    places = {image_name(name, "name", path, number): number for number, name in enumerate(names)}
+    if len(places) < len(names):
+        raise ValueError(f"{path} lists {len(names) - len(places):,} images twice; its names must be distinct.")
+    return places
 
 
 def _record(item: Mapping[str, Any], path: Path, number: int, split: str) -> _Record:
     captions = item.get("captions")
-    if not isinstance(captions, list) or [type(text) for text in captions] != [str, str]:
+    if not isinstance(captions, list) or len(captions) != 2 or not all(map(is_text, captions)):
         raise record_error(path, number, "needs 'captions', a list of 2 texts")
+    if not _clean(captions):
+        if split != "test":
+            raise record_error(path, number, f"has 'captions' without a word, {shown(captions)}")
+        logger.warning("%s: record %d (counting from 0) has captions without a word.", path, number)
     candidate = text_field(item, "candidate", path, number)
     target = text_field(item, "target", path, number, optional=split == "test")
-    return _Record(str(candidate), target, (captions[0], captions[1]))
+    return _Record(
+        image_name(candidate, "candidate", path, number),
+        None if target is None else image_name(target, "target", path, number),
+        (captions[0], captions[1]),
+        item,
+    )
 
 
 def _find_images(settings: FashionIQConfig, names: Iterable[str]) -> tuple[dict[str, Path], list[str]]:
