@@ -56,7 +56,7 @@ class GarmentsConfig:
     train_sets: int = 450
     val_sets: int = 60
     test_sets: int = 20
-    queries_per_set: int = 8
+    queries_per_set: int = 7
     image_width: int = 96
     image_height: int = 120
     held_out: float = 0.2
@@ -130,7 +130,7 @@ def plan_split(config: GarmentsConfig, split: str) -> SplitPlan:
     rng.shuffle(places)
     names = [image_name(split, place) for place in places]
     gallery = Gallery(garments)
-    pairs = []
+    pairs: list[Pair] = []
     for number, members in enumerate(sets):
         pairs.extend(_pairs(config, number, members, gallery, rng))
     if not pairs:
