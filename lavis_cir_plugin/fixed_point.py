@@ -59,13 +59,14 @@ class Scores:
         unit: ``(Q, 1)`` float64; score times unit is :math:`q^\top v`.
     """
 
-    def __init__(self, query: Tensor, gallery: Tensor) -> None:
+    def __init__(self, query: Tensor, gallery: Tensor, longest: float | None = None) -> None:
         """Take over the features.
 
         Args:
             query: ``(Q, D)``; all computation is done on its device.
             gallery: ``(G, K, D)`` or ``(G, D)`` on any device, of any floating type, perhaps mapped from a file: it is
                 read in blocks and never copied as a whole.
+            longest: What `longest_feature` says of the gallery, where it is known, so that not all of it is read.
 
         Raises:
             ValueError: a feature is not finite.
@@ -73,15 +74,16 @@ class Scores:
         self.device = query.device
         self.gallery = gallery if gallery.dim() == 3 else gallery.unsqueeze(1)
         self.size, self.num_features, self.width = self.gallery.shape
-        query_norms, gallery_norms = _norms(query.unsqueeze(1), "query"), _norms(self.gallery, "gallery")
+        query_norms = _norms(query.unsqueeze(1), "query")
+        longest = longest_feature(gallery) if longest is None else longest
 
         self._query = query
         self._query_scale = torch.exp2(-_exponents(query_norms).double()).unsqueeze(1)
-        self._exponent = int(_exponents(gallery_norms.max()))
+        self._exponent = int(_exponents(torch.tensor(longest, dtype=torch.float64)))
         self._gallery_scale = 1.0 if abs(self._exponent) < 60 else 2.0**-self._exponent
         self.unit = 1 / (self._query_scale * self._gallery_scale)
         lengths = query_norms.unsqueeze(1) * self._query_scale
-        self.bound = _relative_bound(self.width) * float(gallery_norms.max()) * self._gallery_scale * lengths
+        self.bound = _relative_bound(self.width) * longest * self._gallery_scale * lengths
 
     def approximate(self, rows: Tensor) -> Tensor:
         """Return the approximate scores of some queries with the whole gallery, ``(len(rows), G)`` float32."""
@@ -101,7 +103,7 @@ class Scores:
     def approximate_some(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the approximate scores of each query with images of its own: ``columns`` and result ``(n, C)``."""
         query, scores = self._scaled_query(rows).float(), torch.empty(columns.shape, device=self.device)
-        for part in _split(len(rows), self._block_bytes, 4 * columns.shape[1] * self.num_features * self.width):
+        for part in split(len(rows), self._block_bytes, 4 * columns.shape[1] * self.num_features * self.width):
             vectors = self._float32(self._take(columns[part].flatten())).flatten(0, 1)
             products = vectors.view(len(rows[part]), -1, self.width) @ query[part].unsqueeze(2)
             scores[part] = products.view(-1, columns.shape[1], self.num_features).amax(dim=2)
@@ -110,7 +112,7 @@ class Scores:
     def exact_pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the exact scores of pairs of a query and an image: all three ``(n,)``, the scores float64."""
         scores = self.unit.new_empty(len(rows))
-        for part in _split(len(rows), self._block_bytes, 8 * self.num_features * self.width):
+        for part in split(len(rows), self._block_bytes, 8 * self.num_features * self.width):
             vectors = self._fixed(self._take(columns[part]))
             scores[part] = vectors.mul_(self._fixed_query(rows[part]).unsqueeze(1)).sum(dim=2).amax(dim=1)
         return scores.mul_(self._integer_unit)
@@ -138,7 +140,7 @@ class Scores:
     def _blocks(self, num_queries: int, item_bytes: int) -> Iterator[Tensor]:
         """Yield the gallery in blocks that, like their products, stay under the size of a block."""
         row_bytes = item_bytes * self.num_features * max(num_queries, self.width)
-        for part in _split(self.size, self._block_bytes, row_bytes):
+        for part in split(self.size, self._block_bytes, row_bytes):
             yield self.gallery[part].squeeze(1).to(self.device)
 
     def _take(self, columns: Tensor) -> Tensor:
@@ -157,8 +159,17 @@ class Scores:
         return features.to(torch.float64, copy=True).mul_(2.0 ** (BITS - self._exponent)).round_()
 
 
-def _split(total: int, limit_bytes: int, item_bytes: int) -> Iterator[slice]:
-    """Yield slices of at least one item that stay under a number of bytes."""
+def longest_feature(gallery: Tensor) -> float:
+    """Return the length of the longest feature vector of a gallery ``(G, K, D)`` or ``(G, D)``, read in blocks.
+
+    Raises:
+        ValueError: a feature is not finite.
+    """
+    return float(_norms(gallery if gallery.dim() == 3 else gallery.unsqueeze(1), "gallery").max())
+
+
+def split(total: int, limit_bytes: int, item_bytes: int) -> Iterator[slice]:
+    """Yield slices of at least one item each that stay under a number of bytes."""
     step = max(1, limit_bytes // item_bytes)
     for start in range(0, total, step):
         yield slice(start, min(start + step, total))
@@ -171,7 +182,7 @@ def _norms(features: Tensor, name: str) -> Tensor:
         ValueError: a feature is not finite.
     """
     norms = torch.empty(len(features), dtype=torch.float64, device=features.device)
-    for part in _split(len(features), min(CACHE_BYTES, WORKING_BYTES), 8 * features.shape[1] * features.shape[2]):
+    for part in split(len(features), min(CACHE_BYTES, WORKING_BYTES), 8 * features.shape[1] * features.shape[2]):
         block = features[part]
         lengths = torch.linalg.vector_norm(block.float(), dim=2)
         if not ((lengths > 1e-15) & (lengths < 1e15)).all():  # squares that float32 cannot hold

@@ -10,9 +10,9 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
 from lavis_cir_plugin import fixed_point
-from lavis_cir_plugin.fixed_point import Scores, similarity
+from lavis_cir_plugin.fixed_point import Scores, similarity, split
 
-__all__ = ["Ranking", "average_precision_at", "rank", "recall_at", "similarity"]
+__all__ = ["Ranking", "average_precision_at", "rank", "recall_at", "rerank", "similarity"]
 
 QUERIES_AT_ONCE = 512
 """Enough for matrix products at full speed, few enough for their result to stay in a processor's cache."""
@@ -105,6 +105,38 @@ def rank(
             ranks[rows] = torch.stack([_rank(exact, label) for label in labels[rows].unbind(1)], dim=1)
             top[rows] = _top(exact, top_k)
     return Ranking(ranks[:, 0], top, _position(subset_top, targets), ranks[:, 1:], subset_top)
+
+
+def rerank(
+    query: Tensor, gallery: Tensor, candidates: Tensor, k: int, *, longest: float | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Return the best k of some candidates by the scores and the tie rule of `rank`.
+
+    Args:
+        query: ``(Q, D)``.
+        gallery: ``(G, K, D)`` or ``(G, D)``; only the candidates are read.
+        candidates: ``(Q, C)`` gallery indices, distinct in each row but for -1.
+        k: How many to return, at most C.
+        longest: Length of the longest gallery feature, where it is known.
+
+    Returns:
+        Scores ``(Q, k)``, float64 (:math:`q^\top v`, exact but for the rounding of the features to fixed point), and
+        gallery indices ``(Q, k)``, best first; -inf and -1 where there are fewer.
+
+    Raises:
+        ValueError: a query is not finite.
+    """
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        scores = Scores(query, gallery, longest)
+        top = candidates.new_full((len(query), k), -1)
+        for part in split(len(query), fixed_point.WORKING_BYTES, 8 * candidates.shape[1]):
+            rows, columns = torch.arange(len(query), device=query.device)[part], candidates[part]
+            approximate = scores.approximate_some(rows, columns.clamp(min=0)).masked_fill_(columns < 0, -math.inf)
+            top[part] = _best_of(scores, rows, columns, approximate)[:, :k]
+        row, place = (top >= 0).nonzero(as_tuple=True)
+        exact = torch.full(top.shape, -math.inf, dtype=torch.float64, device=query.device)
+        exact[row, place] = scores.exact_pairs(row, top[row, place])
+        return exact * scores.unit, top
 
 
 def recall_at(ranks: Tensor, k: int) -> float:
