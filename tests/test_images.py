@@ -9,8 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 
-from lavis_cir_plugin.benchmarks.images import find_images, image_folders, open_rgb, scan_images, verify_images
+from lavis_cir_plugin.benchmarks.images import (
+    find_images,
+    image_folders,
+    image_problems,
+    open_rgb,
+    scan_images,
+    scan_tree,
+    verify_images,
+)
 
 
 def touch(path: Path) -> Path:
@@ -161,3 +170,89 @@ def test_verification_counts_and_names_broken_files(tmp_path: Path):
     with pytest.raises(ValueError, match="6 of 9 image files cannot be read") as error:
         verify_images([*bad, *good])
     assert [path.name in str(error.value) for path in bad] == [True] * 5 + [False]
+
+
+def test_links_and_folders_that_are_no_images_are_missing(tmp_path: Path):
+    """A link to a picture is one; a link that leads nowhere, a circle of links and a folder x.jpg are none."""
+    touch(tmp_path / "elsewhere.jpg")
+    folder = tmp_path / "images"
+    touch(folder / "B.jpg" / "inside.jpg")
+    (folder / "A.jpg").symlink_to(tmp_path / "elsewhere.jpg")
+    (folder / "C.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (folder / "D.jpg").symlink_to(folder / "D.jpg")
+    assert scan_images([folder]) == {"A": folder / "A.jpg", "inside": folder / "B.jpg" / "inside.jpg"}
+    assert list(scan_tree(folder)) == ["A.jpg", "B.jpg/inside.jpg"]
+    problems = image_problems([folder / "C.jpg", folder / "B.jpg"])
+    assert "C.jpg is a link to a file that does not exist" in problems[0]
+    assert "B.jpg cannot be read as an image" in problems[1]
+
+
+def test_a_tree_is_scanned_to_any_depth_in_sorted_order(tmp_path: Path):
+    """Names carry folders and suffix, so that a.jpg and a.png are two images; circles of folders end."""
+    for name in ("b/z/deep.webp", "b/a.png", "a.jpg", "a.png", "B.JPG", "notes.txt"):
+        touch(tmp_path / name)
+    (tmp_path / "b" / "up").symlink_to(tmp_path)
+    found = scan_tree(tmp_path)
+    assert list(found) == ["B.JPG", "a.jpg", "a.png", "b/a.png", "b/z/deep.webp"]
+    assert found["b/z/deep.webp"] == tmp_path / "b" / "z" / "deep.webp"
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "suffix", "expected"),
+    [
+        ("1", 1, ".png", (255, 255, 255)),
+        ("L", 90, ".png", (90, 90, 90)),
+        ("LA", (90, 0), ".png", (90, 90, 90)),
+        ("RGBA", (1, 2, 3, 0), ".png", (1, 2, 3)),
+        ("RGBA", (1, 2, 3, 255), ".webp", (1, 2, 3)),
+        ("P", 0, ".gif", (0, 0, 0)),
+        ("RGB", (1, 2, 3), ".bmp", (1, 2, 3)),
+    ],
+)
+def test_every_mode_and_suffix_becomes_rgb(tmp_path: Path, mode: str, colour: object, suffix: str, expected: tuple):
+    options = {"lossless": True} if suffix == ".webp" else {}
+    path = saved(tmp_path / f"picture{suffix}", Image.new(mode, (8, 8), colour), **options)  # type: ignore[arg-type]
+    assert pixel(path) == expected
+    assert scan_images([tmp_path]) == {"picture": path}
+    verify_images([path])
+
+
+@pytest.mark.parametrize("lenient", [False, True], ids=["Pillow as it comes", "Pillow as LAVIS sets it"])
+def test_verification_finds_truncated_files_of_every_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lenient: bool
+):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
+    for suffix in (".jpg", ".png", ".webp", ".gif", ".bmp"):
+        path = saved(tmp_path / f"picture{suffix}", Image.effect_noise((64, 64), 50))
+        whole = path.read_bytes()
+        verify_images([path])
+        for kept in (len(whole) - 200, len(whole) // 2, 20):
+            path.write_bytes(whole[:kept])
+            with pytest.raises(ValueError, match=rf"1 of 1 .*picture{suffix} cannot be read as an image: "):
+                verify_images([path])
+        path.write_bytes(whole)
+
+
+def test_a_jpeg_with_its_end_marker_is_not_decoded_and_without_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Padding after the marker is no reason to decode; other bytes are, and then the picture is whole all the same."""
+    whole = saved(tmp_path / "whole.jpg", Image.effect_noise((64, 64), 50)).read_bytes()
+    (tmp_path / "padded.jpg").write_bytes(whole + b"\0" * 100 + b" \r\n")
+    (tmp_path / "trailing.jpg").write_bytes(whole + b"trailing words")
+    (tmp_path / "cut.jpg").write_bytes(whole[:-2])  # what is left of the picture is complete, but for the marker
+    decoded = []
+    load = JpegImageFile.load
+    monkeypatch.setattr(JpegImageFile, "load", lambda self: decoded.append(Path(self.filename).name) or load(self))
+    verify_images([tmp_path / "whole.jpg", tmp_path / "padded.jpg"])
+    assert decoded == []
+    verify_images([tmp_path / "trailing.jpg"])
+    assert decoded == ["trailing.jpg"]
+    image_problems([tmp_path / "cut.jpg"])
+    assert decoded == ["trailing.jpg", "cut.jpg"]
+
+
+def test_verification_names_what_is_wrong_with_each_file(tmp_path: Path):
+    page = tmp_path / "page.jpg"
+    page.write_bytes(b"<html>404</html>")
+    paths = [touch(tmp_path / "empty.jpg"), huge_png(tmp_path / "huge.png"), page, tmp_path / "absent.jpg"]
+    for problem, reason in zip(image_problems(paths), ["the file is empty", "exceeds limit", "identify", "not exist"]):
+        assert reason in problem

@@ -122,7 +122,8 @@ def test_fashioniq_seen_has_the_shape_of_val_and_none_of_its_images(garments):
     assert (seen.split, seen.selection_metric) == ("seen", "mean")
     assert seen.protocol == (
         "FashionIQ seen, gallery of training images drawn up to the size of val's original-split gallery (dress 30, "
-        "shirt 30, toptee 30), reference removed, captions 'a and b', 36 of 180 training queries, ties by gallery order"
+        "shirt 30, toptee 30), reference removed, captions 'a and b', 36 of 180 training queries, ties by gallery "
+        "order; protocol clip4cir except reference: removed"
     )
     assert fashioniq.read_benchmark(config, "seen").groups == seen.groups
 

@@ -15,8 +15,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lavis_cir_plugin.benchmarks.benchmark import listed
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
-"""Accepted file suffixes (any case); the first wins where a name has several files."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+"""Accepted file suffixes (any case); the first wins where a name has several files.
+
+The published data sets need the first three. The others are what catalogues hold; files are opened by content anyway.
+"""
 
 T = TypeVar("T")
 
@@ -26,8 +29,9 @@ _pillow_settings = threading.RLock()
 def scan_images(folders: Iterable[Path]) -> dict[str, Path]:
     """Map the stem of every image file in the folders and in their direct sub-folders to its path.
 
-    One directory listing per folder and no look at a single file, so that 120,000 files take seconds. Where a stem
-    occurs twice, earlier folders win, then files outside sub-folders, then `SUFFIXES` order.
+    One directory listing per folder and no look into a single file, so that 120,000 files take seconds. Links that lead
+    nowhere and folders named like a picture are no image files. Where a stem occurs twice, earlier folders win, then
+    files outside sub-folders, then `SUFFIXES` order.
     """
     found: dict[str, Path] = {}
     for folder in folders:
@@ -37,21 +41,50 @@ def scan_images(folders: Iterable[Path]) -> dict[str, Path]:
 
 
 def _listing(folder: Path, subfolders: bool) -> dict[str, Path]:
-    with os.scandir(folder) as scan:
-        entries = list(scan)
+    names, below = _entries(folder)
     files: dict[str, tuple[int, str]] = {}
-    below = []
-    for entry in entries:
-        stem, suffix = os.path.splitext(entry.name)
-        if suffix.lower() in SUFFIXES:
-            files[stem] = min(files.get(stem, (len(SUFFIXES), "")), (SUFFIXES.index(suffix.lower()), entry.name))
-        elif subfolders and entry.is_dir():
-            below.append(entry.name)
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        files[stem] = min(files.get(stem, (len(SUFFIXES), "")), (SUFFIXES.index(suffix.lower()), name))
     found = {stem: folder / name for stem, (_, name) in files.items()}
-    for name in sorted(below):
+    for name in below if subfolders else ():
         for stem, path in _listing(folder / name, subfolders=False).items():
             found.setdefault(stem, path)
     return found
+
+
+def scan_tree(folder: Path) -> dict[str, Path]:
+    """Map the path of every image file below a folder, relative to it and with ``/``, to its path; sorted.
+
+    As fast as `scan_images`. Links to folders are followed, but never twice into the same one on the way down.
+    """
+    found: dict[str, Path] = {}
+
+    def descend(inside: str, above: frozenset[str]) -> None:
+        here = os.path.realpath(folder / inside)
+        if here in above:
+            return
+        names, below = _entries(folder / inside)
+        found.update((inside + name, folder / (inside + name)) for name in names)
+        for name in below:
+            descend(f"{inside}{name}/", above | {here})
+
+    descend("", frozenset())
+    return dict(sorted(found.items()))
+
+
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of a folder's image files, and of its folders, sorted."""
+    files, folders = [], []
+    with os.scandir(folder) as scan:
+        for entry in scan:
+            # Asking the entry costs nothing but for links; of those, a circle would raise.
+            is_link = entry.is_symlink()
+            if os.path.isdir(entry) if is_link else entry.is_dir():
+                folders.append(entry.name)
+            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and (not is_link or os.path.isfile(entry)):
+                files.append(entry.name)
+    return files, sorted(folders)
 
 
 def find_images(
@@ -122,30 +155,51 @@ def open_rgb(path: Path) -> Image.Image:
 
 
 def verify_images(paths: Iterable[Path]) -> None:
-    """Check that the files are images, from their headers and check sums, several at a time.
+    """Check that the files are whole images, several at a time.
 
-    A truncated JPEG has an intact header and passes; `open_rgb` names it when it is read.
+    A PNG is checked by its check sums, and a JPEG by its headers and the marker at its end, which a truncated file has
+    lost; neither is decoded. A JPEG without the marker, and every other format, is decoded (of an animation the first
+    frame). What passes can still hold wrong pixels.
 
     Raises:
-        ValueError: files that are not images; with the count and the first five.
+        ValueError: files that are missing or no whole images; with the count and the first five.
     """
-
-    def problem(path: Path) -> str:
-        try:
-            _read(path, Image.Image.verify)
-        except (ValueError, FileNotFoundError) as error:
-            return str(error)
-        return ""
-
     wanted = sorted(set(paths))
-    with _truncation_is_an_error(), ThreadPoolExecutor() as pool:
-        checked = tqdm(pool.map(problem, wanted), "checking images", len(wanted), unit="file", disable=None)
-        problems = [text for text in checked if text]
+    problems = [problem for problem in image_problems(wanted) if problem]
     if problems:
         raise ValueError(
             f"{len(problems):,} of {len(wanted):,} image files cannot be read; replace or delete them: "
             + " ".join(problems[:5])
         )
+
+
+def image_problems(paths: Sequence[Path]) -> list[str]:
+    """Say of each file why it is no whole image, in a sentence; an empty text where it is one. See `verify_images`."""
+
+    def problem(path: Path) -> str:
+        try:
+            kind = _read(path, _verified_format)
+            if not (kind == "PNG" or (kind == "JPEG" and _ends_like_a_jpeg(path))):
+                _read(path, lambda image: image.load())
+        except (ValueError, FileNotFoundError) as error:
+            return str(error)
+        return ""
+
+    with _truncation_is_an_error(), ThreadPoolExecutor() as pool:
+        return list(tqdm(pool.map(problem, paths), "checking images", len(paths), unit="file", disable=None))
+
+
+def _verified_format(image: Image.Image) -> str | None:
+    image.verify()
+    return image.format
+
+
+def _ends_like_a_jpeg(path: Path) -> bool:
+    """Return whether a file ends in the end-of-image marker, but for zeros and blanks that something padded it with."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 4096))
+        return file.read().rstrip(b"\0 \r\n\t").endswith(b"\xff\xd9")
 
 
 @contextmanager
@@ -165,7 +219,8 @@ def _read(path: Path, use: Callable[[Image.Image], T]) -> T:
         with Image.open(path) as image:
             return use(image)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist.") from None
+        problem = "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
+        raise FileNotFoundError(f"{path} {problem}.") from None
     except Exception as error:  # Pillow's decoders raise a dozen types on broken files
         reason = "the file is empty" if os.path.getsize(path) == 0 else str(error) or type(error).__name__
         raise ValueError(f"{path} cannot be read as an image: {reason}.") from error
