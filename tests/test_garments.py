@@ -311,15 +311,16 @@ def test_second_call_draws_nothing(tmp_path, drawn_names):
     assert len(drawn_names) == 60
 
 
-def test_another_generator_version_is_another_world(monkeypatch):
-    name = fashioniq.world_name(TINY)
+def test_another_generator_version_is_another_world(tmp_path, monkeypatch):
+    place = make_garments(tmp_path, TINY, progress=False, workers=1)
     monkeypatch.setattr(fashioniq, "GENERATOR_VERSION", -1)
-    assert fashioniq.world_name(TINY) != name
+    assert make_garments(tmp_path, TINY, progress=False, workers=1) != place
 
 
 def test_interrupted_run_is_redone(tmp_path, monkeypatch):
-    place = tmp_path / fashioniq.world_name(TINY)
-    (place / "images").mkdir(parents=True)  # as if an older run had stopped in the middle
+    place = make_garments(tmp_path, TINY, progress=False, workers=1)
+    (place / "complete.json").unlink()  # as if an older run had stopped in the middle
+    next((place / "images").iterdir()).unlink()
     left_over = tmp_path / f".{place.name}.part-killed"
     left_over.mkdir()
     with monkeypatch.context() as patched:

@@ -1,9 +1,9 @@
 """Write a garments world as CIRR's files: sets of six near-identical images, and a sentence for a pair of one set.
 
 A split grows in neighbourhoods of several sets: a set's first garment is an edit of an earlier garment of the
-neighbourhood, and the other five are edits, one or two at a time, of earlier members of the set, each in a photo of its
-own. So the image alone leaves a neighbourhood and the text alone a few members of every one; both are needed, and most
-of all within a set.
+neighbourhood, and the other five are edits of earlier members of the set, each in a photo of its own; an edit is one
+or two changes that a caption can mention. So the image alone leaves a neighbourhood and the text alone a few members of
+every one; both are needed, and most of all within a set.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _image_sets(config: GarmentsConfig, split: str, rng: random.Random) -> Itera
             if parent is None:
                 return sample(rng.choice(DISTINCT_CATEGORIES), rng)
             garment = replace(edited(parent, rng, edits, varying), photo=sample_photo(rng))
-            return garment if phrases(parent, garment) else None
+            return garment if 1 <= len(phrases(parent, garment)) <= _MOST_CHANGES else None
 
         garment = draw_new(draw, seen, held_out)
         if garment is None:
