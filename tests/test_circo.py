@@ -215,6 +215,8 @@ def test_the_servers_file(tmp_path: Path):
     result = rank(torch.ones(2, 1), torch.arange(6, 0, -1).unsqueeze(1).float(), torch.tensor([-1, -1]))
     submissions = read_benchmark(config, "test").submissions({"circo": result})
     assert submissions == {"circo_test.json": {"0": IDS, "1": IDS}}
+    review = circo.check_submission(submissions["circo_test.json"], 0, tmp_path / "annotations" / "test.json", None)
+    assert (review.problems, list(review.rows.values())) == ({}, [IDS, IDS])
     assert read_benchmark(config, "val").submissions({"circo": result}) == {}
     removed = rank(
         torch.ones(2, 1),

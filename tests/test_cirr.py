@@ -180,10 +180,11 @@ def test_soft_labels_by_hand(tmp_path: Path):
     assert [query.relevance for query in hard.groups[0].queries] == [(), ()]
 
 
-def test_soft_labels_that_are_images_removed_or_unranked_count_nothing():
-    queries = (Query("r", ("",), "a", relevance=(("r", 1.0), ("a", 0.5))),)
-    assert cirr._soft_recall_at(torch.tensor([[-1, 3]]), queries, 1) == 0.0
-    assert cirr._soft_recall_at(torch.tensor([[-1, 3]]), queries, 4) == 50.0
+def test_soft_labels_that_are_not_ranked_count_nothing():
+    """37 queries of val give 1.0 to their own reference, which is removed: rank -1."""
+    ranks, weights = torch.tensor([[-1, 3]]), torch.tensor([[1.0, 0.5]])
+    assert cirr._soft_recall_at(ranks, weights, 3) == 0.0
+    assert cirr._soft_recall_at(ranks, weights, 4) == 50.0
 
 
 @pytest.mark.parametrize(
@@ -297,7 +298,8 @@ def test_the_servers_two_files(tmp_path: Path):
         members=members,
     )
     images = names("test1")
-    assert benchmark.submissions({"cirr": result}) == {
+    files = benchmark.submissions({"cirr": result})
+    assert files == {
         "cirr_test1_recall.json": {
             "version": "rc2",
             "metric": "recall",
@@ -311,6 +313,9 @@ def test_the_servers_two_files(tmp_path: Path):
             "10": [images[0], *images[2:4]],
         },
     }
+    for content in files.values():
+        review = cirr.check_submission(content, 0, tmp_path / "cirr" / "captions" / "cap.rc2.test1.json", None)
+        assert (review.problems, review.notes, list(review.rows)) == ({}, [], ["0", "10"])
     assert read_benchmark({"root": str(tmp_path)}, "val").submissions({"cirr": result}) == {}
 
 

@@ -218,7 +218,10 @@ def _metrics(rankings: Mapping[str, Ranking], group: Group, settings: CIRRConfig
 
 def _gallery_metrics(ranking: Ranking, queries: Sequence[Query], labels: str) -> dict[str, float]:
     if labels == "soft":
-        return {f"R@{k}": _soft_recall_at(ranking.relevant_ranks, queries, k) for k in CUTOFFS}
+        width = ranking.relevant_ranks.shape[1]
+        rows = [[weight for _, weight in query.relevance] for query in queries]
+        weights = torch.tensor([row + [0.0] * (width - len(row)) for row in rows], dtype=torch.float64)
+        return {f"R@{k}": _soft_recall_at(ranking.relevant_ranks.cpu(), weights, k) for k in CUTOFFS}
     return {f"R@{k}": recall_at(ranking.ranks, k) for k in CUTOFFS}
 
 
@@ -226,17 +229,14 @@ def _subset_metrics(ranking: Ranking) -> dict[str, float]:
     return {f"R_subset@{k}": recall_at(ranking.subset_ranks, k) for k in SUBSET_CUTOFFS}
 
 
-def _soft_recall_at(relevant_ranks: Tensor, queries: Sequence[Query], k: int) -> float:
+def _soft_recall_at(relevant_ranks: Tensor, weights: Tensor, k: int) -> float:
     r"""Compute the mean over queries of :math:`\max(0, \max_{i \le K} w_{p_i})`, in percent.
 
     Args:
-        relevant_ranks: ``(Q, T)``, 0-based rank of every image in ``relevance``; -1: not ranked.
-        queries: Q queries with the weights ``w`` in ``relevance``.
+        relevant_ranks: ``(Q, T)``, 0-based rank of every labelled image; -1: padding, or not ranked.
+        weights: ``(Q, T)``, its weight.
         k: At least 1.
     """
-    weights = torch.zeros(relevant_ranks.shape, dtype=torch.float64, device=relevant_ranks.device)
-    for row, query in enumerate(queries):
-        weights[row, : len(query.relevance)] = weights.new_tensor([weight for _, weight in query.relevance])
     is_found = (relevant_ranks >= 0) & (relevant_ranks < k)
     return 100.0 * float(weights.masked_fill(~is_found, 0.0).amax(dim=1).clamp(min=0).mean())
 
