@@ -151,7 +151,9 @@ NASTY = st.one_of(
     st.integers(),
     st.floats(),
     st.text(max_size=8),
-    st.sampled_from(["", " ", ".", "..", "../x", "/etc/passwd", "..\\x", "a/../../b", "x\x00y", "\ud800", "nobody", 10**30]),
+    st.sampled_from(
+        ["", " ", ".", "..", "../x", "/etc/passwd", "..\\x", "a/../../b", "x\x00y", "\ud800", "nobody", 10**30]
+    ),
     st.lists(st.one_of(st.none(), st.text(max_size=3), st.integers()), max_size=3),
     st.dictionaries(st.text(max_size=3), st.one_of(st.none(), st.integers(), st.text(max_size=3)), max_size=3),
 )
