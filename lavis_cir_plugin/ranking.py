@@ -202,6 +202,14 @@ def _some(flags: Tensor, at_once: int) -> tuple[Tensor, ...]:
     return places.split(at_once) if len(places) else ()
 
 
+def _sparse_places(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows and columns of the few true entries, faster than `nonzero`: eight false ones are one zero."""
+    flat = F.pad(flags.flatten(), (0, -flags.numel() % 8))
+    places = flat.view(torch.int64).nonzero() * 8 + torch.arange(8, device=flags.device)
+    places = places[flat[places]]
+    return places // flags.shape[1], places % flags.shape[1]
+
+
 def _mask(scores: Tensor, excluded: Tensor) -> Tensor:
     rows = (excluded >= 0).nonzero().squeeze(1)
     scores[rows, excluded[rows]] = -math.inf
@@ -239,7 +247,7 @@ def _fast_ranks(scores: Scores, rows: Tensor, labels: Tensor, approximate: Tenso
         is_open = near > 1 + scores.size // DENSE
         for some in _some(~is_open & (near > 1), _near_at_once(scores.size)):
             values = approximate[some]
-            row, candidate = ((values >= low[some]) & (values <= high[some])).nonzero(as_tuple=True)
+            row, candidate = _sparse_places((values >= low[some]) & (values <= high[some]))
             row = some[row]
             exact = scores.exact_pairs(rows[row], candidate)
             before = (exact > own[row]) | ((exact == own[row]) & (candidate < label[row]))
