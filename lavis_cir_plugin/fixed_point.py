@@ -159,13 +159,13 @@ class Scores:
         return features.to(torch.float64, copy=True).mul_(2.0 ** (BITS - self._exponent)).round_()
 
 
-def longest_feature(gallery: Tensor) -> float:
-    """Return the length of the longest feature vector of a gallery ``(G, K, D)`` or ``(G, D)``, read in blocks.
+def longest_feature(features: Tensor, name: str = "gallery") -> float:
+    """Return the length of the longest vector of ``(N, K, D)`` or ``(N, D)``, read in blocks; ``name`` is for an error.
 
     Raises:
         ValueError: a feature is not finite.
     """
-    return float(_norms(gallery if gallery.dim() == 3 else gallery.unsqueeze(1), "gallery").max())
+    return float(_norms(features if features.dim() == 3 else features.unsqueeze(1), name).max())
 
 
 def split(total: int, limit_bytes: int, item_bytes: int) -> Iterator[slice]:

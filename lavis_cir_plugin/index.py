@@ -153,8 +153,7 @@ class Index:
             raise ValueError(f"hits must be at least k = {k}, got {hits}.")
         if excluded is not None and excluded.shape != query.shape[:1]:
             raise ValueError(f"excluded must be ({len(query)},), got {tuple(excluded.shape)}.")
-        if not query.isfinite().all():
-            raise ValueError("a query feature is not finite; the model has diverged: use an earlier checkpoint.")
+        longest_feature(query, "query")  # finite
 
 
 def build_index(kind: str, gallery: Tensor, *, lists: int | None = None, probes: int = 32, links: int = 32) -> Index:
