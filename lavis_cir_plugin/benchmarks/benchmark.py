@@ -167,7 +167,7 @@ def coverage(complete: Sequence[Group], groups: Sequence[Group]) -> str:
     """Say what missing images took out of a benchmark, to be appended to its protocol line; empty for nothing."""
     images, all_images = (sum(len(group.gallery) for group in some) for some in (groups, complete))
     queries, all_queries = (sum(len(group.queries) for group in some) for some in (groups, complete))
-    if images == all_images:
+    if (images, queries) == (all_images, all_queries):
         return ""
     return (
         f"; incomplete: {all_images - images:,} of {all_images:,} gallery images missing, "

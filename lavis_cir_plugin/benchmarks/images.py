@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,14 +105,29 @@ def find_images(
         FileNotFoundError: ``missing_images="error"`` and an image is missing, or all are; with the count and the first
             five.
     """
-    scanned = scan_images(folders)
+    remedy = f"add them as <name>{', <name>'.join(SUFFIXES)}"
+    return select_images(names, scan_images(folders), ", ".join(map(str, folders)), remedy, dataset, missing_images)
+
+
+def select_images(
+    names: Iterable[str], scanned: Mapping[str, Path], where: str, remedy: str, dataset: str, missing_images: str
+) -> tuple[dict[str, Path], list[str]]:
+    """Select the named images of those that a scan found; as `find_images`.
+
+    Args:
+        names: As there.
+        scanned: Path by name.
+        where: The scanned folders, for the message.
+        remedy: What can be done about a missing one, for the message.
+        dataset: As there.
+        missing_images: As there.
+    """
     wanted = list(dict.fromkeys(names))
     missing = [name for name in wanted if name not in scanned]
     if missing and (missing_images == "error" or len(missing) == len(wanted)):
         raise FileNotFoundError(
-            f"{dataset}: {len(missing):,} of {len(wanted):,} images are missing under {', '.join(map(str, folders))} "
-            f"({listed(missing)}); add them as <name>{', <name>'.join(SUFFIXES)}, or set "
-            f"datasets.{dataset}.build_info.missing_images to skip."
+            f"{dataset}: {len(missing):,} of {len(wanted):,} images are missing under {where} ({listed(missing)}); "
+            f"{remedy}, or set datasets.{dataset}.build_info.missing_images to skip."
         )
     return {name: scanned[name] for name in wanted if name in scanned}, missing
 

@@ -1,0 +1,436 @@
+"""Triplets of your own: a folder with JSON lines and images becomes a benchmark, without code.
+
+::
+
+    my_catalogue/
+      train.jsonl  val.jsonl  test.jsonl     those that are needed
+      images/                                 JPEG, PNG, WebP, GIF or BMP, in folders to any depth
+      gallery.txt                             optional
+
+Each line of a ``.jsonl`` file is one JSON object, in UTF-8; blank lines are skipped::
+
+    {"reference": "shoes/a.jpg", "text": "the same in red", "target": "shoes/b.jpg"}
+    {"reference": "shoes/a.jpg", "text": ["with laces", "laced"], "target": ["c.png", "shoes/d.jpg"], "id": "q7"}
+
+=============  ========  ===========================================================================================
+key            needed    value
+=============  ========  ===========================================================================================
+``reference``  yes       An image: its path below ``images/``, with ``/`` and the file's suffix, as the file is spelt.
+``text``       yes       The modification, or a list of wordings: training draws one of them each time, evaluation
+                         averages the features of all.
+``target``     train,    An image other than the reference, or a list of equally right ones; training makes a triplet
+               val       of each. In ``test.jsonl`` either every line has a target or none has.
+``id``         no        Text or a whole number, distinct within the file; by default the line's number. What a
+                         ranking of a test split without targets is listed by.
+``members``    no        Images, the only target among them, that R_subset@K ranks by themselves (CIRR's image sets);
+                         on every line of a file or on none. The reference does not compete.
+=============  ========  ===========================================================================================
+
+Other keys are ignored. The gallery of ``val`` and ``test`` is ``gallery.txt``, one image per line, in its order, or
+else every image below ``images/`` in sorted order: never just the images that queries mention, which would make the
+task easier than the catalogue is. References need not be in it; targets and members must be.
+
+Metrics in percent: R@1, 5, 10 and 50, the share of queries with a target (of several: any) among the first K. Where
+some query of the split has several targets, mAP@5, 10, 25 and 50 over min(K, targets), as CIRCO's. With ``members``
+R_subset@1, 2 and 3.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lavis_cir_plugin.benchmarks.benchmark import (
+    EVALUATION_SPLITS,
+    Benchmark,
+    Group,
+    Query,
+    Triplet,
+    check_split,
+    complete_triplets,
+    config_from_mapping,
+    coverage,
+    drawn_like,
+    is_text,
+    no_metrics,
+    no_submissions,
+    one_of,
+    shown,
+    without_missing,
+)
+from lavis_cir_plugin.benchmarks.images import image_folders, scan_tree, select_images, verify_images
+from lavis_cir_plugin.ranking import Ranking, average_precision_at, recall_at
+
+SPLITS = ("train", *EVALUATION_SPLITS)
+CUTOFFS = (1, 5, 10, 50)
+PRECISION_CUTOFFS = (5, 10, 25, 50)
+SUBSET_CUTOFFS = (1, 2, 3)
+TOP = 50
+"""How many images per query the ranking of a test split without targets lists."""
+
+_GALLERY_FILE = "gallery.txt"
+_NOT_RANKED = 2**40  # a rank beyond every cutoff
+_METRICS = (
+    *(f"R@{k}" for k in CUTOFFS),
+    *(f"mAP@{k}" for k in PRECISION_CUTOFFS),
+    *(f"R_subset@{k}" for k in SUBSET_CUTOFFS),
+)
+
+
+@dataclass(frozen=True)
+class TripletsConfig:
+    """Keys of ``datasets.triplets.build_info``.
+
+    Attributes:
+        root: The folder with the ``.jsonl`` files.
+        images: Folder of the image files where it is not ``images/`` below ``root``.
+        reference: ``removed`` from its own ranking, or ``kept`` in the gallery.
+        selection_metric: What chooses the best checkpoint: a metric of the split.
+        missing_images: ``error``, or ``skip`` what needs a missing image and say how much that is.
+        verify_images: Check every image file before the run.
+    """
+
+    root: str
+    images: str | None = None
+    reference: str = one_of("removed", "kept")
+    selection_metric: str = one_of("R@10", *(name for name in _METRICS if name != "R@10"))
+    missing_images: str = one_of("error", "skip")
+    verify_images: bool = False
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> TripletsConfig:
+        """Build the configuration; raise ValueError with every unknown key and impossible value."""
+        return config_from_mapping(cls, "triplets", mapping)
+
+
+@dataclass(frozen=True)
+class _Record:
+    line: int
+    reference: str
+    texts: tuple[str, ...]
+    targets: tuple[str, ...]
+    members: tuple[str, ...]
+    identifier: str
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        return (self.reference, *self.targets, *self.members)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Check the keys and values of a ``build_info`` without reading anything.
+
+    Raises:
+        ValueError: every unknown key and impossible value.
+    """
+    TripletsConfig.from_mapping(config)
+
+
+def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:
+    """Read the training triplets, one per target, in file order, and the paths of their images.
+
+    Raises:
+        ValueError: a key or value of the configuration or a line of the file is wrong.
+        FileNotFoundError: the file or an image is missing.
+    """
+    settings = TripletsConfig.from_mapping(config)
+    records = _read_records(settings, "train")
+    triplets = [Triplet(record.reference, target, record.texts) for record in records for target in record.targets]
+    used = [name for triplet in triplets for name in (triplet.reference, triplet.target)]
+    paths, _ = _select(settings, used, _scan(settings))
+    return complete_triplets(triplets, paths, "triplets"), paths
+
+
+def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
+    """Read the ``val``, ``test`` or ``seen`` split.
+
+    ``seen`` is drawn from the training queries and the images they use to val's sizes (`drawn_like`), with val's rules.
+    A test split without targets has no metrics; its submission is the best 50 images by the query's id. With
+    ``missing_images: skip`` the gallery shrinks and queries that need a missing image are left out; the protocol line
+    says how many.
+
+    Raises:
+        ValueError: a key or value of the configuration or a line of a file is wrong, or no such split.
+        FileNotFoundError: a file or an image is missing.
+    """
+    check_split(split, "triplets")
+    settings = TripletsConfig.from_mapping(config)
+    if split == "seen":
+        settings = replace(settings, verify_images=False)  # reading the training split is what verifies its images
+    records, scanned = _read_records(settings, split), _scan(settings)
+    gallery = _gallery(settings, split, records, scanned)
+    complete = available = Group("triplets", gallery, _queries(records), settings.reference == "removed")
+    references = [record.reference for record in records]
+    paths, missing = _select(settings, [*gallery, *references], scanned)
+    if missing:
+        available = without_missing(complete, paths)
+    group = available
+    if split == "seen":
+        (val,) = read_benchmark({**config, "verify_images": False}, "val").groups
+        group = drawn_like(available, val)
+        paths = {name: paths[name] for name in group.gallery}
+    has_targets = all(query.target is not None for query in group.queries)
+    has_several, has_members = bool(group.queries[0].relevance), bool(group.queries[0].members)
+    return Benchmark(
+        name="triplets",
+        split=split,
+        groups=(group,),
+        image_paths=paths,
+        protocol=_protocol(settings, split, group, available) + coverage([complete], [available]),
+        metrics=partial(_metrics, has_several=has_several, has_members=has_members) if has_targets else no_metrics,
+        selection_metric=_selection_metric(settings, split, has_several, has_members),
+        submissions=no_submissions if has_targets else partial(_submissions, group=group),
+    )
+
+
+def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
+    """Draw one of a triplet's wordings."""
+    return rng.choice(captions)
+
+
+def _queries(records: Sequence[_Record]) -> tuple[Query, ...]:
+    has_several = any(len(record.targets) > 1 for record in records)
+    return tuple(
+        Query(
+            reference=record.reference,
+            texts=record.texts,
+            target=record.targets[0] if record.targets else None,
+            members=record.members,
+            relevance=tuple((name, 1.0) for name in record.targets) if has_several else (),
+            identifier=record.identifier,
+        )
+        for record in records
+    )
+
+
+def _gallery(
+    settings: TripletsConfig, split: str, records: Sequence[_Record], scanned: Mapping[str, Path]
+) -> tuple[str, ...]:
+    """Return the gallery, missing images included; raise ValueError where the gallery file lacks a target or member."""
+    if split == "seen":
+        return tuple(sorted({name for record in records for name in record.images}))
+    path = _gallery_file(settings)
+    if not path.is_file():
+        return tuple(sorted({*scanned, *(name for record in records for name in record.images)}))
+    gallery = _read_gallery(path)
+    for record in records:
+        outside = [name for name in (*record.targets, *record.members) if name not in gallery]
+        if outside:
+            problem = f"has the target or member {shown(outside[0])}, which {path} does not list"
+            raise _line_error(_file(settings, split), record.line, problem)
+    return tuple(gallery)
+
+
+def _protocol(settings: TripletsConfig, split: str, group: Group, available: Group) -> str:
+    source = _GALLERY_FILE if _gallery_file(settings).is_file() else "all images of the folder"
+    gallery, counted = f"{len(group.gallery):,} images ({source})", f"{len(group.queries):,} queries"
+    if split == "seen":
+        gallery = f"{len(group.gallery):,} training images drawn up to the size of val's"
+        counted = f"{len(group.queries):,} of {len(available.queries):,} training queries"
+    name = Path(settings.root).expanduser().resolve().name
+    parts = [f"Triplets {split} of {name}, gallery of {gallery}", f"reference {settings.reference}", counted]
+    if any(len(query.texts) > 1 for query in group.queries):
+        parts.append("features of a query's texts averaged")
+    if group.queries[0].relevance:
+        parts.append("R@K of any target, mAP@K over min(K, targets)")
+    if group.queries[0].members:
+        parts.append("R_subset among the members without the reference")
+    return ", ".join([*parts, "ties by gallery order"])
+
+
+def _metrics(rankings: Mapping[str, Ranking], has_several: bool, has_members: bool) -> dict[str, float]:
+    """Compute R@K, where a query has several targets mAP@K, and where the queries have members R_subset@K."""
+    ranking = rankings["triplets"]
+    ranks, labelled = ranking.ranks, ranking.relevant_ranks
+    if has_several:
+        ranks = labelled.where(labelled >= 0, labelled.new_tensor(_NOT_RANKED)).amin(dim=1)
+    metrics = {f"R@{k}": recall_at(ranks, k) for k in CUTOFFS}
+    if has_several:
+        metrics.update({f"mAP@{k}": average_precision_at(labelled, k) for k in PRECISION_CUTOFFS})
+    if has_members:
+        metrics.update({f"R_subset@{k}": recall_at(ranking.subset_ranks, k) for k in SUBSET_CUTOFFS})
+    return metrics
+
+
+def _selection_metric(settings: TripletsConfig, split: str, has_several: bool, has_members: bool) -> str:
+    """Return the metric of the configuration; refuse one that val has not the data for (other splits fall back)."""
+    selected = settings.selection_metric
+    needs = {"mAP": ("queries with several targets", has_several), "R_subset": ("members", has_members)}
+    needed, is_there = needs.get(selected.split("@")[0], ("", True))
+    if is_there:
+        return selected
+    if split != "val":
+        return "R@10"
+    raise ValueError(
+        f"datasets.triplets.build_info.selection_metric: {selected} needs {needed}, and {_file(settings, split)} has "
+        f"none; choose one of {', '.join(f'R@{k}' for k in CUTOFFS)}."
+    )
+
+
+def _submissions(rankings: Mapping[str, Ranking], group: Group) -> dict[str, Any]:
+    rows = ([group.gallery[index] for index in row if index >= 0] for row in rankings["triplets"].top[:, :TOP].tolist())
+    return {"triplets_test.json": dict(zip((query.identifier for query in group.queries), rows))}
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def _file(settings: TripletsConfig, split: str) -> Path:
+    return Path(settings.root).expanduser() / f"{'train' if split == 'seen' else split}.jsonl"
+
+
+def _gallery_file(settings: TripletsConfig) -> Path:
+    return Path(settings.root).expanduser() / _GALLERY_FILE
+
+
+def _image_folder(settings: TripletsConfig) -> Path:
+    (folder,) = image_folders(
+        [Path(settings.images).expanduser() if settings.images else Path(settings.root).expanduser() / "images"],
+        "triplets",
+    )
+    return folder
+
+
+def _scan(settings: TripletsConfig) -> dict[str, Path]:
+    scanned = scan_tree(_image_folder(settings))
+    unwritable = [path for name, path in scanned.items() if not is_text(name)]
+    if unwritable:
+        raise ValueError(
+            f"triplets: the name of {shown(str(unwritable[0]))} is not UTF-8; rename the file or its folder."
+        )
+    return scanned
+
+
+def _select(
+    settings: TripletsConfig, names: Iterable[str], scanned: Mapping[str, Path]
+) -> tuple[dict[str, Path], list[str]]:
+    folder = _image_folder(settings)
+    remedy = "add them (an image is named by its path below that folder with its suffix, such as shoes/a.jpg)"
+    paths, missing = select_images(names, scanned, str(folder), remedy, "triplets", settings.missing_images)
+    if settings.verify_images:
+        verify_images(paths.values())
+    return paths, missing
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Return the lines that are not blank, with their numbers from 1."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"triplets: {path} does not exist; set datasets.triplets.build_info.root to the folder with train.jsonl, "
+            f"val.jsonl and test.jsonl."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} is empty; it must hold one image or JSON object per line.")
+    return lines
+
+
+def _read_gallery(path: Path) -> dict[str, int]:
+    """Return the line of every image of the gallery file."""
+    lines: dict[str, int] = {}
+    for line, text in _lines(path):
+        name = _image(text, "image name", path, line)
+        if lines.setdefault(name, line) != line:
+            raise _line_error(path, line, f"lists {shown(name)} like line {lines[name]}")
+    return lines
+
+
+def _read_records(settings: TripletsConfig, split: str) -> list[_Record]:
+    path = _file(settings, split)
+    records = [_record(line, path, number, split) for number, line in _lines(path)]
+    first: dict[str, int] = {}
+    for record in records:
+        if first.setdefault(record.identifier, record.line) != record.line:
+            raise _line_error(
+                path, record.line, f"has id = {shown(record.identifier)} like line {first[record.identifier]}"
+            )
+    for key in ("targets", "members"):
+        without = [record.line for record in records if not getattr(record, key)]
+        if 0 < len(without) < len(records):
+            name = key.replace("targets", "target")
+            raise _line_error(path, without[0], f"has no '{name}' and others have; give it on every line or on none")
+    return records
+
+
+def _record(text: str, path: Path, line: int, split: str) -> _Record:
+    try:
+        item = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _line_error(path, line, f"is not valid JSON: {error.msg} at column {error.colno}") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
+        raise _line_error(path, line, f"cannot be read as JSON: {error}") from error
+    if not isinstance(item, dict):
+        raise _line_error(path, line, f'must be an object such as {{"reference": ...}}, got {shown(item)}')
+    for key in ("reference", "text") if split == "test" else ("reference", "text", "target"):
+        if item.get(key) is None:
+            raise _line_error(path, line, f"has no '{key}'")
+    reference = _image(item["reference"], "reference", path, line)
+    targets = _images(item.get("target"), "target", path, line)
+    members = tuple(name for name in _images(item.get("members"), "members", path, line) if name != reference)
+    if reference in targets:
+        raise _line_error(path, line, f"has the reference {shown(reference)} as a target, which says nothing")
+    if members and (len(targets) > 1 or not set(targets) <= set(members)):
+        raise _line_error(path, line, "has 'members', which must include its target, and only one target")
+    return _Record(
+        line=line,
+        reference=reference,
+        texts=_texts(item["text"], path, line),
+        targets=targets,
+        members=members,
+        identifier=_identifier(item.get("id"), path, line),
+    )
+
+
+def _texts(value: Any, path: Path, line: int) -> tuple[str, ...]:
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(is_text(text) and text.strip() for text in texts):
+        raise _line_error(path, line, f"has text = {shown(value)}; it must be text, or a list of texts, none empty")
+    return tuple(text.strip() for text in texts)
+
+
+def _identifier(value: Any, path: Path, line: int) -> str:
+    if value is None:
+        return str(line)
+    if type(value) is int or (is_text(value) and value):
+        return str(value)
+    raise _line_error(path, line, f"has id = {shown(value)}; it must be text or a whole number")
+
+
+def _images(value: Any, key: str, path: Path, line: int) -> tuple[str, ...]:
+    """Return the images of an optional field that holds one or a list of distinct ones."""
+    if value is None:
+        return ()
+    values = value if isinstance(value, list) else [value]
+    names = tuple(_image(name, key, path, line) for name in values)
+    if not names or len(set(names)) < len(names):
+        raise _line_error(path, line, f"has {key} = {shown(value)}; it must be an image, or a list of distinct ones")
+    return names
+
+
+def _image(value: Any, key: str, path: Path, line: int) -> str:
+    """Return an image's path below the image folder, which cannot lead out of it."""
+    if (
+        not isinstance(value, str)
+        or not value.isprintable()
+        or "\\" in value
+        or set(value.split("/")) & {"", ".", ".."}
+    ):
+        raise _line_error(
+            path,
+            line,
+            f"has {key} = {shown(value)}; it must be the path of an image below the image folder, such as shoes/a.jpg",
+        )
+    return value
+
+
+def _line_error(path: Path, line: int, problem: str) -> ValueError:
+    return ValueError(f"{path}, line {line} {problem}; correct the line.")
