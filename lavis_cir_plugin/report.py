@@ -148,7 +148,7 @@ def _drawn(group: Group, candidates: Sequence[tuple[int, int]], rng: random.Rand
     for query, (found, members) in zip(group.queries, candidates):
         removed = {query.reference} if group.reference_removed else set()
         labelled = dict.fromkeys([name for name, _ in query.relevance] + [query.target or ""])
-        ranked = [name for name in labelled if name in gallery - removed]
+        ranked = [name for name in labelled if name in gallery and name not in removed]
         rank_of = dict(zip(ranked, rng.sample(range(len(gallery) - len(removed & gallery)), len(ranked))))
         ranks.append(rank_of.get(query.target or "", -1) if found else -1)
         subset_ranks.append(rng.randrange(members) if members else -1)
