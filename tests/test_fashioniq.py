@@ -717,11 +717,11 @@ def test_real_val_split_galleries(real: dict[str, str]):
 def test_real_numbers_of_queries_are_those_of_the_table(real: dict[str, str]):
     """Three of the 12,032 captions of val are empty. The module's table holds the same keys and numbers."""
     rows = [line.split() for line in str(fashioniq.__doc__).splitlines() if line.startswith("``")]
-    table = {row[0].strip("`"): row[1:6] for row in rows if row[0].strip("`") in fashioniq._PROTOCOLS}
-    assert {name: tuple(row[:4]) for name, row in table.items()} == fashioniq._PROTOCOLS
+    table = {row[0].strip("`"): row[1:6] for row in rows if row[0].strip("`") in fashioniq.PROTOCOLS}
+    assert {name: tuple(row[:4]) for name, row in table.items()} == fashioniq.PROTOCOLS
     counts = {
         name: sum(len(group.queries) for group in read_benchmark({**real, "protocol": name}, "val").groups)
-        for name in fashioniq._PROTOCOLS
+        for name in fashioniq.PROTOCOLS
     }
     assert {name: int(row[4].replace(",", "")) for name, row in table.items()} == counts
     assert sorted(set(counts.values())) == [6_016, 12_029, 12_032]

@@ -11,6 +11,8 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lavis_cir_plugin.benchmarks.survey import current_survey
+
 if TYPE_CHECKING:
     from lavis_cir_plugin.ranking import Ranking
 
@@ -377,9 +379,14 @@ def find_annotation(bases: Sequence[Path], folders: Sequence[str], name: str, da
         FileNotFoundError: naming the places that were looked at and the key to set.
     """
     places = [base / folder for base in bases for folder in folders]
+    survey = current_survey()
     for place in places:
         if (place / name).is_file():
+            if survey is not None:
+                survey.files.append(place / name)
             return place / name
+    if survey is not None:
+        survey.absent.append(name)
     raise FileNotFoundError(
         f"{dataset}: annotation file {name} is in none of {', '.join(map(str, places))}; "
         f"set datasets.{dataset}.build_info.root to the data set's folder, or build_info.annotations to that of its "

@@ -77,7 +77,7 @@ _CAPTION_MODES = {
     "per_caption": "one query per caption",
 }
 _PROTOCOL_KEYS = ("gallery", "reference", "captions", "average")
-_PROTOCOLS = {
+PROTOCOLS = {
     "clip4cir": ("original", "kept", "and", "per_category"),
     "searle": ("original", "kept", "both_orders_avg", "per_category"),
     "covr": ("original", "removed", "and", "per_category"),
@@ -125,7 +125,7 @@ class FashionIQConfig:
     annotations: str | None = None
     images: str | None = None
     categories: tuple[str, ...] = some_of(*_CATEGORIES)
-    protocol: str = one_of(*_PROTOCOLS)
+    protocol: str = one_of(*PROTOCOLS)
     gallery: str = one_of("original", "val")
     reference: str = one_of("kept", "removed")
     captions: str = one_of(*_CAPTION_MODES)
@@ -139,7 +139,7 @@ class FashionIQConfig:
     def from_mapping(cls, mapping: Mapping[str, Any]) -> FashionIQConfig:
         """Build the configuration; raise ValueError with every unknown key and impossible value."""
         given = config_from_mapping(cls, "fashioniq", mapping)
-        chosen = dict(zip(_PROTOCOL_KEYS, _PROTOCOLS[given.protocol]))
+        chosen = dict(zip(_PROTOCOL_KEYS, PROTOCOLS[given.protocol]))
         free: dict[str, Any] = {key: value for key, value in chosen.items() if key not in mapping}
         settings = replace(given, **free)
         names = metric_names(settings.categories, settings.average)
@@ -309,7 +309,7 @@ def _protocol(settings: FashionIQConfig, split: str, groups: list[Group], availa
 
 def _protocol_name(settings: FashionIQConfig) -> str:
     """Name the protocol and the keys in which the configuration departs from it."""
-    chosen = zip(_PROTOCOL_KEYS, _PROTOCOLS[settings.protocol])
+    chosen = zip(_PROTOCOL_KEYS, PROTOCOLS[settings.protocol])
     changed = [f"{key}: {getattr(settings, key)}" for key, value in chosen if getattr(settings, key) != value]
     return settings.protocol + (f" except {', '.join(changed)}" if changed else "")
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageFile
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lavis_cir_plugin.benchmarks.benchmark import listed
+from lavis_cir_plugin.benchmarks.survey import current_survey, listing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 """Accepted file suffixes (any case); the first wins where a name has several files.
@@ -106,7 +107,8 @@ def find_images(
             five.
     """
     remedy = f"add them as <name>{', <name>'.join(SUFFIXES)}"
-    return select_images(names, scan_images(folders), ", ".join(map(str, folders)), remedy, dataset, missing_images)
+    scanned = listing(scan_images, tuple(folders))
+    return select_images(names, scanned, ", ".join(map(str, folders)), remedy, dataset, missing_images)
 
 
 def select_images(
@@ -124,6 +126,11 @@ def select_images(
     """
     wanted = list(dict.fromkeys(names))
     missing = [name for name in wanted if name not in scanned]
+    survey = current_survey()
+    if survey is not None:
+        survey.paths.update((name, scanned[name]) for name in wanted if name in scanned)
+        survey.missing.update(dict.fromkeys(missing))
+        return {name: scanned.get(name, Path(name)) for name in wanted}, []
     if missing and (missing_images == "error" or len(missing) == len(wanted)):
         raise FileNotFoundError(
             f"{dataset}: {len(missing):,} of {len(wanted):,} images are missing under {where} ({listed(missing)}); "
@@ -133,13 +140,13 @@ def select_images(
 
 
 def image_folders(guesses: Sequence[Path], dataset: str) -> list[Path]:
-    """Return the guessed image folders that exist.
+    """Return the guessed image folders that exist; in a survey there may be none.
 
     Raises:
         FileNotFoundError: none does.
     """
     existing = [folder for folder in guesses if folder.is_dir()]
-    if not existing:
+    if not existing and current_survey() is None:
         raise FileNotFoundError(
             f"{dataset}: no image folder; looked for {', '.join(map(str, guesses))}; set "
             f"datasets.{dataset}.build_info.images to the folder that holds the images."

@@ -64,6 +64,7 @@ from lavis_cir_plugin.benchmarks.benchmark import (
     without_missing,
 )
 from lavis_cir_plugin.benchmarks.images import image_folders, scan_tree, select_images, verify_images
+from lavis_cir_plugin.benchmarks.survey import current_survey, listing
 from lavis_cir_plugin.ranking import Ranking, average_precision_at, recall_at
 
 SPLITS = ("train", *EVALUATION_SPLITS)
@@ -289,15 +290,13 @@ def _gallery_file(settings: TripletsConfig) -> Path:
 
 
 def _image_folder(settings: TripletsConfig) -> Path:
-    (folder,) = image_folders(
-        [Path(settings.images).expanduser() if settings.images else Path(settings.root).expanduser() / "images"],
-        "triplets",
-    )
-    return folder
+    return Path(settings.images).expanduser() if settings.images else Path(settings.root).expanduser() / "images"
 
 
 def _scan(settings: TripletsConfig) -> dict[str, Path]:
-    scanned = scan_tree(_image_folder(settings))
+    scanned: dict[str, Path] = {}
+    for folder in image_folders([_image_folder(settings)], "triplets"):
+        scanned = listing(scan_tree, folder)
     unwritable = [path for name, path in scanned.items() if not is_text(name)]
     if unwritable:
         raise ValueError(
@@ -319,9 +318,14 @@ def _select(
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     """Return the lines that are not blank, with their numbers from 1."""
+    survey = current_survey()
     try:
         text = path.read_bytes().decode("utf-8-sig")
+        if survey is not None:
+            survey.files.append(path)
     except FileNotFoundError:
+        if survey is not None:
+            survey.absent.append(path.name)
         raise FileNotFoundError(
             f"triplets: {path} does not exist; set datasets.triplets.build_info.root to the folder with train.jsonl, "
             f"val.jsonl and test.jsonl."
