@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,27 @@ def run(command: Sequence[str], on_line: Callable[[str], None]) -> Usage:
         raise subprocess.CalledProcessError(process.returncode, command)
     kilo = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes
     return Usage(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss * kilo)
+
+
+def run_ways(script: str, ways: Sequence[Sequence[str]], rounds: int) -> list[list[dict[str, Any]]]:
+    """Run a script once per way and round, the ways in turn, each time in a process of its own.
+
+    Args:
+        script: Its last line of output is a JSON object.
+        ways: The script's arguments for each.
+        rounds: How often.
+
+    Returns:
+        For each way what its runs reported, with the ``peak_bytes`` of the process.
+    """
+    runs: list[list[dict[str, Any]]] = [[] for _ in ways]
+    for _ in range(rounds):
+        for way, own in zip(ways, runs):
+            lines: list[str] = []
+            usage = run([sys.executable, "-W", "ignore", script, *way], lines.append)
+            own.append({**json.loads(lines[-1]), "peak_bytes": usage.peak_bytes})
+    return runs
+
+
+def median(runs: Sequence[dict[str, Any]], key: str) -> float:
+    return statistics.median(run[key] for run in runs)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import sys
 import time
 from typing import Any
 
@@ -30,35 +28,24 @@ def main() -> None:
         print(json.dumps(run_here(way)))
         return
 
-    runs = {name: [] for name in (FEATURES_ONLY, STRINGS, CHUNKED)}
-    for _ in range(ROUNDS):
-        for name, own in runs.items():
-            own.append(run_apart(name))
+    ways = (FEATURES_ONLY, STRINGS, CHUNKED)
+    runs = dict(zip(ways, measure.run_ways(__file__, [("--way", name) for name in ways], ROUNDS)))
     print(
         f"{QUERIES:,} queries x {GALLERY:,} images x {FEATURES} features of width {WIDTH}, float32, CPU, "
         f"{runs[FEATURES_ONLY][0]['threads']} torch threads; features to recall, medians of {ROUNDS} processes each\n"
         f"  {'':<16} {'seconds':>8} {'peak MiB':>9} {'above features':>15} {'R@10 %':>8} {'R@50 %':>8}"
     )
-    floor = median(runs[FEATURES_ONLY], "peak_bytes")
+    floor = measure.median(runs[FEATURES_ONLY], "peak_bytes")
     for name in (STRINGS, CHUNKED):
-        peak = median(runs[name], "peak_bytes")
+        peak = measure.median(runs[name], "peak_bytes")
         recalls = " ".join(f"{recall:>8.3f}" for recall in runs[name][0]["recalls"])
         memory = f"{peak / 2**20:>9,.0f} {(peak - floor) / 2**20:>15,.0f}"
-        print(f"  {name:<16} {median(runs[name], 'seconds'):>8.2f} {memory} {recalls}")
-    time_ratio = median(runs[STRINGS], "seconds") / median(runs[CHUNKED], "seconds")
-    memory_ratio = (median(runs[STRINGS], "peak_bytes") - floor) / (median(runs[CHUNKED], "peak_bytes") - floor)
+        print(f"  {name:<16} {measure.median(runs[name], 'seconds'):>8.2f} {memory} {recalls}")
+    time_ratio = measure.median(runs[STRINGS], "seconds") / measure.median(runs[CHUNKED], "seconds")
+    memory_ratio = (measure.median(runs[STRINGS], "peak_bytes") - floor) / (
+        measure.median(runs[CHUNKED], "peak_bytes") - floor
+    )
     print(f"  string matrix / chunked ranking: {time_ratio:.2f} x the time, {memory_ratio:.2f} x the memory")
-
-
-def median(runs: list[dict[str, Any]], key: str) -> float:
-    return statistics.median(run[key] for run in runs)
-
-
-def run_apart(way: str) -> dict[str, Any]:
-    """Return what one way reports from a process of its own, with that process's ``peak_bytes``."""
-    lines: list[str] = []
-    usage = measure.run([sys.executable, "-W", "ignore", __file__, "--way", way], lines.append)
-    return {**json.loads(lines[-1]), "peak_bytes": usage.peak_bytes}
 
 
 def run_here(way: str) -> dict[str, Any]:

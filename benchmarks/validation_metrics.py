@@ -1,0 +1,139 @@
+"""Compare our validation metrics with the usual matrices of strings, at the sizes of CIRR and FashionIQ.
+
+Random features of unit length, one of width 256 per image. CIRR: 4,181 queries x 2,297 images, the reference removed,
+Recall@1/5/10/50 and, among the 5 other images of the reference's set, Recall@1/2/3. FashionIQ: three categories,
+Recall@10/50. From features to recalls; each way runs in a process of its own, which the operating system measures, and
+a third one only makes the features. This one imports no library, because those that it starts inherit its peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+import measure
+
+WIDTH = 256
+SIZES = {  # queries and images of each group
+    "cirr": {"val": (4_181, 2_297)},
+    "fashioniq": {"dress": (2_017, 3_817), "shirt": (2_038, 6_346), "toptee": (1_961, 5_373)},
+}
+CUTOFFS = {"cirr": (1, 5, 10, 50), "fashioniq": (10, 50)}
+SUBSET_CUTOFFS = (1, 2, 3)
+SUBSET = 6
+FEATURES_ONLY, STRINGS, OURS = "features only", "string matrix", "ours"
+REPEATS = 5
+"""Runs of our way in one process, of which the median counts: it is too short for one to say much."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="processes per way (default: 3)")
+    parser.add_argument("--dataset", choices=tuple(SIZES), help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=(FEATURES_ONLY, STRINGS, OURS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way is not None:
+        print(json.dumps(run_here(arguments.dataset, arguments.way)))
+        return
+    for dataset in SIZES:
+        ways = [("--dataset", dataset, "--way", way) for way in (FEATURES_ONLY, STRINGS, OURS)]
+        print(report(dataset, *measure.run_ways(__file__, ways, arguments.rounds)))
+
+
+def report(dataset: str, floor: list[dict[str, Any]], strings: list[dict[str, Any]], ours: list[dict[str, Any]]) -> str:
+    """Return the table of a data set; say so where the two ways' recalls differ."""
+    sizes = ", ".join(f"{queries:,} x {images:,}" for queries, images in SIZES[dataset].values())
+    lines = [
+        f"{dataset}: {sizes}, one feature of width {WIDTH}, float32, CPU, {ours[0]['threads']} torch threads; "
+        f"medians of {len(ours)} processes",
+        f"  {'':<14} {'seconds':>8} {'peak MB':>8} {'above features':>15}  recalls %",
+    ]
+    least = measure.median(floor, "peak_bytes")
+    cost = {}
+    for name, runs in ((STRINGS, strings), (OURS, ours)):
+        seconds, peak = measure.median(runs, "seconds"), measure.median(runs, "peak_bytes")
+        cost[name] = seconds, max(peak - least, 1)
+        recalls = " ".join(f"{recall:.2f}" for recall in runs[0]["recalls"])
+        lines.append(f"  {name:<14} {seconds:>8.3f} {peak / 1e6:>8,.0f} {(peak - least) / 1e6:>15,.0f}  {recalls}")
+    ratios = [a / b for a, b in zip(cost[STRINGS], cost[OURS])]
+    lines.append(f"  {STRINGS} / {OURS}: {ratios[0]:.1f} x the time, {ratios[1]:.1f} x the memory")
+    if strings[0]["recalls"] != ours[0]["recalls"]:
+        lines.append("  THE RECALLS DIFFER: scores closer than a float32 product can tell, or an error")
+    return "\n".join(lines)
+
+
+def run_here(dataset: str, way: str) -> dict[str, Any]:
+    import torch
+
+    import lavis_cir_plugin.ranking  # noqa: F401 (all processes carry the same libraries)
+
+    generator = torch.Generator().manual_seed(0)
+    groups = [group(dataset, *size, generator) for size in SIZES[dataset].values()]
+    function = {FEATURES_ONLY: lambda *_: [], STRINGS: by_strings, OURS: by_ranks}[way]
+    times = []
+    for _ in range(REPEATS if way == OURS else 1):
+        start = time.perf_counter()
+        recalls = [function(dataset, *own) for own in groups]
+        times.append(time.perf_counter() - start)
+    return {
+        "seconds": sorted(times)[len(times) // 2],
+        "recalls": [sum(values) / len(recalls) for values in zip(*recalls)],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def group(dataset: str, num_queries: int, size: int, generator: Any) -> tuple[Any, ...]:
+    """Draw features and the indices of targets, references and the sets of 6 images that a reference belongs to."""
+    import torch
+
+    query, gallery = (torch.randn(count, WIDTH, generator=generator) for count in (num_queries, size))
+    for features in (query, gallery):
+        features /= features.norm(dim=-1, keepdim=True)  # in place: a temporary copy would hide part of a peak
+    reference = torch.randint(size, (num_queries,), generator=generator)
+    # Like CIRR's: a set is six neighbours, and the target mostly one of them; the same images serve FashionIQ.
+    members = (reference.unsqueeze(1) + torch.arange(SUBSET)) % size
+    target = members[torch.arange(num_queries), torch.randint(1, SUBSET, (num_queries,), generator=generator)]
+    query += gallery[target] / 4
+    return query / query.norm(dim=-1, keepdim=True), gallery, target, reference, members
+
+
+def by_ranks(dataset: str, query: Any, gallery: Any, target: Any, reference: Any, members: Any) -> list[float]:
+    from lavis_cir_plugin.ranking import rank, recall_at
+
+    if dataset == "cirr":
+        ranking = rank(query, gallery, target, excluded=reference, members=members[:, 1:], top_k=0)
+    else:
+        ranking = rank(query, gallery, target, top_k=0)
+    recalls = [recall_at(ranking.ranks, k) for k in CUTOFFS[dataset]]
+    if dataset == "cirr":
+        recalls += [recall_at(ranking.subset_ranks, k) for k in SUBSET_CUTOFFS]
+    return recalls
+
+
+def by_strings(dataset: str, query: Any, gallery: Any, target: Any, reference: Any, members: Any) -> list[float]:
+    """Sort all distances, spell all names out, and compare them with the names of reference, target and set."""
+    import numpy as np
+    import torch
+
+    size = len(gallery)
+    names = np.array([f"dev-{index // 6}-{index % 6}-img{index % 2}" for index in range(size)])
+    order = torch.argsort(1 - query @ gallery.T, dim=-1)
+    sorted_names = names[order.numpy()]
+    if dataset == "cirr":
+        kept = sorted_names != np.repeat(names[reference.numpy()], size).reshape(len(query), size)
+        sorted_names = sorted_names[kept].reshape(len(query), size - 1)
+    columns = sorted_names.shape[1]
+    labels = sorted_names == np.repeat(names[target.numpy()], columns).reshape(len(query), columns)
+    recalls = [100.0 * int(labels[:, :k].sum()) / len(query) for k in CUTOFFS[dataset]]
+    if dataset == "cirr":
+        in_set = (sorted_names[..., None] == names[members.numpy()][:, None, :]).sum(-1).astype(bool)
+        subset_labels = labels[in_set].reshape(len(query), SUBSET - 1)
+        recalls += [100.0 * int(subset_labels[:, :k].sum()) / len(query) for k in SUBSET_CUTOFFS]
+    return recalls
+
+
+if __name__ == "__main__":
+    sys.exit(main())
