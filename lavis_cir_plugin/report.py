@@ -54,7 +54,7 @@ GREEN, ORANGE, BLUE = "#14944a", "#e67800", "#1f5fa8"
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark) -> str:
-    """Lay out metrics as a plain-text table, one line per ranking.
+    """Lay out metrics as a plain-text table, one line per ranking, or where that is too wide one line per metric.
 
     rows: name of a ranking (``"trained model"``, ``"random (expected)"``) to ``{metric: percent}`` as
     ``benchmark.metrics`` returns it. A metric named ``<group>_<rest>`` stands as ``<rest>`` below its group, every
@@ -65,23 +65,48 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark)
 
     The borders are ASCII; the text ends without a newline.
     """
+    table = _line_per_ranking(rows, benchmark) if rows else []
+    if table and len(table[0]) > TABLE_WIDTH:
+        table = _line_per_metric(rows)
+    sizes = ", ".join(f"{group.name} {len(group.queries):,} / {len(group.gallery):,}" for group in benchmark.groups)
+    notes = (f"Queries / gallery images: {sizes}", f"Protocol: {benchmark.protocol}")
+    return "\n".join([*table, *(line for note in notes for line in textwrap.wrap(note, TABLE_WIDTH))])
+
+
+def _line_per_ranking(rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark) -> list[str]:
     names = ["", "percent", *rows]
     blocks = [[name.ljust(max(map(len, names))) for name in names]]
     columns = _columns(rows, benchmark)
     for heading, keys in columns.items():
-        cells = [
-            [label.rjust(6), *(f"{row[key]:6.2f}" if key in row else "-" for row in rows.values())]
-            for label, key in keys.items()
-        ]
+        cells = [[label.rjust(6), *(_percent(row, key) for row in rows.values())] for label, key in keys.items()]
         lines = ["  ".join(cell.rjust(len(column[0])) for cell, column in zip(line, cells)) for line in zip(*cells)]
         width = max(len(heading), len(lines[0]))
         blocks.append([heading.center(width), *(line.rjust(width) for line in lines)])
-    border = "-+-".join("-" * len(block[0]) for block in blocks).join(("+-", "-+"))
-    headings, labels, *body = [" | ".join(line).join(("| ", " |")) for line in zip(*blocks)]
-    table = [border, *([headings] if set(columns) - {OVERALL} else []), labels, border, *body, border] if rows else []
-    sizes = ", ".join(f"{group.name} {len(group.queries):,} / {len(group.gallery):,}" for group in benchmark.groups)
-    notes = (f"Queries / gallery images: {sizes}", f"Protocol: {benchmark.protocol}")
-    return "\n".join([*table, *(line for note in notes for line in textwrap.wrap(note, TABLE_WIDTH))])
+    headings, labels, *body = _bordered(blocks)
+    border = _border(blocks)
+    return [border, *([headings] if set(columns) - {OVERALL} else []), labels, border, *body, border]
+
+
+def _line_per_metric(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    metrics = list(dict.fromkeys(key for row in rows.values() for key in row))
+    blocks = [[name.ljust(max(map(len, ["percent", *metrics]))) for name in ["percent", *metrics]]]
+    for name, row in rows.items():
+        blocks.append([cell.rjust(max(6, len(name))) for cell in [name, *(_percent(row, key) for key in metrics)]])
+    labels, *body = _bordered(blocks)
+    return [_border(blocks), labels, _border(blocks), *body, _border(blocks)]
+
+
+def _percent(row: Mapping[str, float], metric: str) -> str:
+    return f"{row[metric]:6.2f}" if metric in row else "-"
+
+
+def _bordered(blocks: Sequence[Sequence[str]]) -> list[str]:
+    """Put columns of equally long cells side by side."""
+    return [" | ".join(line).join(("| ", " |")) for line in zip(*blocks)]
+
+
+def _border(blocks: Sequence[Sequence[str]]) -> str:
+    return "-+-".join("-" * len(block[0]) for block in blocks).join(("+-", "-+"))
 
 
 def _columns(rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark) -> dict[str, dict[str, str]]:

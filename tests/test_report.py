@@ -330,6 +330,21 @@ def test_sheet_frames_every_right_answer_and_counts_them(tmp_path, pictures, mon
     assert "1 of 2 right answers shown" in verdicts
 
 
+def test_a_table_that_would_be_too_wide_has_a_line_per_metric():
+    """120 characters hold ten columns of 9, not 20."""
+    benchmark = make_benchmark([Group("g", ("a", "b"), (Query("a", ("x",), "b"),), False)])
+    rows = {"trained model": {f"mAP@10_{i:02}": float(i) for i in range(20)}, "image only": {"mAP@10_01": 50.0}}
+    lines = report.metrics_table(rows, benchmark).split("\n")
+    assert lines[:5] == [
+        "+-----------+---------------+------------+",
+        "| percent   | trained model | image only |",
+        "+-----------+---------------+------------+",
+        "| mAP@10_00 |          0.00 |          - |",
+        "| mAP@10_01 |          1.00 |      50.00 |",
+    ]
+    assert len(lines) == 3 + 20 + 1 + 2
+
+
 def test_a_split_without_public_answers_is_shown_without_any(tmp_path, pictures, monkeypatch):
     """There is no table either, only sizes and protocol."""
     texts = []
