@@ -77,24 +77,26 @@ class Scores:
         query_norms = _norms(query.unsqueeze(1), "query")
         longest = longest_feature(gallery) if longest is None else longest
 
-        self._query = query
-        self._query_scale = torch.exp2(-_exponents(query_norms).double()).unsqueeze(1)
+        query_scale = torch.exp2(-_exponents(query_norms).double()).unsqueeze(1)
+        scaled = query.double() * query_scale
+        self._query = scaled.float()
+        self._fixed_query = scaled.mul_(2.0**BITS).round_()
         self._exponent = int(_exponents(torch.tensor(longest, dtype=torch.float64)))
         self._gallery_scale = 1.0 if abs(self._exponent) < 60 else 2.0**-self._exponent
-        self.unit = 1 / (self._query_scale * self._gallery_scale)
-        lengths = query_norms.unsqueeze(1) * self._query_scale
+        self.unit = 1 / (query_scale * self._gallery_scale)
+        lengths = query_norms.unsqueeze(1) * query_scale
         self.bound = _relative_bound(self.width) * longest * self._gallery_scale * lengths
 
     def approximate(self, rows: Tensor) -> Tensor:
         """Return the approximate scores of some queries with the whole gallery, ``(len(rows), G)`` float32."""
-        query = self._scaled_query(rows).float()
+        query = self._query[rows]
         return self._assemble(
             len(rows), (similarity(query, self._float32(block)) for block in self._blocks(len(rows), 4))
         )
 
     def exact(self, rows: Tensor) -> Tensor:
         """Return the exact scores of some queries with the whole gallery, ``(len(rows), G)`` float64."""
-        query = self._fixed_query(rows)
+        query = self._fixed_query[rows]
         scores = self._assemble(
             len(rows), (similarity(query, self._fixed(block)) for block in self._blocks(len(rows), 8))
         )
@@ -102,7 +104,7 @@ class Scores:
 
     def approximate_some(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the approximate scores of each query with images of its own: ``columns`` and result ``(n, C)``."""
-        query, scores = self._scaled_query(rows).float(), torch.empty(columns.shape, device=self.device)
+        query, scores = self._query[rows], torch.empty(columns.shape, device=self.device)
         for part in split(len(rows), self._block_bytes, 4 * columns.shape[1] * self.num_features * self.width):
             vectors = self._float32(self._take(columns[part].flatten())).flatten(0, 1)
             products = vectors.view(len(rows[part]), -1, self.width) @ query[part].unsqueeze(2)
@@ -114,7 +116,7 @@ class Scores:
         scores = self.unit.new_empty(len(rows))
         for part in split(len(rows), self._block_bytes, 8 * self.num_features * self.width):
             vectors = self._fixed(self._take(columns[part]))
-            scores[part] = vectors.mul_(self._fixed_query(rows[part]).unsqueeze(1)).sum(dim=2).amax(dim=1)
+            scores[part] = vectors.mul_(self._fixed_query[rows[part]].unsqueeze(1)).sum(dim=2).amax(dim=1)
         return scores.mul_(self._integer_unit)
 
     @property
@@ -145,12 +147,6 @@ class Scores:
 
     def _take(self, columns: Tensor) -> Tensor:
         return self.gallery[columns.to(self.gallery.device)].to(self.device)
-
-    def _scaled_query(self, rows: Tensor) -> Tensor:
-        return self._query[rows].double().mul_(self._query_scale[rows])
-
-    def _fixed_query(self, rows: Tensor) -> Tensor:
-        return self._scaled_query(rows).mul_(2.0**BITS).round_()
 
     def _float32(self, features: Tensor) -> Tensor:
         return features.float() if self._gallery_scale == 1.0 else (features.double() * self._gallery_scale).float()

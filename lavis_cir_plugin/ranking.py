@@ -285,13 +285,16 @@ def _best_of(scores: Scores, rows: Tensor, columns: Tensor, approximate: Tensor)
         ``(n, C)`` the columns, best first, padded with -1.
     """
     values, order = approximate.double().sort(dim=1, descending=True)
-    columns = columns.gather(1, order)
+    columns = columns.gather(1, order).masked_fill_(values == -math.inf, -1)
     close = values[:, :-1] - values[:, 1:] <= 2 * scores.bound[rows]  # False between two -inf
+    some = close.any(dim=1).nonzero().squeeze(1)
+    values, close, found = values[some], close[some], columns[some]
     row, place = (F.pad(close, (1, 0)) | F.pad(close, (0, 1))).nonzero(as_tuple=True)
-    values[row, place] = scores.exact_pairs(rows[row], columns[row, place])
-    columns, order = columns.sort(dim=1)
-    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return columns.gather(1, order).masked_fill_(values == -math.inf, -1)
+    values[row, place] = scores.exact_pairs(rows[some[row]], found[row, place])
+    found, order = found.sort(dim=1)
+    _, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    columns[some] = found.gather(1, order)
+    return columns
 
 
 def _rank(exact: Tensor, label: Tensor) -> Tensor:
