@@ -342,7 +342,7 @@ def test_a_table_that_would_be_too_wide_has_a_line_per_metric():
         "| mAP@10_00 |          0.00 |          - |",
         "| mAP@10_01 |          1.00 |      50.00 |",
     ]
-    assert len(lines) == 3 + 20 + 1 + 2
+    assert lines[3 + 20] == lines[0]
 
 
 def test_a_split_without_public_answers_is_shown_without_any(tmp_path, pictures, monkeypatch):
