@@ -342,7 +342,10 @@ def test_a_blank_caption_of_test_stays_a_query(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_images_that_the_gallery_does_not_list(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"uses 1 images that .*unlabeled2017.json does not list \(first: 777\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"uses 1 images .*unlabeled2017.json does not list \(first: record .* gt_img_ids = 777\)",
+    ):
         read_benchmark(write_world(tmp_path, change(0, gt_img_ids=[42, 777])), "val")
 
 

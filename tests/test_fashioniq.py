@@ -601,7 +601,11 @@ def test_a_broken_record_is_named(tmp_path: Path, field: str, value: Any, messag
         (None, ["A", 1], "must hold a non-empty list of image names"),
         (None, ["A", "B", "C", "A"], "lists 1 images twice"),
         (None, ["A", "B", "C", "/etc/passwd"], r'record 3 .* has name = "/etc/passwd"; it must be an image name'),
-        (None, ["A", "X"], r"uses 2 images that .*split.dress.val.json does not list \(first: B, C\)"),
+        (
+            None,
+            ["A", "X"],
+            r"uses 2 images that .*split.dress.val.json does not list \(first: record 0, .* target = .B.\)",
+        ),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, records: Any, split: Any, message: str):

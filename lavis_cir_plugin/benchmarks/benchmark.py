@@ -358,17 +358,26 @@ def record_error(path: Path, number: int, problem: str) -> ValueError:
     return ValueError(f"{path}: record {number} (counting from 0) {problem}; correct the file or copy it again.")
 
 
-def require_listed(names: Sequence[Any], split: Mapping[Any, Any], path: Path, split_path: Path) -> None:
+def require_listed(
+    uses: Iterable[tuple[int, str, Any]], split: Mapping[Any, Any], path: Path, split_path: Path
+) -> None:
     """Check that every image that an annotation file uses is in its split file.
 
+    Args:
+        uses: Number of the record, field and image; images that are None do not count.
+        split: What the split file lists.
+        path: Of the annotation file.
+        split_path: Of the split file.
+
     Raises:
-        ValueError: with the number of unlisted images and the first five.
+        ValueError: with the number of unlisted images and the first one's place.
     """
-    unlisted = [name for name in dict.fromkeys(names) if name not in split]
+    unlisted = [use for use in uses if use[2] is not None and use[2] not in split]
     if unlisted:
+        number, key, image = unlisted[0]
         raise ValueError(
-            f"{path} uses {len(unlisted):,} images that {split_path} does not list ({listed(unlisted)}); "
-            f"the two files must belong together."
+            f"{path} uses {len({use[2] for use in unlisted}):,} images that {split_path} does not list (first: record {number}, counting "
+            f"from 0, has {key} = {shown(image)}); the two files must belong together."
         )
 
 

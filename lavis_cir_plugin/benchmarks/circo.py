@@ -162,7 +162,8 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
     blank = [record.id for record in records if not record.relative_caption]
     if blank:
         logger.warning("circo test: %d of %d captions are blank (id, %s).", len(blank), len(records), listed(blank))
-    require_listed([image for record in records for image in _used_images(record)], names, path, names_path)
+    uses = ((number, *use) for number, record in enumerate(records) for use in _uses(record))
+    require_listed(uses, names, path, names_path)
     queries = tuple(_query(record, names, settings.text) for record in records)
     complete = group = Group("circo", tuple(names.values()), queries, settings.reference == "removed")
     paths, missing = _find_images(settings, group.gallery)
@@ -352,8 +353,9 @@ def _aspects(item: Mapping[str, Any], path: Path, number: int) -> tuple[str, ...
     return tuple(aspects)
 
 
-def _used_images(record: _Record) -> tuple[int, ...]:
-    return (record.reference, *record.ground_truths)
+def _uses(record: _Record) -> list[tuple[str, int]]:
+    """Return field and number of every image of a record."""
+    return [("reference_img_id", record.reference), *(("gt_img_ids", image) for image in record.ground_truths)]
 
 
 def _query(record: _Record, names: Mapping[int, str], text: str) -> Query:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -159,7 +159,7 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
         queries = [replace(query, members=()) for query in queries]
     gallery = places
     if split == "seen":
-        used = set(_used_images(queries))
+        used = {name for query in queries for _, name in _uses(query)}
         gallery = {name: place for name, place in places.items() if name in used}
     complete = available = Group("cirr", tuple(gallery), tuple(queries), reference_removed=True)
     paths, missing = _find_images(settings, gallery)
@@ -321,7 +321,8 @@ def _read_split(settings: CIRRConfig, split: str) -> tuple[list[Query], dict[str
     blank = [query.identifier for query in queries if not query.texts[0]]
     if blank:
         logger.warning("cirr test1: %d of %d captions are blank (pairid, %s).", len(blank), len(queries), listed(blank))
-    require_listed(_used_images(queries), places, path, split_path)
+    uses = ((number, *use) for number, query in enumerate(queries) for use in _uses(query))
+    require_listed(uses, places, path, split_path)
     return queries, places
 
 
@@ -347,14 +348,12 @@ def _read_queries(path: Path, split: str, labels: str) -> list[Query]:
     return queries
 
 
-def _used_images(queries: Iterable[Query]) -> list[str]:
-    used = (
-        name
-        for query in queries
-        for name in (query.reference, query.target, *query.members, *dict(query.relevance))
-        if name is not None
-    )
-    return list(dict.fromkeys(used))
+def _uses(query: Query) -> Iterator[tuple[str, str | None]]:
+    """Yield field and name of every image of a record."""
+    yield "reference", query.reference
+    yield "target_hard", query.target
+    yield from (("img_set.members", name) for name in query.members)
+    yield from (("target_soft", name) for name, _ in query.relevance)
 
 
 def _query(item: Mapping[str, Any], path: Path, number: int, split: str, labels: str) -> Query:

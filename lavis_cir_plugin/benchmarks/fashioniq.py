@@ -408,8 +408,9 @@ def _read_category(bases: list[Path], category: str, split: str) -> _Category:
     split_path = find_annotation(bases, ("image_splits", ""), f"split.{category}.{split}.json", "fashioniq")
     names = _read_names(split_path)
     records = [_record(item, path, number, split) for number, item in enumerate(read_records(path))]
-    used = [name for record in records for name in (record.candidate, record.target) if name is not None]
-    require_listed(used, names, path, split_path)
+    images = ((("candidate", record.candidate), ("target", record.target)) for record in records)
+    uses = ((number, *use) for number, pair in enumerate(images) for use in pair)
+    require_listed(uses, names, path, split_path)
     return _Category(category, records, list(names))
 
 

@@ -130,7 +130,7 @@ def select_images(
     if survey is not None:
         survey.paths.update((name, scanned[name]) for name in wanted if name in scanned)
         survey.missing.update(dict.fromkeys(missing))
-        return {name: scanned.get(name, Path(name)) for name in wanted}, []
+        return {name: scanned[name] if name in scanned else Path(name) for name in wanted}, []
     if missing and (missing_images == "error" or len(missing) == len(wanted)):
         raise FileNotFoundError(
             f"{dataset}: {len(missing):,} of {len(wanted):,} images are missing under {where} ({listed(missing)}); "
