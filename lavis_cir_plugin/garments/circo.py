@@ -1,8 +1,8 @@
 """Write a garments world as CIRCO's files: one gallery, and queries that several of its images answer.
 
-The gallery grows in families of looks. A look is a category with a colour, a pattern and a sleeve, the salient
-attributes; its garments differ in the details (length, neckline, fit, belt, ...), and the looks of a family differ in
-one or two salient attributes. A query goes from a garment of one look to another look. The looks between and around
+The gallery grows in families of looks. A look is a category with a colour, pattern, sleeve, length and neckline, the
+salient attributes; its garments differ in the details (fit, belt, buttons, the colour of a pattern, ...), and the looks
+of a family differ in one or two salient attributes. A query goes from a garment of one look to another look. The looks between and around
 them are the near misses: right in all but one thing.
 
 The truth rule: a garment is a ground truth of a query exactly if it has the reference's category, everything that the
@@ -29,7 +29,7 @@ GENERATOR_VERSION = 1
 
 SPLITS = ("val", "test")
 
-SALIENT = ("colour", "pattern", "sleeve")
+SALIENT = ("colour", "pattern", "sleeve", "length", "neckline")
 """What a reference and the answers to its query share unless the caption changes it."""
 
 MAX_GROUND_TRUTHS = 15
@@ -212,7 +212,7 @@ def _question(gallery: Gallery, reference: int, target: int, rng: random.Random)
     if details and rng.random() < _SHARE_WITH_DETAIL:
         about.append(rng.choice(details))
     changes = told(before, after, rng, only=about)
-    answers = gallery.answers(before, changes, kept=SALIENT)
+    answers = gallery.answers(before, after, changes, kept=SALIENT)
     if target not in answers or len(answers) > MAX_GROUND_TRUTHS:
         return None
     others = [place for place in answers if place != target]

@@ -191,7 +191,7 @@ def _pairs(
             continue
         for _ in range(_WORDINGS):
             changes = told(members[reference], members[target], rng)
-            if gallery.answers(members[reference], changes) == [number * SET_SIZE + target]:
+            if gallery.answers(members[reference], members[target], changes) == [number * SET_SIZE + target]:
                 caption = edit_sentence(changes, members[reference].category, rng)
                 yield Pair(number, reference, target, tuple(changes), caption)
                 found += 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from .attributes import ATTRIBUTES, Garment
 from .wording import Phrase, phrases
 
+# These can change along with a pattern and go unmentioned.
 _SILENT = ("secondary", "graphic")
-"""Attributes that can change without anybody mentioning it, along with a pattern; see `phrases`."""
+_INDEXED = ("category", "colour", "pattern", "sleeve")
 
 
 def is_answer(
@@ -35,24 +36,40 @@ def _spoken_of(caption: Iterable[Phrase]) -> set[str]:
 
 
 class Gallery:
-    """Find answers among many garments, in the time that the few take that resemble the reference."""
+    """Find answers among many garments, in the time that the few take that resemble the target."""
 
     def __init__(self, garments: Sequence[Garment]) -> None:
         self.garments = garments
-        self._alike: dict[tuple[str, ...], dict[tuple[str, ...], list[int]]] = {}
+        self._index: dict[tuple[str, ...], dict[tuple[str, ...], list[int]]] = {}
 
-    def answers(self, reference: Garment, caption: Sequence[Phrase], kept: Iterable[str] = ATTRIBUTES) -> list[int]:
-        """Return the indices of all garments that answer (`is_answer`), in ascending order."""
+    def answers(
+        self, reference: Garment, target: Garment, caption: Sequence[Phrase], kept: Iterable[str] = ATTRIBUTES
+    ) -> list[int]:
+        """Return the indices of all garments that answer (`is_answer`), in ascending order.
+
+        `target` is a garment that the caption was made for; it only shortens the search.
+        """
         kept = tuple(kept)
-        spoken_of = _spoken_of(caption)
-        same = ("category", *(name for name in kept if name not in spoken_of and name not in _SILENT))
-        if same not in self._alike:
-            self._alike[same] = {}
+        fixed = {"category": reference.category}
+        fixed.update((name, getattr(reference, name)) for name in kept if name not in _SILENT)
+        for name in _spoken_of(caption):
+            fixed.pop(name, None)
+        # A phrase that is no comparison holds for one value of what it speaks of.
+        absolute = _spoken_of([phrase for phrase in caption if phrase.absolute])
+        fixed.update((name, getattr(target, name)) for name in absolute)
+        return [
+            index
+            for index in self._like(fixed)
+            if all(getattr(self.garments[index], name) == value for name, value in fixed.items())
+            and is_answer(self.garments[index], reference, caption, kept)
+        ]
+
+    def _like(self, fixed: Mapping[str, str]) -> list[int]:
+        """Return the garments that have the `fixed` values of indexed attributes."""
+        names = tuple(name for name in _INDEXED if name in fixed)
+        if names not in self._index:
+            self._index[names] = {}
             for index, garment in enumerate(self.garments):
-                self._alike[same].setdefault(_values(garment, same), []).append(index)
-        alike = self._alike[same].get(_values(reference, same), [])
-        return [index for index in alike if is_answer(self.garments[index], reference, caption, kept)]
-
-
-def _values(garment: Garment, names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(getattr(garment, name) for name in names)
+                key = tuple(getattr(garment, name) for name in names)
+                self._index[names].setdefault(key, []).append(index)
+        return self._index[names].get(tuple(fixed[name] for name in names), [])

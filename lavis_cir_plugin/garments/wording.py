@@ -421,14 +421,18 @@ def edit_sentence(chosen: Iterable[Phrase], category: str, rng: random.Random) -
 
 
 def concept(garment: Garment, names: Iterable[str], rng: random.Random) -> str:
-    """Describe what two garments share, a category and attributes out of colour, pattern and sleeve: "a red dress"."""
-    words = {"colour": rng.choice(_COLOUR_WORDS[garment.colour])}
-    words["pattern"] = rng.choice(_PATTERN_ADJECTIVES[garment.pattern])
-    adjectives = [words[name] for name in ("colour", "pattern") if name in names]
+    """Describe what garments share, a category and some attributes: "a red knee length dress with long sleeves".
+
+    `names` are of colour, pattern, length, sleeve and neckline.
+    """
+    tables = {"colour": _COLOUR_WORDS, "pattern": _PATTERN_ADJECTIVES, "length": _LENGTH_ADJECTIVES}
+    adjectives = [rng.choice(table[getattr(garment, name)]) for name, table in tables.items() if name in names]
     text = " ".join([*adjectives, _NOUNS[garment.category][0]])
-    if "sleeve" in names:
-        text += f" with {rng.choice(_SLEEVE_NOUNS[garment.sleeve])}"
-    return f"{'an' if text.startswith('orange') else 'a'} {text}"
+    tables = {"sleeve": _SLEEVE_NOUNS, "neckline": _NECKLINE_NOUNS}
+    nouns = [rng.choice(table[getattr(garment, name)]) for name, table in tables.items() if name in names]
+    if nouns:
+        text += f" with {' and '.join(nouns)}"
+    return f"{'an' if text.startswith(('orange', 'ankle')) else 'a'} {text}"
 
 
 def _without_repeats(chosen: list[Phrase]) -> list[Phrase]:
