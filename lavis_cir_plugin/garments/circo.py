@@ -2,8 +2,8 @@
 
 The gallery grows in families of looks. A look is a category with a colour, pattern, sleeve, length and neckline, the
 salient attributes; its garments differ in the details (fit, belt, buttons, the colour of a pattern, ...), and the looks
-of a family differ in one or two salient attributes. A query goes from a garment of one look to another look. The looks between and around
-them are the near misses: right in all but one thing.
+of a family differ in one or two salient attributes. A query goes from a garment of one look to another look. The looks
+between and around them are the near misses: right in all but one thing.
 
 The truth rule: a garment is a ground truth of a query exactly if it has the reference's category, everything that the
 caption says is true of it, and of the salient attributes those that the caption does not mention are the reference's.
