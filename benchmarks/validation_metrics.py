@@ -119,7 +119,8 @@ def by_strings(dataset: str, query: Any, gallery: Any, target: Any, reference: A
     import torch
 
     size = len(gallery)
-    names = np.array([f"dev-{index // 6}-{index % 6}-img{index % 2}" for index in range(size)])
+    form = "dev-{:04}-0-img{}" if dataset == "cirr" else "B{:08}{}"  # as long as the real ones
+    names = np.array([form.format(index // 2, index % 2) for index in range(size)])
     order = torch.argsort(1 - query @ gallery.T, dim=-1)
     sorted_names = names[order.numpy()]
     if dataset == "cirr":

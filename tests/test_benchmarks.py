@@ -128,6 +128,65 @@ def test_both_ways_of_ranking_agree(script, monkeypatch):
     assert 0 < recalls[0] < 100
 
 
+def test_ways_run_in_turn_and_their_last_line_counts(script, tmp_path):
+    (tmp_path / "way.py").write_text("import json, sys; print('first'); print(json.dumps({'way': sys.argv[1]}))")
+    runs = script("measure").run_ways(str(tmp_path / "way.py"), [["a"], ["b"]], 2)
+    assert [[run["way"] for run in own] for own in runs] == [["a", "a"], ["b", "b"]]
+    assert all(run["peak_bytes"] > 0 for own in runs for run in own)
+    assert script("measure").median([{"x": 3}, {"x": 1}, {"x": 2}], "x") == 2
+
+
+@pytest.mark.parametrize("dataset", ["cirr", "fashioniq"])
+def test_validation_metrics_of_both_ways_agree(script, dataset):
+    """90 queries among 60 images: recalls by comparing strings and by ranking, hits and misses both."""
+    import torch
+
+    metrics = script("validation_metrics")
+    group = metrics.group(dataset, 90, 60, torch.Generator().manual_seed(0))
+    recalls = metrics.by_strings(dataset, *group)
+    assert len(recalls) == (7 if dataset == "cirr" else 2)
+    assert recalls == pytest.approx(metrics.by_ranks(dataset, *group))
+    assert 0 < recalls[0] < 100
+
+
+def test_validation_metrics_say_where_the_ways_differ(script):
+    """10 against 2 seconds are 5 x the time; 400 - 100 against 200 - 100 MB above the features are 3 x the memory."""
+    metrics = script("validation_metrics")
+    floor = [{"seconds": 0.0, "peak_bytes": 100e6, "recalls": [], "threads": 1}]
+    strings = [{"seconds": 10.0, "peak_bytes": 400e6, "recalls": [50.0], "threads": 1}]
+    ours = [{"seconds": 2.0, "peak_bytes": 200e6, "recalls": [50.0], "threads": 1}]
+    text = metrics.report("cirr", floor, strings, ours)
+    assert "5.0 x the time, 3.0 x the memory" in text
+    assert "DIFFER" not in text
+    assert "DIFFER" in metrics.report("cirr", floor, strings, [{**ours[0], "recalls": [51.0]}])
+
+
+def test_circo_steps_on_a_small_gallery(script, tmp_path):
+    """Drawn features are unit vectors in float16; exact ranking and every index read them from the file."""
+    circo = script("circo_full_size")
+    assert circo.run_here("draw", tmp_path, 1500, 6)["GB"] == pytest.approx(1500 * 32 * 256 * 2 / 1e9)
+    query, gallery = circo.read(tmp_path, 1500)
+    assert query.shape == (6, 256)
+    assert gallery.shape == (1500, 32, 256)
+    assert (gallery.float().norm(dim=-1) - 1).abs().max() < 1e-3
+    assert circo.run_here("rank", tmp_path, 1500, 6)["seconds"] > 0
+    assert circo.run_here("flat", tmp_path, 1500, 6)["recall %"] == 100.0
+    assert circo.run_here("ivf", tmp_path, 1500, 6)["recall %"] > 20.0
+    assert circo.line("rank", {"seconds": 1.5, "peak_bytes": 2**30}) == "rank   seconds 1.50, peak 1.00 GiB"
+
+
+@pytest.mark.slow
+def test_circo_script_removes_its_features(script, tmp_path):
+    command = [sys.executable, "-W", "ignore", str(SCRIPTS / "circo_full_size.py"), "--images", "200", "--queries", "3"]
+    command += ["--folder", str(tmp_path), "--kinds", "flat"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "flat   build seconds" in done.stdout
+    assert "within 6 GiB" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_full_size_script_from_annotations_to_report(annotations, tmp_path):
     """3 x 7 training triplets, 3 x 7 queries, 3 x 8 gallery images; 3 x 16 pictures drawn in the first run only."""
