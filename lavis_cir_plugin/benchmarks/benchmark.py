@@ -474,6 +474,9 @@ def did_you_mean(word: Any, known: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Write a value for an error sentence: as JSON, shortened, without what cannot be written."""
-    text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
+    """Write a value for an error sentence: as JSON, shortened, escaping what is not printable."""
+    text = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in json.dumps(value, ensure_ascii=False, default=str)
+    )
     return text if len(text) <= 80 else text[:77] + "..."

@@ -290,10 +290,12 @@ def _read_gallery(path: Path) -> dict[int, str]:
     """Read COCO's list of images: number to file stem, in file order."""
     content = read_json(path)
     images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, list) or not images or not all(isinstance(image, dict) for image in images):
+    if not isinstance(images, list) or not images:
         raise ValueError(f"{path} must hold 'images', a non-empty list of objects; correct the file or copy it again.")
     names = {}
     for number, image in enumerate(images):
+        if not isinstance(image, dict):
+            raise record_error(path, number, f"of 'images' must be an object, got {shown(image)}")
         file_name = image_name(text_field(image, "file_name", path, number), "file_name", path, number)
         names[_whole_number(image, "id", path, number)] = PurePosixPath(file_name).stem
     require_distinct(images, "id", path)
