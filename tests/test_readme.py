@@ -14,12 +14,13 @@ import yaml
 from lavis.common.config import Config
 from omegaconf import OmegaConf
 
-from lavis_cir_plugin import adapters, command_line, config, gap
+from lavis_cir_plugin import adapters, command_line, config, gap, garments
 from lavis_cir_plugin.adapters import Lora
-from lavis_cir_plugin.benchmarks import cirr, fashioniq
+from lavis_cir_plugin.benchmarks import circo, cirr, fashioniq
+from lavis_cir_plugin.benchmarks.circo import CIRCOConfig
 from lavis_cir_plugin.benchmarks.cirr import CIRRConfig
 from lavis_cir_plugin.benchmarks.fashioniq import FashionIQConfig
-from lavis_cir_plugin.garments import GarmentsConfig
+from lavis_cir_plugin.benchmarks.triplets import TripletsConfig
 from lavis_cir_plugin.garments.questions import QuestionsConfig
 from lavis_cir_plugin.models.blip2_cir import Blip2Cir
 from lavis_cir_plugin.perturbation import WeightPerturbation
@@ -66,7 +67,11 @@ def blocks(language: str) -> list[str]:
     [
         ("`datasets.fashioniq.build_info`", FashionIQConfig),
         ("`datasets.cirr.build_info`", CIRRConfig),
-        ("`datasets.fashioniq.garments`", GarmentsConfig),
+        ("`datasets.circo.build_info`", CIRCOConfig),
+        ("`datasets.triplets.build_info`", TripletsConfig),
+        ("`datasets.fashioniq.garments`", garments.fashioniq.GarmentsConfig),
+        ("`datasets.cirr.garments`", garments.cirr.GarmentsConfig),
+        ("`datasets.circo.garments`", garments.circo.GarmentsConfig),
         ("`datasets.garments_vqa.garments` and `datasets.garments_caption.garments`", QuestionsConfig),
         ("`run.wrf`", WeightPerturbation),
         ("`run.lora`", Lora),
@@ -91,7 +96,7 @@ def test_the_model_table_has_every_keyword_and_its_default():
 
 
 def test_the_data_set_table_has_every_key():
-    assert set(table("`datasets.fashioniq` and `datasets.cirr`")) == set(config._DATASET_KEYS)
+    assert set(table("`datasets.<name>`")) == set(config._DATASET_KEYS)
 
 
 def test_the_run_table_has_every_default_and_no_unknown_key():
