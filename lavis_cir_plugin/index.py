@@ -118,15 +118,15 @@ class Index:
         return 1 if self.gallery.dim() == 2 else self.gallery.shape[1]
 
     def _candidates(self, query: Tensor, k: int, excluded: Tensor, hits: int, most: int) -> Tensor:
-        """Return distinct images ``(Q, hits)``, padded with -1, of which at least k are none where FAISS finds them."""
+        """Return distinct images ``(Q, C)``, padded with -1; k or more per query where FAISS finds so many."""
         while True:
             vectors = self._nearest(query, hits)
             images = torch.where(vectors >= 0, vectors // self._per_image, -1)
             images = images.masked_fill_(images == excluded.unsqueeze(1), -1).sort(dim=1).values
             images[:, 1:].masked_fill_(images[:, 1:] == images[:, :-1], -1)
-            short = (images >= 0).sum(dim=1) < k
-            if hits >= most or not (short & (vectors[:, -1] >= 0)).any():  # -1: FAISS has no more
-                return images
+            counts = (images >= 0).sum(dim=1)
+            if hits >= most or not ((counts < k) & (vectors[:, -1] >= 0)).any():  # -1: FAISS has no more
+                return images.sort(dim=1, descending=True).values[:, : max(k, int(counts.max()))]
             hits = min(2 * hits, most)
 
     def _nearest(self, query: Tensor, hits: int) -> Tensor:
