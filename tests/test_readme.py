@@ -14,9 +14,9 @@ import yaml
 from lavis.common.config import Config
 from omegaconf import OmegaConf
 
-from lavis_cir_plugin import adapters, command_line, config, gap, garments
+from lavis_cir_plugin import adapters, check, command_line, config, gap, garments, submission
 from lavis_cir_plugin.adapters import Lora
-from lavis_cir_plugin.benchmarks import circo, cirr, fashioniq
+from lavis_cir_plugin.benchmarks import cirr, fashioniq, triplets
 from lavis_cir_plugin.benchmarks.circo import CIRCOConfig
 from lavis_cir_plugin.benchmarks.cirr import CIRRConfig
 from lavis_cir_plugin.benchmarks.fashioniq import FashionIQConfig
@@ -159,10 +159,25 @@ def test_every_lavis_cir_command_is_understood(monkeypatch):
     understood = []
     monkeypatch.setattr(gap, "_compare", understood.append)
     monkeypatch.setattr(adapters, "_export", understood.append)
-    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("lavis-cir ")]
+    monkeypatch.setattr(check, "_check", understood.append)
+    monkeypatch.setattr(submission, "_check", understood.append)
+    joined = [re.sub(r"\\\n\s*", " ", block) for block in blocks("bash")]
+    lines = [line for block in joined for line in block.splitlines() if line.startswith("lavis-cir ")]
     for line in lines:
         command_line.main(shlex.split(line, comments=True)[1:])
     assert len(understood) == len(lines) >= 3
+
+
+def test_the_examples_of_a_catalogue_are_read(tmp_path):
+    (example,) = blocks("json")
+    (tmp_path / "train.jsonl").write_text(example)
+    images = re.findall(r'"([\w/]+\.\w+)"', example)
+    for name in images:
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).touch()
+    train, _ = triplets.read_train({"root": str(tmp_path)})
+    assert len(train) == 3
+    assert set(images) == {name for triplet in train for name in (triplet.reference, triplet.target)}
 
 
 def test_the_files_of_a_run_have_their_names():
