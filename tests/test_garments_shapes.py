@@ -18,7 +18,7 @@ from lavis_cir_plugin.benchmarks import circo as circo_benchmark
 from lavis_cir_plugin.benchmarks import cirr as cirr_benchmark
 from lavis_cir_plugin.garments import __main__ as command_line
 from lavis_cir_plugin.garments import attributes as world
-from lavis_cir_plugin.garments import circo, cirr
+from lavis_cir_plugin.garments import circo, cirr, fashioniq, questions
 from lavis_cir_plugin.garments.truth import Gallery, is_answer
 from lavis_cir_plugin.garments.wording import Phrase, edit_sentence, phrases, tokens, told
 
@@ -382,6 +382,12 @@ def test_circos_reader_reads_it(circo_root):
 @pytest.mark.parametrize(
     ("module", "values", "message"),
     [
+        (cirr, {"val_sets": "many"}, "val_sets must be a whole number, got 'many'"),
+        (cirr, {"held_out": None}, "held_out must be a number, got None"),
+        (circo, {"images": 99.5}, r"images must be a whole number, got 99\.5"),
+        (circo, {"seed": True}, "seed must be a whole number, got True"),
+        (fashioniq, {"image_suffix": 3}, "image_suffix must be text, got 3"),
+        (questions, {"train_images": []}, r"train_images must be a whole number, got \[\]"),
         (cirr, {"val_sets": 0}, "val_sets must be at least 1, got 0"),
         (cirr, {"queries_per_set": 10}, r"queries_per_set must lie in 1\.\.9, got 10"),
         (cirr, {"image_width": 20}, "at least 32 pixels, got 20 x 120"),
@@ -393,7 +399,7 @@ def test_circos_reader_reads_it(circo_root):
 )
 def test_impossible_values_are_refused(module, values, message):
     with pytest.raises(ValueError, match=message):
-        module.GarmentsConfig(**values)
+        (module.QuestionsConfig if module is questions else module.GarmentsConfig)(**values)
 
 
 def test_more_queries_than_a_gallery_holds_is_said():

@@ -22,7 +22,7 @@ from typing import Any
 from .attributes import ATTRIBUTES, DISTINCT_CATEGORIES, VALUES, Garment, draw_new, edited, sample, sample_photo
 from .truth import Gallery
 from .wording import Phrase, concept, phrases, predicate, tokens, told
-from .world import check_drawing, full_disk_named, make_world, write_json, write_pictures
+from .world import check_drawing, check_types, full_disk_named, make_world, write_json, write_pictures
 
 GENERATOR_VERSION = 1
 """Part of the cache key; raise it with every change of the written files."""
@@ -82,6 +82,7 @@ class GarmentsConfig:
     image_height: int = 120
 
     def __post_init__(self) -> None:
+        check_types(self)
         for split in SPLITS:
             if not 1 <= self.queries(split) < self.images:
                 raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any
 from .attributes import DISTINCT_CATEGORIES, Garment, draw_new, edited, sample, sample_photo, varying_attributes
 from .truth import Gallery, is_answer
 from .wording import Phrase, edit_sentence, phrases, told
-from .world import check_drawing, full_disk_named, make_world, write_json, write_pictures
+from .world import check_drawing, check_types, full_disk_named, make_world, write_json, write_pictures
 
 GENERATOR_VERSION = 1
 """Part of the cache key; raise it with every change of the written files."""
@@ -62,6 +62,7 @@ class GarmentsConfig:
     held_out: float = 0.2
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("train_sets", "val_sets", "test_sets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"garments: {name} must be at least 1, got {getattr(self, name)}.")

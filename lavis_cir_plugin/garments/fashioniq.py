@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .attributes import CATEGORIES, Garment, draw_new, edited, sample, sample_photo, varying_attributes
 from .wording import captions, phrases
-from .world import check_drawing, full_disk_named, make_world, write_json, write_pictures
+from .world import check_drawing, check_types, full_disk_named, make_world, write_json, write_pictures
 
 GENERATOR_VERSION = 1
 """Part of the cache key; raise it with every change of the written files."""
@@ -54,6 +54,7 @@ class GarmentsConfig:
     held_out: float = 0.2
 
     def __post_init__(self) -> None:
+        check_types(self)
         for split in SPLITS:
             queries, images = self.counts(split)
             if not 0 < queries < images:

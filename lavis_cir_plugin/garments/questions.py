@@ -14,7 +14,7 @@ from typing import Any
 
 from .attributes import CATEGORIES, COLOURS, Garment, attributes, is_held_out, sample
 from .wording import description, tokens
-from .world import full_disk_named, make_world, write_json, write_pictures
+from .world import check_types, full_disk_named, make_world, write_json, write_pictures
 
 GENERATOR_VERSION = 1
 """Part of the cache key; raise it with every change of the written files."""
@@ -48,6 +48,7 @@ class QuestionsConfig:
     held_out: float = 0.2
 
     def __post_init__(self) -> None:
+        check_types(self)
         least = {"train_images": 1, "val_images": 1, "captions_per_image": 1, "image_width": 32, "image_height": 32}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:

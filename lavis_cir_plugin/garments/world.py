@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,19 @@ _Job = tuple[Garment, tuple[int, int], str]
 def digest(settings: object) -> str:
     """Return 16 hexadecimal digits that are equal for equal settings (what JSON can hold)."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_types(config: Any) -> None:
+    """Check that every field of a configuration, a dataclass with defaults, is of its default's type.
+
+    Raises:
+        ValueError: a field is not; a whole number is also a number.
+    """
+    words = {int: "a whole number", float: "a number", str: "text"}
+    for field in fields(config):
+        value, kind = getattr(config, field.name), type(field.default)
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise ValueError(f"garments: {field.name} must be {words[kind]}, got {value!r}.")
 
 
 def check_drawing(image_width: int, image_height: int, held_out: float = 0.0) -> None:
