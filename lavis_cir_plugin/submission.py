@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import importlib
 import pkgutil
 import sys
@@ -54,7 +55,10 @@ def check(path: Path, annotation: Path, gallery: Path | None = None) -> Review:
         FileNotFoundError: a file does not exist.
     """
     benchmark = _benchmark_of(annotation)
-    review: Review = benchmark.check_submission(read_json(path), path.stat().st_size, annotation, gallery)
+    content = read_json(path)
+    if path.read_bytes().startswith(codecs.BOM_UTF8):
+        raise ValueError(f"{path} begins with a byte order mark, which strict JSON readers refuse; save it without.")
+    review: Review = benchmark.check_submission(content, path.stat().st_size, annotation, gallery)
     return review
 
 

@@ -428,3 +428,32 @@ def test_the_official_circo_example_of_another_split_is_refused(real_annotations
     root = real_annotations / "CIRCO"
     review = check(root / "submission_examples" / "submission_val.json", root / "annotations" / "test.json")
     assert {kind: len(some) for kind, some in review.problems.items()} == {"queries missing": 580}
+
+
+# -- files that Python alone would take ------------------------------------------------------------------------------
+
+
+def test_a_query_given_twice_is_refused(tmp_path: Path):
+    """Python's parser would keep the second list and say nothing."""
+    text = json.dumps(cirr_content("recall"))
+    (tmp_path / "file.json").write_text(text[:-1] + ', "7": ["img2"]}')
+    with pytest.raises(
+        ValueError, match=r'file\.json cannot be read as JSON: an object has the key "7" twice; correct'
+    ):
+        check(tmp_path / "file.json", cirr_files(tmp_path))
+
+
+def test_a_byte_order_mark_is_refused(tmp_path: Path):
+    """``json.load`` of a text file refuses it, and so would a server."""
+    path = write(tmp_path / "file.json", cirr_content("recall"))
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    with pytest.raises(ValueError, match=r"file\.json begins with a byte order mark, which strict JSON readers refuse"):
+        check(path, cirr_files(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["file", "annotations"])
+def test_a_folder_is_no_file(tmp_path: Path, place: str):
+    files = {"file": write(tmp_path / "file.json", cirr_content("recall")), "annotations": cirr_files(tmp_path)}
+    files[place] = tmp_path
+    with pytest.raises(SystemExit, match=rf"lavis-cir: {tmp_path} is a folder; name a JSON file in it"):
+        command_line.main(["submission", str(files["file"]), "--annotations", str(files["annotations"])])

@@ -288,6 +288,7 @@ def test_a_broken_line_is_named(tmp_path: Path, change: dict[str, Any], message:
     ("line", "message"),
     [
         ('{"reference": }', r"line 2 is not valid JSON: .* at column 15"),
+        ('{"id": 1, "id": 2}', r'line 2 cannot be read as JSON: an object has the key "id" twice'),
         ('"a.jpg"', "line 2 must be an object"),
         ("[" * 100_000, "line 2 cannot be read as JSON"),
         ('{"id": ' + "9" * 5000 + "}", "line 2 (cannot be read as JSON|has no 'reference')"),

@@ -6,6 +6,7 @@ import difflib
 import json
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -111,8 +112,8 @@ class Benchmark:
 
     @property
     def has_targets(self) -> bool:
-        """Whether the answers are public, so that it can be scored."""
-        return any(query.target is not None for group in self.groups for query in group.queries)
+        """Whether the answers are public, all of them, so that it can be scored."""
+        return all(query.target is not None for group in self.groups for query in group.queries)
 
 
 def no_metrics(rankings: Mapping[str, Ranking]) -> dict[str, float]:
@@ -250,12 +251,14 @@ def read_json(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is not UTF-8, or not JSON (with line and column).
+        ValueError: it is a folder, not UTF-8, or not JSON (with line and column), or an object has a key twice.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist.") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder; name a JSON file in it.") from None
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
@@ -263,8 +266,26 @@ def read_json(path: Path) -> Any:
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits; a key twice
         raise ValueError(f"{path} cannot be read as JSON: {error}; correct the file or copy it again.") from error
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON in which no object has a key twice: of the two values, parsers keep one and say nothing.
+
+    Raises:
+        ValueError: it is not JSON, or an object has a key twice.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"an object has the key {shown(key)} twice")
+    return content
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -376,8 +397,8 @@ def require_listed(
     if unlisted:
         number, key, image = unlisted[0]
         raise ValueError(
-            f"{path} uses {len({use[2] for use in unlisted}):,} images that {split_path} does not list (first: record {number}, counting "
-            f"from 0, has {key} = {shown(image)}); the two files must belong together."
+            f"{path} uses {len({use[2] for use in unlisted}):,} images that {split_path} does not list (first: record "
+            f"{number}, counting from 0, has {key} = {shown(image)}); the two files must belong together."
         )
 
 

@@ -60,6 +60,7 @@ from lavis_cir_plugin.benchmarks.benchmark import (
     no_metrics,
     no_submissions,
     one_of,
+    parse_json,
     shown,
     without_missing,
 )
@@ -367,10 +368,10 @@ def _read_records(settings: TripletsConfig, split: str) -> list[_Record]:
 
 def _record(text: str, path: Path, line: int, split: str) -> _Record:
     try:
-        item = json.loads(text)
+        item = parse_json(text)
     except json.JSONDecodeError as error:
         raise _line_error(path, line, f"is not valid JSON: {error.msg} at column {error.colno}") from error
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits; a key twice
         raise _line_error(path, line, f"cannot be read as JSON: {error}") from error
     if not isinstance(item, dict):
         raise _line_error(path, line, f'must be an object such as {{"reference": ...}}, got {shown(item)}')
