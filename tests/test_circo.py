@@ -354,7 +354,7 @@ def test_images_that_the_gallery_does_not_list(tmp_path: Path):
     [
         (None, "must hold 'images', a non-empty list of objects"),
         ([], "must hold 'images', a non-empty list of objects"),
-        ([5], "must hold 'images', a non-empty list of objects"),
+        ([5], "record 0 .* of 'images' must be an object, got 5"),
         ([{"id": "5", "file_name": "5.jpg"}], 'record 0 .* has id = "5"; it must be a whole number'),
         ([{"id": 5}], "record 0 .* has no 'file_name'; it must be text"),
         ([{"id": 5, "file_name": ["5.jpg"]}], "record 0 .* has file_name = .*; it must be text"),
