@@ -664,3 +664,23 @@ def test_random_scores_reach_chance_level():
         assert 100 * (result.ranks < k).float().mean().item() == pytest.approx(100 * k / 599, abs=3.7)
     assert int(result.subset_ranks.max()) == 4
     assert not (result.top == sets[:, :1]).any()
+
+
+def test_a_test_split_with_some_targets_is_submitted_and_not_scored(tmp_path: Path):
+    content = records("test1")
+    content[0]["target_hard"] = names("test1")[1]
+    benchmark = read_benchmark(write_world(tmp_path, {"test1": content}), "test")
+    assert not benchmark.has_targets
+    ranking = Ranking(torch.tensor([0, 1]), torch.tensor([[1], [2]]), torch.tensor([0, 1]))
+    assert benchmark.metrics({"cirr": ranking}) == {}
+
+
+def test_the_protocol_line_says_what_was_read(tmp_path: Path):
+    """Sets of other sizes are counted; the server's labels are hard whatever a configuration says of val."""
+    content = records("val")
+    content[0]["img_set"]["members"] = names("val")[:4]
+    config = {**write_world(tmp_path, {"val": content}), "labels": "soft"}
+    val, test = read_benchmark(config, "val").protocol, read_benchmark(config, "test").protocol
+    assert "R@K of soft labels" in val
+    assert "R_subset among the 3 or 5 other members" in val
+    assert "queries, hard targets, R_subset among the 5 other members" in test

@@ -195,9 +195,14 @@ def _protocol(settings: CIRRConfig, split: str, group: Group, available: Group, 
         gallery = f"{len(group.gallery):,} training images drawn up to the size of val's"
         counted = f"{len(group.queries):,} of {len(available.queries):,} training queries"
     labels = "hard targets"
-    if settings.labels == "soft":
+    if any(query.relevance for query in group.queries):
         labels = "R@K of soft labels (the best weight among the first K), R_subset of hard targets"
-    subset = "R_subset among the 5 other members of the image set" if has_members else "no image sets, so no R_subset"
+    others = " or ".join(map(str, sorted({len(query.members) for query in group.queries})))
+    subset = (
+        f"R_subset among the {others} other members of the image set"
+        if has_members
+        else "no image sets, so no R_subset"
+    )
     name = split if split == "seen" else _FILE_SPLITS[split]
     return f"CIRR {name}, gallery of {gallery}, reference removed, {counted}, {labels}, {subset}, ties by gallery order"
 
