@@ -31,11 +31,13 @@ class Way:
         label: What it is called.
         split: The split that it reads.
         settings: Keys of ``build_info`` that make it.
+        is_submission: Whether it makes a test server's file, which needs every query.
     """
 
     label: str
     split: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    is_submission: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def _fashioniq_ways() -> tuple[Way, ...]:
     for name, (gallery, *_) in fashioniq.PROTOCOLS.items():
         by_gallery.setdefault(gallery, []).append(name)
     scored = (Way(f"val by {', '.join(names)}", "val", {"gallery": name}) for name, names in by_gallery.items())
-    return (Way("training", "train"), *scored, Way("test submission", "test"))
+    return (Way("training", "train"), *scored, Way("test submission", "test", is_submission=True))
 
 
 DATA_SETS = {
@@ -91,7 +93,7 @@ DATA_SETS = {
             Way("training", "train"),
             Way("val, hard labels", "val"),
             Way("val, soft labels", "val", {"labels": "soft"}),
-            Way("test1 submission", "test"),
+            Way("test1 submission", "test", is_submission=True),
         ),
         published={("train", ""): 28_225, ("val", ""): 4_181, ("test", ""): 4_148},
         absent_files="captions/ and image_splits/ are on the branch cirr_dataset of CIRR's repository, not on main",
@@ -102,7 +104,7 @@ DATA_SETS = {
     ),
     "circo": DataSet(
         title="CIRCO",
-        ways=(Way("val", "val"), Way("test submission", "test")),
+        ways=(Way("val", "val"), Way("test submission", "test", is_submission=True)),
         published={("val", ""): 220, ("test", ""): 800},
         absent_files=(
             "val.json and test.json are in CIRCO's repository, the list of the gallery is COCO's "
@@ -292,6 +294,7 @@ def _verdict(way: Way, data_set: DataSet, findings: Findings) -> str:
             f"{usable:,} of {count:,} {unit} have their images{f' ({each})' if each else ''}"
             + (", the gallery lacks some" if usable == count else "")
             + (", needs missing_images: skip" if usable else "")
+            + (", and a server refuses a file without all queries" if way.is_submission and 0 < usable < count else "")
         )
     elif read:
         reasons.append(f"yes with categories: [{', '.join(read)}]")

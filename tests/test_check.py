@@ -133,6 +133,18 @@ def test_missing_and_broken_annotation_files_are_the_reason(tmp_path: Path, caps
     assert "val      shirt 2 (published: 2,038), toptee 2 (published: 1,961) queries" in lines
 
 
+def test_a_submission_needs_every_query(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Without A, one query of each category is left; a server takes no file of it. Without D, all of them are."""
+    write_fashioniq(tmp_path)
+    (tmp_path / "images" / "D.png").unlink()
+    (line,) = (line for line in part(run(capsys, tmp_path)[0], "FashionIQ") if line.startswith("test submission"))
+    assert line.endswith("the gallery lacks some, needs missing_images: skip")
+    (tmp_path / "images" / "A.png").unlink()
+    lines = part(run(capsys, tmp_path)[0], "FashionIQ")
+    refusal = "needs missing_images: skip, and a server refuses a file without all queries"
+    assert [line.split(":")[0] for line in lines if line.endswith(refusal)] == ["test submission"]
+
+
 def test_triplets(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Six folders side by side are written as one; a broken line is named."""
     record = {"reference": "a0/x.jpg", "text": "in red", "target": "a5/x.webp"}
