@@ -173,7 +173,7 @@ def add_command(subparsers: Any) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    root = Path(args.root).expanduser()
+    root = Path(os.path.expanduser(args.root))
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder; give the folder of a data set, or the one that holds several.")
     start = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import importlib
+import os
 import pkgutil
 import sys
 from pathlib import Path
@@ -37,8 +38,8 @@ def add_command(subparsers: Any) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    path, annotation = Path(args.file).expanduser(), Path(args.annotations).expanduser()
-    review = check(path, annotation, Path(args.gallery).expanduser() if args.gallery else None)
+    path, annotation = Path(os.path.expanduser(args.file)), Path(os.path.expanduser(args.annotations))
+    review = check(path, annotation, Path(os.path.expanduser(args.gallery)) if args.gallery else None)
     print(review)
     if review.problems:
         print(f"refused: {path}, {path.stat().st_size:,} bytes")

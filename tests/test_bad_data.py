@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -125,19 +126,19 @@ def worlds(tmp_path_factory):
     return roots
 
 
-def load(name: str, root: Path) -> None:
+def load(name: str, folder: Path, root: str = "") -> None:
     """Read every split and use all that was read: texts, rankings, metrics, submissions."""
     module = importlib.import_module(f"lavis_cir_plugin.benchmarks.{name}")
-    config = {"root": str(root), **CONFIGS[name]}
+    config = {"root": root or str(folder), **CONFIGS[name]}
     for split in module.SPLITS:
         if split == "train":
             triplets, paths = module.read_train(config)
-            assert all(path.is_relative_to(root) for path in paths.values())
+            assert all(path.is_relative_to(folder) for path in paths.values())
             for triplet in triplets:
                 assert module.training_text(triplet.captions, random).encode()
             continue
         benchmark = module.read_benchmark(config, split)
-        assert all(path.is_relative_to(root) for path in benchmark.image_paths.values())
+        assert all(path.is_relative_to(folder) for path in benchmark.image_paths.values())
         rankings = {}
         for group in benchmark.groups:
             count = sum(len(query.texts) for query in group.queries)
@@ -306,3 +307,21 @@ def test_a_broken_image_is_named_before_a_run(worlds, name, kind):
     broken.write_bytes(BROKEN[kind])
     with pytest.raises(ValueError, match=rf"1 of [\d,]+ image files cannot be read; .*{broken.name}"):
         module.read_benchmark(config, "val")
+
+
+def test_a_folder_in_a_file_s_place_is_named(worlds, tmp_path):
+    """What cannot be opened for another reason than absence, here of `triplets`, whose file is opened unseen."""
+    root = tmp_path / "copy"
+    shutil.copytree(worlds["triplets"], root)
+    (root / "val.jsonl").unlink()
+    (root / "val.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"val\.jsonl cannot be read: Is a directory; put a JSON-lines file there"):
+        load("triplets", root)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_home_folder_is_found_and_nobody_s_is_none(worlds, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(worlds[name].parent))
+    load(name, worlds[name], root=f"~/{worlds[name].name}")
+    with pytest.raises(FileNotFoundError, match="~nobody-has-this-name/data"):
+        load(name, worlds[name], root="~nobody-has-this-name/data")

@@ -455,5 +455,5 @@ def test_a_byte_order_mark_is_refused(tmp_path: Path):
 def test_a_folder_is_no_file(tmp_path: Path, place: str):
     files = {"file": write(tmp_path / "file.json", cirr_content("recall")), "annotations": cirr_files(tmp_path)}
     files[place] = tmp_path
-    with pytest.raises(SystemExit, match=rf"lavis-cir: {tmp_path} is a folder; name a JSON file in it"):
+    with pytest.raises(SystemExit, match=rf"lavis-cir: {tmp_path} cannot be read: Is a directory; name a JSON file that can"):
         command_line.main(["submission", str(files["file"]), "--annotations", str(files["annotations"])])

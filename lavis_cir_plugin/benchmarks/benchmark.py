@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -251,14 +252,15 @@ def read_json(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is a folder, not UTF-8, or not JSON (with line and column), or an object has a key twice.
+        ValueError: it cannot be read (a folder, no permission), is not UTF-8 or not JSON (with line and column), or an
+            object has a key twice.
     """
     try:
         return parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist.") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path} is a folder; name a JSON file in it.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}; name a JSON file that can.") from error
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
@@ -438,7 +440,7 @@ def some_of(*choices: str) -> Any:
 
 
 def config_from_mapping(cls: type[Config], dataset: str, mapping: Mapping[str, Any]) -> Config:
-    """Build the frozen configuration of a data set from its ``build_info``.
+    """Build the frozen configuration of a data set from its ``build_info``; ``~`` in a path becomes the home folder.
 
     Args:
         cls: Dataclass whose fields are ``str``, ``str | None``, ``bool``, or declared by `one_of` or `some_of`.
@@ -460,7 +462,8 @@ def config_from_mapping(cls: type[Config], dataset: str, mapping: Mapping[str, A
         problem = _problem(known[key].type, known[key].metadata.get("choices", ()), value)
         if problem:
             errors.append(f"{where}.{key} must be {problem}")
-        values[key] = value
+        is_path = isinstance(value, str) and "choices" not in known[key].metadata
+        values[key] = os.path.expanduser(value) if is_path else value
     errors += [
         f"{where}.{name} is required; set it to the data set's folder."
         for name, item in known.items()

@@ -272,17 +272,17 @@ def _as_number(value: Any) -> int | None:
 
 
 def _bases(settings: CIRCOConfig) -> list[Path]:
-    root = Path(settings.root).expanduser()
+    root = Path(settings.root)
     return [root, *(root / name for name in _ROOT_NAMES if (root / name).is_dir())]
 
 
 def _annotation_bases(settings: CIRCOConfig) -> list[Path]:
-    return [Path(settings.annotations).expanduser()] if settings.annotations else _bases(settings)
+    return [Path(settings.annotations)] if settings.annotations else _bases(settings)
 
 
 def _gallery_bases(settings: CIRCOConfig) -> list[Path]:
     """Return where COCO's list may be: with the annotations, or with the images, in their folder or beside it."""
-    images = Path(settings.images).expanduser().absolute() if settings.images else None
+    images = Path(settings.images).absolute() if settings.images else None
     return [*_annotation_bases(settings), *((images, images.parent) if images else ()), *_bases(settings)]
 
 
@@ -376,7 +376,7 @@ def _query(record: _Record, names: Mapping[int, str], text: str) -> Query:
 
 def _find_images(settings: CIRCOConfig, names: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
     guesses = [base / folder for base in _bases(settings) for folder in _IMAGE_FOLDERS]
-    folders = image_folders([Path(settings.images).expanduser()] if settings.images else guesses, "circo")
+    folders = image_folders([Path(settings.images)] if settings.images else guesses, "circo")
     paths, missing = find_images(names, folders[:1], "circo", settings.missing_images)  # the last is above the first
     if settings.verify_images:
         verify_images(paths.values())

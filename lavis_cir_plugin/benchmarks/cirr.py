@@ -311,14 +311,14 @@ def check_submission(content: Any, size: int, annotation: Path, gallery: Path | 
 
 
 def _bases(settings: CIRRConfig) -> list[Path]:
-    root = Path(settings.root).expanduser()
+    root = Path(settings.root)
     below = dict.fromkeys(root / name / part for name in _ROOT_NAMES for part in ("", "cirr"))
     return [root, *(place for place in below if place.is_dir())]
 
 
 def _read_split(settings: CIRRConfig, split: str) -> tuple[list[Query], dict[str, str]]:
     """Return the queries (texts: the caption) and the split file: image name to path under the image folder."""
-    bases = [Path(settings.annotations).expanduser()] if settings.annotations else _bases(settings)
+    bases = [Path(settings.annotations)] if settings.annotations else _bases(settings)
     path = find_annotation(bases, ("captions", ""), f"cap.rc2.{_FILE_SPLITS[split]}.json", "cirr")
     split_path = find_annotation(bases, ("image_splits", ""), f"split.rc2.{_FILE_SPLITS[split]}.json", "cirr")
     places = _read_places(split_path)
@@ -411,10 +411,10 @@ def _soft_labels(item: Mapping[str, Any], path: Path, number: int) -> tuple[tupl
 
 def _find_images(settings: CIRRConfig, split: Mapping[str, str]) -> tuple[dict[str, Path], list[str]]:
     tops = list(dict.fromkeys(_top_folder(place) for place in split.values()))
-    bases = [Path(settings.images).expanduser()] if settings.images else _bases(settings)
+    bases = [Path(settings.images)] if settings.images else _bases(settings)
     places = [base / below for base in bases for below in ("", "img_raw")]
     if not settings.images:
-        places.append(Path(settings.root).expanduser().absolute().parent / "img_raw")  # CIRR's README: beside cirr/
+        places.append(Path(settings.root).absolute().parent / "img_raw")  # CIRR's README: beside cirr/
     folders = image_folders([place / top for place in places for top in tops], "cirr")
     paths, missing = find_images(split, folders, "cirr", settings.missing_images)
     if settings.verify_images:

@@ -394,12 +394,12 @@ def check_submission(content: Any, size: int, annotation: Path, gallery: Path | 
 
 
 def _bases(settings: FashionIQConfig) -> list[Path]:
-    root = Path(settings.root).expanduser()
+    root = Path(settings.root)
     return [root, *(root / name for name in _ROOT_NAMES if (root / name).is_dir())]
 
 
 def _read_split(settings: FashionIQConfig, split: str) -> list[_Category]:
-    bases = [Path(settings.annotations).expanduser()] if settings.annotations else _bases(settings)
+    bases = [Path(settings.annotations)] if settings.annotations else _bases(settings)
     return [_read_category(bases, category, "train" if split == "seen" else split) for category in settings.categories]
 
 
@@ -445,7 +445,7 @@ def _record(item: Mapping[str, Any], path: Path, number: int, split: str) -> _Re
 
 def _find_images(settings: FashionIQConfig, names: Iterable[str]) -> tuple[dict[str, Path], list[str]]:
     guesses = [base / folder for base in _bases(settings) for folder in _IMAGE_FOLDERS]
-    folders = image_folders([Path(settings.images).expanduser()] if settings.images else guesses, "fashioniq")
+    folders = image_folders([Path(settings.images)] if settings.images else guesses, "fashioniq")
     paths, missing = find_images(names, folders, "fashioniq", settings.missing_images)
     if settings.verify_images:
         verify_images(paths.values())

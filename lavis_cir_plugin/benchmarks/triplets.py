@@ -234,7 +234,7 @@ def _protocol(settings: TripletsConfig, split: str, group: Group, available: Gro
     if split == "seen":
         gallery = f"{len(group.gallery):,} training images drawn up to the size of val's"
         counted = f"{len(group.queries):,} of {len(available.queries):,} training queries"
-    name = Path(settings.root).expanduser().resolve().name
+    name = Path(settings.root).resolve().name
     parts = [f"Triplets {split} of {name}, gallery of {gallery}", f"reference {settings.reference}", counted]
     if any(len(query.texts) > 1 for query in group.queries):
         parts.append("features of a query's texts averaged")
@@ -283,15 +283,15 @@ def _submissions(rankings: Mapping[str, Ranking], group: Group) -> dict[str, Any
 
 
 def _file(settings: TripletsConfig, split: str) -> Path:
-    return Path(settings.root).expanduser() / f"{'train' if split == 'seen' else split}.jsonl"
+    return Path(settings.root) / f"{'train' if split == 'seen' else split}.jsonl"
 
 
 def _gallery_file(settings: TripletsConfig) -> Path:
-    return Path(settings.root).expanduser() / _GALLERY_FILE
+    return Path(settings.root) / _GALLERY_FILE
 
 
 def _image_folder(settings: TripletsConfig) -> Path:
-    return Path(settings.images).expanduser() if settings.images else Path(settings.root).expanduser() / "images"
+    return Path(settings.images) if settings.images else Path(settings.root) / "images"
 
 
 def _scan(settings: TripletsConfig) -> dict[str, Path]:
@@ -331,6 +331,8 @@ def _lines(path: Path) -> list[tuple[int, str]]:
             f"triplets: {path} does not exist; set datasets.triplets.build_info.root to the folder with train.jsonl, "
             f"val.jsonl and test.jsonl."
         ) from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}; put a JSON-lines file there that can.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
