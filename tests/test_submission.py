@@ -455,5 +455,16 @@ def test_a_byte_order_mark_is_refused(tmp_path: Path):
 def test_a_folder_is_no_file(tmp_path: Path, place: str):
     files = {"file": write(tmp_path / "file.json", cirr_content("recall")), "annotations": cirr_files(tmp_path)}
     files[place] = tmp_path
-    with pytest.raises(SystemExit, match=rf"lavis-cir: {tmp_path} cannot be read: Is a directory; name a JSON file that can"):
+    with pytest.raises(
+        SystemExit, match=rf"lavis-cir: {tmp_path} cannot be read: Is a directory; name a JSON file that can"
+    ):
         command_line.main(["submission", str(files["file"]), "--annotations", str(files["annotations"])])
+
+
+def test_a_file_of_a_million_names_is_refused_soon(tmp_path: Path):
+    """Work that grows with the square of the longest list would take hours here."""
+    content = circo_content()
+    content["0"] = [*range(1_000_000), 999_999]
+    review = check(write(tmp_path / "file.json", content), circo_files(tmp_path))
+    assert review.problems["queries without exactly 50 images"] == ["0 has 1000001"]
+    assert review.problems["queries with an image twice"] == ["0 has 999999"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +62,9 @@ class Review:
                 self.refuse("queries with a value that is no image's name", f"{identifier} has {shown(wrong)}")
                 continue
             self.rows[identifier] = [image for image in images if image is not None]
+        known = set(identifiers)
         for identifier in content:
-            if identifier not in identifiers:
+            if identifier not in known:
                 self.refuse("unknown queries", shown(identifier))
 
     def check_rows(self, count: int, gallery: Collection[Hashable] | None) -> None:
@@ -71,8 +73,8 @@ class Review:
             if len(row) != count:
                 self.refuse(f"queries without exactly {count} images", f"{identifier} has {len(row)}")
             if len(set(row)) < len(row):
-                twice = next(image for image in row if row.count(image) > 1)
-                self.refuse("queries with an image twice", f"{identifier} has {shown(twice)}")
+                ((most, _),) = Counter(row).most_common(1)
+                self.refuse("queries with an image twice", f"{identifier} has {shown(most)}")
             if gallery is not None:
                 self.check_each("queries with an image that is not in the gallery", identifier, gallery)
 
