@@ -468,3 +468,12 @@ def test_a_file_of_a_million_names_is_refused_soon(tmp_path: Path):
     review = check(write(tmp_path / "file.json", content), circo_files(tmp_path))
     assert review.problems["queries without exactly 50 images"] == ["0 has 1000001"]
     assert review.problems["queries with an image twice"] == ["0 has 999999"]
+
+
+def test_some_targets_are_no_answers(tmp_path: Path):
+    """As the benchmark, which scores a split where all are known."""
+    annotation = cirr_files(tmp_path)
+    records = json.loads(annotation.read_text())
+    records[0]["target_hard"] = IMAGES[1]
+    review = check(write(tmp_path / "file.json", cirr_content("recall")), write(annotation, records))
+    assert (review.problems, review.metrics) == ({}, {})

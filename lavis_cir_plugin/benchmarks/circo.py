@@ -240,7 +240,7 @@ def check_submission(content: Any, size: int, annotation: Path, gallery: Path | 
     Raises:
         ValueError, FileNotFoundError: the annotation or the list cannot be read.
     """
-    has_targets = any("target_img_id" in item for item in read_records(annotation))
+    has_targets = all("target_img_id" in item for item in read_records(annotation))
     records = {str(record.id): record for record in _read_records(annotation, "relative", is_test=not has_targets)}
     if not isinstance(content, dict):
         return Review("CIRCO", problems={"file that is no object": [shown(content)]})

@@ -272,7 +272,7 @@ def check_submission(content: Any, size: int, annotation: Path, gallery: Path | 
     Raises:
         ValueError, FileNotFoundError: the annotation or the split file cannot be read.
     """
-    has_targets = any("target_hard" in item for item in read_records(annotation))
+    has_targets = all("target_hard" in item for item in read_records(annotation))
     queries = {q.identifier: q for q in _read_queries(annotation, "val" if has_targets else "test", "hard")}
     if not isinstance(content, dict):
         return Review("CIRR", problems={"file that is no object": [shown(content)]})

@@ -363,7 +363,7 @@ def check_submission(content: Any, size: int, annotation: Path, gallery: Path | 
         ValueError, FileNotFoundError: the annotation or the split file cannot be read.
     """
     items = read_records(annotation)
-    has_targets = any("target" in item for item in items)
+    has_targets = all("target" in item for item in items)
     records = [_record(item, annotation, number, "val" if has_targets else "test") for number, item in enumerate(items)]
     if not isinstance(content, list):
         return Review("FashionIQ", problems={"file that is no list": [shown(content)]})
