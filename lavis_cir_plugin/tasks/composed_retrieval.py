@@ -29,6 +29,8 @@ from lavis_cir_plugin.processes import gather, share, together
 from lavis_cir_plugin.ranking import Ranking, rank
 from lavis_cir_plugin.tracking import EPOCHS
 
+TOP = 50
+"""How many images per query a submission and a contact sheet can show."""
 GALLERY_FILE = "gallery_features.tmp"
 TRAINED, IMAGE_ONLY, TEXT_ONLY, RANDOM = "trained model", "image only", "text only", "random (expected)"
 
@@ -144,7 +146,7 @@ class ComposedRetrievalTask(BaseTask):
             Nothing for a split without public targets.
         """
         benchmark = val_result.dataset.benchmark
-        rankings = val_result.rankings()
+        rankings = val_result.rankings(top_k=TOP if epoch == "best" else 0)  # metrics read ranks alone
         metrics = benchmark.metrics(rankings) if benchmark.has_targets else {}
         logging.info("%s: %s", benchmark.protocol, {name: round(value, 2) for name, value in metrics.items()})
         if epoch == "best":
@@ -179,18 +181,18 @@ class Evaluation:
         dataset: BenchmarkDataset = self.loader.dataset  # type: ignore[assignment]
         return dataset
 
-    def rankings(self, mode: str = "multimodal") -> dict[str, Ranking]:
+    def rankings(self, mode: str = "multimodal", top_k: int = 0) -> dict[str, Ranking]:
         """Return each group's ranking by queries of ``mode`` (``multimodal``, ``image`` or ``text``)."""
         if self.gallery is None:
             self.gallery = self._encode_gallery()
         groups = self.dataset.benchmark.groups
         own: dict[str, Ranking] = {}
         with together():
-            own = self._own_rankings(mode, self.gallery)
+            own = self._own_rankings(mode, self.gallery, top_k)
         everybody = gather(own)
         return {group.name: joined([part[group.name] for part in everybody if group.name in part]) for group in groups}
 
-    def _own_rankings(self, mode: str, gallery: Tensor) -> dict[str, Ranking]:
+    def _own_rankings(self, mode: str, gallery: Tensor, top_k: int) -> dict[str, Ranking]:
         """Rank this process's share of each group's queries; a group without any is left out."""
         groups = self.dataset.benchmark.groups
         parts = [[group.queries[index] for index in share(len(group.queries))] for group in groups]
@@ -202,7 +204,7 @@ class Evaluation:
             if queries:
                 is_whole = list(group.gallery) == self.dataset.names  # then a copy would only cost memory
                 features = gallery if is_whole else gallery[[position[name] for name in group.gallery]]
-                own[group.name] = rank_queries(queries, rows[:count], features, group, self.model.device)
+                own[group.name] = rank_queries(queries, rows[:count], features, group, self.model.device, top_k)
             rows = rows[count:]
         return own
 
@@ -250,7 +252,7 @@ class Evaluation:
 
 
 def rank_queries(
-    queries: Sequence[Query], rows: Tensor, gallery: Tensor, group: Group, device: torch.device
+    queries: Sequence[Query], rows: Tensor, gallery: Tensor, group: Group, device: torch.device, top_k: int = TOP
 ) -> Ranking:
     """Rank a group's gallery for some of its queries by the group's rules.
 
@@ -261,6 +263,7 @@ def rank_queries(
         gallery: ``(G, K, D)`` or ``(G, D)`` in the group's order, on any device.
         group: Names and rules.
         device: Where to compute.
+        top_k: How many of the best to return.
 
     Returns:
         The ranking on the CPU; its widths are those of the whole group.
@@ -284,6 +287,7 @@ def rank_queries(
         excluded=positions(lambda query: (query.reference,)).flatten() if group.reference_removed else None,
         members=positions(lambda query: query.members),
         relevant=positions(lambda query: [name for name, _ in query.relevance]),
+        top_k=top_k,
     )
     return Ranking(**{field.name: getattr(ranking, field.name).cpu() for field in fields(Ranking)})
 
