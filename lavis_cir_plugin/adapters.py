@@ -279,8 +279,8 @@ def add_command(subparsers: Any) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     """Write a peft folder, or with ``--merge`` a checkpoint of the whole model."""
-    path = _checkpoint_of(Path(args.run_or_checkpoint).expanduser())
-    output = Path(args.output).expanduser().absolute()
+    path = _checkpoint_of(Path(os.path.expanduser(args.run_or_checkpoint)))
+    output = Path(os.path.expanduser(args.output)).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} exists and is not an empty folder; choose another.")
     saved = _read_lora_checkpoint(str(path))
@@ -481,7 +481,7 @@ def _read_lora_checkpoint(path: str) -> dict[str, Any] | None:
         return None
     try:
         # Mapped, so that looking at the names of a large model costs nothing.
-        content = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(Path(os.path.expanduser(path)), map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError):
         return None
     state = content.get("model") if isinstance(content, Mapping) else None

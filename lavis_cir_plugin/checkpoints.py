@@ -154,7 +154,7 @@ def _is_among(name: str, entries: Collection[str]) -> bool:
 def _local_file(path_or_url: str) -> Path:
     if urlparse(path_or_url).scheme in ("http", "https"):
         return _download(path_or_url)
-    path = Path(path_or_url).expanduser()
+    path = Path(os.path.expanduser(path_or_url))
     if not path.is_file():
         raise FileNotFoundError(
             f"checkpoint {path} does not exist (looked from {os.getcwd()}). Set model.pretrained or model.finetuned "

@@ -6,6 +6,7 @@ import argparse
 import csv
 import dataclasses
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,12 +102,12 @@ def add_command(subparsers: Any) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    output = Path(args.output).expanduser()
+    output = Path(os.path.expanduser(args.output))
     if output.suffix != ".png":
         raise ValueError(f"--output {output}: the picture is a PNG; choose a name that ends in .png.")
     if args.batches < 0:
         raise ValueError(f"--batches must be a whole number >= 0, got {args.batches}.")
-    folders = [Path(name).expanduser() for name in args.runs]
+    folders = [Path(os.path.expanduser(name)) for name in args.runs]
     metric = args.metric or selection_metric(_epochs(folders[0])["val"])
     runs = [read_run(folder, metric) for folder in folders]
     if args.batches:

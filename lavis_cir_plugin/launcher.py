@@ -92,7 +92,7 @@ def complete(merged: DictConfig) -> Config:
 
 def _find_config(path: str) -> Path:
     """Return the config file, looking in the shipped projects when a relative ``projects/...`` is not local."""
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))
     if local.is_file():
         return local
     shipped = PROJECTS.joinpath(*local.parts[1:]) if local.parts[:1] == ("projects",) else local
@@ -104,7 +104,7 @@ def _find_config(path: str) -> Path:
 
 def _output_folder(path: str) -> Path:
     """Return the folder of all runs, absolute, after trying that it can be written."""
-    folder = Path(path).expanduser().absolute()
+    folder = Path(os.path.expanduser(path)).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -327,7 +327,8 @@ def contact_sheet(
         draw.text((x, y - 4), title, GREY, _font(13))
     for row, index in enumerate(chosen):
         query, rank = group.queries[index], int(ranks[index])
-        answers = {query.target, *(name for name, weight in query.relevance if weight == 1)} - {None}
+        labelled = {query.target, *(name for name, weight in query.relevance if weight == 1)}
+        answers = labelled - {None, query.reference}  # CIRR's soft labels call some references right
         # A ranking with fewer than k candidates ends in -1, which would index the last image of the gallery.
         shown = [group.gallery[i] for i in top[index, :columns].tolist() if i >= 0]
         y = header.height + LABEL_HEIGHT + row * row_height

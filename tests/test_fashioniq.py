@@ -647,7 +647,7 @@ def test_defaults():
         ({"gallery": "VALL"}, 'gallery must be one of original, val, got "VALL"'),
         ({"captions": "two_querys"}, r"one of and, .*, got \"two_querys\"; did you mean 'two_queries'\?"),
         ({"categories": []}, "categories must be a non-empty list of distinct names from dress, shirt, toptee"),
-        ({"categories": "dress"}, 'distinct names from dress, shirt, toptee, got "dress"'),
+        ({"categories": "dress"}, 'distinct names from dress, shirt, toptee, all, got "dress"'),
         ({"categories": ["dress", "dress"]}, "distinct names"),
         ({"categories": ["pants"]}, "distinct names"),
         ({"categories": [["dress"]]}, "distinct names"),
@@ -729,3 +729,15 @@ def test_real_numbers_of_queries_are_those_of_the_table(real: dict[str, str]):
     }
     assert {name: int(row[4].replace(",", "")) for name, row in table.items()} == counts
     assert sorted(set(counts.values())) == [6_016, 12_029, 12_032]
+
+
+def test_merged_files_of_all_categories(tmp_path: Path):
+    """CoVR's layout: one file for the three categories, whose galleries share images."""
+    config = {**write_world(tmp_path), "categories": ["all"]}
+    for split in ("train", "val"):
+        (tmp_path / "captions" / f"cap.dress.{split}.json").rename(tmp_path / "captions" / f"cap.all.{split}.json")
+        write_json(tmp_path / "image_splits" / f"split.all.{split}.json", [*SPLIT, SPLIT[0]])
+    assert len(read_train(config)[0]) == len(DRESS)
+    (group,) = read_benchmark(config, "val").groups
+    assert group.gallery == tuple(SPLIT)
+    assert len(group.queries) == len(DRESS)

@@ -330,6 +330,15 @@ def test_sheet_frames_every_right_answer_and_counts_them(tmp_path, pictures, mon
     assert "1 of 2 right answers shown" in verdicts
 
 
+def test_sheet_takes_no_reference_for_an_answer(tmp_path, pictures, monkeypatch):
+    """CIRR's soft labels call 37 references right, which are not ranked."""
+    frames = {}
+    monkeypatch.setattr(report, "_draw_picture", lambda *a: frames.update({a[2].stem: a[4] if len(a) > 4 else ""}))
+    query = Query("p0", ("x",), "p1", relevance=(("p0", 1.0), ("p2", 0.5)))
+    sheet(pictures, [query], [[0, 1, 2]], [1], tmp_path / "sheet.png")
+    assert frames == {"p0": "", "p1": report.GREEN, "p2": ""}
+
+
 def test_a_table_that_would_be_too_wide_has_a_line_per_metric():
     """120 characters hold ten columns of 9, not 20."""
     benchmark = make_benchmark([Group("g", ("a", "b"), (Query("a", ("x",), "b"),), False)])

@@ -434,9 +434,9 @@ def one_of(default: str, *others: str) -> Any:
     return field(default=default, metadata={"choices": (default, *others)})
 
 
-def some_of(*choices: str) -> Any:
-    """Declare a configuration field that takes a non-empty list of distinct words; all of them by default."""
-    return field(default=choices, metadata={"choices": choices})
+def some_of(*default: str, others: Sequence[str] = ()) -> Any:
+    """Declare a configuration field that takes a non-empty list of distinct words, of the default ones and others."""
+    return field(default=default, metadata={"choices": (*default, *others)})
 
 
 def config_from_mapping(cls: type[Config], dataset: str, mapping: Mapping[str, Any]) -> Config:

@@ -68,6 +68,7 @@ ANNOTATION_KEYS = frozenset({"candidate", "captions"})
 """By which a record of an annotation file is known."""
 
 _CATEGORIES = ("dress", "shirt", "toptee")
+_MERGED = "all"
 _ROOT_NAMES = ("fashionIQ_dataset", "FashionIQ", "fashion-iq", "fashioniq", "fashionIQ", "fiq")
 _IMAGE_FOLDERS = ("images", "resized_images", "resized_image", "image_data")
 _CAPTION_MODES = {
@@ -104,7 +105,8 @@ class FashionIQConfig:
         root: The data set's folder (with ``captions/`` or ``json/``, ``image_splits/``, ``images/``) or its parent.
         annotations: Folder of the JSON files where it is not below ``root``.
         images: Folder of the image files, flat or one sub-folder per category, where it is not below ``root``.
-        categories: Which to read.
+        categories: Which to read. ``all`` stands for CoVR's merged files (``cap.all.train.json``), which do not say of
+            what category a record is.
         protocol: Sets the next four keys as the module's table says, unless they are set themselves.
         gallery: ``original``: the whole split file. ``val``: only the images that occur in a query of the split (the
             "VAL split", smaller and easier).
@@ -124,13 +126,13 @@ class FashionIQConfig:
     root: str
     annotations: str | None = None
     images: str | None = None
-    categories: tuple[str, ...] = some_of(*_CATEGORIES)
+    categories: tuple[str, ...] = some_of(*_CATEGORIES, others=[_MERGED])
     protocol: str = one_of(*PROTOCOLS)
     gallery: str = one_of("original", "val")
     reference: str = one_of("kept", "removed")
     captions: str = one_of(*_CAPTION_MODES)
     average: str = one_of("per_category", "per_query")
-    selection_metric: str = one_of("mean", *(name for name in metric_names() if name != "mean"))
+    selection_metric: str = one_of("mean", *(name for name in metric_names((*_CATEGORIES, _MERGED)) if name != "mean"))
     training_text: str = one_of("random4", "and")
     missing_images: str = one_of("error", "skip")
     verify_images: bool = False
@@ -419,8 +421,10 @@ def _read_names(path: Path) -> dict[str, int]:
     names = read_json(path)
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} must hold a non-empty list of image names; correct the file or copy it again.")
-    places = {image_name(name, "name", path, number): number for number, name in enumerate(names)}
-    if len(places) < len(names):
+    places: dict[str, int] = {}
+    for number, name in enumerate(names):
+        places.setdefault(image_name(name, "name", path, number), number)
+    if len(places) < len(names) and f".{_MERGED}." not in path.name:  # categories share images
         raise ValueError(f"{path} lists {len(names) - len(places):,} images twice; its names must be distinct.")
     return places
 

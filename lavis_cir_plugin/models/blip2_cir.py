@@ -426,7 +426,7 @@ def load_tokenizer(name: str) -> BertTokenizer:
     Raises:
         FileNotFoundError: If it is neither local nor to be had from the hub.
     """
-    local = Path(name).expanduser()
+    local = Path(os.path.expanduser(name))
     local = local / "vocab.txt" if local.is_dir() else local
     shipped = CONFIGS / "models" / name
     try:

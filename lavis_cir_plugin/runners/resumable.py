@@ -525,7 +525,7 @@ def find_checkpoint(asked: str | None, output_dir: str, config: Mapping[str, Any
     if asked is None:
         return None
     if asked != "auto":
-        path = Path(asked).expanduser().absolute()
+        path = Path(os.path.expanduser(asked)).absolute()
         if path.is_dir():
             return _last_whole(path)
         return _last_whole(path.parent) if path.name == LAST else path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -62,7 +63,7 @@ class ComposedRetrievalTask(BaseTask):
         where = run.get("feature_cache", False)
         if not isinstance(where, (bool, str)) or where == "":
             yield f"run.feature_cache must be true, false or the path of a folder, got {where!r}."
-        elif isinstance(where, str) and Path(where).expanduser().is_file():
+        elif isinstance(where, str) and Path(os.path.expanduser(where)).is_file():
             yield f"run.feature_cache: {where} is a file; name a folder."
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
@@ -107,7 +108,7 @@ class ComposedRetrievalTask(BaseTask):
         where = cfg.run_cfg.get("feature_cache")
         if not where:
             return
-        root = cache_root() / "features" if where is True else Path(where).expanduser().absolute()
+        root = cache_root() / "features" if where is True else Path(os.path.expanduser(where)).absolute()
         check_tower(model)
         alike: dict[str, list[CirDataset]] = {}
         for name, splits in datasets.items():
@@ -159,7 +160,8 @@ class ComposedRetrievalTask(BaseTask):
                     RANDOM: report.expected_random(benchmark),
                 }
             if is_main_process():
-                write_report(Path(registry.get_path("output_dir")), val_result.dataset, rows, rankings)
+                run = Path(registry.get_path("output_dir"))
+                write_report(run, val_result.dataset, rows, rankings, {"gallery_dtype": str(self.gallery_dtype)})
         if not benchmark.has_targets:
             return {}
         return {**metrics, "agg_metrics": metrics[benchmark.selection_metric]}
@@ -302,6 +304,7 @@ def write_report(
     dataset: BenchmarkDataset,
     rows: Mapping[str, Mapping[str, float]],
     rankings: Mapping[str, Ranking],
+    extra: Mapping[str, Any],
 ) -> None:
     """Write what the final evaluation of a split gave to ``<run>/<split>/``, print the table and say what is where.
 
@@ -310,11 +313,12 @@ def write_report(
         dataset: Of the split.
         rows: Metrics per way of ranking; none where the targets are not public, and then the submissions are written.
         rankings: Of the trained model, by group.
+        extra: What else ``metrics.json`` shall say.
     """
     benchmark, folder = dataset.benchmark, run / dataset.benchmark.split
     written = []
     if rows:
-        written.append(report.write_metrics(folder / "metrics.json", rows, benchmark, {}))
+        written.append(report.write_metrics(folder / "metrics.json", rows, benchmark, extra))
     else:
         for name, content in benchmark.submissions(rankings).items():
             written.append(report.write_submission(folder / name, content))
