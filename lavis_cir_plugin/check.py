@@ -116,7 +116,10 @@ DATA_SETS = {
         title="Triplets of your own",
         ways=(Way("training", "train"), Way("val", "val"), Way("test", "test")),
         published={},
-        absent_files="train.jsonl, val.jsonl and test.jsonl; only those that a run reads are needed",
+        absent_files=(
+            "give the folder itself that has train.jsonl, val.jsonl or test.jsonl; only those that a run reads are "
+            "needed"
+        ),
         absent_images="an image is named by its path below images/ with its suffix, such as shoes/a.jpg",
     ),
 }  # fmt: skip
@@ -254,7 +257,7 @@ def report(name: str, findings: Findings, root: Path) -> list[str]:
     for split, way in splits.items():
         counts = [_count(data_set, split, part, findings.readings[way.label, part]) for part in data_set.parts]
         if any(counts):
-            unit = "triplets" if split == "train" else "queries"
+            unit = "triplets" if split == "train" else "records"
             lines.append(f"  {split:<8} {', '.join(count for count in counts if count)} {unit}")
     needed = len(findings.paths) + len(findings.missing)
     if needed:
@@ -288,7 +291,7 @@ def _verdict(way: Way, data_set: DataSet, findings: Findings) -> str:
     read = {part: reading for part, reading in readings.items() if not reading.problem}
     count, usable = (sum(getattr(reading, key) for reading in read.values()) for key in ("count", "usable"))
     if read and not all(reading.is_complete for reading in read.values()):
-        unit = "triplets" if way.split == "train" else "queries"
+        unit = "triplets" if way.split == "train" else "records"
         each = ", ".join(f"{part} {reading.usable:,}" for part, reading in read.items() if part)
         reasons.append(
             f"{usable:,} of {count:,} {unit} have their images{f' ({each})' if each else ''}"

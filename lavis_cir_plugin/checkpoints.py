@@ -155,6 +155,10 @@ def _local_file(path_or_url: str) -> Path:
     if urlparse(path_or_url).scheme in ("http", "https"):
         return _download(path_or_url)
     path = Path(os.path.expanduser(path_or_url))
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"checkpoint {path} is a folder; name the file in it, such as {path}/checkpoint_best.pth."
+        )
     if not path.is_file():
         raise FileNotFoundError(
             f"checkpoint {path} does not exist (looked from {os.getcwd()}). Set model.pretrained or model.finetuned "

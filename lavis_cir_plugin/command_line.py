@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The command line; ``sys.argv`` by default.
     """
-    parser = argparse.ArgumentParser(prog="lavis-cir", description=__doc__)
+    parser = argparse.ArgumentParser(prog="lavis-cir", description="Look at runs and data without training.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in _COMMANDS:
         importlib.import_module(f"{__package__}.{name}").add_command(subparsers)

@@ -35,7 +35,7 @@ from lavis_cir_plugin.tracking import EPOCHS, STEPS, read_epochs, read_steps
 
 TABLE_WIDTH = 120  # characters; the notes below a table are wrapped here
 
-RANDOM_ROUNDS = 100  # over 200 queries and more: the mean is known to a few hundredths of its value
+RANDOM_QUERIES = 20_000  # ranked in all to find a mean: it is then known to a few hundredths of its value
 
 OVERALL = "overall"  # heading of the metrics that belong to no group
 
@@ -135,7 +135,7 @@ def expected_random(benchmark: Benchmark) -> dict[str, float]:
     therefore yields the expectation itself, for any K and for any sum or mean of recalls over groups.
 
     A metric of several labelled images (mAP, soft labels) depends on their ranks together. Where a query has such
-    labels, the value is the mean of `RANDOM_ROUNDS` rankings drawn with a fixed seed.
+    labels, the value is the mean of rankings drawn with a fixed seed, `RANDOM_QUERIES` queries in all.
 
     Queries of a group that differ in :math:`n` are weighted by their number. A query whose target is unknown, removed
     or not in the gallery keeps rank -1. ``top`` is empty.
@@ -161,7 +161,7 @@ def _mean_of_drawn(benchmark: Benchmark) -> dict[str, float]:
     candidates = {group.name: _candidates(group) for group in benchmark.groups}
     rounds = [
         benchmark.metrics({group.name: _drawn(group, candidates[group.name], rng) for group in benchmark.groups})
-        for _ in range(RANDOM_ROUNDS)
+        for _ in range(math.ceil(RANDOM_QUERIES / sum(len(group.queries) for group in benchmark.groups)))
     ]
     return {metric: sum(values[metric] for values in rounds) / len(rounds) for metric in rounds[0]}
 

@@ -317,7 +317,9 @@ def test_a_broken_or_malicious_file_is_refused(kind, tmp_path, small_model):
         small_model().load_checkpoint(str(path))
 
 
-def test_a_missing_checkpoint_says_where_it_was_looked_for(small_model):
+def test_a_missing_checkpoint_says_where_it_was_looked_for(small_model, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is a folder; name the file in it, such as .*/checkpoint_best\.pth"):
+        small_model().load_checkpoint(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth does not exist \(looked from .*Set model\.pretrained"):
         small_model().load_checkpoint("nowhere.pth")
 

@@ -58,8 +58,8 @@ def test_a_whole_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         "FashionIQ",
         "files    FashionIQ/captions/ (9 .json), FashionIQ/image_splits/ (9 .json)",
         "train    dress 2 (published: 5,985), shirt 2 (published: 5,988), toptee 2 (published: 6,027) triplets",
-        "val      dress 2 (published: 2,017), shirt 2 (published: 2,038), toptee 2 (published: 1,961) queries",
-        "test     dress 2 (published: 2,024), shirt 2 (published: 2,038), toptee 2 (published: 2,056) queries",
+        "val      dress 2 (published: 2,017), shirt 2 (published: 2,038), toptee 2 (published: 1,961) records",
+        "test     dress 2 (published: 2,024), shirt 2 (published: 2,038), toptee 2 (published: 2,056) records",
         "images   4 of 4 that are needed in FashionIQ/images/ (4 .png)",
         "training: yes",
         "val by clip4cir, searle, covr, artemis: yes",
@@ -82,7 +82,7 @@ def test_a_missing_gallery_image_leaves_the_smaller_gallery(tmp_path: Path, caps
     assert "training: yes" in lines
     assert "val by cosmo, val_split: yes" in lines
     assert (
-        "val by clip4cir, searle, covr, artemis: partly, 6 of 6 queries have their images "
+        "val by clip4cir, searle, covr, artemis: partly, 6 of 6 records have their images "
         "(dress 2, shirt 2, toptee 2), the gallery lacks some, needs missing_images: skip"
     ) in lines
     assert "missing images: 1 (first: D)" in lines
@@ -97,7 +97,7 @@ def test_missing_images_are_counted_as_a_run_would_leave_them_out(tmp_path: Path
     config = {"root": str(tmp_path), "missing_images": "skip"}
     assert len(fashioniq.read_train(config)[0]) == 3
     assert sum(len(group.queries) for group in fashioniq.read_benchmark(config, "val").groups) == 3
-    assert "val by clip4cir, searle, covr, artemis: partly, 3 of 6 queries" in "".join(lines)
+    assert "val by clip4cir, searle, covr, artemis: partly, 3 of 6 records" in "".join(lines)
 
 
 def test_no_images_at_all_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -130,7 +130,7 @@ def test_missing_and_broken_annotation_files_are_the_reason(tmp_path: Path, caps
     assert "cap.shirt.train.json: record 0 (counting from 0) needs 'captions', a list of 2 texts" in training
     missing = "cap.dress.test.json, cap.dress.val.json, cap.shirt.test.json, cap.toptee.test.json"
     assert f"missing files: {missing}" in lines
-    assert "val      shirt 2 (published: 2,038), toptee 2 (published: 1,961) queries" in lines
+    assert "val      shirt 2 (published: 2,038), toptee 2 (published: 1,961) records" in lines
 
 
 def test_a_submission_needs_every_query(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -164,7 +164,8 @@ def test_triplets(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         f"val: no, {tmp_path}/val.jsonl, line 1 has no 'reference'; correct the line",
         "test: no, test.jsonl is missing",
         "missing files: test.jsonl",
-        "note: train.jsonl, val.jsonl and test.jsonl; only those that a run reads are needed",
+        "note: give the folder itself that has train.jsonl, val.jsonl or test.jsonl; only those that a run reads are "
+        "needed",
     ]
 
 
@@ -226,7 +227,7 @@ def test_the_real_annotation_files(capsys: pytest.CaptureFixture[str]):
     assert code == 1
     assert "published:" not in output
     assert "train    dress 5,985, shirt 5,988, toptee 6,027 triplets" in output
-    assert "test     dress 2,024, shirt 2,038, toptee 2,056 queries" in output
+    assert "test     dress 2,024, shirt 2,038, toptee 2,056 records" in output
     assert "images   0 of 54,885 that are needed" in output
-    assert "val      4,181 queries" in output
-    assert "test     4,148 queries" in output
+    assert "val      4,181 records" in output
+    assert "test     4,148 records" in output

@@ -13,7 +13,6 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from lavis_cir_plugin import CONFIGS, PROJECTS, config
-from lavis_cir_plugin.garments import GarmentsConfig
 from lavis_cir_plugin.models.blip2_cir import _checked_loss_weights as checked_loss_weights
 
 PROJECT_FILES = sorted(PROJECTS.rglob("*.yaml"))
@@ -52,7 +51,7 @@ def test_every_project_is_valid_down_to_the_last_key(path, tmp_path, monkeypatch
             continue  # its builder has no reader of ours: LAVIS's own, or one that draws its files
         build_info = dict(config.as_plain(section.build_info))
         if section.get("garments") is not None:
-            GarmentsConfig(**config.as_plain(section.garments))
+            registry.get_builder_class(name).world_module.GarmentsConfig(**config.as_plain(section.garments))
             build_info["root"] = "drawn"
         reader_of(name).from_mapping(build_info)
     own = OmegaConf.load(path)

@@ -149,7 +149,10 @@ class ComposedRetrievalTask(BaseTask):
         benchmark = val_result.dataset.benchmark
         rankings = val_result.rankings(top_k=TOP if epoch == "best" else 0)  # metrics read ranks alone
         metrics = benchmark.metrics(rankings) if benchmark.has_targets else {}
-        logging.info("%s: %s", benchmark.protocol, {name: round(value, 2) for name, value in metrics.items()})
+        values = (
+            {name: round(value, 2) for name, value in metrics.items()} if metrics else "answers not known, no metrics"
+        )
+        logging.info("%s: %s", benchmark.protocol, values)
         if epoch == "best":
             rows = {}
             if benchmark.has_targets:
