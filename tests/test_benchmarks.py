@@ -205,3 +205,15 @@ def test_full_size_script_from_annotations_to_report(annotations, tmp_path):
     output = Path(report.split("output")[-1].strip())
     assert (output / "val" / "metrics.json").is_file()
     assert output.parent.parent == tmp_path / "work"
+
+
+def test_check_is_timed_on_a_whole_circo(script, tmp_path, capsys):
+    """The small folder that the script makes is complete for the checker."""
+    from lavis_cir_plugin import command_line
+
+    script("check_full_size").write_circo(tmp_path, 30)
+    command_line.main(["check", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "images   30 of 30 that are needed" in printed
+    assert "val: yes" in printed
+    assert "test submission: yes" in printed
