@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from lavis_cir_plugin import fixed_point
 from lavis_cir_plugin.fixed_point import Scores, similarity, split
 
-__all__ = ["Ranking", "average_precision_at", "rank", "recall_at", "rerank", "similarity"]
+__all__ = ["Ranking", "average_precision_at", "padded", "rank", "recall_at", "rerank", "similarity"]
 
 QUERIES_AT_ONCE = 512
 """Enough for matrix products at full speed, few enough for their result to stay in a processor's cache."""
@@ -137,6 +138,14 @@ def rerank(
         exact = torch.full(top.shape, -math.inf, dtype=torch.float64, device=query.device)
         exact[row, place] = scores.exact_pairs(row, top[row, place])
         return exact * scores.unit, top
+
+
+def padded(rows: Iterable[Sequence[int]], width: int = 0) -> Tensor:
+    """Put rows of different lengths into one int64 tensor, filled up with -1 to the longest one or to ``width``."""
+    rows = list(rows)
+    width = max([width, *map(len, rows)])
+    filled = [[*row, *[-1] * (width - len(row))] for row in rows]
+    return torch.tensor(filled, dtype=torch.int64).reshape(len(rows), width)
 
 
 def recall_at(ranks: Tensor, k: int) -> float:

@@ -30,7 +30,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query
-from lavis_cir_plugin.ranking import Ranking
+from lavis_cir_plugin.ranking import Ranking, padded
 from lavis_cir_plugin.tracking import EPOCHS, STEPS, read_epochs, read_steps
 
 TABLE_WIDTH = 120  # characters; the notes below a table are wrapped here
@@ -158,17 +158,16 @@ def expected_random(benchmark: Benchmark) -> dict[str, float]:
 
 def _mean_of_drawn(benchmark: Benchmark) -> dict[str, float]:
     rng = random.Random(0)
-    candidates = {group.name: _candidates(group) for group in benchmark.groups}
+    known = [(group, set(group.gallery), _candidates(group)) for group in benchmark.groups]
     rounds = [
-        benchmark.metrics({group.name: _drawn(group, candidates[group.name], rng) for group in benchmark.groups})
+        benchmark.metrics({group.name: _drawn(group, gallery, candidates, rng) for group, gallery, candidates in known})
         for _ in range(math.ceil(RANDOM_QUERIES / sum(len(group.queries) for group in benchmark.groups)))
     ]
     return {metric: sum(values[metric] for values in rounds) / len(rounds) for metric in rounds[0]}
 
 
-def _drawn(group: Group, candidates: Sequence[tuple[int, int]], rng: random.Random) -> Ranking:
+def _drawn(group: Group, gallery: set[str], candidates: Sequence[tuple[int, int]], rng: random.Random) -> Ranking:
     """Draw different ranks for the labelled images of each query; a target among them has the rank of its label."""
-    gallery = set(group.gallery)
     ranks, subset_ranks, relevant_ranks = [], [], []
     for query, (found, members) in zip(group.queries, candidates):
         removed = {query.reference} if group.reference_removed else set()
@@ -178,12 +177,11 @@ def _drawn(group: Group, candidates: Sequence[tuple[int, int]], rng: random.Rand
         ranks.append(rank_of.get(query.target or "", -1) if found else -1)
         subset_ranks.append(rng.randrange(members) if members else -1)
         relevant_ranks.append([rank_of.get(name, -1) for name, _ in query.relevance])
-    width = max(map(len, relevant_ranks))
     return Ranking(
         ranks=torch.tensor(ranks),
         top=torch.empty(len(ranks), 0, dtype=torch.int64),
         subset_ranks=torch.tensor(subset_ranks),
-        relevant_ranks=torch.tensor([row + [-1] * (width - len(row)) for row in relevant_ranks]),
+        relevant_ranks=padded(relevant_ranks),
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from lavis_cir_plugin.benchmarks.benchmark import Group, Query
-from lavis_cir_plugin.tasks.composed_retrieval import rank_queries
+from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask, rank_queries
 
 CPU = torch.device("cpu")
 GALLERY = tuple("abcdefg")
@@ -62,3 +64,11 @@ def test_a_query_without_a_public_target_has_no_rank(features):
     ranking = rank_group(group(Query("a", ("x",), None)), features[:1, 0], features)
     assert ranking.ranks.tolist() == [-1]
     assert ranking.top[0, 0] == 0
+
+
+def test_the_task_knows_the_type_of_the_gallery_from_its_start():
+    """LAVIS makes a task by setup_task; without a config it keeps float32."""
+    config = SimpleNamespace(run_cfg={"gallery_dtype": "float16"})
+    assert ComposedRetrievalTask.setup_task(cfg=config).gallery_dtype == torch.float16
+    assert ComposedRetrievalTask.setup_task(cfg=SimpleNamespace(run_cfg={})).gallery_dtype == torch.float32
+    assert ComposedRetrievalTask().gallery_dtype == torch.float32

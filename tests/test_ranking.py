@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lavis_cir_plugin import fixed_point, ranking
 from lavis_cir_plugin.fixed_point import Scores
-from lavis_cir_plugin.ranking import average_precision_at, rank, recall_at, similarity
+from lavis_cir_plugin.ranking import average_precision_at, padded, rank, recall_at, similarity
 
 
 def naive_rank(scores: list[float], target: int, candidates: list[int]) -> int:
@@ -422,3 +422,11 @@ def test_wrong_arguments_are_refused(change: dict, message: str):
     arguments = {"query": torch.ones(2, 3), "gallery": torch.ones(4, 3), "targets": torch.tensor([0, 1])}
     with pytest.raises(ValueError, match=message):
         rank(**{**arguments, **change})
+
+
+def test_padding_fills_up_to_the_longest_row_or_the_width():
+    assert padded([[1, 2], [], [3]]).tolist() == [[1, 2], [-1, -1], [3, -1]]
+    assert padded([[1]], width=3).tolist() == [[1, -1, -1]]
+    empty = padded([[], []])
+    assert (empty.shape, empty.dtype) == ((2, 0), torch.int64)
+    assert padded([]).shape == (0, 0)

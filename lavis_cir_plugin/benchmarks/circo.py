@@ -38,8 +38,8 @@ from lavis_cir_plugin.benchmarks.benchmark import (
     whole_number_field,
     without_missing,
 )
-from lavis_cir_plugin.benchmarks.images import find_images, image_folders, verify_images
-from lavis_cir_plugin.benchmarks.submissions import Review, gallery_beside, ranks_in
+from lavis_cir_plugin.benchmarks.images import find_images, image_folders
+from lavis_cir_plugin.benchmarks.submissions import Review, by_query, gallery_beside, ranks_in
 from lavis_cir_plugin.ranking import Ranking, average_precision_at, recall_at
 
 SPLITS = ("val", "test")
@@ -224,8 +224,7 @@ def _metrics(
 def _submissions(rankings: Mapping[str, Ranking], group: Group, names: Mapping[int, str]) -> dict[str, Any]:
     number = {name: image for image, name in names.items()}
     numbers = [number[name] for name in group.gallery]
-    rows = ([numbers[index] for index in row if index >= 0] for row in rankings["circo"].top[:, :TOP].tolist())
-    return {"circo_test.json": dict(zip((query.identifier for query in group.queries), rows))}
+    return {"circo_test.json": by_query(group, rankings["circo"].top[:, :TOP], numbers)}
 
 
 def check_submission(content: Any, size: int, annotation: Path, gallery: Path | None) -> Review:
@@ -377,7 +376,5 @@ def _query(record: _Record, names: Mapping[int, str], text: str) -> Query:
 def _find_images(settings: CIRCOConfig, names: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
     guesses = [base / folder for base in _bases(settings) for folder in _IMAGE_FOLDERS]
     folders = image_folders([Path(settings.images)] if settings.images else guesses, "circo")
-    paths, missing = find_images(names, folders[:1], "circo", settings.missing_images)  # the last is above the first
-    if settings.verify_images:
-        verify_images(paths.values())
-    return paths, missing
+    folder = folders[0]  # the last is above the first
+    return find_images(names, [folder], "circo", settings.missing_images, settings.verify_images)

@@ -43,8 +43,8 @@ from lavis_cir_plugin.benchmarks.benchmark import (
     whole_number_field,
     without_missing,
 )
-from lavis_cir_plugin.benchmarks.images import find_images, image_folders, verify_images
-from lavis_cir_plugin.benchmarks.submissions import Review, gallery_beside, ranks_in
+from lavis_cir_plugin.benchmarks.images import find_images, image_folders
+from lavis_cir_plugin.benchmarks.submissions import Review, by_query, gallery_beside, ranks_in
 from lavis_cir_plugin.ranking import Ranking, recall_at
 
 SPLITS = ("train", *EVALUATION_SPLITS)
@@ -256,8 +256,7 @@ def _submissions(rankings: Mapping[str, Ranking], group: Group) -> dict[str, Any
 
 
 def _submission(metric: str, best: Tensor, group: Group) -> dict[str, Any]:
-    names = ([group.gallery[index] for index in row if index >= 0] for row in best.tolist())
-    return {"version": VERSION, "metric": metric, **dict(zip((query.identifier for query in group.queries), names))}
+    return {"version": VERSION, "metric": metric, **by_query(group, best, group.gallery)}
 
 
 def check_submission(content: Any, size: int, annotation: Path, gallery: Path | None) -> Review:
@@ -416,10 +415,7 @@ def _find_images(settings: CIRRConfig, split: Mapping[str, str]) -> tuple[dict[s
     if not settings.images:
         places.append(Path(settings.root).absolute().parent / "img_raw")  # CIRR's README: beside cirr/
     folders = image_folders([place / top for place in places for top in tops], "cirr")
-    paths, missing = find_images(split, folders, "cirr", settings.missing_images)
-    if settings.verify_images:
-        verify_images(paths.values())
-    return paths, missing
+    return find_images(split, folders, "cirr", settings.missing_images, settings.verify_images)
 
 
 def _top_folder(place: str) -> str:

@@ -56,8 +56,8 @@ from lavis_cir_plugin.benchmarks.benchmark import (
     text_field,
     without_missing,
 )
-from lavis_cir_plugin.benchmarks.images import find_images, image_folders, verify_images
-from lavis_cir_plugin.benchmarks.submissions import Review, gallery_beside, ranks_in
+from lavis_cir_plugin.benchmarks.images import find_images, image_folders
+from lavis_cir_plugin.benchmarks.submissions import Review, by_query, gallery_beside, ranks_in
 from lavis_cir_plugin.ranking import Ranking, recall_at
 
 SPLITS = ("train", *EVALUATION_SPLITS)
@@ -343,11 +343,9 @@ def _submissions(
     """Return the challenge's files, one per category: the caption file with ``ranking``, the best 50 names, added."""
     files = {}
     for group in groups:
-        records = [annotations[group.name][int(query.identifier)] for query in group.queries]
-        rows = rankings[group.name].top[:, :TOP].tolist()
-        names = ([group.gallery[index] for index in row if index >= 0] for row in rows)
+        found = by_query(group, rankings[group.name].top[:, :TOP], group.gallery)
         files[f"{group.name}.test.pred.json"] = [
-            {**record, "ranking": ranking} for record, ranking in zip(records, names)
+            {**annotations[group.name][int(number)], "ranking": names} for number, names in found.items()
         ]
     return files
 
@@ -450,7 +448,4 @@ def _record(item: Mapping[str, Any], path: Path, number: int, split: str) -> _Re
 def _find_images(settings: FashionIQConfig, names: Iterable[str]) -> tuple[dict[str, Path], list[str]]:
     guesses = [base / folder for base in _bases(settings) for folder in _IMAGE_FOLDERS]
     folders = image_folders([Path(settings.images)] if settings.images else guesses, "fashioniq")
-    paths, missing = find_images(names, folders, "fashioniq", settings.missing_images)
-    if settings.verify_images:
-        verify_images(paths.values())
-    return paths, missing
+    return find_images(names, folders, "fashioniq", settings.missing_images, settings.verify_images)

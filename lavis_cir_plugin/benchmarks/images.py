@@ -89,7 +89,7 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def find_images(
-    names: Iterable[str], folders: Sequence[Path], dataset: str, missing_images: str
+    names: Iterable[str], folders: Sequence[Path], dataset: str, missing_images: str, verify: bool = False
 ) -> tuple[dict[str, Path], list[str]]:
     """Find the files of the named images.
 
@@ -98,6 +98,7 @@ def find_images(
         folders: As `scan_images`.
         dataset: Its registered name, for the message.
         missing_images: ``"error"`` or ``"skip"`` (the caller leaves the missing ones out and says so).
+        verify: Check those that are found, by `verify_images`.
 
     Returns:
         The path of each image that was found, and the names of those that were not, in the given order.
@@ -105,14 +106,21 @@ def find_images(
     Raises:
         FileNotFoundError: ``missing_images="error"`` and an image is missing, or all are; with the count and the first
             five.
+        ValueError: what `verify_images` finds.
     """
     remedy = f"add them as <name>{', <name>'.join(SUFFIXES)}"
     scanned = listing(scan_images, tuple(folders))
-    return select_images(names, scanned, ", ".join(map(str, folders)), remedy, dataset, missing_images)
+    return select_images(names, scanned, ", ".join(map(str, folders)), remedy, dataset, missing_images, verify)
 
 
 def select_images(
-    names: Iterable[str], scanned: Mapping[str, Path], where: str, remedy: str, dataset: str, missing_images: str
+    names: Iterable[str],
+    scanned: Mapping[str, Path],
+    where: str,
+    remedy: str,
+    dataset: str,
+    missing_images: str,
+    verify: bool,
 ) -> tuple[dict[str, Path], list[str]]:
     """Select the named images of those that a scan found; as `find_images`.
 
@@ -123,6 +131,7 @@ def select_images(
         remedy: What can be done about a missing one, for the message.
         dataset: As there.
         missing_images: As there.
+        verify: As there.
     """
     wanted = list(dict.fromkeys(names))
     missing = [name for name in wanted if name not in scanned]
@@ -136,7 +145,10 @@ def select_images(
             f"{dataset}: {len(missing):,} of {len(wanted):,} images are missing under {where} ({listed(missing)}); "
             f"{remedy}, or set datasets.{dataset}.build_info.missing_images to skip."
         )
-    return {name: scanned[name] for name in wanted if name in scanned}, missing
+    found = {name: scanned[name] for name in wanted if name in scanned}
+    if verify:
+        verify_images(found.values())
+    return found, missing
 
 
 def image_folders(guesses: Sequence[Path], dataset: str) -> list[Path]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lavis_cir_plugin.benchmarks.benchmark import listed, shown
-from lavis_cir_plugin.ranking import Ranking
+from lavis_cir_plugin.benchmarks.benchmark import Group, listed, shown
+from lavis_cir_plugin.ranking import Ranking, padded
 
 Row = list[Hashable]
 """The images of one query, best first, in the type in which the annotation names them."""
@@ -95,6 +96,18 @@ class Review:
         return "\n".join([self.title, *lines, *(f"{name}: {value:.2f}" for name, value in self.metrics.items())])
 
 
+def by_query(group: Group, best: Tensor, images: Sequence[Any]) -> dict[str, list[Any]]:
+    """Return each query's images, best first, by its identifier.
+
+    Args:
+        group: Of the queries.
+        best: ``(Q, k)`` gallery indices; -1 pads.
+        images: What the file calls the images of the gallery, in its order.
+    """
+    rows = ([images[index] for index in row if index >= 0] for row in best.tolist())
+    return dict(zip((query.identifier for query in group.queries), rows))
+
+
 def ranks_in(rows: Sequence[Row], targets: Sequence[Hashable], relevant: Sequence[Sequence[Hashable]] = ()) -> Ranking:
     """Return the ranks of labelled images in lists that end early.
 
@@ -106,13 +119,11 @@ def ranks_in(rows: Sequence[Row], targets: Sequence[Hashable], relevant: Sequenc
     """
     places = [{image: place for place, image in reversed(list(enumerate(row)))} for row in rows]
     ranks = torch.tensor([place.get(target, -1) for place, target in zip(places, targets)])
-    width = max(map(len, relevant), default=0)
-    labelled = [
-        [place.get(image, _NOT_LISTED + column) for column, image in enumerate(images)] + [-1] * (width - len(images))
-        for place, images in zip(places, relevant)
-    ]
-    empty = torch.empty(len(rows), 0, dtype=torch.int64)
-    return Ranking(ranks, empty, ranks, torch.tensor(labelled) if relevant else empty)
+    labelled = padded(
+        [place.get(image, _NOT_LISTED + column) for column, image in enumerate(images)]
+        for place, images in zip(places, relevant or [()] * len(rows))
+    )
+    return Ranking(ranks, ranks.new_empty(len(rows), 0), ranks, labelled)
 
 
 def gallery_beside(annotation: Path, gallery: Path | None, folders: Sequence[str], name: str) -> Path | None:

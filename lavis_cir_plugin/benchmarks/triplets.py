@@ -64,7 +64,8 @@ from lavis_cir_plugin.benchmarks.benchmark import (
     shown,
     without_missing,
 )
-from lavis_cir_plugin.benchmarks.images import image_folders, scan_tree, select_images, verify_images
+from lavis_cir_plugin.benchmarks.images import image_folders, scan_tree, select_images
+from lavis_cir_plugin.benchmarks.submissions import by_query
 from lavis_cir_plugin.benchmarks.survey import current_survey, listing
 from lavis_cir_plugin.ranking import Ranking, average_precision_at, recall_at
 
@@ -275,8 +276,7 @@ def _selection_metric(settings: TripletsConfig, split: str, has_several: bool, h
 
 
 def _submissions(rankings: Mapping[str, Ranking], group: Group) -> dict[str, Any]:
-    rows = ([group.gallery[index] for index in row if index >= 0] for row in rankings["triplets"].top[:, :TOP].tolist())
-    return {"triplets_test.json": dict(zip((query.identifier for query in group.queries), rows))}
+    return {"triplets_test.json": by_query(group, rankings["triplets"].top[:, :TOP], group.gallery)}
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -311,10 +311,9 @@ def _select(
 ) -> tuple[dict[str, Path], list[str]]:
     folder = _image_folder(settings)
     remedy = "add them (an image is named by its path below that folder with its suffix, such as shoes/a.jpg)"
-    paths, missing = select_images(names, scanned, str(folder), remedy, "triplets", settings.missing_images)
-    if settings.verify_images:
-        verify_images(paths.values())
-    return paths, missing
+    return select_images(
+        names, scanned, str(folder), remedy, "triplets", settings.missing_images, settings.verify_images
+    )
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

@@ -27,7 +27,7 @@ from lavis_cir_plugin.datasets import BenchmarkDataset, CirDataset, cache_root
 from lavis_cir_plugin.feature_cache import FeatureCache, check_tower, fingerprint
 from lavis_cir_plugin.gallery_features import DTYPES, shared_rows
 from lavis_cir_plugin.processes import gather, share, together
-from lavis_cir_plugin.ranking import Ranking, rank
+from lavis_cir_plugin.ranking import Ranking, padded, rank
 from lavis_cir_plugin.tracking import EPOCHS
 
 TOP = 50
@@ -54,6 +54,15 @@ class ComposedRetrievalTask(BaseTask):
 
     RUN_KEYS = ("feature_cache", "gallery_dtype")
 
+    def __init__(self, gallery_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.gallery_dtype = gallery_dtype
+
+    @classmethod
+    def setup_task(cls, cfg: Any, **_: Any) -> ComposedRetrievalTask:
+        """Return the task as LAVIS asks for it."""
+        return cls(DTYPES[cfg.run_cfg.get("gallery_dtype", "float32")])
+
     @staticmethod
     def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
         """Yield what is wrong with ``run.feature_cache`` and ``run.gallery_dtype``."""
@@ -72,7 +81,6 @@ class ComposedRetrievalTask(BaseTask):
         Raises:
             ValueError: If a checkpoint would be chosen on a split without public targets.
         """
-        self.gallery_dtype = DTYPES[cfg.run_cfg.get("gallery_dtype", "float32")]
         sections = cfg.datasets_cfg
         if cfg.run_cfg.get("feature_cache"):
             sections = copy.deepcopy(sections)  # the config itself is logged, and compared when a run is resumed
@@ -277,9 +285,7 @@ def rank_queries(
 
     def positions(names: Callable[[Query], Sequence[str | None]]) -> Tensor:
         width = max(len(names(query)) for query in group.queries)
-        found = [[index.get(name, -1) for name in names(query)] for query in queries]
-        padded = [row + [-1] * (width - len(row)) for row in found]
-        return torch.tensor(padded, dtype=torch.int64, device=device).reshape(len(found), width)
+        return padded(([index.get(name, -1) for name in names(query)] for query in queries), width).to(device)
 
     counts = torch.tensor([len(query.texts) for query in queries])
     if bool((counts > 1).any()):
