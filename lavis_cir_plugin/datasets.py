@@ -97,7 +97,7 @@ class CirDataset(Dataset):
 
 
 class TripletDataset(CirDataset):
-    """Training triplets: ``image``, ``text_input``, ``target`` and ``target_id``.
+    """Training triplets: ``image``, ``text_input``, ``target``, ``target_id``, perhaps ``reference_caption``.
 
     A triplet whose annotation has several texts gets one drawn by ``training_text`` each time it is read, from
     Python's global generator, which LAVIS seeds and torch seeds in each worker.
@@ -114,6 +114,7 @@ class TripletDataset(CirDataset):
         super().__init__(image_paths, vis_processor, text_processor)
         self.triplets = triplets
         self.training_text = training_text
+        self.has_reference_captions = any(triplet.reference_caption for triplet in triplets)
 
     def __len__(self) -> int:
         """Return the number of triplets."""
@@ -122,12 +123,15 @@ class TripletDataset(CirDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return one triplet in LAVIS's keys."""
         triplet = self.triplets[index]
-        return {
+        sample = {
             "image": self.load_image(triplet.reference),
             "target": self.load_image(triplet.target),
             "text_input": self.text_processor(self.training_text(triplet.captions, random)),
             "target_id": image_id(triplet.target),
         }
+        if self.has_reference_captions:
+            sample["reference_caption"] = self.text_processor(triplet.reference_caption)
+        return sample
 
 
 class BenchmarkDataset(CirDataset):

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lavis_cir_plugin.benchmarks import fashioniq
+from lavis_cir_plugin.benchmarks.benchmark import Triplet
 from lavis_cir_plugin.datasets import BenchmarkDataset, TripletDataset, image_id
 from lavis_cir_plugin.processors import TargetPadProcessor, pad_to_ratio
 
@@ -64,6 +65,17 @@ def test_the_text_of_a_triplet_is_drawn_from_pythons_generator(tmp_path, monkeyp
         texts.append([train[index]["text_input"] for index in range(len(train))])
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
+
+
+def test_a_reference_caption_goes_through_the_text_processor(tmp_path):
+    """Where the triplets have one; else there is no such key."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(path)
+    for caption, keys in (("A Shoe", {"reference_caption"}), ("", set())):
+        triplet = Triplet("a", "a", ("in red",), reference_caption=caption)
+        dataset = TripletDataset([triplet], {"a": path}, np.asarray, str.lower, lambda texts, rng: texts[0])
+        assert set(dataset[0]) - {"image", "target", "text_input", "target_id"} == keys
+        assert dataset[0].get("reference_caption") == (caption.lower() or None)
 
 
 def test_image_ids_are_stable_and_fit_a_signed_integer():

@@ -88,6 +88,27 @@ def test_training_makes_a_triplet_of_each_target(tmp_path: Path):
     assert {training_text(found[1].captions, random.Random(seed)) for seed in range(20)} == {"with laces", "laced"}
 
 
+def test_a_reference_caption_is_read_in_training_alone(tmp_path: Path):
+    captioned = [{**ONE, "reference_caption": " a shoe "}, {**SEVERAL, "reference_caption": "a boot"}]
+    config = catalogue(tmp_path, captioned)
+    assert [triplet.reference_caption for triplet in read_train(config)[0]] == ["a shoe", "a boot", "a boot"]
+    write_lines(tmp_path / "val.jsonl", [{**ONE, "reference_caption": 5}, TWO])
+    assert len(read_benchmark(config, "val").groups[0].queries) == 2
+
+
+@pytest.mark.parametrize("caption", ["", " ", 5, ["a shoe"], "\ud800"])
+def test_an_impossible_reference_caption_is_refused(tmp_path: Path, caption: Any):
+    config = catalogue(tmp_path, [{**ONE, "reference_caption": "a shoe"}, {**TWO, "reference_caption": caption}])
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 2 has reference_caption = .*must be text, not empty"):
+        read_train(config)
+
+
+def test_reference_captions_are_on_every_line_or_on_none(tmp_path: Path):
+    config = catalogue(tmp_path, [{**ONE, "reference_caption": "a shoe"}, TWO])
+    with pytest.raises(ValueError, match="line 2 has no 'reference_caption' and others have; give it on every line"):
+        read_train(config)
+
+
 def test_the_gallery_file_gives_names_and_order(tmp_path: Path):
     """The reference of the second query is not in it, but has to be there as an image."""
     config = catalogue(tmp_path, [ONE, {**TWO, "reference": "z.jpg"}])

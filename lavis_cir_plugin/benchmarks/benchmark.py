@@ -35,12 +35,15 @@ class Triplet:
         target: Name of the target image.
         captions: What ``training_text`` makes the modification text of.
         category: FashionIQ's; empty elsewhere.
+        reference_caption: What the reference shows, for losses that need it; empty where the data do not say, which
+            they do for all triplets of a data set or for none.
     """
 
     reference: str
     target: str
     captions: tuple[str, ...]
     category: str = ""
+    reference_caption: str = ""
 
 
 @dataclass(frozen=True)

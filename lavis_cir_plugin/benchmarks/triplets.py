@@ -12,19 +12,22 @@ Each line of a ``.jsonl`` file is one JSON object, in UTF-8; blank lines are ski
     {"reference": "shoes/a.jpg", "text": "the same in red", "target": "shoes/b.jpg"}
     {"reference": "shoes/a.jpg", "text": ["with laces", "laced"], "target": ["c.png", "shoes/d.jpg"], "id": "q7"}
 
-=============  ========  ===========================================================================================
-key            needed    value
-=============  ========  ===========================================================================================
-``reference``  yes       An image: its path below ``images/``, with ``/`` and the file's suffix, as the file is spelt.
-``text``       yes       The modification, or a list of wordings: training draws one of them each time, evaluation
-                         averages the features of all.
-``target``     train,    An image other than the reference, or a list of equally right ones; training makes a triplet
-               val       of each. In ``test.jsonl`` either every line has a target or none has.
-``id``         no        Text or a whole number, distinct within the file; by default the line's number. What a
-                         ranking of a test split without targets is listed by.
-``members``    no        Images, the only target among them, that R_subset@K ranks by themselves (CIRR's image sets);
-                         on every line of a file or on none. The reference does not compete.
-=============  ========  ===========================================================================================
+=====================  ========  ===================================================================================
+key                    needed    value
+=====================  ========  ===================================================================================
+``reference``          yes       An image: its path below ``images/``, with ``/`` and the file's suffix, as the file is
+                                 spelt.
+``text``               yes       The modification, or a list of wordings: training draws one of them each time,
+                                 evaluation averages the features of all.
+``target``             train,    An image other than the reference, or a list of equally right ones; training makes a
+                       val       triplet of each. In ``test.jsonl`` either every line has a target or none has.
+``id``                 no        Text or a whole number, distinct within the file; by default the line's number. What a
+                                 ranking of a test split without targets is listed by.
+``members``            no        Images, the only target among them, that R_subset@K ranks by themselves (CIRR's image
+                                 sets); on every line of a file or on none. The reference does not compete.
+``reference_caption``  no        What the reference shows, for losses that need it. Read in training alone; on every
+                                 line of ``train.jsonl`` or on none.
+=====================  ========  ===================================================================================
 
 Other keys are ignored. The gallery of ``val`` and ``test`` is ``gallery.txt``, one image per line, in its order, or
 else every image below ``images/`` in sorted order: never just the images that queries mention, which would make the
@@ -119,6 +122,7 @@ class _Record:
     targets: tuple[str, ...]
     members: tuple[str, ...]
     identifier: str
+    reference_caption: str
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -143,7 +147,11 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
     """
     settings = TripletsConfig.from_mapping(config)
     records = _read_records(settings, "train")
-    triplets = [Triplet(record.reference, target, record.texts) for record in records for target in record.targets]
+    triplets = [
+        Triplet(record.reference, target, record.texts, reference_caption=record.reference_caption)
+        for record in records
+        for target in record.targets
+    ]
     used = [name for triplet in triplets for name in (triplet.reference, triplet.target)]
     paths, _ = _select(settings, used, _scan(settings))
     return complete_triplets(triplets, paths, "triplets"), paths
@@ -359,7 +367,7 @@ def _read_records(settings: TripletsConfig, split: str) -> list[_Record]:
             raise _line_error(
                 path, record.line, f"has id = {shown(record.identifier)} like line {first[record.identifier]}"
             )
-    for key in ("targets", "members"):
+    for key in ("targets", "members", "reference_caption"):
         without = [record.line for record in records if not getattr(record, key)]
         if 0 < len(without) < len(records):
             name = key.replace("targets", "target")
@@ -393,6 +401,7 @@ def _record(text: str, path: Path, line: int, split: str) -> _Record:
         targets=targets,
         members=members,
         identifier=_identifier(item.get("id"), path, line),
+        reference_caption=_caption(item.get("reference_caption"), path, line) if split == "train" else "",
     )
 
 
@@ -401,6 +410,14 @@ def _texts(value: Any, path: Path, line: int) -> tuple[str, ...]:
     if not texts or not all(is_text(text) and text.strip() for text in texts):
         raise _line_error(path, line, f"has text = {shown(value)}; it must be text, or a list of texts, none empty")
     return tuple(text.strip() for text in texts)
+
+
+def _caption(value: Any, path: Path, line: int) -> str:
+    if value is None:
+        return ""
+    if is_text(value) and value.strip():
+        return str(value).strip()
+    raise _line_error(path, line, f"has reference_caption = {shown(value)}; it must be text, not empty")
 
 
 def _identifier(value: Any, path: Path, line: int) -> str:
