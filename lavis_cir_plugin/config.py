@@ -9,6 +9,7 @@ import difflib
 import inspect
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -130,16 +131,66 @@ def check_values(cfg: Config, command: str) -> None:
 
 
 def choose_splits(cfg: Config, command: str) -> None:
-    """Let each of our data sets build only the splits that this run reads, of those that its section names, if any.
+    """Let each data set build only the splits that this run reads, and tell several benchmarks' splits apart.
 
-    So an evaluation needs no training images, and a training run without ``valid_splits`` no validation images.
+    So an evaluation needs no training images, and a training run without ``valid_splits`` no validation images. What
+    ``datasets.<name>.splits`` holds afterwards are the names under which LAVIS's loop finds the splits:
+
+    * A split of ``run.test_splits`` that several benchmarks have becomes one of each, ``val`` becomes
+      ``[fashioniq.val, cirr.val]``: LAVIS takes one data set per split and evaluates one split after the other.
+    * ``cirr.val`` in ``run.valid_splits`` becomes ``val``: on the split of this name alone LAVIS chooses a checkpoint.
     """
-    keys = ("train_splits", "valid_splits", "test_splits") if command == "train" else ("test_splits",)
-    needed = list(dict.fromkeys(split for key in keys for split in cfg.run_cfg[key]))
+    run, offered = cfg.run_cfg, _offered_splits(cfg)
+    chosen: dict[str, list[str]] = {name: [] for name in offered}
+    if command == "train":
+        for key in ("train_splits", "valid_splits"):
+            for split in run[key]:
+                for owner in _owners(offered, split):
+                    chosen[owner].append(own_name(split))
+        run.valid_splits = [own_name(split) for split in run.valid_splits]
+    tested = []
+    for split in run.test_splits:
+        owners = _owners(offered, split)
+        tested += [f"{owner}.{split}" for owner in owners] if len(owners) > 1 else [split]
+        for owner, name in zip(owners, tested[-len(owners) :]):
+            chosen[owner].append(name)
+    run.test_splits = tested
+    for name, splits in chosen.items():
+        cfg.datasets_cfg[name].splits = list(dict.fromkeys(splits))
+
+
+def own_name(split: str) -> str:
+    """Return the name that a split has in its data set: ``val`` of ``cirr.val`` as of ``val``."""
+    return split.rpartition(".")[2]
+
+
+def _offered_splits(cfg: Config) -> dict[str, list[str]]:
+    """Return the splits that a run may read of each data set: those that its section names, or all that there are.
+
+    A task that ``evaluates_benchmarks`` trains on any data set of LAVIS and evaluates nothing else; what builders of
+    other packages build for other tasks is theirs to say, and left out.
+    """
+    offered = {}
     for name, section in cfg.datasets_cfg.items():
         builder = registry.get_builder_class(name)
-        if _is_ours(builder):
-            section.splits = [split for split in needed if split in (section.get("splits") or builder.known_splits())]
+        known = builder.known_splits() if _is_ours(builder) else ("train",)
+        if _evaluates_benchmarks(cfg.run_cfg):
+            known = known if hasattr(builder, "benchmark_module") else ("train",)
+        elif not _is_ours(builder):
+            continue
+        splits = section.get("splits")
+        offered[name] = [own_name(split) for split in (known if splits is None else splits)]
+    return offered
+
+
+def _owners(offered: Mapping[str, Sequence[str]], split: str) -> list[str]:
+    """Return the data sets that a split of ``run`` means: all that have it, or of ``cirr.val`` that one."""
+    owner, _, own = split.rpartition(".")
+    return [name for name, splits in offered.items() if own in splits and owner in ("", name)]
+
+
+def _evaluates_benchmarks(run: DictConfig) -> bool:
+    return getattr(registry.get_task_class(run.task), "evaluates_benchmarks", False)
 
 
 def _sections(merged: DictConfig) -> Iterator[str]:
@@ -335,25 +386,39 @@ def _split_values(cfg: Config, command: str) -> Iterator[str]:
     for key in keys:
         for split in cfg.run_cfg[key]:
             yield from _split_owners(cfg, key, split)
+    for own, count in Counter(own_name(split) for split in cfg.run_cfg.valid_splits).items():
+        if count > 1:
+            yield f"run.valid_splits: LAVIS validates on one {own}, got {list(cfg.run_cfg.valid_splits)}; keep one."
+    if _evaluates_benchmarks(cfg.run_cfg):
+        for name, section in cfg.datasets_cfg.items():
+            if not hasattr(registry.get_builder_class(name), "benchmark_module"):
+                yield from _training_data(f"datasets.{name}", section, command)
 
 
 def _split_owners(cfg: Config, key: str, split: str) -> Iterator[str]:
-    """A split must be built by some data set, an evaluation split by one: LAVIS evaluates no two together."""
-    sections = cfg.datasets_cfg.items()
-    if not all(_is_ours(registry.get_builder_class(name)) for name, _ in sections):
+    """A split must be built by some data set, and the one that chooses the checkpoint by one."""
+    offered = _offered_splits(cfg)
+    if len(offered) < len(cfg.datasets_cfg):
         return  # what LAVIS's own builders build is theirs to say
-    splits = {
-        name: section.get("splits") or registry.get_builder_class(name).known_splits() for name, section in sections
-    }
-    owners = [name for name, built in splits.items() if split in built]
+    owners = _owners(offered, split)
     if not owners:
-        built = "; ".join(f"datasets.{name}.splits: [{', '.join(splits[name])}]" for name in splits)
+        built = "; ".join(f"datasets.{name}.splits: [{', '.join(splits)}]" for name, splits in offered.items())
         yield f"run.{key}: {split} is built by no data set ({built})."
     if len(owners) > 1 and split != "train":
-        yield (
-            f"run.{key}: {split} is built by {' and '.join(owners)}, and LAVIS evaluates one data set per split; set "
-            f"datasets.{owners[-1]}.splits: [train]."
-        )
+        several = f"run.{key}: {split} is built by {' and '.join(owners)}, and LAVIS"
+        if not _evaluates_benchmarks(cfg.run_cfg):
+            yield f"{several} evaluates one data set per split; set datasets.{owners[-1]}.splits: [train]."
+        elif key == "valid_splits":
+            yield f"{several} chooses the best checkpoint on one of them; write [{owners[0]}.{split}], say."
+
+
+def _training_data(key: str, section: DictConfig, command: str) -> Iterator[str]:
+    """Of a data set that is no benchmark, a task of benchmarks takes the training split, with pictures as tensors."""
+    splits = section.get("splits")
+    if splits is not None and (isinstance(splits, str) or not set(splits) <= {"train"}):
+        yield f"{key}.splits: benchmarks alone are evaluated, this one can be trained on; set [train], got {splits!r}."
+    if command == "train" and (section.get("vis_processor") or {}).get("train") is None:
+        yield f"{key}.vis_processor.train is missing; name one and its image_size, such as {{name: blip_image_train}}."
 
 
 def _model_values(cfg: Config, command: str) -> Iterator[str]:
@@ -366,7 +431,8 @@ def _model_values(cfg: Config, command: str) -> Iterator[str]:
         yield str(error)
     if cfg.run_cfg.device == "cpu" and cfg.model_cfg.get("vit_precision") == "fp16":
         yield "model.vit_precision: 'fp16' needs a GPU; on a CPU set model.vit_precision: fp32."
-    if command == "evaluate" and not (cfg.model_cfg.get("pretrained") or cfg.model_cfg.get("load_finetuned")):
+    has_weights = cfg.model_cfg.get("pretrained") and not getattr(model_class, "needs_finetuned", False)
+    if command == "evaluate" and not (has_weights or cfg.model_cfg.get("load_finetuned")):
         yield (
             "lavis.evaluate would score random weights: set model.load_finetuned=true and "
             "model.finetuned=<checkpoint_best.pth of a run>."

@@ -23,11 +23,13 @@ from typing import Any
 
 import matplotlib
 import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query
 from lavis_cir_plugin.ranking import Ranking, padded
@@ -49,6 +51,8 @@ LINE_HEIGHT = 21
 LABEL_HEIGHT = 22
 FRAME = 4
 MARGIN = 32
+ATTENTION_SIDE = 160  # of a picture with a map over it
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 BLACK, GREY, LIGHT_GREY, WHITE = "#1a1a1a", "#6b6b6b", "#d4d4d4", "#ffffff"
 GREEN, ORANGE, BLUE = "#14944a", "#e67800", "#1f5fa8"
 
@@ -209,6 +213,48 @@ def _every_rank(candidates: int, members: int) -> Ranking:
     )
 
 
+def summary_table(results: Mapping[str, tuple[Benchmark, Mapping[str, Mapping[str, float]]]]) -> str:
+    """Lay out several benchmarks side by side: of each the metric that chooses its checkpoints, one line per ranking.
+
+    results: by the name of a benchmark's reports, the benchmark and its rows, as :func:`metrics_table` takes them. The
+    rankings keep the order in which they first occur; one that a benchmark lacks shows as ``-``.
+    """
+    names = list(dict.fromkeys(name for _, rows in results.values() for name in rows))
+    cells = ["", "percent", *names]
+    blocks = [[cell.ljust(max(map(len, cells))) for cell in cells]]
+    for heading, (benchmark, rows) in results.items():
+        metric = benchmark.selection_metric
+        column = [heading, metric, *(_percent(rows.get(name, {}), metric) for name in names)]
+        blocks.append([cell.rjust(max(map(len, column))) for cell in column])
+    headings, labels, *body = _bordered(blocks)
+    border = _border(blocks)
+    return "\n".join([border, headings, labels, border, *body, border])
+
+
+def write_summary(path: str | Path, results: Mapping[str, tuple[Benchmark, Mapping[str, Mapping[str, float]]]]) -> Path:
+    """Write what :func:`summary_table` shows as JSON, with each benchmark's protocol; return ``path``.
+
+    Raises:
+        OSError: the file cannot be written; an older one is then left as it was.
+    """
+    content = {
+        "unit": "percent",
+        "benchmarks": {
+            name: {
+                "protocol": benchmark.protocol,
+                "metric": benchmark.selection_metric,
+                "values": {label: _finite(row)[benchmark.selection_metric] for label, row in rows.items()},
+            }
+            for name, (benchmark, rows) in results.items()
+        },
+    }
+    return replace_file(Path(path), (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _finite(row: Mapping[str, float]) -> dict[str, float | None]:
+    return {metric: percent if math.isfinite(percent) else None for metric, percent in row.items()}
+
+
 def write_metrics(
     path: str | Path, rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark, extra: Mapping[str, Any]
 ) -> Path:
@@ -235,10 +281,7 @@ def write_metrics(
             }
             for group in benchmark.groups
         },
-        "metrics": {
-            name: {metric: percent if math.isfinite(percent) else None for metric, percent in row.items()}
-            for name, row in rows.items()
-        },
+        "metrics": {name: _finite(row) for name, row in rows.items()},
         "extra": dict(extra),
     }
     return replace_file(Path(path), (json.dumps(content, indent=2, default=str) + "\n").encode())
@@ -307,13 +350,14 @@ def contact_sheet(
             f"has {len(ranks)}; pass the ranking of this group."
         )
     columns = min(columns, top.shape[1])
-    chosen = sorted(random.Random(seed).sample(range(num_queries), min(rows, num_queries)))
+    chosen = drawn_queries(group, rows, seed)
     text_left = MARGIN + PICTURE[0] + GAP
     top_left = text_left + TEXT_WIDTH + SECTION_GAP
     answer_left = top_left + columns * (PICTURE[0] + GAP) - GAP + SECTION_GAP
     row_height = PICTURE[1] + LABEL_HEIGHT + GAP
     width = answer_left + PICTURE[0] + MARGIN
-    header = _header(benchmark, group, len(chosen), columns, seed, width)
+    colours = {GREEN: f"right answer among the first {columns}", ORANGE: "right answer ranked lower"}
+    header = _header(benchmark, group, len(chosen), seed, width, colours=colours if benchmark.has_targets else {})
     sheet = Image.new("RGB", (width, header.height + LABEL_HEIGHT + len(chosen) * row_height + MARGIN - GAP), WHITE)
     sheet.paste(header, (0, 0))
     draw = ImageDraw.Draw(sheet)
@@ -347,6 +391,93 @@ def contact_sheet(
     return replace_file(Path(path), buffer.getvalue())
 
 
+def drawn_queries(group: Group, rows: int, seed: int = 0) -> list[int]:
+    """Draw the positions of ``min(rows, Q)`` queries, by the seed alone and not by any result, in the group's order."""
+    return sorted(random.Random(seed).sample(range(len(group.queries)), min(rows, len(group.queries))))
+
+
+def attention_sheet(
+    benchmark: Benchmark,
+    group: Group,
+    pictures: Tensor,
+    maps: Tensor,
+    labels: Sequence[str],
+    path: str | Path,
+    seed: int = 0,
+) -> Path:
+    """Draw where a model looks in the reference images of some queries, as a PNG, and return ``path``.
+
+    One line per query of `drawn_queries`: the reference image as the model gets it, the modification text, and the
+    image once per map, darkened where the map is low and red where it is high. The colours of a map run from 0 to its
+    largest weight, and the label below it says how many times the average weight that is: 1.0 is an even map.
+
+    Args:
+        benchmark: For title and protocol.
+        group: Of the queries.
+        pictures: ``(R, 3, H, W)``, normalised by CLIP's mean and standard deviation, R the number of lines.
+        maps: ``(R, L, h, w)``, weights >= 0 over a grid of patches of the picture, of any scale.
+        labels: L names of the maps.
+        path: Of the PNG.
+        seed: That the queries were drawn with.
+
+    Raises:
+        ValueError: the numbers of pictures, maps and labels do not fit each other.
+        OSError: the sheet cannot be written.
+    """
+    rows = drawn_queries(group, len(pictures), seed)
+    if maps.ndim != 4 or maps.shape[:2] != (len(rows), len(labels)):
+        raise ValueError(
+            f"attention_sheet: {len(rows)} pictures and {len(labels)} labels need maps of the shape "
+            f"({len(rows)}, {len(labels)}, h, w), got {tuple(maps.shape)}."
+        )
+    text_left = MARGIN + ATTENTION_SIDE + GAP
+    map_left = text_left + TEXT_WIDTH + SECTION_GAP
+    row_height = ATTENTION_SIDE + 2 * LABEL_HEIGHT + GAP
+    width = max(map_left + len(labels) * (ATTENTION_SIDE + GAP) - GAP + MARGIN, 1000)
+    notes = ("Colours: from 0 to the largest weight of each map, whose multiple of the average weight stands below it",)
+    header = _header(benchmark, group, len(rows), seed, width, notes)
+    sheet = Image.new("RGB", (width, header.height + LABEL_HEIGHT + len(rows) * row_height + MARGIN - GAP), WHITE)
+    sheet.paste(header, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for x, title in {MARGIN: "reference", text_left: "modification text", map_left: "where the model looks"}.items():
+        draw.text((x, header.height - 4), title, GREY, _font(13))
+    for row, index in enumerate(rows):
+        y = header.height + LABEL_HEIGHT + row * row_height
+        picture = _denormalised(pictures[row])
+        sheet.paste(_as_image(picture), (MARGIN, y))
+        _draw_text(draw, (text_left, y), " / ".join(group.queries[index].texts))
+        for column, (label, weights) in enumerate(zip(labels, maps[row])):
+            x = map_left + column * (ATTENTION_SIDE + GAP)
+            sheet.paste(_as_image(_overlaid(picture, weights)), (x, y))
+            peak = f"{label}: {float(weights.max() / weights.mean()):.1f} x average"
+            draw.text((x + ATTENTION_SIDE / 2, y + ATTENTION_SIDE + 4), peak, GREY, _font(13), anchor="ma")
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return replace_file(Path(path), buffer.getvalue())
+
+
+def _denormalised(picture: Tensor) -> Tensor:
+    """Return a picture in colours from 0 to 1, ``(3, side, side)``."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return _resized((picture.float().cpu() * std + mean).clamp(0, 1))
+
+
+def _overlaid(picture: Tensor, weights: Tensor) -> Tensor:
+    """Colour a grey copy of a picture by a map over its patches: dark blue for 0, through red, to yellow."""
+    high = _resized((weights / weights.max().clamp_min(torch.finfo().tiny))[None])[0].numpy()
+    colours = torch.from_numpy(matplotlib.colormaps["inferno"](high)[..., :3]).permute(2, 0, 1).float()
+    return 0.45 * picture.mean(dim=0, keepdim=True) + 0.55 * colours
+
+
+def _resized(image: Tensor) -> Tensor:
+    size = (ATTENTION_SIDE, ATTENTION_SIDE)
+    return F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+def _as_image(picture: Tensor) -> Image.Image:
+    return Image.fromarray((picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+
+
 def _verdict(rank: int, columns: int, num_answers: int, num_shown: int) -> tuple[str, str]:
     """Say at which rank the right answer stands, or how many of several are shown, and in which colour to write it."""
     if num_answers > 1:
@@ -356,16 +487,24 @@ def _verdict(rank: int, columns: int, num_answers: int, num_shown: int) -> tuple
     return f"right answer at rank {rank + 1:,}", GREEN if rank < columns else ORANGE
 
 
-def _header(benchmark: Benchmark, group: Group, num_shown: int, columns: int, seed: int, width: int) -> Image.Image:
-    """Draw the title, the protocol, how the queries were chosen, and the meaning of the two colours."""
+def _header(
+    benchmark: Benchmark,
+    group: Group,
+    num_shown: int,
+    seed: int,
+    width: int,
+    notes: Sequence[str] = (),
+    colours: Mapping[str, str] | None = None,
+) -> Image.Image:
+    """Draw the title, the protocol, how the queries were chosen, and the meaning of colours."""
     num_queries = len(group.queries)
     choice = (
         f"all {num_queries:,} queries"
         if num_shown == num_queries
         else f"{num_shown} of {num_queries:,} queries, chosen at random with seed {seed} and not by their result"
     )
-    notes = (f"Protocol: {benchmark.protocol}", f"Shown: {choice}; gallery of {len(group.gallery):,} images")
-    lines = [line for note in notes for line in _wrap(note, 15, width - 2 * MARGIN)]
+    shown = (f"Protocol: {benchmark.protocol}", f"Shown: {choice}; gallery of {len(group.gallery):,} images")
+    lines = [line for note in (*shown, *notes) for line in _wrap(note, 15, width - 2 * MARGIN)]
     header = Image.new("RGB", (width, MARGIN + 42 + 22 * (len(lines) + 1) + 2 * GAP), WHITE)
     draw = ImageDraw.Draw(header)
     draw.text((MARGIN, MARGIN), f"{benchmark.name} {benchmark.split}: {group.name}", BLACK, _font(26))
@@ -374,8 +513,7 @@ def _header(benchmark: Benchmark, group: Group, num_shown: int, columns: int, se
         draw.text((MARGIN, y), line, GREY, _font(15))
         y += 22
     x = float(MARGIN)
-    colours = ((GREEN, f"right answer among the first {columns}"), (ORANGE, "right answer ranked lower"))
-    for colour, meaning in colours if benchmark.has_targets else ():
+    for colour, meaning in (colours or {}).items():
         draw.rectangle((x + 1, y + 3, x + 13, y + 15), outline=colour, width=3)
         draw.text((x + 22, y), meaning, BLACK, _font(15))
         x += 22 + _font(15).getlength(meaning) + 2 * GAP

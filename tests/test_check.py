@@ -62,7 +62,7 @@ def test_a_whole_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         "test     dress 2 (published: 2,024), shirt 2 (published: 2,038), toptee 2 (published: 2,056) records",
         "images   4 of 4 that are needed in FashionIQ/images/ (4 .png)",
         "training: yes",
-        "val by clip4cir, searle, covr, artemis: yes",
+        "val by clip4cir, searle, pic2word, covr, artemis: yes",
         "val by cosmo, val_split: yes",
         "test submission: yes",
     ]
@@ -82,7 +82,7 @@ def test_a_missing_gallery_image_leaves_the_smaller_gallery(tmp_path: Path, caps
     assert "training: yes" in lines
     assert "val by cosmo, val_split: yes" in lines
     assert (
-        "val by clip4cir, searle, covr, artemis: partly, 6 of 6 records have their images "
+        "val by clip4cir, searle, pic2word, covr, artemis: partly, 6 of 6 records have their images "
         "(dress 2, shirt 2, toptee 2), the gallery lacks some, needs missing_images: skip"
     ) in lines
     assert "missing images: 1 (first: D)" in lines
@@ -97,7 +97,7 @@ def test_missing_images_are_counted_as_a_run_would_leave_them_out(tmp_path: Path
     config = {"root": str(tmp_path), "missing_images": "skip"}
     assert len(fashioniq.read_train(config)[0]) == 3
     assert sum(len(group.queries) for group in fashioniq.read_benchmark(config, "val").groups) == 3
-    assert "val by clip4cir, searle, covr, artemis: partly, 3 of 6 records" in "".join(lines)
+    assert "val by clip4cir, searle, pic2word, covr, artemis: partly, 3 of 6 records" in "".join(lines)
 
 
 def test_no_images_at_all_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

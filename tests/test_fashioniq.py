@@ -92,6 +92,7 @@ def test_the_default_protocol(tmp_path: Path):
 TEXTS = {
     "and": [("is red and has sleeves",), ("is longer",)],
     "both": [("is red and has sleeves", "has sleeves and is red"), ("is longer", "is longer")],
+    "reversed": [("has sleeves and is red",), ("is longer",)],
     "two": [("is red and has sleeves",), ("has sleeves and is red",), ("is longer",), ("is longer",)],
     "each": [("is red",), ("has sleeves",), ("is longer",)],
 }
@@ -102,6 +103,7 @@ TEXTS = {
     [
         ("clip4cir", "CXAB", False, "and"),
         ("searle", "CXAB", False, "both"),
+        ("pic2word", "CXAB", False, "reversed"),
         ("covr", "CXAB", True, "and"),
         ("artemis", "CXAB", True, "two"),
         ("cosmo", "CAB", True, "two"),
@@ -181,7 +183,7 @@ def test_the_test_split_has_no_targets_and_no_metrics(tmp_path: Path):
     benchmark = read_benchmark(config, "test")
     assert [query.target for query in benchmark.groups[0].queries] == [None]
     for captions in ("two_queries", "per_caption"):
-        with pytest.raises(ValueError, match=f"captions: {captions} makes several; set it to and or both_orders_avg"):
+        with pytest.raises(ValueError, match=f"captions: {captions} makes several; set it to and, reversed or both_orders_avg"):
             read_benchmark({**config, "captions": captions}, "test")
     assert benchmark.metrics({"dress": ranking([-1])}) == {}
     with pytest.raises(ValueError, match="which test does not have"):
@@ -309,6 +311,7 @@ def naive_recall(protocol: str, records: list, split: list[str], scores: dict, k
         queries = {
             "clip4cir": [[both]],
             "searle": [[both, reverse]],
+            "pic2word": [[reverse]],
             "covr": [[both]],
             "artemis": [[both], [reverse]],
             "cosmo": [[both], [reverse]],
@@ -316,7 +319,7 @@ def naive_recall(protocol: str, records: list, split: list[str], scores: dict, k
         }[protocol]
         for query in queries:
             gallery = [name for name in split if protocol not in ("cosmo", "val_split") or name in used]
-            if protocol not in ("clip4cir", "searle"):
+            if protocol not in ("clip4cir", "searle", "pic2word"):
                 gallery.remove(record["candidate"])
             total = {name: sum(scores[record["candidate"], text][name] for text in query) for name in gallery}
             best = sorted(gallery, key=lambda name: (-total[name], gallery.index(name)))
@@ -324,7 +327,7 @@ def naive_recall(protocol: str, records: list, split: list[str], scores: dict, k
     return hits
 
 
-@pytest.mark.parametrize("protocol", ["clip4cir", "searle", "covr", "artemis", "cosmo", "val_split"])
+@pytest.mark.parametrize("protocol", ["clip4cir", "searle", "pic2word", "covr", "artemis", "cosmo", "val_split"])
 @settings(max_examples=12, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_a_protocol_equals_its_naive_implementation(

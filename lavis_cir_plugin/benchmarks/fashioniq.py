@@ -8,6 +8,7 @@ from, and sets four keys, each of which may also be set by itself; a benchmark's
 ============= ========= ========= ================= ============ ======= ==========================================
 ``clip4cir``  original  kept      and               per_category   6,016 CLIP4Cir, SPRC, Bi-Blip4CIR, MagicLens
 ``searle``    original  kept      both_orders_avg   per_category   6,016 SEARLE, LinCIR
+``pic2word``  original  kept      reversed          per_category   6,016 Pic2Word, TSCIR
 ``covr``      original  removed   and               per_category   6,016 CoVR, DQU-CIR
 ``artemis``   original  removed   two_queries       per_query     12,032 ARTEMIS
 ``cosmo``     val       removed   two_queries       per_category  12,032 CosMo's paper (its code: gallery original)
@@ -16,7 +17,7 @@ from, and sets four keys, each of which may also be set by itself; a benchmark's
 
 The numbers of queries are those of the split val with all three categories; 3 of its 12,032 captions are empty. The
 ``original`` galleries hold 3,817, 6,346 and 5,373 images, the ``val`` ones 2,628, 3,089 and 2,902. DQU-CIR's other
-table is ``covr`` with ``gallery: val``; Pic2Word, which puts the second caption first, is not offered.
+table is ``covr`` with ``gallery: val``.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ _ROOT_NAMES = ("fashionIQ_dataset", "FashionIQ", "fashion-iq", "fashioniq", "fas
 _IMAGE_FOLDERS = ("images", "resized_images", "resized_image", "image_data")
 _CAPTION_MODES = {
     "and": "captions 'a and b'",
+    "reversed": "captions 'b and a'",
     "both_orders_avg": "features of 'a and b' and 'b and a' averaged",
     "two_queries": "two queries per triplet ('a and b', 'b and a')",
     "per_caption": "one query per caption",
@@ -81,6 +83,7 @@ _PROTOCOL_KEYS = ("gallery", "reference", "captions", "average")
 PROTOCOLS = {
     "clip4cir": ("original", "kept", "and", "per_category"),
     "searle": ("original", "kept", "both_orders_avg", "per_category"),
+    "pic2word": ("original", "kept", "reversed", "per_category"),
     "covr": ("original", "removed", "and", "per_category"),
     "artemis": ("original", "removed", "two_queries", "per_query"),
     "cosmo": ("val", "removed", "two_queries", "per_category"),
@@ -111,9 +114,9 @@ class FashionIQConfig:
         gallery: ``original``: the whole split file. ``val``: only the images that occur in a query of the split (the
             "VAL split", smaller and easier).
         reference: ``kept`` in the gallery or ``removed`` from its own ranking.
-        captions: Evaluation text. ``and``: one query 'a and b'. ``both_orders_avg``: one query, the features of both
-            orders averaged (SEARLE). ``two_queries``: one query per order (CosMo, ARTEMIS). ``per_caption``: one query
-            per non-empty caption (VAL).
+        captions: Evaluation text. ``and``: one query 'a and b'. ``reversed``: one query 'b and a' (Pic2Word).
+            ``both_orders_avg``: one query, the features of both orders averaged (SEARLE). ``two_queries``: one query
+            per order (CosMo, ARTEMIS). ``per_caption``: one query per non-empty caption (VAL).
         average: ``per_category``: ``R@10``, ``R@50`` and ``mean`` are unweighted means over the categories.
             ``per_query``: besides these, ``query_R@10``, ``query_R@50`` and ``query_mean`` weight each category by its
             number of queries (ARTEMIS).
@@ -218,7 +221,7 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
     if split == "test" and settings.captions in ("two_queries", "per_caption"):
         raise ValueError(
             "the test split gives one ranking per record to submit, and datasets.fashioniq.build_info.captions: "
-            f"{settings.captions} makes several; set it to and or both_orders_avg."
+            f"{settings.captions} makes several; set it to and, reversed or both_orders_avg."
         )
     is_removed = settings.reference == "removed"
     categories = _read_split(settings, split)
@@ -276,7 +279,7 @@ def _query_texts(captions: tuple[str, ...], mode: str) -> list[tuple[str, ...]]:
     forward, backward = " and ".join(texts), " and ".join(reversed(texts))
     if mode == "two_queries":
         return [(forward,), (backward,)]
-    return [(forward, backward)] if mode == "both_orders_avg" else [(forward,)]
+    return [{"and": (forward,), "reversed": (backward,), "both_orders_avg": (forward, backward)}[mode]]
 
 
 def _queries(category: _Category, settings: FashionIQConfig) -> tuple[Query, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +17,16 @@ from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
 from lavis.tasks.base_task import BaseTask
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from lavis_cir_plugin import report
-from lavis_cir_plugin.benchmarks.benchmark import Group, Query
-from lavis_cir_plugin.datasets import BenchmarkDataset, CirDataset, cache_root
+from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query
+from lavis_cir_plugin.benchmarks.images import open_rgb
+from lavis_cir_plugin.config import own_name
+from lavis_cir_plugin.datasets import BenchmarkDataset, CirDataset, TripletDataset, cache_root
 from lavis_cir_plugin.feature_cache import FeatureCache, check_tower, fingerprint
 from lavis_cir_plugin.gallery_features import DTYPES, shared_rows
 from lavis_cir_plugin.processes import gather, share, together
@@ -33,7 +36,10 @@ from lavis_cir_plugin.tracking import EPOCHS
 TOP = 50
 """How many images per query a submission and a contact sheet can show."""
 GALLERY_FILE = "gallery_features.tmp"
-TRAINED, IMAGE_ONLY, TEXT_ONLY, RANDOM = "trained model", "image only", "text only", "random (expected)"
+ATTENTION_ROWS = 6
+"""Queries per group on a picture of attention."""
+TRAINED, RANDOM = "trained model", "random (expected)"
+BASELINES = {"image": "image only", "text": "text only"}
 
 
 @registry.register_task("composed_retrieval")
@@ -42,9 +48,21 @@ class ComposedRetrievalTask(BaseTask):
 
     Works with any model that offers ``encode_query(samples, mode)`` and ``encode_target(image)`` as ``blip2_cir`` does.
     The gallery and the queries are shared out over the processes with exact counts; every process ends with the whole
-    ranking. The final evaluation (after training, and in an evaluation run) writes to ``<run>/<split>/``: the test
-    server's files where the targets are not public, elsewhere ``metrics.json`` with, for comparison, the rankings by
-    the image alone, by the text alone and at random; contact sheets; after training also the training curve.
+    ranking. The final evaluation (after training, and in an evaluation run) writes to ``<run>/<split>/``, or with
+    several benchmarks in ``run.test_splits`` to ``<run>/<benchmark>_<split>/``: the test server's files where the
+    targets are not public, elsewhere ``metrics.json`` with, for comparison, the rankings by the image alone, by the
+    text alone and at random; contact sheets; after training also the training curve. ``<run>/summary.json`` sets
+    several benchmarks side by side.
+
+    What else a model may offer:
+
+    * ``row_label``: what to call it in the tables, in place of "trained model".
+    * ``baselines``: the modes of ``encode_query`` to compare it with, and what to call them; ``image`` and ``text``
+      where it says nothing.
+    * ``attention_maps(samples)``, ``(B, maps, height, width)``: where it looks in the reference images, drawn beside
+      the contact sheets; ``attention_labels``, one name per map.
+
+    Other data sets of LAVIS (captions, say) can be trained on; benchmarks alone are evaluated.
 
     * ``run.feature_cache`` (``false``, ``true`` or a folder) runs a frozen image tower once per picture, for any model
       that is a :class:`~lavis_cir_plugin.feature_cache.HasImageTower`.
@@ -53,15 +71,21 @@ class ComposedRetrievalTask(BaseTask):
     """
 
     RUN_KEYS = ("feature_cache", "gallery_dtype")
+    evaluates_benchmarks = True
+    """Each by itself, and nothing else: see :func:`~lavis_cir_plugin.config.choose_splits`."""
 
-    def __init__(self, gallery_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, gallery_dtype: torch.dtype = torch.float32, test_splits: Sequence[str] = ()) -> None:
         super().__init__()
         self.gallery_dtype = gallery_dtype
+        self.test_splits = test_splits
+        self.validation_metric: str | None = None  # on `val`
+        self.results: dict[str, tuple[Benchmark, Mapping[str, Mapping[str, float]]]] = {}
 
     @classmethod
     def setup_task(cls, cfg: Any, **_: Any) -> ComposedRetrievalTask:
         """Return the task as LAVIS asks for it."""
-        return cls(DTYPES[cfg.run_cfg.get("gallery_dtype", "float32")])
+        run = cfg.run_cfg
+        return cls(DTYPES[run.get("gallery_dtype", "float32")], tuple(run.get("test_splits", ())))
 
     @staticmethod
     def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
@@ -76,29 +100,43 @@ class ComposedRetrievalTask(BaseTask):
             yield f"run.feature_cache: {where} is a file; name a folder."
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
-        """Build LAVIS's way; pictures whose features will be cached are not preloaded.
+        """Build what each section's ``splits`` name, LAVIS's way; pictures whose features will be cached stay unread.
+
+        Returns:
+            Data sets by name and split, where a split is called as its section calls it (``val`` or ``cirr.val``).
 
         Raises:
-            ValueError: If a checkpoint would be chosen on a split without public targets.
+            ValueError: If a checkpoint would be chosen on a split without public targets, or if triplets and other
+                training data are mixed.
         """
-        sections = cfg.datasets_cfg
-        if cfg.run_cfg.get("feature_cache"):
-            sections = copy.deepcopy(sections)  # the config itself is logged, and compared when a run is resumed
-            for name, section in sections.items():
-                if section.get("preload"):
-                    logging.info(
-                        "datasets.%s.preload has no effect: run.feature_cache keeps the features instead", name
-                    )
-                    section.preload = False
-        datasets = super().build_datasets(SimpleNamespace(datasets_cfg=sections))
+        sections = copy.deepcopy(cfg.datasets_cfg)  # the config itself is logged, and compared when a run is resumed
+        wanted = {name: section.get("splits") for name, section in sections.items()}
+        for name, section in list(sections.items()):
+            if cfg.run_cfg.get("feature_cache") and section.get("preload"):
+                logging.info("datasets.%s.preload has no effect: run.feature_cache keeps the features instead", name)
+                section.preload = False
+            if wanted[name] is not None:
+                _keep_splits(section, {own_name(split) for split in wanted[name]})
+            if wanted[name] == []:
+                del sections[name]
+        built = super().build_datasets(SimpleNamespace(datasets_cfg=sections))
+        datasets = {
+            name: splits if wanted[name] is None else {split: splits[own_name(split)] for split in wanted[name]}
+            for name, splits in built.items()
+        }
+        _check_training_data({name: splits["train"] for name, splits in datasets.items() if "train" in splits})
         for splits in datasets.values():
             for split in cfg.run_cfg.get("valid_splits", []):
                 dataset = splits.get(split)
-                if isinstance(dataset, BenchmarkDataset) and not dataset.benchmark.has_targets:
+                if not isinstance(dataset, BenchmarkDataset):
+                    continue
+                if not dataset.benchmark.has_targets:
                     raise ValueError(
                         f"run.valid_splits: {dataset.benchmark.name} {split} has no public targets, so no checkpoint "
                         "can be chosen by it; validate on val, and name it in run.test_splits for a submission."
                     )
+                if split == "val":
+                    self.validation_metric = dataset.benchmark.selection_metric
         return datasets
 
     def cache_features(self, model: nn.Module, datasets: Mapping[str, Mapping[str, Any]], cfg: Any) -> None:
@@ -122,6 +160,7 @@ class ComposedRetrievalTask(BaseTask):
         for name, splits in datasets.items():
             for split, dataset in splits.items():
                 if not isinstance(dataset, CirDataset):
+                    logging.warning("run.feature_cache: datasets.%s is not ours; its pictures are not cached", name)
                     continue
                 if not dataset.is_deterministic:
                     key = f"datasets.{name}.vis_processor.{'train' if split == 'train' else 'eval'}"
@@ -162,20 +201,72 @@ class ComposedRetrievalTask(BaseTask):
         )
         logging.info("%s: %s", benchmark.protocol, values)
         if epoch == "best":
-            rows = {}
-            if benchmark.has_targets:
-                rows = {
-                    TRAINED: metrics,
-                    IMAGE_ONLY: benchmark.metrics(val_result.rankings("image")),
-                    TEXT_ONLY: benchmark.metrics(val_result.rankings("text")),
-                    RANDOM: report.expected_random(benchmark),
-                }
-            if is_main_process():
-                run = Path(registry.get_path("output_dir"))
-                write_report(run, val_result.dataset, rows, rankings, {"gallery_dtype": str(self.gallery_dtype)})
+            self._report(val_result, split_name, metrics, rankings)
         if not benchmark.has_targets:
             return {}
         return {**metrics, "agg_metrics": metrics[benchmark.selection_metric]}
+
+    def _report(
+        self, evaluation: Evaluation, split: str, metrics: Mapping[str, float], rankings: Mapping[str, Ranking]
+    ) -> None:
+        """Write and print what the final evaluation of a split gave, and after the last one the summary of all."""
+        benchmark, model = evaluation.dataset.benchmark, evaluation.model
+        rows: dict[str, Mapping[str, float]] = {}
+        if benchmark.has_targets:
+            rows[getattr(model, "row_label", TRAINED)] = metrics
+            for mode, label in getattr(model, "baselines", BASELINES).items():
+                rows[label] = benchmark.metrics(evaluation.rankings(mode))
+            rows[RANDOM] = report.expected_random(benchmark)
+            self.results[folder_name(split)] = benchmark, rows
+        if not is_main_process():
+            return
+        run = Path(registry.get_path("output_dir"))
+        folder = run / folder_name(split)
+        written = write_report(folder, benchmark, rows, rankings, {"gallery_dtype": str(self.gallery_dtype)})
+        if hasattr(model, "attention_maps"):
+            written += evaluation.draw_attention(folder)
+        print(report.metrics_table(rows, benchmark))
+        if split in self.test_splits[-1:] or not self.test_splits:
+            written += self._report_run(run, self.validation_metric or benchmark.selection_metric)
+        print(f"\nWritten to {run}:\n  " + "\n  ".join(str(path.relative_to(run)) for path in written))
+
+    def _report_run(self, run: Path, curve_metric: str) -> list[Path]:
+        """Write and print what belongs to all benchmarks of a run; return the files, with the checkpoints."""
+        written = []
+        if len(self.results) > 1:
+            print("\n" + report.summary_table(self.results))
+            written.append(report.write_summary(run / "summary.json", self.results))
+        if (run / EPOCHS).is_file():  # not in an evaluation run
+            try:
+                written.append(report.training_curve(run, run / "training_curve.png", curve_metric))
+            except ValueError as error:
+                logging.warning("no training curve: %s", error)
+        return written + sorted(run.glob("checkpoint_*.pth"))
+
+
+def folder_name(split: str) -> str:
+    """Return the folder in a run's that a split's reports go to: ``val`` of ``val``, ``cirr_val`` of ``cirr.val``."""
+    return split.replace(".", "_")
+
+
+def _keep_splits(section: Any, splits: Collection[str]) -> None:
+    """Let a builder build these splits alone; LAVIS's own build whatever has an annotation."""
+    section.splits = list(splits)
+    annotations = (section.get("build_info") or {}).get("annotations")
+    if isinstance(annotations, DictConfig):
+        for name in set(annotations) - set(splits):
+            del annotations[name]
+
+
+def _check_training_data(datasets: Mapping[str, Any]) -> None:
+    """Refuse triplets mixed with other samples: of a mixed batch LAVIS keeps the keys that all samples have."""
+    triplets = [name for name, dataset in datasets.items() if isinstance(dataset, TripletDataset)]
+    others = [name for name in datasets if name not in triplets]
+    if triplets and others:
+        raise ValueError(
+            f"run.train_splits: the triplets of {', '.join(triplets)} and the samples of {', '.join(others)} cannot "
+            f"share a batch; train on one kind (datasets.{others[0]}.splits: [], or [val] for a benchmark)."
+        )
 
 
 @dataclass
@@ -195,7 +286,7 @@ class Evaluation:
         return dataset
 
     def rankings(self, mode: str = "multimodal", top_k: int = 0) -> dict[str, Ranking]:
-        """Return each group's ranking by queries of ``mode`` (``multimodal``, ``image`` or ``text``)."""
+        """Return each group's ranking by queries of ``mode``: ``multimodal``, ``text`` or what else the model has."""
         if self.gallery is None:
             self.gallery = self._encode_gallery()
         groups = self.dataset.benchmark.groups
@@ -204,6 +295,21 @@ class Evaluation:
             own = self._own_rankings(mode, self.gallery, top_k)
         everybody = gather(own)
         return {group.name: joined([part[group.name] for part in everybody if group.name in part]) for group in groups}
+
+    def draw_attention(self, folder: Path) -> list[Path]:
+        """Draw where the model looks in the references of some queries of each group, and return the files."""
+        processors = self.dataset.vis_processor, self.dataset.text_processor
+        written = []
+        for group in self.dataset.benchmark.groups:
+            queries = [group.queries[index] for index in report.drawn_queries(group, ATTENTION_ROWS)]
+            paths = [self.dataset.image_paths[query.reference] for query in queries]
+            pictures = torch.stack([processors[0](open_rgb(path)) for path in paths])  # also where features are cached
+            samples = {"image": pictures, "text_input": [processors[1](query.texts[0]) for query in queries]}
+            maps = self.model.attention_maps(prepare_sample(samples, self.cuda_enabled)).float().cpu()
+            labels = getattr(self.model, "attention_labels", [f"map {number + 1}" for number in range(maps.shape[1])])
+            sheet = folder / f"attention_{group.name}.png"
+            written.append(report.attention_sheet(self.dataset.benchmark, group, pictures, maps, labels, sheet))
+        return written
 
     def _own_rankings(self, mode: str, gallery: Tensor, top_k: int) -> dict[str, Ranking]:
         """Rank this process's share of each group's queries; a group without any is left out."""
@@ -309,22 +415,21 @@ def joined(rankings: Sequence[Ranking]) -> Ranking:
 
 
 def write_report(
-    run: Path,
-    dataset: BenchmarkDataset,
+    folder: Path,
+    benchmark: Benchmark,
     rows: Mapping[str, Mapping[str, float]],
     rankings: Mapping[str, Ranking],
     extra: Mapping[str, Any],
-) -> None:
-    """Write what the final evaluation of a split gave to ``<run>/<split>/``, print the table and say what is where.
+) -> list[Path]:
+    """Write what the final evaluation of a split gave and return the files.
 
     Args:
-        run: The run's folder.
-        dataset: Of the split.
+        folder: Of the split's reports.
+        benchmark: The split.
         rows: Metrics per way of ranking; none where the targets are not public, and then the submissions are written.
         rankings: Of the trained model, by group.
         extra: What else ``metrics.json`` shall say.
     """
-    benchmark, folder = dataset.benchmark, run / dataset.benchmark.split
     written = []
     if rows:
         written.append(report.write_metrics(folder / "metrics.json", rows, benchmark, extra))
@@ -334,11 +439,4 @@ def write_report(
     for group in benchmark.groups:
         sheet = folder / f"contact_sheet_{group.name}.png"
         written.append(report.contact_sheet(benchmark, group, rankings[group.name], sheet))
-    if (run / EPOCHS).is_file():  # not in an evaluation run
-        try:
-            written.append(report.training_curve(run, run / "training_curve.png", benchmark.selection_metric))
-        except ValueError as error:
-            logging.warning("no training curve: %s", error)
-    written += sorted(run.glob("checkpoint_*.pth"))
-    print(report.metrics_table(rows, benchmark))
-    print(f"\nWritten to {run}:\n  " + "\n  ".join(str(path.relative_to(run)) for path in written))
+    return written
