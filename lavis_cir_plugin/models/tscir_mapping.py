@@ -1,0 +1,298 @@
+"""TSCIR's stage I: an image becomes a word of CLIP's text tower, and the word keeps looking at the image."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
+from lavis.common.registry import registry
+from torch import Tensor, nn
+
+from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
+from lavis_cir_plugin.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.losses import soft_text_alignment_loss, symmetric_contrastive_loss
+from lavis_cir_plugin.models.clip_cir import ClipCir, check_choice, check_whole
+from lavis_cir_plugin.open_clip_towers import PSEUDO_WORD, Edit
+from lavis_cir_plugin.pseudo_word import MappingNetwork, VisualInjection
+
+PLAIN_SENTENCE = f"a photo of {PSEUDO_WORD}"
+"""The sentence that says no more than the image."""
+
+
+@registry.register_model("tscir_mapping")
+class TscirMapping(ClipCir):
+    r"""Maps an image to a pseudo-word; a sentence with it, read by CLIP's text tower, is a zero-shot query.
+
+    The mapping network turns the image feature into a word :math:`s_0`, which takes the place of ``*`` in a sentence;
+    after each of ``injection_blocks`` an injection adds to the word's hidden state what it finds in the patches
+    (:mod:`~lavis_cir_plugin.pseudo_word`). Training sees image-caption pairs. With views v' (weak augmentation, makes
+    the word) and v of each image, t the feature of "a photo of *" and c that of the caption, all of unit length:
+
+    .. math:: L = 1\cdot L_\mathrm{con}(v, t) + 1\cdot L_\mathrm{con}(v', t) + 0.2\,L_\mathrm{sta}(c, t, v)
+
+    are the losses ``con``, ``weak`` and ``sta`` of ``loss_weights``. Both CLIP towers stay as loaded, in eval mode.
+    Pictures ``(B, 3, H, W)`` are both views at once; ``(B, 2, 3, H, W)``, from the processor ``clip_two_views``, hold
+    v' and v.
+
+    Pic2Word (arXiv 2302.03084) is the special case ``injection_blocks: []``, ``loss_weights: {weak: 0, sta: 0}`` on
+    single views. SEARLE's two orders of FashionIQ's captions are the data set's ``captions: both_orders_avg``.
+
+    Args:
+        clip_model, pretrained, image_size, tokenizer, pixels: As of ``clip_cir``; CLIP's weights.
+        template: A query's sentence: ``*`` is the image and ``{}`` the modification text.
+        hidden_width: Of the mapping network.
+        dropout: In the mapping network, >= 0 and < 1.
+        injection_blocks: Text blocks, from 0, after which there is an injection. The published [3, 7, 9, 11] count
+            twelve blocks from 0, and after the last one an injection is without effect: the sentence is read at another
+            position, which no further block lets see the word. So it is left out, and refused.
+        injection_width, injection_heads, injection_layers: Of each injection.
+        temperature: Divides all scores in training; fixed, > 0.
+        loss_weights: Weights >= 0 by name, merged over the defaults; a loss of weight 0 is not computed.
+
+    Source: TSCIR (arXiv 2504.17990), stage I.
+
+    Raises:
+        ValueError: If a choice is unknown or impossible, with what is allowed.
+    """
+
+    baselines: Mapping[str, str] = {"image": "image only", "text": "text only", "sum": "image + text"}
+    DEFAULT_LOSS_WEIGHTS: Mapping[str, float] = {"con": 1.0, "weak": 1.0, "sta": 0.2}
+
+    def __init__(
+        self,
+        *,
+        clip_model: str = "ViT-L-14-quickgelu",
+        pretrained: str | None = None,
+        image_size: int | None = None,
+        tokenizer: str | None = None,
+        pixels: str = "auto",
+        template: str = "a photo of * that {}",
+        hidden_width: int = 512,
+        dropout: float = 0.1,
+        injection_blocks: Sequence[int] = (3, 7, 9),
+        injection_width: int = 128,
+        injection_heads: int = 8,
+        injection_layers: int = 2,
+        temperature: float = 0.07,
+        loss_weights: Mapping[str, float] | None = None,
+    ) -> None:
+        super(ClipCir, self).__init__()
+        self._build_towers(clip_model, pretrained, image_size, tokenizer, pixels, with_patches=bool(injection_blocks))
+        self.template, self.temperature = template, float(temperature)
+        self.loss_weights = {**self.DEFAULT_LOSS_WEIGHTS, **dict(loss_weights or {})}
+        self.injection_blocks = check_blocks("injection_blocks", injection_blocks, len(self.text_tower.blocks) - 1)
+        features, words = self.image_tower.width, self.text_tower.width
+        self.mapping = MappingNetwork(features, words, hidden_width, dropout, with_patches=bool(self.injection_blocks))
+        # By the block's number, so that a checkpoint with other blocks cannot be loaded by mistake.
+        self.injections = nn.ModuleDict(
+            {
+                str(block): VisualInjection(words, features, injection_width, injection_heads, injection_layers)
+                for block in self.injection_blocks
+            }
+        )
+        self.register_buffer("clip_fingerprint", weights_fingerprint(self.image_tower, self.text_tower))
+        self._freeze(image=True, text=True)
+
+    @classmethod
+    def check_config(cls, cfg: Mapping[str, Any]) -> None:
+        """Check a ``model`` section without building anything.
+
+        Raises:
+            ValueError: The first unknown or impossible value, and what is allowed.
+        """
+        super().check_config(cfg)
+        values = cls._values(cfg)
+        template = values["template"]
+        if not isinstance(template, str) or template.count(PSEUDO_WORD) != 1 or template.count("{}") != 1:
+            raise ValueError(
+                f"model.template must hold one {PSEUDO_WORD} for the image and one {{}} for the text, such as 'a photo "
+                f"of {PSEUDO_WORD} that {{}}', got {template!r}."
+            )
+        for key in ("hidden_width", "injection_width", "injection_heads", "injection_layers"):
+            check_whole(key, values[key])
+        if values["injection_width"] % values["injection_heads"]:
+            raise ValueError(
+                f"model.injection_heads: {values['injection_heads']} does not divide model.injection_width: "
+                f"{values['injection_width']}."
+            )
+        if not _is_number(values["dropout"]) or not 0 <= values["dropout"] < 1:
+            raise ValueError(f"model.dropout must be a number >= 0 and < 1, got {values['dropout']!r}.")
+        if not _is_number(values["temperature"]) or not values["temperature"] > 0:
+            raise ValueError(f"model.temperature must be a number > 0, got {values['temperature']!r}.")
+        blocks = int(open_clip_blocks(values["clip_model"]))
+        check_blocks("injection_blocks", values["injection_blocks"], blocks - 1)
+        cls._check_loss_weights(values["loss_weights"])
+
+    @classmethod
+    def _check_loss_weights(cls, weights: Any) -> None:
+        if weights is not None and not isinstance(weights, Mapping):
+            raise ValueError(f"model.loss_weights must be a mapping such as {{sta: 0.2}}, got {weights!r}.")
+        for name, weight in (weights or {}).items():
+            if name not in cls.DEFAULT_LOSS_WEIGHTS:
+                raise ValueError(
+                    f"model.loss_weights.{name} is no loss of this model{did_you_mean(name, cls.DEFAULT_LOSS_WEIGHTS)}"
+                )
+            if not _is_number(weight) or weight < 0:
+                raise ValueError(f"model.loss_weights.{name} must be a number >= 0, got {weight!r}.")
+        if not any({**cls.DEFAULT_LOSS_WEIGHTS, **(weights or {})}.values()):
+            raise ValueError("model.loss_weights are all 0, so that nothing would be trained.")
+
+    def load_checkpoint(self, url_or_filename: str) -> None:
+        """Load a checkpoint of this model; CLIP's own weights are left out of such a file and must be the same.
+
+        Raises:
+            ValueError: If it does not match, or was trained with other weights of CLIP.
+        """
+        self._load(read_state(url_or_filename), url_or_filename)
+
+    def _load(self, state: dict[str, Tensor], source: str, fresh: tuple[str, ...] = ()) -> None:
+        """Load all but the towers; ``fresh`` may be missing."""
+        theirs = state.get("clip_fingerprint")
+        if theirs is None:
+            raise ValueError(
+                f"checkpoint {source} was not trained by a model of TSCIR: it does not say on which weights of CLIP."
+            )
+        own = self.state_dict()
+        # load_strictly takes buffers for constants; some of these are weights.
+        needed = [name for name in own if not name.startswith(("image_tower.", "text_tower.", *fresh))]
+        missing = [name for name in needed if name not in state]
+        if missing:
+            raise ValueError(
+                f"checkpoint {source}: {len(missing)} missing keys (first: {missing[0]}). It belongs to another model "
+                "or stage: check model.arch and model.injection_blocks against it."
+            )
+        if not torch.equal(theirs.cpu(), own["clip_fingerprint"].cpu()):
+            raise ValueError(
+                f"checkpoint {source} was trained on other weights of CLIP than model.clip_model and model.pretrained "
+                "name; set both as for its training."
+            )
+        load_strictly(self, state, source, fresh=fresh, may_lack=("image_tower.", "text_tower."))
+
+    def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the training losses of a batch of image-caption pairs.
+
+        Args:
+            samples: ``image`` ``(B, 3, H, W)``, ``(B, 2, 3, H, W)`` (views v' and v) or features ``(B, 1 + P, D)``;
+                ``text_input``, B captions; optionally ``image_id`` ``(B,)``, equal for the same image.
+
+        Returns:
+            ``loss``, the weighted sum, and ``loss_<name>`` of each.
+        """
+        weak, view = self._two_views(samples["image"])
+        ids = samples.get("image_id")
+        ids = ids if isinstance(ids, Tensor) else None
+        sentence = self._read([PLAIN_SENTENCE] * len(weak), weak)
+        images, weak_images = (F.normalize(tokens[:, 0].float(), dim=-1) for tokens in (view, weak))
+        losses: dict[str, Callable[[], Tensor]] = {
+            "con": lambda: symmetric_contrastive_loss(images, sentence, self.temperature, ids),
+            "weak": lambda: symmetric_contrastive_loss(weak_images, sentence, self.temperature, ids),
+            "sta": lambda: soft_text_alignment_loss(
+                self._unit_text(samples["text_input"]), sentence, images, self.temperature
+            ),
+        }
+        return self._weighted(losses)
+
+    def _weighted(self, losses: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
+        found = {name: losses[name]() for name, weight in self.loss_weights.items() if weight}
+        total = torch.stack([self.loss_weights[name] * loss for name, loss in found.items()]).sum()
+        return {"loss": total, **{f"loss_{name}": loss for name, loss in found.items()}}
+
+    def _two_views(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens of v' and v; the tower runs once, over both."""
+        if image.ndim != 5:
+            tokens = self._tokens(image)
+            return tokens, tokens
+        weak, view = self._tokens(image.transpose(0, 1).flatten(0, 1)).chunk(2)
+        return weak, view
+
+    @torch.no_grad()
+    def encode_query(self, samples: Mapping[str, Any], mode: str = "multimodal") -> Tensor:
+        """Return unit-length query vectors ``(B, D)``.
+
+        Args:
+            samples: ``image`` and ``text_input``, each only where the mode needs it.
+            mode: ``multimodal`` (the composed sentence), or plain CLIP: ``image``, ``text``, ``sum`` of both.
+
+        Raises:
+            ValueError: If the mode is unknown.
+        """
+        check_choice("mode", mode, ("multimodal", *self.baselines))
+        if mode in ("image", "text", "sum"):
+            return super().encode_query(samples, "multimodal" if mode == "sum" else mode)
+        return self._read(self._sentences(samples["text_input"]), self._tokens(samples["image"]))
+
+    @torch.no_grad()
+    def attention_maps(self, samples: Mapping[str, Any]) -> Tensor:
+        """Return where each injection looks for a query: ``(B, injections, grid, grid)``, each map sums to 1.
+
+        The mean over heads of the last layer's attention.
+        """
+        looked: list[Tensor] = []
+        self._read(self._sentences(samples["text_input"]), self._tokens(samples["image"]), looked)
+        grid = self.image_tower.grid
+        return torch.stack(looked, dim=1).unflatten(2, (grid, grid))
+
+    def _sentences(self, texts: Sequence[str]) -> list[str]:
+        before, after = self.template.split("{}")
+        return [f"{before}{text}{after}" for text in texts]
+
+    def _read(self, sentences: Sequence[str], tokens: Tensor, looked: list[Tensor] | None = None) -> Tensor:
+        """Return the unit-length features ``(B, D)`` of sentences about images, given by their tokens."""
+        word, patches = self.mapping(tokens)
+        edits = self._edits(patches, looked if looked is not None else [])
+        features = self.text_tower.compose(self.text_tower.tokenize(sentences), word, edits)
+        return F.normalize(features.float(), dim=-1)
+
+    def _edits(self, patches: Tensor | None, looked: list[Tensor]) -> list[tuple[int, Edit]]:
+        """Return what is done to hidden states after which block; each injection's attention goes to ``looked``."""
+
+        def inject(injection: nn.Module) -> Edit:
+            def edit(hidden: Tensor, place: Tensor, read: Tensor) -> Tensor:
+                changed, weights = injection(hidden, place, read, patches)
+                looked.append(weights)
+                return changed  # type: ignore[no-any-return]
+
+            return edit
+
+        return [(int(block), inject(injection)) for block, injection in self.injections.items()]
+
+
+def weights_fingerprint(*modules: nn.Module) -> Tensor:
+    """Return 16 bytes that depend on names and values of all parameters, on any device and in any order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for number, module in enumerate(modules):
+        for name, weight in sorted(module.named_parameters()):
+            digest.update(f"{number} {name} {tuple(weight.shape)}".encode())
+            digest.update(np.ascontiguousarray(weight.detach().float().cpu().numpy()).tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def open_clip_blocks(clip_model: str) -> int:
+    """Return how many blocks the text tower of a model has."""
+    import open_clip
+
+    return int(open_clip.get_model_config(clip_model)["text_cfg"]["layers"])
+
+
+def check_blocks(key: str, blocks: Any, count: int) -> tuple[int, ...]:
+    """Return block numbers in ascending order.
+
+    Raises:
+        ValueError: If they are not distinct numbers in ``range(count)``.
+    """
+    given = blocks if isinstance(blocks, Sequence) and not isinstance(blocks, str) else [None]
+    are_numbers = all(isinstance(block, int) and not isinstance(block, bool) for block in given)
+    if not are_numbers or len(set(given)) < len(given) or not set(given) <= set(range(count)):
+        why = " (an injection after the last block reaches no position that is read)" * key.startswith("injection")
+        raise ValueError(
+            f"model.{key} must be distinct numbers of text blocks from 0 to {count - 1}{why}, got {list(given)}."
+        )
+    return tuple(sorted(int(block) for block in given))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value).item()
