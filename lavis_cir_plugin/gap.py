@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from lavis_cir_plugin import adapters, launcher
 from lavis_cir_plugin.checkpoints import load_strictly, read_checkpoint
+from lavis_cir_plugin.config import choose_splits
 from lavis_cir_plugin.perturbation import WeightPerturbation
 from lavis_cir_plugin.perturbed_model import PerturbingOptimizer, places
 from lavis_cir_plugin.random_state import seed_all
@@ -222,12 +223,14 @@ def _rebuild(saved: Mapping[str, Any], path: str, batches: int) -> tuple[nn.Modu
     config.run.device = "cuda" if on_gpu else "cpu"
     if not on_gpu and config.model.get("vit_precision") == "fp16":
         config.model.vit_precision = "fp32"
+    # Of our own data sets: read nothing but the training split, and of its pictures only what is needed.
+    config.run.update({"train_splits": ["train"], "valid_splits": [], "test_splits": []})
     for section in config.datasets.values():
-        # Of our own data sets: read nothing but the training split, and of its pictures only what is needed.
-        section.update({key: value for key, value in {"splits": ["train"], "preload": False}.items() if key in section})
+        section.update({"preload": False} if "preload" in section else {})
         if "verify_images" in (section.get("build_info") or {}):
             section.build_info.verify_images = False
     cfg = launcher.complete(config)
+    choose_splits(cfg, "train")
     seed_all(int(cfg.run_cfg.seed))  # frozen tensors without a checkpoint are drawn again
     task = tasks.setup_task(cfg)
     datasets = concat_datasets(reorg_datasets_by_split(task.build_datasets(cfg)))

@@ -408,8 +408,8 @@ def attention_sheet(
     """Draw where a model looks in the reference images of some queries, as a PNG, and return ``path``.
 
     One line per query of `drawn_queries`: the reference image as the model gets it, the modification text, and the
-    image once per map, darkened where the map is low and red where it is high. The colours of a map run from 0 to its
-    largest weight, and the label below it says how many times the average weight that is: 1.0 is an even map.
+    image once per map, grey under colours from black (a weight of 0) over purple and red to yellow (the map's largest
+    weight). The label below says how many times the average weight that largest one is: 1.0 is an even map.
 
     Args:
         benchmark: For title and protocol.
@@ -463,7 +463,7 @@ def _denormalised(picture: Tensor) -> Tensor:
 
 
 def _overlaid(picture: Tensor, weights: Tensor) -> Tensor:
-    """Colour a grey copy of a picture by a map over its patches: dark blue for 0, through red, to yellow."""
+    """Colour a grey copy of a picture by a map over its patches."""
     high = _resized((weights / weights.max().clamp_min(torch.finfo().tiny))[None])[0].numpy()
     colours = torch.from_numpy(matplotlib.colormaps["inferno"](high)[..., :3]).permute(2, 0, 1).float()
     return 0.45 * picture.mean(dim=0, keepdim=True) + 0.55 * colours

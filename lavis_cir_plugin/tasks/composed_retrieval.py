@@ -59,8 +59,8 @@ class ComposedRetrievalTask(BaseTask):
     * ``row_label``: what to call it in the tables, in place of "trained model".
     * ``baselines``: the modes of ``encode_query`` to compare it with, and what to call them; ``image`` and ``text``
       where it says nothing.
-    * ``attention_maps(samples)``, ``(B, maps, height, width)``: where it looks in the reference images, drawn beside
-      the contact sheets; ``attention_labels``, one name per map.
+    * ``attention_maps(samples)``, ``(B, maps, height, width)``: where it looks in the reference images, and
+      ``attention_labels``, one name per map: drawn beside the contact sheets where there is one.
 
     Other data sets of LAVIS (captions, say) can be trained on; benchmarks alone are evaluated.
 
@@ -223,7 +223,7 @@ class ComposedRetrievalTask(BaseTask):
         run = Path(registry.get_path("output_dir"))
         folder = run / folder_name(split)
         written = write_report(folder, benchmark, rows, rankings, {"gallery_dtype": str(self.gallery_dtype)})
-        if hasattr(model, "attention_maps"):
+        if getattr(model, "attention_labels", None):
             written += evaluation.draw_attention(folder)
         print(report.metrics_table(rows, benchmark))
         if split in self.test_splits[-1:] or not self.test_splits:
@@ -306,9 +306,12 @@ class Evaluation:
             pictures = torch.stack([processors[0](open_rgb(path)) for path in paths])  # also where features are cached
             samples = {"image": pictures, "text_input": [processors[1](query.texts[0]) for query in queries]}
             maps = self.model.attention_maps(prepare_sample(samples, self.cuda_enabled)).float().cpu()
-            labels = getattr(self.model, "attention_labels", [f"map {number + 1}" for number in range(maps.shape[1])])
             sheet = folder / f"attention_{group.name}.png"
-            written.append(report.attention_sheet(self.dataset.benchmark, group, pictures, maps, labels, sheet))
+            written.append(
+                report.attention_sheet(
+                    self.dataset.benchmark, group, pictures, maps, self.model.attention_labels, sheet
+                )
+            )
         return written
 
     def _own_rankings(self, mode: str, gallery: Tensor, top_k: int) -> dict[str, Ranking]:
