@@ -122,7 +122,7 @@ class ImageTower(nn.Module):
         shift = (torch.tensor(clip_mean) - torch.tensor(mean)) / torch.tensor(std)
         self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
-        size = self.visual.image_size
+        size: Any = self.visual.image_size
         self.image_size = int(size[0] if isinstance(size, (tuple, list)) else size)
         with torch.no_grad():
             probe = self.eval()(torch.zeros(1, 3, self.image_size, self.image_size))

@@ -6,8 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
+
+# Open_clip's towers small enough for milliseconds: small_clip, and small_siglip (not causal, read at the last position).
+open_clip.add_model_config(Path(__file__).parent / "open_clip")
 
 # Small enough for milliseconds, with every kind of layer of the real model.
 SMALL: dict[str, Any] = {
@@ -60,6 +64,38 @@ def make_triplets(size: int, seed: int = 1) -> dict[str, Any]:
 def triplets():
     """Return the factory of random batches."""
     return make_triplets
+
+
+@pytest.fixture(scope="session")
+def siglip_tokenizer(tmp_path_factory) -> str:
+    """Return the folder of a Hugging Face tokenizer of whole words, for small_siglip."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "a",
+        "photo",
+        "of",
+        "that",
+        "is",
+        "x",
+        "red",
+        "blue",
+        "dress",
+        "with",
+        "long",
+        "sleeves",
+        "and",
+    ]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path_factory.mktemp("tokenizer")
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return str(folder)
 
 
 REAL = Path(os.environ.get("CIR_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
