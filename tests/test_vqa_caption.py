@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -143,16 +144,54 @@ def test_captions_say_the_colour_and_nothing_untrue(pictures):
     captions = plan_captions(LARGE, "val", pictures["val"])
     for name, garment in pictures["val"].items():
         for caption in captions[name]:
-            head = caption.partition(" with ")[0]
-            assert any(f" {colour} " in f" {head} " for colour in wording._COLOUR_WORDS[garment.colour])
-            assert garment.pattern == "solid" or any(p in head for p in wording._PATTERN_ADJECTIVES[garment.pattern])
-            details = re.split(r" and (?!down)", caption.partition(" with ")[2])
-            allowed = {*wording._SLEEVE_NOUNS[garment.sleeve], *wording._NECKLINE_NOUNS[garment.neckline]}
-            allowed |= {*wording._GRAPHIC_NOUNS[garment.graphic]} if garment.graphic != "none" else set()
-            allowed |= {"buttons"} if garment.buttons == "yes" else set()
-            allowed |= {"a belt"} if garment.belt == "yes" else set()
-            assert set(details) <= allowed
+            details = told_details(caption, garment)
+            assert set(details) <= true_details(garment)
             assert len(set(details)) == 2
+
+
+def test_full_captions_say_nothing_untrue_and_in_the_end_everything(pictures):
+    """Of 400 pictures with 5 captions each, every length, fit and other detail is told; of each, only true ones."""
+    captions = plan_captions(dataclasses.replace(LARGE, captions="full"), "val", pictures["val"])
+    told = set()
+    for name, garment in pictures["val"].items():
+        own = {*wording._LENGTH_ADJECTIVES[garment.length], *wording._FIT_ADJECTIVES[garment.fit]}
+        own |= {*wording._COLOUR_WORDS[garment.colour], *wording._PATTERN_ADJECTIVES[garment.pattern]}
+        extra = {("hem", "ruffled"): "a ruffled hem", ("finish", "shiny"): "a satin look"}
+        true = true_details(garment) | {
+            text for (what, value), text in extra.items() if getattr(garment, what) == value
+        }
+        for caption in captions[name]:
+            details = told_details(caption, garment)
+            assert set(details) <= true
+            assert 2 <= len(set(details)) <= 3
+            adjectives = caption.partition(" with ")[0].split(" ", 1)[1].rpartition(" ")[0]
+            while adjectives:
+                found = max((text for text in own if f"{adjectives} ".startswith(f"{text} ")), key=len)
+                told.add(found)
+                adjectives = adjectives[len(found) + 1 :]
+            told |= set(details)
+    words = [
+        text
+        for table in (wording._LENGTH_ADJECTIVES, wording._FIT_ADJECTIVES)
+        for texts in table.values()
+        for text in texts
+    ]
+    assert told >= {*words, "a ruffled hem", "a satin look", "a belt", "buttons"}
+
+
+def told_details(caption, garment):
+    """Check the head of a caption, and return what follows "with"."""
+    head = caption.partition(" with ")[0]
+    assert any(f" {colour} " in f" {head} " for colour in wording._COLOUR_WORDS[garment.colour])
+    assert garment.pattern == "solid" or any(p in head for p in wording._PATTERN_ADJECTIVES[garment.pattern])
+    return re.split(r" and (?!down)", caption.partition(" with ")[2])
+
+
+def true_details(garment):
+    details = {*wording._SLEEVE_NOUNS[garment.sleeve], *wording._NECKLINE_NOUNS[garment.neckline]}
+    details |= {*wording._GRAPHIC_NOUNS[garment.graphic]} if garment.graphic != "none" else set()
+    details |= {"buttons"} if garment.buttons == "yes" else set()
+    return details | ({"a belt"} if garment.belt == "yes" else set())
 
 
 def test_the_shipped_vocabulary_has_every_word(pictures):

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from .attributes import CATEGORIES, COLOURS, Garment, attributes, is_held_out, sample
-from .wording import description, tokens
+from .wording import description, full_description, tokens
 from .world import check_types, full_disk_named, make_world, write_json, write_pictures
 
 GENERATOR_VERSION = 1
 """Part of the cache key; raise it with every change of the written files."""
 
 SPLITS = ("train", "val")
+
+DESCRIPTIONS = {"short": description, "full": full_description}
 
 _DRESS, _TOPS = ("dress",), ("shirt", "toptee")
 _NOUNS = {"dress": "dress", "shirt": "shirt", "toptee": "top"}
@@ -32,8 +34,9 @@ class QuestionsConfig:
     """Set the sizes of a world of questions and captions.
 
     seed: everything follows from it. train_images, val_images: pictures, >= 1, of all categories together.
-    captions_per_image: >= 1. image_width, image_height: pixels, >= 32. held_out: expected share, in [0, 0.5], of the
-    (colour, pattern, sleeve) combinations that training never shows.
+    captions_per_image: >= 1. captions: "short" (`description`) or "full" (`full_description`). image_width,
+    image_height: pixels, >= 32. held_out: expected share, in [0, 0.5], of the (colour, pattern, sleeve) combinations
+    that training never shows.
 
     Raises:
         ValueError: a value outside these ranges.
@@ -43,6 +46,7 @@ class QuestionsConfig:
     train_images: int = 3000
     val_images: int = 600
     captions_per_image: int = 5
+    captions: str = "short"
     image_width: int = 64
     image_height: int = 80
     held_out: float = 0.2
@@ -55,6 +59,8 @@ class QuestionsConfig:
                 raise ValueError(f"garments: {name} must be at least {minimum}, got {getattr(self, name)}.")
         if not 0 <= self.held_out <= 0.5:
             raise ValueError(f"garments: held_out must lie in [0, 0.5], got {self.held_out}.")
+        if self.captions not in DESCRIPTIONS:
+            raise ValueError(f"garments: captions must be {' or '.join(DESCRIPTIONS)}, got {self.captions!r}.")
 
 
 @dataclass(frozen=True)
@@ -226,7 +232,7 @@ def plan_captions(config: QuestionsConfig, split: str, pictures: Mapping[str, Ga
     """Describe a split's pictures, each ``captions_per_image`` times, by file name."""
     rng = random.Random(f"garments/captions/{config.seed}/{split}")
     return {
-        name: [description(garment, rng) for _ in range(config.captions_per_image)]
+        name: [DESCRIPTIONS[config.captions](garment, rng) for _ in range(config.captions_per_image)]
         for name, garment in pictures.items()
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .attributes import FITS, LENGTHS, NECKLINES, SLEEVES, Garment, changed, chroma, lightness
@@ -460,8 +460,34 @@ def description(garment: Garment, rng: random.Random) -> str:
     if garment.belt == "yes":
         details.append("a belt")
     first, second = rng.sample(details, 2)
-    article = "an" if adjectives[0] == "orange" else "a"
-    return f"{article} {' '.join(adjectives)} {rng.choice(_NOUNS[garment.category])} with {first} and {second}"
+    return _described(adjectives, rng.choice(_NOUNS[garment.category]), (first, second))
+
+
+def full_description(garment: Garment, rng: random.Random) -> str:
+    """Describe one garment with most of what can be seen: "a red knee length dress with a belt and no sleeves".
+
+    Colour and pattern (unless solid) are always told, length and fit in half of the descriptions each, and up to three
+    of the other details; what is the plain case of buttons, belt, hem, finish and graphic is not mentioned.
+    """
+    adjectives = [rng.choice(_COLOUR_WORDS[garment.colour])]
+    if garment.pattern != "solid":
+        adjectives.append(rng.choice(_PATTERN_ADJECTIVES[garment.pattern]))
+    details = [rng.choice(_SLEEVE_NOUNS[garment.sleeve]), rng.choice(_NECKLINE_NOUNS[garment.neckline])]
+    if garment.graphic != "none":
+        details.append(rng.choice(_GRAPHIC_NOUNS[garment.graphic]))
+    toggles = (("buttons", "yes", "buttons"), ("belt", "yes", "a belt"), ("hem", "ruffled", "a ruffled hem"),
+               ("finish", "shiny", "a satin look"))  # fmt: skip
+    details += [text for name, value, text in toggles if getattr(garment, name) == value]
+    others = (_LENGTH_ADJECTIVES[garment.length], _FIT_ADJECTIVES[garment.fit])
+    adjectives += [rng.choice(words) for words in others if rng.random() < 0.5]
+    rng.shuffle(adjectives)
+    noun = rng.choice(_NOUNS[garment.category])
+    return _described(adjectives, noun, rng.sample(details, min(3, len(details))))
+
+
+def _described(adjectives: Sequence[str], noun: str, details: Sequence[str]) -> str:
+    article = "an" if adjectives[0].startswith(("orange", "ankle")) else "a"
+    return f"{article} {' '.join(adjectives)} {noun} with {' and '.join(details)}"
 
 
 def tokens(text: str) -> list[str]:
