@@ -1,0 +1,433 @@
+"""Edits of captions that the captions themselves teach: which phrases can take each other's place, and how to say it.
+
+No dictionary and no parser: two phrases can be exchanged where other captions have both between the same two words.
+What one picture is called both of ("grey" and "gray", "a belt" and "long sleeves") is no exchange, which the several
+captions of a picture tell. English function words alone are written down here, and so are the templates.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from bisect import bisect
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+LONGEST_PHRASE = 4
+"""Words of a phrase that is exchanged, at most."""
+
+LEAST_CONTEXTS = 2
+"""Pairs of neighbours that two exchangeable phrases share, at least."""
+
+LEAST_SHARE = 0.2
+"""Part of the occurrences of either phrase that has neighbours which the other one also has, at least."""
+
+LARGEST_LIFT = 0.25
+"""Pictures that both phrases are said of, in parts of what independent phrases would have, at most."""
+
+LEAST_EXPECTED = 2.0
+"""Pictures that independent phrases would share, for what is counted to say anything."""
+
+FEW_FOLLOWERS, FEW_MODIFIED = 2.5, 4.0
+"""A word with so few next words (exponential of their entropy) says nothing without the next one ("short sleeves"), and
+changes what the next one says ("dark red")."""
+
+MOST_ATTEMPTS = 20
+"""Exchanges that are looked at for one picture before it is passed over."""
+
+ARTICLES = ("a", "the")
+JOINERS = ("and", "with")
+# fmt: off
+FUNCTION_WORDS = frozenset((
+    *ARTICLES, *JOINERS,
+    "about", "above", "across", "after", "against", "along", "among", "around", "as", "at", "behind", "below",
+    "beside", "between", "but", "by", "down", "for", "from", "in", "inside", "into", "is", "are", "it", "its",
+    "near", "next", "of", "off", "on", "onto", "or", "out", "over", "that", "their", "there", "this", "through",
+    "to", "toward", "towards", "under", "up", "upon", "was", "were", "while", "who", "which",
+))
+# fmt: on
+
+EMPTY = 0
+"""Number of the phrase without words: what is exchanged with it is added or dropped."""
+
+_TOKEN = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*|[^\w\s]")
+_BOUNDARY = 0
+_Array = Any  # a numpy array; its type parameters differ between numpy's versions
+
+
+def tokens(caption: str) -> list[str]:
+    """Return the lower-case words of a caption, "an" as "a"; an empty text stands for punctuation between them."""
+    found = [token if token[0].isalnum() else "" for token in _TOKEN.findall(caption.lower())]
+    return ["a" if token == "an" else token for token in found]
+
+
+def plain(caption: str) -> str:
+    """Return a caption as `tokens` reads it, with single blanks."""
+    return " ".join(token for token in tokens(caption) if token)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit of one caption.
+
+    Attributes:
+        image: Number of the picture that the caption belongs to.
+        row: Number of the caption.
+        edited: The caption after the edit, as `plain` writes it.
+        old: What the edit takes away; empty where it only adds.
+        new: What it puts there; empty where it only drops.
+        holder: Number by which `Phrases.rows_holding` knows the captions that hold what the edit leads to.
+        text: The modification.
+    """
+
+    image: int
+    row: int
+    edited: str
+    old: str
+    new: str
+    holder: tuple[int, int]
+    text: str
+
+
+class Phrases:
+    """The phrases of a set of captions, and what can take whose place.
+
+    Phrase p stands in slot (l, r) where the words l and r are its neighbours. Phrases a and b are exchangeable, if
+
+    * they share `LEAST_CONTEXTS` slots, which hold `LEAST_SHARE` of the occurrences of each,
+    * neither contains the words of the other, and no word of one is a form of a word of the other, and
+    * they exclude each other: among the pictures that have several captions with one slot, those with both phrases in
+      it are at most `LARGEST_LIFT` of what independence would give (synonyms have more than that, and so have two
+      details of which captions mention some). Where captions are too few to tell, both in one caption count alike.
+
+    Nothing here is random or depends on the order of threads.
+    """
+
+    def __init__(self, captions: Sequence[str], images: Sequence[int]) -> None:
+        """Read all captions.
+
+        Args:
+            captions: One per row.
+            images: Number of each row's picture, from 0.
+        """
+        self.rows = [tokens(caption) for caption in captions]
+        self.images = np.asarray(images, dtype=np.int64)
+        self._rows_of_image: dict[int, list[int]] = defaultdict(list)
+        for row, image in enumerate(self.images.tolist()):
+            self._rows_of_image[image].append(row)
+        self._numbers = numbers = {"": _BOUNDARY}
+        flat, starts = [_BOUNDARY], []
+        for row in self.rows:
+            starts.append(len(flat))
+            flat.extend(numbers.setdefault(token, len(numbers)) for token in row)
+            flat.append(_BOUNDARY)
+        self._words = list(numbers)
+        self._flat, self._starts = np.array(flat, dtype=np.int64), np.array([*starts, len(flat)], dtype=np.int64)
+        self._find_bound_words()
+        self._find_phrases()
+        self._known: dict[tuple[int, int], bool] = {}
+
+    def rows_holding(self, holder: tuple[int, int]) -> _Array:
+        """Return the rows with a phrase (phrase, -1), or with nothing in a slot (0, slot); ascending."""
+        phrase, slot = holder
+        if phrase != EMPTY:
+            chosen = self._by_phrase[self._phrase_starts[phrase] : self._phrase_starts[phrase + 1]]
+            return np.unique(self._row[chosen])
+        pair = self._pair(slot, EMPTY)
+        return np.unique(self._row_by_pair[self._pair_starts[pair] : self._pair_starts[pair + 1]])
+
+    def draw(self, image: int, rng: random.Random) -> Edit | None:
+        """Draw an edit of a caption of a picture; ``None`` where none was found."""
+        for _ in range(MOST_ATTEMPTS):
+            row = rng.choice(self._rows_of_image[image])
+            first, last = self._row_starts[row], self._row_starts[row + 1]
+            if first == last:
+                continue
+            place = int(rng.randrange(first, last))
+            old, slot = int(self._phrase[place]), int(self._slot[place])
+            new = self._draw_filler(slot, rng)
+            if new != old and self.exchangeable(old, new):
+                return self._edit(image, row, place, old, new, slot, rng)
+        return None
+
+    def exchangeable(self, old: int, new: int) -> bool:
+        """Return whether two phrases can take each other's place; see the class."""
+        key = (min(old, new), max(old, new))
+        if key not in self._known:
+            self._known[key] = not self._alike(*key) and self._share_contexts(*key)
+        return self._known[key]
+
+    def number(self, phrase: str) -> int | None:
+        """Return the number of a phrase, ``None`` where it does not stand where others do."""
+        return next((number for number, words in enumerate(self._texts) if words == tuple(phrase.split())), None)
+
+    # -- what the captions hold ------------------------------------------------------------------------------------
+
+    def _find_bound_words(self) -> None:
+        """Mark the words that have few next words, all of them of content."""
+        left, right = self._flat[:-1], self._flat[1:]
+        size = len(self._words)
+        pairs, counts = np.unique(left * size + right, return_counts=True)
+        left, right = pairs // size, pairs % size
+        self._is_function = np.array([word == "" or word in FUNCTION_WORDS for word in self._words])
+        totals = np.bincount(left, counts, size)
+        share = counts / totals[left]
+        entropy = np.bincount(left, -share * np.log(share), size)
+        loose = np.bincount(left, share * self._is_function[right], size)
+        tied = (loose < 0.2) & ~self._is_function & (totals > 0)
+        self._needs_next = tied & (np.exp(entropy) <= FEW_FOLLOWERS)
+        self._modifies_next = tied & (np.exp(entropy) <= FEW_MODIFIED)
+
+    def _find_phrases(self) -> None:
+        """Number the phrases and the slots, and list what stands where."""
+        flat, size = self._flat, len(self._words)
+        row_of = np.repeat(np.arange(len(self.rows)), np.diff(self._starts))  # of flat[1:]
+        row_of = np.concatenate([[0], row_of])
+        joins = np.array([word in JOINERS for word in self._words])
+        articles = np.array([word in ARTICLES for word in self._words])
+        inner = ~self._is_function | articles
+        inner[_BOUNDARY] = False
+        self._texts: list[tuple[str, ...]] = [()]
+        here = np.arange(1, len(flat))
+        gaps = here[(flat[here - 1] != _BOUNDARY) | (flat[here] != _BOUNDARY)]
+        found = [(gaps, np.zeros(len(gaps), dtype=np.int64), 0)]
+        place = here[
+            (flat[here] != _BOUNDARY) & (~self._is_function[flat[here]] | articles[flat[here]] | joins[flat[here]])
+        ]
+        prefix = np.zeros(len(place), dtype=np.int64)
+        for length in range(1, LONGEST_PHRASE + 1):
+            last = flat[place + length - 1]
+            keep = (last != _BOUNDARY) & ((length == 1) | inner[last])
+            place, prefix, last = place[keep], prefix[keep], last[keep]
+            _, first, prefix, counts = np.unique(
+                prefix * size + last, return_index=True, return_inverse=True, return_counts=True
+            )
+            keep = counts[prefix] > 1  # longer ones are not more frequent
+            ends = keep & ~self._is_function[last]
+            numbers = np.full(len(counts), -1)
+            kept = np.flatnonzero((counts > 1) & ~self._is_function[last[first]])
+            numbers[kept] = len(self._texts) + np.arange(len(kept))
+            starts = place[first[kept]].tolist()
+            self._texts.extend(tuple(self._words[w] for w in flat[s : s + length].tolist()) for s in starts)
+            found.append((place[ends], numbers[prefix[ends]], length))
+            place, prefix = place[keep], prefix[keep]
+        places = np.concatenate([place for place, _, _ in found])
+        phrases = np.concatenate([phrase for _, phrase, _ in found])
+        lengths = np.concatenate([np.full(len(place), length) for place, _, length in found])
+        left, right = flat[places - 1], flat[places + lengths]
+        keep = (left != _BOUNDARY) | (right != _BOUNDARY)
+        places, phrases, lengths = places[keep], phrases[keep], lengths[keep]
+        slots = np.unique(left[keep] * size + right[keep], return_inverse=True)[1].reshape(-1)
+        self._index(places, phrases, lengths, slots, row_of)
+
+    def _index(self, places: _Array, phrases: _Array, lengths: _Array, slots: _Array, row_of: _Array) -> None:
+        count = len(self._texts)
+        # Slots that hold one phrase only teach nothing.
+        pairs = np.unique(slots * count + phrases)
+        fillers = np.bincount(pairs // count, minlength=int(slots.max(initial=0)) + 1)
+        keep = fillers[slots] > 1
+        places, phrases, lengths, slots = places[keep], phrases[keep], lengths[keep], slots[keep]
+        slots = np.unique(slots, return_inverse=True)[1].reshape(-1)
+        order = np.argsort(places, kind="stable")
+        self._place, self._phrase, self._length, self._slot = (
+            array[order] for array in (places, phrases, lengths, slots)
+        )
+        self._row = row_of[self._place]
+        self._row_starts = np.searchsorted(self._row, np.arange(len(self.rows) + 1)).tolist()
+        self._by_phrase = np.argsort(self._phrase, kind="stable")
+        self._phrase_starts = np.searchsorted(self._phrase[self._by_phrase], np.arange(count + 1))
+        key = self._slot * count + self._phrase
+        self._pairs, pair_of, self._pair_counts = np.unique(key, return_inverse=True, return_counts=True)
+        pair_of = pair_of.reshape(-1)
+        by_pair = np.argsort(pair_of, kind="stable")
+        self._row_by_pair = self._row[by_pair]
+        self._pair_starts = np.concatenate([[0], np.cumsum(self._pair_counts)])
+        pair_slots, pair_phrases = self._pairs // count, self._pairs % count
+        self._slot_starts = np.searchsorted(pair_slots, np.arange(int(pair_slots.max(initial=-1)) + 2))
+        self._fillers = pair_phrases
+        self._weights = np.sqrt(self._pair_counts).cumsum()  # between all phrases alike and all occurrences alike
+        order = np.argsort(pair_phrases, kind="stable")
+        self._slots_of = (pair_slots[order], self._pair_counts[order])
+        self._slots_of_starts = np.searchsorted(pair_phrases[order], np.arange(count + 1))
+        self._pictures_of_slots()
+
+    def _pictures_of_slots(self) -> None:
+        """List the pictures of each phrase in each slot, among those with several captions that fill it."""
+        size = int(self.images.max(initial=0)) + 1
+        slot_images = np.unique((self._slot * len(self.rows) + self._row) if len(self._slot) else self._slot)
+        by_image = (slot_images // max(1, len(self.rows))) * size + self.images[slot_images % max(1, len(self.rows))]
+        several, counts = np.unique(by_image, return_counts=True)
+        several = several[counts > 1]
+        mine = self._slot * size + self.images[self._row]
+        keep = _is_in(mine, several)
+        pair = np.searchsorted(self._pairs, self._slot[keep] * len(self._texts) + self._phrase[keep])
+        triples = np.unique(pair * size + self.images[self._row[keep]])
+        self._pictures = triples % size
+        self._picture_starts = np.searchsorted(triples // size, np.arange(len(self._pairs) + 1))
+        self._picture_counts = np.bincount(several // size, minlength=len(self._slot_starts))
+
+    # -- exchanges -------------------------------------------------------------------------------------------------
+
+    def _draw_filler(self, slot: int, rng: random.Random) -> int:
+        first, last = int(self._slot_starts[slot]), int(self._slot_starts[slot + 1])
+        below = float(self._weights[first - 1]) if first else 0.0
+        drawn = below + rng.random() * (float(self._weights[last - 1]) - below)
+        return int(self._fillers[min(bisect(self._weights, drawn, first, last), last - 1)])
+
+    def _pair(self, slot: int, phrase: int) -> int:
+        return int(np.searchsorted(self._pairs, slot * len(self._texts) + phrase))
+
+    def _alike(self, one: int, other: int) -> bool:
+        """Return whether two phrases say the same by their letters, or are no phrases of one kind."""
+        first, second = self._texts[one], self._texts[other]
+        if one == EMPTY:
+            return second[0] in ARTICLES  # without what joins it to the sentence
+        if first[0] in JOINERS or second[0] in JOINERS:
+            return True
+        if (first[0] in ARTICLES) != (second[0] in ARTICLES):
+            return True
+        mine, others = [word for word in first if word not in second], [word for word in second if word not in first]
+        return not mine or not others or any(_same_word(a, b) for a, b in itertools.product(mine, others))
+
+    def _share_contexts(self, one: int, other: int) -> bool:
+        (slots, counts), starts = self._slots_of, self._slots_of_starts
+        first, second = slice(starts[one], starts[one + 1]), slice(starts[other], starts[other + 1])
+        mine, others = slots[first], slots[second]
+        mine, others = sorted((mine, others), key=len)
+        shared = mine[_is_in(mine, others)]
+        if len(shared) < LEAST_CONTEXTS:
+            return False
+        parts = [
+            counts[part][_is_in(slots[part], shared)].sum() / counts[part].sum()
+            for part, phrase in ((first, one), (second, other))
+            if phrase != EMPTY  # which stands between any two neighbours
+        ]
+        return min(parts) >= LEAST_SHARE and self._exclude_each_other(one, other, shared)
+
+    def _exclude_each_other(self, one: int, other: int, shared: _Array) -> bool:
+        expected = both = 0.0
+        for slot in shared.tolist():
+            mine, others = self._pictures_in(slot, one), self._pictures_in(slot, other)
+            if len(mine) and len(others):
+                expected += len(mine) * len(others) / self._picture_counts[slot]
+                both += int(_is_in(mine, others).sum())
+        if both >= LEAST_EXPECTED or expected >= LEAST_EXPECTED:
+            return both <= LARGEST_LIFT * expected
+        if one == EMPTY:
+            return True
+        mine, others = self.rows_holding((one, -1)), self.rows_holding((other, -1))
+        expected, both = len(mine) * len(others) / len(self.rows), int(_is_in(mine, others).sum())
+        return max(expected, both) < LEAST_EXPECTED or both <= LARGEST_LIFT * expected
+
+    def _pictures_in(self, slot: int, phrase: int) -> _Array:
+        pair = self._pair(slot, phrase)
+        return self._pictures[self._picture_starts[pair] : self._picture_starts[pair + 1]]
+
+    # -- words -----------------------------------------------------------------------------------------------------
+
+    def _edit(self, image: int, row: int, place: int, old: int, new: int, slot: int, rng: random.Random) -> Edit:
+        """Make the edit; both phrases are extended by the words that they are not understood without."""
+        words, start = self.rows[row], int(self._place[place] - self._starts[row])
+        end = start + int(self._length[place])
+        replaced, put = words[start:end], list(self._texts[new])
+        before, after = words[:start], words[end:]
+        edited = " ".join(word for word in (*before, *put, *after) if word)
+        kind = _kind([*before, *(word for word in (replaced or put) if word in JOINERS)])
+        shown = [phrase[1:] if phrase and phrase[0] in JOINERS else phrase for phrase in (replaced, put)]
+        while after and not _is_loose(after[0]) and (kind != "subject" or self._is_unfinished(shown)):
+            shown, after = [[*phrase, after[0]] if phrase else phrase for phrase in shown], after[1:]
+        is_noun = not after or _is_loose(after[0])
+        while before and not _is_loose(before[-1]) and (is_noun or self._modifies_next[self._numbers[before[-1]]]):
+            shown, before = [[before[-1], *phrase] if phrase else phrase for phrase in shown], before[:-1]
+        if not is_noun:
+            shown = [phrase[1:] if phrase and phrase[0] in ARTICLES else phrase for phrase in shown]
+        old_text, new_text = (" ".join(phrase) for phrase in shown)
+        article = f"{before[-1]} " if is_noun and before and before[-1] in ARTICLES else ""
+        text = _say(_with_article(article, old_text), _with_article(article, new_text), kind, is_noun, rng)
+        return Edit(image, row, edited, old_text, new_text, (new, -1) if new != EMPTY else (EMPTY, slot), text)
+
+    def _is_unfinished(self, shown: Sequence[Sequence[str]]) -> bool:
+        return any(phrase and self._needs_next[self._numbers[phrase[-1]]] for phrase in shown)
+
+
+def _is_loose(word: str) -> bool:
+    return word == "" or word in FUNCTION_WORDS
+
+
+def _is_in(values: _Array, ascending: _Array) -> _Array:
+    """Return which values are in an ascending array."""
+    if not len(ascending):
+        return np.zeros(len(values), dtype=bool)
+    places = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
+    return ascending[places] == values
+
+
+def _same_word(one: str, other: str) -> bool:
+    """Return whether a word looks like a form or a spelling of another one."""
+    short, long = sorted((one, other), key=len)
+    if len(short) < 4:
+        return False
+    prefix = next((k for k, (a, b) in enumerate(zip(short, long)) if a != b), len(short))
+    if prefix >= 4 and prefix >= 0.6 * len(long):
+        return True
+    return len(short) == len(long) and sum(a != b for a, b in zip(short, long)) == 1
+
+
+# -- templates -------------------------------------------------------------------------------------------------------
+
+_ANY = ("{new} instead of {old}", "{new} rather than {old}", "change {old} to {new}")
+_REPLACE = {
+    "adjective": ("is {new}", "is {new} instead of {old}", "is {new} rather than {old}", "make it {new}", *_ANY),
+    "subject": ("is {new} instead of {old}", "is {new} rather than {old}", "is {new}, not {old}", *_ANY),
+    "part": ("has {new}", "has {new} instead of {old}", "has {new} rather than {old}", "with {new}", *_ANY),
+    "other": ("{new}, not {old}", "replace {old} with {new}", "show {new} instead of {old}", *_ANY),
+}
+_ADD = {
+    "adjective": ("is {new}", "make it {new}", "is also {new}"),
+    "subject": ("is {new}", "make it {new}"),
+    "part": ("has {new}", "with {new}", "add {new}", "also has {new}"),
+    "other": ("with {new}", "add {new}"),
+}
+_DROP = {
+    "adjective": ("is not {old}", "make it not {old}", "no longer {old}"),
+    "subject": ("is not {old}", "make it not {old}"),
+    "part": ("without {old}", "has no {bare}", "remove {the}", "no {bare}"),
+    "other": ("without {old}", "remove {the}", "no {bare}"),
+}
+
+
+def _kind(before: Sequence[str]) -> str:
+    """Say what the words before a phrase make it: the ``subject`` of the caption, a ``part`` of it, or ``other``."""
+    segment = before[len(before) - 1 - before[::-1].index("") + 1 :] if "" in before else before
+    functions = [word for word in segment if word in FUNCTION_WORDS and word not in ARTICLES]
+    while functions and functions[-1] == "and":
+        functions.pop()
+    if not functions:
+        return "other" if any(word in ARTICLES for word in segment[1:]) or "" in before else "subject"
+    return "part" if functions[-1] == "with" else "other"
+
+
+def _with_article(article: str, phrase: str) -> str:
+    return _an(article + phrase) if phrase and phrase.split()[0] not in ARTICLES else _an(phrase)
+
+
+def _an(text: str) -> str:
+    return f"an{text[1:]}" if text.startswith("a ") and text[2:3] in tuple("aeiou") else text
+
+
+def _say(old: str, new: str, kind: str, is_noun: bool, rng: random.Random) -> str:
+    templates = _REPLACE if old and new else _ADD if new else _DROP
+    chosen = "adjective" if kind == "subject" and not is_noun else kind
+    bare = re.sub("^(an?|the) ", "", old)
+    return rng.choice(templates[chosen]).format(old=old, new=new, bare=bare, the=f"the {bare}")
+
+
+def most_frequent(edits: Sequence[Edit], limit: int = 5) -> list[tuple[str, int]]:
+    """Count what was exchanged, the most frequent first."""
+    counts = Counter(f"{edit.old or '(nothing)'} > {edit.new or '(nothing)'}" for edit in edits)
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]
