@@ -15,7 +15,7 @@ from pathlib import Path
 __version__ = "0.3.0"
 
 _PACKAGE = Path(__file__).parent
-_STATIONS_WITH_DECORATORS = ("processors", "datasets", "vqa_caption_datasets", "models", "tasks", "runners")
+_STATIONS_WITH_DECORATORS = ("processors", "datasets", "caption_datasets", "vqa_caption_datasets", "models", "tasks", "runners")
 
 
 def _shipped(folder: str) -> Path:

@@ -112,6 +112,27 @@ DATA_SETS = {
         ),
         absent_images="the images are COCO's unlabeled2017.zip, 123,403 files, to be unpacked in COCO2017_unlabeled/",
     ),
+    "lasco": DataSet(
+        title="LaSCo",
+        ways=(Way("training", "train"), Way("val", "val")),
+        published={},
+        absent_files="lasco_train.json, lasco_val.json and lasco_val_corpus.json are in downloads/ of its repository",
+        absent_images="the images are COCO's train2014.zip and val2014.zip",
+    ),
+    "laion_cir": DataSet(
+        title="Laion-CIR-Combined",
+        ways=(Way("training", "train"),),
+        published={},
+        absent_files="laion_combined_info.json comes with the pictures, by the link in the repository ZS-CIR",
+        absent_images="image 306448 is the file 0306448.png of the authors' archive",
+    ),
+    "synthtriplets18m": DataSet(
+        title="SynthTriplets18M",
+        ways=(Way("training", "train"),),
+        published={},
+        absent_files="unpack shards of it: samples of a .json, a .source_image.jpg and a .target_image.jpg",
+        absent_images="a sample has a .source_image.jpg and a .target_image.jpg",
+    ),
     "triplets": DataSet(
         title="Triplets of your own",
         ways=(Way("training", "train"), Way("val", "val"), Way("test", "test")),

@@ -1,4 +1,8 @@
-"""LAVIS datasets and builders over the benchmarks: every file in ``benchmarks`` with a reader becomes a builder."""
+"""LAVIS datasets and builders over the benchmarks: every file in ``benchmarks`` with a reader becomes a builder.
+
+A reader offers ``SPLITS``, ``check_config``, ``read_train`` and ``training_text``, and ``read_benchmark`` if it has
+evaluation splits.
+"""
 
 from __future__ import annotations
 
@@ -250,23 +254,28 @@ class BenchmarkBuilder(BaseDatasetBuilder):
         for split in self.known_splits()[:2] if splits is None else splits:
             stage = "train" if split == "train" else "eval"
             processors = self.vis_processors[stage], self.text_processors[stage]
-            if split == "train":
-                triplets, image_paths = self.benchmark_module.read_train(build_info)
-                text = self.benchmark_module.training_text
-                dataset: CirDataset = TripletDataset(triplets, image_paths, *processors, text)
-            else:
-                dataset = BenchmarkDataset(self.benchmark_module.read_benchmark(build_info, split), *processors)
+            dataset = self.build_split(split, build_info, *processors)
             if self.config.get("preload"):
                 dataset.preload()
             datasets[split] = dataset
         return datasets
+
+    def build_split(
+        self, split: str, build_info: Mapping[str, Any], vis_processor: Processor, text_processor: Processor
+    ) -> Any:
+        """Read one split with the benchmark's reader."""
+        if split == "train":
+            triplets, image_paths = self.benchmark_module.read_train(build_info)
+            text = self.benchmark_module.training_text
+            return TripletDataset(triplets, image_paths, vis_processor, text_processor, text)
+        return BenchmarkDataset(self.benchmark_module.read_benchmark(build_info, split), vis_processor, text_processor)
 
 
 def _register_builders() -> None:
     worlds = {found.name for found in pkgutil.iter_modules(garments.__path__)}
     for found in pkgutil.iter_modules(benchmarks.__path__):
         module = importlib.import_module(f"{benchmarks.__name__}.{found.name}")
-        if not hasattr(module, "read_benchmark"):
+        if not hasattr(module, "read_train"):
             continue
         configs = {path.stem: str(path) for path in (CONFIGS / "datasets" / found.name).glob("*.yaml")}
         world = importlib.import_module(f"{garments.__name__}.{found.name}") if found.name in worlds else None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lavis.common.registry import registry
 from lavis.processors.blip_processors import BlipImageBaseProcessor
 from PIL import Image, ImageOps
@@ -29,6 +30,67 @@ def pad_to_ratio(image: Image.Image, target_ratio: float) -> Image.Image:
         return image
     left, top = horizontal // 2, vertical // 2
     return ImageOps.expand(image, border=(left, top, horizontal - left, vertical - top), fill=0)
+
+
+@registry.register_processor("clip_two_views")
+class ClipTwoViewsProcessor(BlipImageBaseProcessor):
+    """Two random views of a picture, CLIP's mean and standard deviation, bicubic.
+
+    View 0 is weakly augmented: a random crop, mirrored half of the time; a model makes its pseudo-word of it.
+    View 1 is a random crop of nearly everything, CLIP's own augmentation. Aspect ratios vary from 3/4 to 4/3.
+
+    Args:
+        image_size: Pixels per side of the results.
+        weak_scale: Least and largest share of the picture's area in view 0, ``0 < least <= largest <= 1``.
+        scale: The same of view 1.
+
+    Raises:
+        ValueError: If ``image_size`` is below 1 or a scale is no such pair.
+
+    Source: TSCIR (arXiv 2504.17990), stage I.
+    """
+
+    def __init__(
+        self, image_size: int = 224, weak_scale: Sequence[float] = (0.8, 1.0), scale: Sequence[float] = (0.9, 1.0)
+    ) -> None:
+        super().__init__()
+        if image_size < 1:
+            raise ValueError(
+                f"clip_two_views: image_size must be >= 1, got {image_size}; change it under "
+                "datasets.<name>.vis_processor."
+            )
+        for name, pair in (("weak_scale", weak_scale), ("scale", scale)):
+            if not _is_scale(pair):
+                raise ValueError(
+                    f"clip_two_views: {name} must be two numbers [least, largest] with 0 < least <= largest <= 1, got "
+                    f"{pair}; change it under datasets.<name>.vis_processor."
+                )
+        end = [transforms.ToTensor(), self.normalize]
+        weak, nearly_all = (
+            transforms.RandomResizedCrop(image_size, tuple(pair), interpolation=InterpolationMode.BICUBIC)
+            for pair in (weak_scale, scale)
+        )
+        self.views = (
+            transforms.Compose([weak, transforms.RandomHorizontalFlip(), *end]),
+            transforms.Compose([nearly_all, *end]),
+        )
+
+    def __call__(self, item: Image.Image) -> Tensor:
+        """Return ``(2, 3, image_size, image_size)`` float32 of an RGB picture."""
+        return torch.stack([view(item) for view in self.views])
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any] | None = None) -> ClipTwoViewsProcessor:
+        """Build from a ``vis_processor`` section."""
+        return cls(**{key: value for key, value in (cfg or {}).items() if key != "name"})
+
+
+def _is_scale(pair: Any) -> bool:
+    is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+    if not is_pair or not all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in pair):
+        return False
+    least, largest = pair
+    return bool(0 < least <= largest <= 1)
 
 
 @registry.register_processor("target_pad")

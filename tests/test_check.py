@@ -191,7 +191,7 @@ def test_verification_names_broken_images(tmp_path: Path, capsys: pytest.Capture
 def test_a_folder_with_nothing_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output, code = run(capsys, tmp_path)
     assert code == 1
-    assert output.count("nothing found") == len(check.DATA_SETS) == 4
+    assert output.count("nothing found") == len(check.DATA_SETS) == 7
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(SystemExit, match=r"nowhere is no folder; give the folder of a data set"):
         command_line.main(["check", str(tmp_path / "nowhere")])
@@ -200,7 +200,7 @@ def test_a_folder_with_nothing_and_none(tmp_path: Path, capsys: pytest.CaptureFi
 def test_every_benchmark_is_checked():
     """Every module with a reader, every split that has its own files, and FashionIQ's protocols each once."""
     folder = Path(fashioniq.__file__).parent
-    readers = {path.stem for path in folder.glob("*.py") if "\ndef read_benchmark(" in path.read_text()}
+    readers = {path.stem for path in folder.glob("*.py") if "\ndef read_train(" in path.read_text()}
     assert set(check.DATA_SETS) == readers
     for name, data_set in check.DATA_SETS.items():
         splits = {way.split for way in data_set.ways}

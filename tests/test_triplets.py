@@ -88,6 +88,26 @@ def test_training_makes_a_triplet_of_each_target(tmp_path: Path):
     assert {training_text(found[1].captions, random.Random(seed)) for seed in range(20)} == {"with laces", "laced"}
 
 
+def test_fewer_triplets_are_the_first_or_drawn_ones(tmp_path: Path):
+    """Four triplets on three lines; a line with two targets may keep one of them, in `seen` too."""
+    config = catalogue(tmp_path, [ONE, SEVERAL, {**TWO, "target": "z.jpg", "id": "q8"}])
+
+    def targets(**changes: Any) -> list[str]:
+        return [triplet.target for triplet in read_train({**config, **changes})[0]]
+
+    everything = ["shoes/a.jpg", "b.png", "shoes/red/c.webp", "z.jpg"]
+    assert targets() == targets(max_triplets=9, seed=1) == everything
+    assert targets(max_triplets=2) == everything[:2]
+    drawn = [targets(max_triplets=count, seed=1) for count in (1, 2, 3)]
+    assert [len(found) for found in drawn] == [1, 2, 3]
+    assert set(drawn[0]) < set(drawn[1]) < set(drawn[2])
+    assert all(found == [name for name in everything if name in found] for found in drawn)
+    assert len({tuple(targets(max_triplets=2, seed=seed)) for seed in range(9)}) > 2
+    seen = read_benchmark({**config, "max_triplets": 2}, "seen").groups[0]
+    assert [query.target for query in seen.queries] == ["shoes/a.jpg", "b.png"]
+    assert len(read_benchmark({**config, "max_triplets": 2}, "val").groups[0].queries) == 3
+
+
 def test_a_reference_caption_is_read_in_training_alone(tmp_path: Path):
     captioned = [{**ONE, "reference_caption": " a shoe "}, {**SEVERAL, "reference_caption": "a boot"}]
     config = catalogue(tmp_path, captioned)
@@ -406,7 +426,7 @@ def test_verification_on_demand(tmp_path: Path):
 
 
 def test_defaults():
-    expected = TripletsConfig("x", None, "removed", "R@10", "error", False)
+    expected = TripletsConfig("x", None, "removed", "R@10", None, None, "error", False)
     assert TripletsConfig.from_mapping({"root": "x"}) == expected
 
 

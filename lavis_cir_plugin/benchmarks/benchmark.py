@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lavis_cir_plugin.ranking import Ranking
 
 Config = TypeVar("Config")
+T = TypeVar("T")
 
 EVALUATION_SPLITS = ("val", "test", "seen")
 """Evaluation splits; ``seen`` is drawn from the training data, to be compared with ``val``."""
@@ -145,16 +146,38 @@ def complete_triplets(triplets: list[Triplet], image_paths: Mapping[str, Path], 
     Raises:
         ValueError: no triplet is left.
     """
-    complete = [t for t in triplets if t.reference in image_paths and t.target in image_paths]
-    if not complete:
+    return only_complete(triplets, lambda t: t.reference in image_paths and t.target in image_paths, dataset, "triplet")
+
+
+def only_complete(examples: Sequence[T], has_images: Callable[[T], bool], dataset: str, what: str) -> list[T]:
+    """Leave out the training examples that need a missing image, and log how many; ``what`` is one called.
+
+    Raises:
+        ValueError: none is left.
+    """
+    found = [example for example in examples if has_images(example)]
+    if not found:
         raise ValueError(
-            f"{dataset} train: every triplet needs an image that is missing; "
-            f"check datasets.{dataset}.build_info.images."
+            f"{dataset} train: every {what} needs an image that is missing; check datasets.{dataset}.build_info."
         )
-    if len(complete) < len(triplets):
-        left_out = len(triplets) - len(complete)
-        logger.warning("%s train: %d of %d triplets left out, images missing.", dataset, left_out, len(triplets))
-    return complete
+    if len(found) < len(examples):
+        left_out = len(examples) - len(found)
+        logger.warning("%s train: %d of %d %ss left out, images missing.", dataset, left_out, len(examples), what)
+    return found
+
+
+def some(items: Sequence[T], count: int | None, seed: int | None) -> list[T]:
+    """Return the first ``count`` items, or with a seed drawn ones; all where there are no more, or ``count`` is null.
+
+    The items keep their order. Of one seed, those of a smaller count are among those of a larger one, so that the sets
+    of a data-amount curve are nested.
+    """
+    if count is None or count >= len(items):
+        return list(items)
+    order = list(range(len(items)))
+    if seed is not None:
+        random.Random(seed).shuffle(order)
+    return [items[index] for index in sorted(order[:count])]
 
 
 def without_missing(group: Group, image_paths: Mapping[str, Path]) -> Group:
@@ -442,11 +465,17 @@ def some_of(*default: str, others: Sequence[str] = ()) -> Any:
     return field(default=default, metadata={"choices": (*default, *others)})
 
 
+def at_least(least: int) -> Any:
+    """Declare a configuration field that takes a whole number from ``least`` on, or null, the default."""
+    return field(default=None, metadata={"least": least})
+
+
 def config_from_mapping(cls: type[Config], dataset: str, mapping: Mapping[str, Any]) -> Config:
     """Build the frozen configuration of a data set from its ``build_info``; ``~`` in a path becomes the home folder.
 
     Args:
-        cls: Dataclass whose fields are ``str``, ``str | None``, ``bool``, or declared by `one_of` or `some_of`.
+        cls: Dataclass whose fields are ``str``, ``str | None``, ``bool``, ``str | tuple[str, ...] | None``, or declared
+            by `one_of`, `some_of` or `at_least`.
         dataset: Its registered name, for the messages.
         mapping: The ``build_info``.
 
@@ -462,7 +491,7 @@ def config_from_mapping(cls: type[Config], dataset: str, mapping: Mapping[str, A
             continue
         if isinstance(value, Sequence) and not isinstance(value, str):
             value = tuple(value)
-        problem = _problem(known[key].type, known[key].metadata.get("choices", ()), value)
+        problem = _problem(known[key].type, known[key].metadata, value)
         if problem:
             errors.append(f"{where}.{key} must be {problem}")
         is_path = isinstance(value, str) and "choices" not in known[key].metadata
@@ -477,10 +506,20 @@ def config_from_mapping(cls: type[Config], dataset: str, mapping: Mapping[str, A
     return cls(**values)
 
 
-def _problem(kind: Any, choices: tuple[str, ...], value: Any) -> str:
+def _problem(kind: Any, metadata: Mapping[str, Any], value: Any) -> str:
     """Say what a value must be, with what it is; empty where it is right. `kind` is the annotation's source text."""
+    choices = metadata.get("choices", ())
     if kind == "bool":
         return "" if isinstance(value, bool) else f"true or false, got {shown(value)}."
+    if "least" in metadata:
+        is_right = value is None or (type(value) is int and value >= metadata["least"])
+        return "" if is_right else f"a whole number >= {metadata['least']} or null, got {shown(value)}."
+    if kind == "str | tuple[str, ...] | None":
+        paths = (value,) if isinstance(value, str) else value
+        is_right = paths is None or (
+            isinstance(paths, tuple) and paths and all(is_text(path) and path for path in paths)
+        )
+        return "" if is_right else f"a path or a list of paths, got {shown(value)}."
     if kind.startswith("tuple"):
         is_right = isinstance(value, tuple) and value and len(set(map(str, value))) == len(value)
         if is_right and all(item in choices for item in value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -176,16 +177,30 @@ def open_rgb(path: Path) -> Image.Image:
         FileNotFoundError: the file does not exist.
         ValueError: it cannot be decoded (empty, truncated, not an image, too many pixels).
     """
-
-    def decode(image: Image.Image) -> Image.Image:
-        if image.mode.startswith("I"):
-            return image.convert("I").point(lambda value: value / 257).convert("RGB")
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        return image.convert("RGB")
-
     with _truncation_is_an_error():
-        return _read(path, decode)
+        return _read(path, _as_rgb)
+
+
+def decode_rgb(content: bytes, name: str) -> Image.Image:
+    """Decode the content of an image file as `open_rgb` does; ``name`` is what messages call it.
+
+    Raises:
+        ValueError: it cannot be decoded.
+    """
+    with _truncation_is_an_error():
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                return _as_rgb(image)
+        except Exception as error:  # Pillow's decoders raise a dozen types on broken files
+            raise _unreadable(name, not content, error) from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return image.convert("I").point(lambda value: value / 257).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def verify_images(paths: Iterable[Path]) -> None:
@@ -256,5 +271,9 @@ def _read(path: Path, use: Callable[[Image.Image], T]) -> T:
         problem = "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
         raise FileNotFoundError(f"{path} {problem}.") from None
     except Exception as error:  # Pillow's decoders raise a dozen types on broken files
-        reason = "the file is empty" if os.path.getsize(path) == 0 else str(error) or type(error).__name__
-        raise ValueError(f"{path} cannot be read as an image: {reason}.") from error
+        raise _unreadable(str(path), os.path.getsize(path) == 0, error) from error
+
+
+def _unreadable(name: str, is_empty: bool, error: Exception) -> ValueError:
+    reason = "the file is empty" if is_empty else str(error) or type(error).__name__
+    return ValueError(f"{name} cannot be read as an image: {reason}.")

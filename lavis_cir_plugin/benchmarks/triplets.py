@@ -40,7 +40,6 @@ R_subset@1, 2 and 3.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,6 +53,7 @@ from lavis_cir_plugin.benchmarks.benchmark import (
     Group,
     Query,
     Triplet,
+    at_least,
     check_split,
     complete_triplets,
     config_from_mapping,
@@ -63,13 +63,22 @@ from lavis_cir_plugin.benchmarks.benchmark import (
     no_metrics,
     no_submissions,
     one_of,
-    parse_json,
     shown,
+    some,
     without_missing,
 )
 from lavis_cir_plugin.benchmarks.images import image_folders, scan_tree, select_images
+from lavis_cir_plugin.benchmarks.json_lines import (
+    Refusal,
+    image_path,
+    line_error,
+    one_text,
+    parse_line,
+    read_lines,
+    some_texts,
+)
 from lavis_cir_plugin.benchmarks.submissions import by_query
-from lavis_cir_plugin.benchmarks.survey import current_survey, listing
+from lavis_cir_plugin.benchmarks.survey import listing
 from lavis_cir_plugin.ranking import Ranking, average_precision_at, recall_at
 
 SPLITS = ("train", *EVALUATION_SPLITS)
@@ -80,6 +89,7 @@ TOP = 50
 """How many images per query the ranking of a test split without targets lists."""
 
 _GALLERY_FILE = "gallery.txt"
+_REMEDY = "set datasets.triplets.build_info.root to the folder with train.jsonl, val.jsonl and test.jsonl"
 _NOT_RANKED = 2**40  # a rank beyond every cutoff
 _METRICS = (
     *(f"R@{k}" for k in CUTOFFS),
@@ -97,6 +107,8 @@ class TripletsConfig:
         images: Folder of the image files where it is not ``images/`` below ``root``.
         reference: ``removed`` from its own ranking, or ``kept`` in the gallery.
         selection_metric: What chooses the best checkpoint: a metric of the split.
+        max_triplets: Train on so many at most: the first, or with a ``seed`` drawn ones.
+        seed: Of the draw. Fewer triplets of one seed are among more of it.
         missing_images: ``error``, or ``skip`` what needs a missing image and say how much that is.
         verify_images: Check every image file before the run.
     """
@@ -105,6 +117,8 @@ class TripletsConfig:
     images: str | None = None
     reference: str = one_of("removed", "kept")
     selection_metric: str = one_of("R@10", *(name for name in _METRICS if name != "R@10"))
+    max_triplets: int | None = at_least(1)
+    seed: int | None = at_least(0)
     missing_images: str = one_of("error", "skip")
     verify_images: bool = False
 
@@ -233,7 +247,7 @@ def _gallery(
         outside = [name for name in (*record.targets, *record.members) if name not in gallery]
         if outside:
             problem = f"has the target or member {shown(outside[0])}, which {path} does not list"
-            raise _line_error(_file(settings, split), record.line, problem)
+            raise line_error(_file(settings, split), record.line, problem)
     return tuple(gallery)
 
 
@@ -324,136 +338,81 @@ def _select(
     )
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """Return the lines that are not blank, with their numbers from 1."""
-    survey = current_survey()
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        if survey is not None:
-            survey.files.append(path)
-    except FileNotFoundError:
-        if survey is not None:
-            survey.absent.append(path.name)
-        raise FileNotFoundError(
-            f"triplets: {path} does not exist; set datasets.triplets.build_info.root to the folder with train.jsonl, "
-            f"val.jsonl and test.jsonl."
-        ) from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}; put a JSON-lines file there that can.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} is empty; it must hold one image or JSON object per line.")
-    return lines
-
-
 def _read_gallery(path: Path) -> dict[str, int]:
     """Return the line of every image of the gallery file."""
     lines: dict[str, int] = {}
-    for line, text in _lines(path):
-        name = _image(text, "image name", path, line)
+    for line, text in read_lines(path, "put one image per line into it, or take it away"):
+        name = image_path(text, "image name", partial(line_error, path, line))
         if lines.setdefault(name, line) != line:
-            raise _line_error(path, line, f"lists {shown(name)} like line {lines[name]}")
+            raise line_error(path, line, f"lists {shown(name)} like line {lines[name]}")
     return lines
 
 
 def _read_records(settings: TripletsConfig, split: str) -> list[_Record]:
     path = _file(settings, split)
-    records = [_record(line, path, number, split) for number, line in _lines(path)]
+    records = [_record(line, path, number, split) for number, line in read_lines(path, _REMEDY)]
     first: dict[str, int] = {}
     for record in records:
         if first.setdefault(record.identifier, record.line) != record.line:
-            raise _line_error(
+            raise line_error(
                 path, record.line, f"has id = {shown(record.identifier)} like line {first[record.identifier]}"
             )
     for key in ("targets", "members", "reference_caption"):
         without = [record.line for record in records if not getattr(record, key)]
         if 0 < len(without) < len(records):
             name = key.replace("targets", "target")
-            raise _line_error(path, without[0], f"has no '{name}' and others have; give it on every line or on none")
-    return records
+            raise line_error(path, without[0], f"has no '{name}' and others have; give it on every line or on none")
+    return _limited(records, settings) if split in ("train", "seen") else records
+
+
+def _limited(records: Sequence[_Record], settings: TripletsConfig) -> list[_Record]:
+    """Keep as many triplets as the configuration says; a line loses those of its targets that are not kept."""
+    triplets = [(index, target) for index, record in enumerate(records) for target in record.targets]
+    targets: dict[int, list[str]] = {}
+    for index, target in some(triplets, settings.max_triplets, settings.seed):
+        targets.setdefault(index, []).append(target)
+    return [replace(records[index], targets=tuple(kept)) for index, kept in targets.items()]
 
 
 def _record(text: str, path: Path, line: int, split: str) -> _Record:
-    try:
-        item = parse_json(text)
-    except json.JSONDecodeError as error:
-        raise _line_error(path, line, f"is not valid JSON: {error.msg} at column {error.colno}") from error
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits; a key twice
-        raise _line_error(path, line, f"cannot be read as JSON: {error}") from error
-    if not isinstance(item, dict):
-        raise _line_error(path, line, f'must be an object such as {{"reference": ...}}, got {shown(item)}')
+    refuse = partial(line_error, path, line)
+    item = parse_line(text, refuse, '{"reference": ...}')
     for key in ("reference", "text") if split == "test" else ("reference", "text", "target"):
         if item.get(key) is None:
-            raise _line_error(path, line, f"has no '{key}'")
-    reference = _image(item["reference"], "reference", path, line)
-    targets = _images(item.get("target"), "target", path, line)
-    members = tuple(name for name in _images(item.get("members"), "members", path, line) if name != reference)
+            raise refuse(f"has no '{key}'")
+    reference = image_path(item["reference"], "reference", refuse)
+    targets = _images(item.get("target"), "target", refuse)
+    members = tuple(name for name in _images(item.get("members"), "members", refuse) if name != reference)
     if reference in targets:
-        raise _line_error(path, line, f"has the reference {shown(reference)} as a target, which says nothing")
+        raise refuse(f"has the reference {shown(reference)} as a target, which says nothing")
     if members and (len(targets) > 1 or not set(targets) <= set(members)):
-        raise _line_error(path, line, "has 'members', which must include its target, and only one target")
+        raise refuse("has 'members', which must include its target, and only one target")
+    caption = item.get("reference_caption") if split == "train" else None
     return _Record(
         line=line,
         reference=reference,
-        texts=_texts(item["text"], path, line),
+        texts=some_texts(item["text"], "text", refuse),
         targets=targets,
         members=members,
-        identifier=_identifier(item.get("id"), path, line),
-        reference_caption=_caption(item.get("reference_caption"), path, line) if split == "train" else "",
+        identifier=_identifier(item.get("id"), line, refuse),
+        reference_caption="" if caption is None else one_text(caption, "reference_caption", refuse),
     )
 
 
-def _texts(value: Any, path: Path, line: int) -> tuple[str, ...]:
-    texts = value if isinstance(value, list) else [value]
-    if not texts or not all(is_text(text) and text.strip() for text in texts):
-        raise _line_error(path, line, f"has text = {shown(value)}; it must be text, or a list of texts, none empty")
-    return tuple(text.strip() for text in texts)
-
-
-def _caption(value: Any, path: Path, line: int) -> str:
-    if value is None:
-        return ""
-    if is_text(value) and value.strip():
-        return str(value).strip()
-    raise _line_error(path, line, f"has reference_caption = {shown(value)}; it must be text, not empty")
-
-
-def _identifier(value: Any, path: Path, line: int) -> str:
+def _identifier(value: Any, line: int, refuse: Refusal) -> str:
     if value is None:
         return str(line)
     if type(value) is int or (is_text(value) and value):
         return str(value)
-    raise _line_error(path, line, f"has id = {shown(value)}; it must be text or a whole number")
+    raise refuse(f"has id = {shown(value)}; it must be text or a whole number")
 
 
-def _images(value: Any, key: str, path: Path, line: int) -> tuple[str, ...]:
+def _images(value: Any, key: str, refuse: Refusal) -> tuple[str, ...]:
     """Return the images of an optional field that holds one or a list of distinct ones."""
     if value is None:
         return ()
     values = value if isinstance(value, list) else [value]
-    names = tuple(_image(name, key, path, line) for name in values)
+    names = tuple(image_path(name, key, refuse) for name in values)
     if not names or len(set(names)) < len(names):
-        raise _line_error(path, line, f"has {key} = {shown(value)}; it must be an image, or a list of distinct ones")
+        raise refuse(f"has {key} = {shown(value)}; it must be an image, or a list of distinct ones")
     return names
-
-
-def _image(value: Any, key: str, path: Path, line: int) -> str:
-    """Return an image's path below the image folder, which cannot lead out of it."""
-    if (
-        not isinstance(value, str)
-        or not value.isprintable()
-        or "\\" in value
-        or set(value.split("/")) & {"", ".", ".."}
-    ):
-        raise _line_error(
-            path,
-            line,
-            f"has {key} = {shown(value)}; it must be the path of an image below the image folder, such as shoes/a.jpg",
-        )
-    return value
-
-
-def _line_error(path: Path, line: int, problem: str) -> ValueError:
-    return ValueError(f"{path}, line {line} {problem}; correct the line.")

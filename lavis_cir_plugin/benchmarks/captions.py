@@ -1,0 +1,160 @@
+"""Pictures with captions, as training data: JSON lines, or LAVIS's annotation files for captioning.
+
+::
+
+    my_captions/
+      captions.jsonl  or  captions.json
+      images/                                 JPEG, PNG, WebP, GIF or BMP, in folders to any depth
+
+A line of ``captions.jsonl`` is one JSON object, in UTF-8; blank lines are skipped. ``captions.json`` is a list of such
+objects, as LAVIS's captioning data sets have (COCO, Flickr30k, NoCaps)::
+
+    {"image": "shoes/a.jpg", "caption": "a red shoe"}
+    {"image": "shoes/b.jpg", "caption": ["a boot", "a black boot with laces"]}
+
+``image`` is the picture's path below ``images/``, with ``/`` and the file's suffix. Of several captions in one object
+one is drawn each time it is read. Objects with the same image, of which COCO has five, are training samples each. Other
+keys are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lavis_cir_plugin.benchmarks.benchmark import (
+    at_least,
+    config_from_mapping,
+    one_of,
+    only_complete,
+    read_records,
+    record_error,
+    some,
+)
+from lavis_cir_plugin.benchmarks.images import image_folders, scan_tree, select_images
+from lavis_cir_plugin.benchmarks.json_lines import (
+    Refusal,
+    image_path,
+    line_error,
+    parse_line,
+    read_lines,
+    some_texts,
+)
+from lavis_cir_plugin.benchmarks.survey import listing
+
+SPLITS = ("train",)
+
+_FILES = ("captions.jsonl", "captions.json")
+
+
+@dataclass(frozen=True)
+class CaptionsConfig:
+    """Keys of ``datasets.image_captions.build_info``.
+
+    Attributes:
+        root: The folder with ``captions.jsonl`` or ``captions.json``.
+        annotations: The file of captions where it is called otherwise or lies elsewhere.
+        images: Folder of the image files where it is not ``images/`` below ``root``.
+        max_images: Train on so many objects at most: the first, or with a ``seed`` drawn ones.
+        seed: Of the draw. Fewer objects of one seed are among more of it.
+        missing_images: ``error``, or ``skip`` the objects whose image is missing and log how many.
+        verify_images: Check every image file before the run.
+    """
+
+    root: str
+    annotations: str | None = None
+    images: str | None = None
+    max_images: int | None = at_least(1)
+    seed: int | None = at_least(0)
+    missing_images: str = one_of("error", "skip")
+    verify_images: bool = False
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> CaptionsConfig:
+        """Build the configuration; raise ValueError with every unknown key and impossible value."""
+        return config_from_mapping(cls, "image_captions", mapping)
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """One training example.
+
+    Attributes:
+        image: Its path below the image folder.
+        captions: At least one, none empty, without blanks at their ends.
+    """
+
+    image: str
+    captions: tuple[str, ...]
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Check the keys and values of a ``build_info`` without reading anything.
+
+    Raises:
+        ValueError: every unknown key and impossible value.
+    """
+    CaptionsConfig.from_mapping(config)
+
+
+def read_captions(config: Mapping[str, Any]) -> tuple[list[CaptionedImage], dict[str, Path]]:
+    """Read the captioned images in file order, and the paths of their files.
+
+    Raises:
+        ValueError: a key or value of the configuration or a record is wrong.
+        FileNotFoundError: the file or an image is missing.
+    """
+    settings = CaptionsConfig.from_mapping(config)
+    examples = some(list(caption_records(_file(settings))), settings.max_images, settings.seed)
+    guesses = [Path(settings.images) if settings.images else Path(settings.root) / "images"]
+    scanned: dict[str, Path] = {}
+    for folder in image_folders(guesses, "image_captions"):
+        scanned = listing(scan_tree, folder)
+    remedy = "add them (an image is named by its path below that folder with its suffix, such as shoes/a.jpg)"
+    paths, _ = select_images(
+        (example.image for example in examples),
+        scanned,
+        str(guesses[0]),
+        remedy,
+        "image_captions",
+        settings.missing_images,
+        settings.verify_images,
+    )
+    return only_complete(examples, lambda example: example.image in paths, "image_captions", "caption"), paths
+
+
+def caption_records(path: Path) -> Iterator[CaptionedImage]:
+    """Read a file of captions: a JSON list, or JSON lines.
+
+    Raises:
+        ValueError: a record is wrong.
+        FileNotFoundError: the file does not exist.
+    """
+    if path.suffix == ".json":
+        for number, item in enumerate(read_records(path)):
+            yield _example(item, partial(record_error, path, number))
+        return
+    remedy = "set datasets.image_captions.build_info.root to the folder with captions.jsonl, or annotations to the file"
+    for line, text in read_lines(path, remedy):
+        refuse = partial(line_error, path, line)
+        yield _example(parse_line(text, refuse, '{"image": ...}'), refuse)
+
+
+def _file(settings: CaptionsConfig) -> Path:
+    if settings.annotations:
+        return Path(settings.annotations)
+    files = [Path(settings.root) / name for name in _FILES]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def _example(item: Mapping[str, Any], refuse: Refusal) -> CaptionedImage:
+    for key in ("image", "caption"):
+        if item.get(key) is None:
+            raise refuse(f"has no '{key}'")
+    return CaptionedImage(
+        image=image_path(item["image"], "image", refuse),
+        captions=some_texts(item["caption"], "caption", refuse),
+    )

@@ -1,0 +1,113 @@
+"""Files of one JSON object per line that people write themselves, and the checks of their fields."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lavis_cir_plugin.benchmarks.benchmark import is_text, parse_json, shown
+from lavis_cir_plugin.benchmarks.survey import current_survey
+
+Refusal = Callable[[str], ValueError]
+"""Makes the error of a record from what is wrong with it, such as ``has no 'text'``."""
+
+
+def read_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
+    """Return the lines that are not blank, with their numbers from 1.
+
+    Args:
+        path: A UTF-8 file, with a byte order mark or without.
+        remedy: What to do if it does not exist, for the message.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it cannot be read, is not UTF-8 or has no line.
+    """
+    survey = current_survey()
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        if survey is not None:
+            survey.files.append(path)
+    except FileNotFoundError:
+        if survey is not None:
+            survey.absent.append(path.name)
+        raise FileNotFoundError(f"{path} does not exist; {remedy}.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}; put a JSON-lines file there that can.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+    # Not splitlines: text fields may hold other characters that it would take for the end of a line.
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} is empty; it must hold one image or JSON object per line.")
+    return lines
+
+
+def parse_line(text: str, refuse: Refusal, example: str) -> dict[str, Any]:
+    """Parse a line that holds one JSON object.
+
+    Args:
+        text: Of the line.
+        refuse: Makes the error.
+        example: How an object begins, for the message.
+
+    Raises:
+        ValueError: it does not.
+    """
+    try:
+        item = parse_json(text)
+    except json.JSONDecodeError as error:
+        raise refuse(f"is not valid JSON: {error.msg} at column {error.colno}") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits; a key twice
+        raise refuse(f"cannot be read as JSON: {error}") from error
+    if not isinstance(item, dict):
+        raise refuse(f"must be an object such as {example}, got {shown(item)}")
+    return item
+
+
+def image_path(value: Any, key: str, refuse: Refusal) -> str:
+    """Return an image's path below the image folder, with ``/`` and its suffix, which cannot lead out of it.
+
+    Raises:
+        ValueError: it is no such path.
+    """
+    if (
+        not isinstance(value, str)
+        or not value.isprintable()
+        or "\\" in value
+        or set(value.split("/")) & {"", ".", ".."}
+    ):
+        raise refuse(
+            f"has {key} = {shown(value)}; it must be the path of an image below the image folder, such as shoes/a.jpg"
+        )
+    return value
+
+
+def some_texts(value: Any, key: str, refuse: Refusal) -> tuple[str, ...]:
+    """Return the texts, without blanks at their ends, of a field that holds one or a list.
+
+    Raises:
+        ValueError: it holds something else, or an empty text.
+    """
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(is_text(text) and text.strip() for text in texts):
+        raise refuse(f"has {key} = {shown(value)}; it must be text, or a list of texts, none empty")
+    return tuple(text.strip() for text in texts)
+
+
+def one_text(value: Any, key: str, refuse: Refusal) -> str:
+    """Return a text without blanks at its ends.
+
+    Raises:
+        ValueError: it is no text or an empty one.
+    """
+    if not (is_text(value) and value.strip()):
+        raise refuse(f"has {key} = {shown(value)}; it must be text, not empty")
+    return str(value).strip()
+
+
+def line_error(path: Path, line: int, problem: str) -> ValueError:
+    """Build the error of one line; `line` counts from 1."""
+    return ValueError(f"{path}, line {line} {problem}; correct the line.")

@@ -1,0 +1,173 @@
+"""Laion-CIR (Liu et al., BMVC 2023, TransAgg): training triplets made of captioned LAION pictures; no evaluation split.
+
+The authors' repository ``ZS-CIR`` has one annotation file per variant, which its data loaders read as follows.
+
+=========================================  =============================================================================
+``laion_template_info.json``               A list of ``{"ref_image_id": "306448", "relative_cap": "beds has been newly
+                                           placed.", "tgt_image_id": "347794"}``: edits by templates.
+``laion_llm_info.json``                    An object: the reference's id to ``{"tgt_image_id": "360301", "relative_cap":
+                                           "Change the color of the car to red.", "tgt_cap": "A red car is ..."}``:
+                                           edits by a language model.
+``laion_combined_info.json``               A list as the first, of both, about 32,000 triplets; comes with the pictures.
+=========================================  =============================================================================
+
+Image 306448 is the file ``0306448.png``: seven digits. Both forms are read in every file, ids as text or numbers, and
+other fields are ignored, so files that others have derived from these are read as well.
+
+People keep the files in ``files/`` or ``data/files/`` (as the repository does) or with the pictures, and the pictures
+in one folder or in one per variant (``laion_cir_combined``, ``laion_cir_llm``, ``laion_cir_template``,
+``laion_chatgpt_16k``): they are found by name in the data set's folder and the folders directly below it.
+
+The files have no caption of the reference, which TSCIR's second stage trains on as well. Its data loader reads them
+from an object of image files to texts, ``{"0306448.png": "A bed. It is ..."}``, and takes the first sentence;
+``reference_captions`` names such a file.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lavis_cir_plugin.benchmarks.benchmark import (
+    Triplet,
+    at_least,
+    complete_triplets,
+    config_from_mapping,
+    find_annotation,
+    is_text,
+    listed,
+    one_of,
+    read_json,
+    record_error,
+    shown,
+    some,
+)
+from lavis_cir_plugin.benchmarks.images import find_images, image_folders
+from lavis_cir_plugin.benchmarks.json_lines import Refusal, one_text
+
+SPLITS = ("train",)
+
+_ANNOTATION_FOLDERS = ("", "files", "data/files")
+_DIGITS = 7
+
+
+@dataclass(frozen=True)
+class LaionCIRConfig:
+    """Keys of ``datasets.laion_cir.build_info``.
+
+    Attributes:
+        root: Folder of the pictures, or the folder above theirs.
+        annotations: Folder of the annotation files where it is not ``root`` or ``files`` or ``data/files`` below it.
+        images: Folder of the pictures where it is not ``root``, ``root/images`` or directly below one of them.
+        variant: Which of the files: ``combined``, ``template`` or ``llm``.
+        reference_captions: A JSON file of image file to caption; every reference must have one.
+        max_triplets: Train on so many at most: the first, or with a ``seed`` drawn ones.
+        seed: Of the draw. Fewer triplets of one seed are among more of it.
+        missing_images: ``error``, or ``skip`` the triplets that need a missing image and log how many.
+        verify_images: Check every image file before the run.
+    """
+
+    root: str
+    annotations: str | None = None
+    images: str | None = None
+    variant: str = one_of("combined", "template", "llm")
+    reference_captions: str | None = None
+    max_triplets: int | None = at_least(1)
+    seed: int | None = at_least(0)
+    missing_images: str = one_of("error", "skip")
+    verify_images: bool = False
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> LaionCIRConfig:
+        """Build the configuration; raise ValueError with every unknown key and impossible value."""
+        return config_from_mapping(cls, "laion_cir", mapping)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Check the keys and values of a ``build_info`` without reading anything.
+
+    Raises:
+        ValueError: every unknown key and impossible value.
+    """
+    LaionCIRConfig.from_mapping(config)
+
+
+def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:
+    """Read the training triplets in file order, and the paths of their images.
+
+    Raises:
+        ValueError: a key or value of the configuration, a record or a caption is wrong.
+        FileNotFoundError: a file or an image is missing.
+    """
+    settings = LaionCIRConfig.from_mapping(config)
+    bases = [Path(settings.annotations or settings.root)]
+    path = find_annotation(bases, _ANNOTATION_FOLDERS, f"laion_{settings.variant}_info.json", "laion_cir")
+    triplets = [_triplet(record, partial(record_error, path, number)) for number, record in enumerate(_records(path))]
+    triplets = some(triplets, settings.max_triplets, settings.seed)
+    if settings.reference_captions:
+        triplets = _with_captions(triplets, Path(settings.reference_captions))
+    root = Path(settings.root)
+    folders = image_folders([Path(settings.images)] if settings.images else [root, root / "images"], "laion_cir")
+    names = (name for triplet in triplets for name in (triplet.reference, triplet.target))
+    paths, _ = find_images(names, folders, "laion_cir", settings.missing_images, settings.verify_images)
+    return complete_triplets(triplets, paths, "laion_cir"), paths
+
+
+def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
+    """Return the edit; a triplet has one."""
+    return captions[0]
+
+
+def _records(path: Path) -> Iterable[Any]:
+    content = read_json(path)
+    if not isinstance(content, (list, dict)) or not content:
+        raise ValueError(f"{path} must hold a list or an object of triplets, not empty, got {shown(content)}.")
+    if isinstance(content, list):
+        return content
+    return ({"ref_image_id": key, **item} if isinstance(item, dict) else item for key, item in content.items())
+
+
+def _triplet(record: Any, refuse: Refusal) -> Triplet:
+    if not isinstance(record, dict):
+        raise refuse(f"must be an object, got {shown(record)}")
+    for key in ("ref_image_id", "tgt_image_id", "relative_cap"):
+        if record.get(key) is None:
+            raise refuse(f"has no '{key}'")
+    return Triplet(
+        reference=_image(record["ref_image_id"], "ref_image_id", refuse),
+        target=_image(record["tgt_image_id"], "tgt_image_id", refuse),
+        captions=(one_text(record["relative_cap"], "relative_cap", refuse),),
+    )
+
+
+def _image(value: Any, key: str, refuse: Refusal) -> str:
+    """Return an image's name, its number with seven digits."""
+    text = str(value) if type(value) is int else value
+    if not (isinstance(text, str) and text.isascii() and text.isdigit() and len(text) <= 12):
+        raise refuse(f"has {key} = {shown(value)}; it must be the number of an image")
+    return text.zfill(_DIGITS)
+
+
+def _with_captions(triplets: list[Triplet], path: Path) -> list[Triplet]:
+    """Give each triplet the first sentence of its reference's caption."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} must hold an object of image file to caption, not empty, got {shown(content)}.")
+    captions = {}
+    for number, (file, caption) in enumerate(content.items()):
+        sentence = caption.split(".")[0].strip() if is_text(caption) else ""
+        if not sentence:
+            problem = f"has {shown(file)} = {shown(caption)}; it must be a caption whose first sentence is not empty"
+            raise record_error(path, number, problem)
+        captions[PurePosixPath(file).stem.zfill(_DIGITS)] = sentence
+    lacking = list(dict.fromkeys(triplet.reference for triplet in triplets if triplet.reference not in captions))
+    if lacking:
+        raise ValueError(
+            f"{path} has no caption of {len(lacking):,} reference images ({listed(lacking)}); caption them all, or set "
+            f"datasets.laion_cir.build_info.reference_captions: null."
+        )
+    return [replace(triplet, reference_caption=captions[triplet.reference]) for triplet in triplets]

@@ -1,0 +1,154 @@
+"""SynthTriplets18M (Gu et al., TMLR 2024, CompoDiff): generated pairs of pictures with both captions; training only.
+
+The set is published as webdataset shards; what is known of a sample is what TSCIR's data loader reads of the unpacked
+shards (the authors' repository describes no format)::
+
+    000010023.source_image.jpg      000010023.target_image.jpg
+    000010023.json                  {"source_caption": "a cat on a sofa", "target_caption": "a dog on a sofa", ...}
+
+No instruction of how to get from one picture to the other is known to be published (issue 10 of the repository asks
+for it): as in TSCIR, the modification text is the target's caption. The reference's caption, ``source_caption``, is on
+every sample or on none. Nobody needs all 18.8 million: unpack the shards that you want (``tar -xf``), into one folder
+or one per shard, and with ``ids`` name a file of the samples to take, one per line. TSCIR's own list of 87,000 is not
+published.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lavis_cir_plugin.benchmarks.benchmark import (
+    Triplet,
+    at_least,
+    complete_triplets,
+    config_from_mapping,
+    one_of,
+    read_json,
+    shown,
+    some,
+)
+from lavis_cir_plugin.benchmarks.images import scan_images, select_images
+from lavis_cir_plugin.benchmarks.json_lines import image_path, line_error, one_text, read_lines
+from lavis_cir_plugin.benchmarks.survey import current_survey, listing
+
+SPLITS = ("train",)
+
+_SOURCE, _TARGET = ".source_image", ".target_image"
+
+
+@dataclass(frozen=True)
+class SynthTriplets18MConfig:
+    """Keys of ``datasets.synthtriplets18m.build_info``.
+
+    Attributes:
+        root: Folder of the unpacked samples, or of folders of them.
+        ids: Text file of the samples to take, one per line: ``000010023``, perhaps with its folder before it. By
+            default all that have a source image.
+        max_triplets: Train on so many at most: the first, or with a ``seed`` drawn ones. Only their JSON is read.
+        seed: Of the draw. Fewer triplets of one seed are among more of it.
+        missing_images: ``error``, or ``skip`` the triplets that need a missing image and log how many.
+        verify_images: Check every image file before the run.
+    """
+
+    root: str
+    ids: str | None = None
+    max_triplets: int | None = at_least(1)
+    seed: int | None = at_least(0)
+    missing_images: str = one_of("error", "skip")
+    verify_images: bool = False
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> SynthTriplets18MConfig:
+        """Build the configuration; raise ValueError with every unknown key and impossible value."""
+        return config_from_mapping(cls, "synthtriplets18m", mapping)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Check the keys and values of a ``build_info`` without reading anything.
+
+    Raises:
+        ValueError: every unknown key and impossible value.
+    """
+    SynthTriplets18MConfig.from_mapping(config)
+
+
+def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:
+    """Read the training triplets, sorted by sample or in the order of ``ids``, and the paths of their images.
+
+    Raises:
+        ValueError: a key or value of the configuration, an id or a sample's JSON is wrong, or there is no sample.
+        FileNotFoundError: a file or an image is missing.
+    """
+    settings = SynthTriplets18MConfig.from_mapping(config)
+    root = Path(settings.root)
+    scanned = listing(scan_images, (root,)) if root.is_dir() else {}
+    samples = _read_ids(Path(settings.ids)) if settings.ids else _sources(scanned, root)
+    samples = some(samples, settings.max_triplets, settings.seed)
+    names = [sample + side for sample in samples for side in (_SOURCE, _TARGET)]
+    remedy = f"unpack their shards (000010023{_SOURCE}.jpg)"
+    paths, _ = select_images(
+        names, scanned, str(root), remedy, "synthtriplets18m", settings.missing_images, settings.verify_images
+    )
+    pairs = [Triplet(sample + _SOURCE, sample + _TARGET, captions=()) for sample in samples]
+    complete = complete_triplets(pairs, paths, "synthtriplets18m")
+    files = [paths[pair.reference].parent / f"{pair.reference[: -len(_SOURCE)]}.json" for pair in complete]
+    triplets = [_with_captions(pair, file) for pair, file in zip(complete, files)]
+    without = [file for triplet, file in zip(triplets, files) if not triplet.reference_caption]
+    if 0 < len(without) < len(files):
+        raise ValueError(
+            f"{without[0]} has no 'source_caption' and {len(files) - len(without):,} of {len(files):,} samples have "
+            f"one; give it in every file or in none."
+        )
+    return triplets, paths
+
+
+def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
+    """Return the target's caption; a triplet has one."""
+    return captions[0]
+
+
+def _sources(scanned: Mapping[str, Path], root: Path) -> list[str]:
+    """Return the samples that have a source image, sorted."""
+    samples = sorted(name[: -len(_SOURCE)] for name in scanned if name.endswith(_SOURCE))
+    if not samples:
+        raise FileNotFoundError(
+            f"synthtriplets18m: {root} has no image such as 000010023{_SOURCE}.jpg, nor a folder with one; unpack the "
+            f"shards there (tar -xf), or set datasets.synthtriplets18m.build_info.root to where they are."
+        )
+    return samples
+
+
+def _read_ids(path: Path) -> list[str]:
+    remedy = "datasets.synthtriplets18m.build_info.ids must name a text file of samples, one per line"
+    samples: dict[str, int] = {}
+    for line, text in read_lines(path, remedy):
+        refuse = partial(line_error, path, line)
+        sample = PurePosixPath(image_path(text, "id", refuse)).name
+        if samples.setdefault(sample, line) != line:
+            raise refuse(f"has the id {shown(sample)} like line {samples[sample]}")
+    return list(samples)
+
+
+def _with_captions(triplet: Triplet, path: Path) -> Triplet:
+    def refuse(problem: str) -> ValueError:
+        return ValueError(f"{path} {problem}; correct the file or unpack its shard again.")
+
+    survey = current_survey()
+    if survey is not None:
+        survey.files.append(path)
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise refuse(f"must hold an object, got {shown(record)}")
+    if record.get("target_caption") is None:
+        raise refuse("has no 'target_caption'")
+    source = record.get("source_caption")
+    return replace(
+        triplet,
+        captions=(one_text(record["target_caption"], "target_caption", refuse),),
+        reference_caption="" if source is None else one_text(source, "source_caption", refuse),
+    )
