@@ -21,7 +21,8 @@ from PIL import Image
 
 from lavis_cir_plugin.tasks.composed_retrieval import rank_queries
 
-BENCHMARKS = ("fashioniq", "cirr", "circo", "triplets")
+BENCHMARKS = ("fashioniq", "cirr", "circo", "triplets", "lasco")
+DATA_SETS = (*BENCHMARKS, "laion_cir", "synthtriplets18m")
 EXAMPLES = int(os.environ.get("CIR_EXAMPLES", "200"))
 SPLIT_NAMES = ("train", "val", "test")
 
@@ -109,18 +110,46 @@ def write_triplets(root: Path) -> None:
     touch(root / "images", *names)
 
 
+def write_lasco(root: Path) -> None:
+    for split in ("train", "val"):
+        images = [[index, f"{split}2014/COCO_{split}2014_{index:012d}.jpg"] for index in range(8)]
+        rows = [
+            {"qid": 1000 * number, "query-image": a, "query-text": "The cat is black", "target-image": b}
+            for number, (a, b) in enumerate(zip(images[:4], images[1:]))
+        ]
+        write(root / f"lasco_{split}.json", rows)
+        touch(root, *(path for _, path in images))
+    write(root / "lasco_val_corpus.json", [{"id": number, "path": f"val/{path}"} for number, path in images])
+
+
+def write_laion_cir(root: Path) -> None:
+    rows = [{"ref_image_id": str(n), "relative_cap": "add parking.", "tgt_image_id": str(n + 1)} for n in range(4)]
+    write(root / "laion_combined_info.json", rows)
+    touch(root / "images", *(f"{number:07d}.png" for number in range(5)))
+
+
+def write_synthtriplets18m(root: Path) -> None:
+    for number in range(3):
+        sample = f"{number:09d}"
+        write(root / f"{sample}.json", {"source_caption": "a cat", "target_caption": "a dog"})
+        touch(root, f"{sample}.source_image.jpg", f"{sample}.target_image.jpg")
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "fashioniq": {"categories": ["dress"], "protocol": "clip4cir"},
     "cirr": {"labels": "soft"},
     "circo": {"text": "shared_and_relative"},
     "triplets": {},
+    "lasco": {},
+    "laion_cir": {},
+    "synthtriplets18m": {},
 }
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
     """Return the folder of each benchmark's whole files."""
-    roots = {name: tmp_path_factory.mktemp(name) for name in BENCHMARKS}
+    roots = {name: tmp_path_factory.mktemp(name) for name in DATA_SETS}
     for name, root in roots.items():
         globals()[f"write_{name}"](root)
     return roots
@@ -151,7 +180,7 @@ def load(name: str, folder: Path, root: str = "") -> None:
         json.dumps(benchmark.submissions(rankings)).encode()
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", DATA_SETS)
 def test_whole_files_load(worlds, name):
     load(name, worlds[name])
 
@@ -221,7 +250,7 @@ def files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*.json*"))
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", DATA_SETS)
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_damaged_field_is_named_or_harmless(worlds, name, data):
@@ -239,7 +268,7 @@ def test_a_damaged_field_is_named_or_harmless(worlds, name, data):
         path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", DATA_SETS)
 @settings(max_examples=EXAMPLES // 2, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_truncated_or_scribbled_file_is_named_or_harmless(worlds, name, data):
@@ -255,7 +284,7 @@ def test_a_truncated_or_scribbled_file_is_named_or_harmless(worlds, name, data):
         path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", DATA_SETS)
 def test_a_lost_file_is_named(worlds, name):
     for path in files(worlds[name]):
         whole = path.read_bytes()
@@ -319,7 +348,7 @@ def test_a_folder_in_a_file_s_place_is_named(worlds, tmp_path):
         load("triplets", root)
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", DATA_SETS)
 def test_a_home_folder_is_found_and_nobody_s_is_none(worlds, monkeypatch, name):
     monkeypatch.setenv("HOME", str(worlds[name].parent))
     load(name, worlds[name], root=f"~/{worlds[name].name}")

@@ -128,7 +128,7 @@ def no_metrics(rankings: Mapping[str, Ranking]) -> dict[str, float]:
 
 def split_names(splits: Sequence[str] = EVALUATION_SPLITS) -> str:
     """Return the names of the evaluation splits for a sentence."""
-    return f"{', '.join(splits[:-1])} and {splits[-1]}"
+    return " and ".join(filter(None, (", ".join(splits[:-1]), splits[-1])))
 
 
 def check_split(split: str, dataset: str, splits: Sequence[str] = EVALUATION_SPLITS) -> None:
