@@ -60,6 +60,8 @@ class ClipCir(BaseModel):  # type: ignore[misc]
     """
 
     PRETRAINED_MODEL_CONFIG_DICT = TYPES
+    row_label = "image + text"
+    """What to call the model itself in a report."""
     baselines: Mapping[str, str] = {"image": "image only", "text": "text only"}
     """Modes of :meth:`encode_query` that are reported beside the model itself, and what to call them."""
 

@@ -54,6 +54,7 @@ class TscirComposing(TscirMapping):
         ValueError: If a choice is unknown or impossible, with what is allowed.
     """
 
+    row_label = "stage I + II"
     baselines: Mapping[str, str] = {**TscirMapping.baselines, "mapping": "stage I alone"}
     DEFAULT_LOSS_WEIGHTS: Mapping[str, float] = {"compose": 1.0, "reference": 1.0, "sta": 0.2}
 

@@ -59,7 +59,10 @@ class TscirMapping(ClipCir):
         ValueError: If a choice is unknown or impossible, with what is allowed.
     """
 
+    row_label = "stage I"
     baselines: Mapping[str, str] = {"image": "image only", "text": "text only", "sum": "image + text"}
+    needs_finetuned = True
+    """To be evaluated: CLIP's weights alone leave the mapping random."""
     DEFAULT_LOSS_WEIGHTS: Mapping[str, float] = {"con": 1.0, "weak": 1.0, "sta": 0.2}
 
     def __init__(
@@ -224,6 +227,11 @@ class TscirMapping(ClipCir):
         if mode in ("image", "text", "sum"):
             return super().encode_query(samples, "multimodal" if mode == "sum" else mode)
         return self._read(self._sentences(samples["text_input"]), self._tokens(samples["image"]))
+
+    @property
+    def attention_labels(self) -> list[str]:
+        """What to call each of :meth:`attention_maps`; none where nothing is injected."""
+        return [f"block {block}" for block in self.injection_blocks]
 
     @torch.no_grad()
     def attention_maps(self, samples: Mapping[str, Any]) -> Tensor:
