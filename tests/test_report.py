@@ -572,3 +572,108 @@ def test_curve_refuses_a_log_it_cannot_show(run):
 def test_curve_without_log(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"epochs\.csv does not exist; a training run writes it"):
         report.training_curve(tmp_path, tmp_path / "curve.png", "mean")
+
+
+# -- several benchmarks side by side ---------------------------------------------------------------------------------
+
+
+def two_benchmarks():
+    one = make_benchmark([make_group("dress", 2, 12)])
+    other = make_benchmark([make_group("circo", 1, 9)], protocol="CIRCO val")
+    rows = {"trained model": {"R@10": 5.0, "mean": 30.5}, "image only": {"R@10": 1.0, "mean": 7.25}}
+    others = {"trained model": {"mean": float("nan")}, "random (expected)": {"mean": 100.0}}
+    return {"fashioniq_val": (one, rows), "circo_val": (other, others)}
+
+
+def test_the_summary_shows_of_each_benchmark_the_metric_that_chooses():
+    """Rows of the first benchmark come first; what one lacks is a dash; nothing but the chosen metric is shown."""
+    lines = report.summary_table(two_benchmarks()).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [line for line in lines if set(line) <= set("+-")] == [lines[0], lines[3], lines[-1]]
+    assert [cells(line) for line in lines[1:3]] == [["fashioniq_val", "circo_val"], ["percent", "mean", "mean"]]
+    assert [cells(line) for line in lines[4:-1]] == [
+        ["trained", "model", "30.50", "nan"],
+        ["image", "only", "7.25", "-"],
+        ["random", "(expected)", "-", "100.00"],
+    ]
+
+
+def test_the_summary_is_written_with_protocols_and_without_nan(tmp_path):
+    path = report.write_summary(tmp_path / "run" / "summary.json", two_benchmarks())
+    content = json.loads(path.read_text())
+    assert content["unit"] == "percent"
+    assert list(content["benchmarks"]) == ["fashioniq_val", "circo_val"]
+    assert content["benchmarks"]["fashioniq_val"] == {
+        "protocol": FASHIONIQ_PROTOCOL,
+        "metric": "mean",
+        "values": {"trained model": 30.5, "image only": 7.25},
+    }
+    assert content["benchmarks"]["circo_val"]["values"] == {"trained model": None, "random (expected)": 100.0}
+
+
+# -- where a model looks ---------------------------------------------------------------------------------------------
+
+
+def attention(tmp_path, maps, num_queries=3, labels=("block 3", "block 7")):
+    """Draw maps over black pictures and return the sheet's pixels ``(height, width, 3)``."""
+    benchmark = make_benchmark([make_group("dress", num_queries, 12)])
+    black = -torch.tensor(report.CLIP_MEAN) / torch.tensor(report.CLIP_STD)
+    pictures = black[:, None, None].expand(len(maps), 3, 48, 48)
+    path = report.attention_sheet(benchmark, benchmark.groups[0], pictures, maps, labels, tmp_path / "attention.png")
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def panels(sheet, rows, columns):
+    """The pictures of a sheet by row and column, column 0 the reference: ``(side, side, 3)`` each."""
+    side = report.ATTENTION_SIDE
+    height = side + 2 * report.LABEL_HEIGHT + report.GAP
+    top = sheet.shape[0] - report.MARGIN + report.GAP - rows * height
+    first = report.MARGIN + side + report.GAP + report.TEXT_WIDTH + report.SECTION_GAP
+    lefts = [report.MARGIN, *(first + i * (side + report.GAP) for i in range(columns))]
+    return [[sheet[top + r * height :][:side, left:][:, :side] for left in lefts] for r in range(rows)]
+
+
+def test_a_map_is_drawn_over_the_place_it_means(tmp_path):
+    """Weight on the patch at the top right: bright there, black at the bottom left; an even map is even.
+
+    The largest weight has inferno's last colour, (252, 255, 164), by 55 percent over black: (139, 140, 90).
+    """
+    corner = torch.zeros(4, 4)
+    corner[0, -1] = 0.2
+    maps = torch.stack([corner, torch.full((4, 4), 0.01)]).expand(3, 2, 4, 4)
+    for picture, cornered, even in panels(attention(tmp_path, maps), 3, 2):
+        assert picture.max() <= 1
+        assert np.allclose(cornered[:10, -10:], [139, 140, 90], atol=2)
+        assert cornered[-80:].max() <= 2
+        assert cornered[:, :80].max() <= 2
+        assert np.allclose(even, [139, 140, 90], atol=2)
+
+
+def test_the_label_says_how_far_a_map_is_from_even(tmp_path, monkeypatch):
+    """One patch of 16 holds everything: 16 times the average; of the even map the largest is the average."""
+    texts = []
+    write = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda draw, *args, **kw: (texts.append(args[1]), write(draw, *args, **kw))
+    )
+    corner = torch.zeros(1, 4, 4)
+    corner[0, 0, 0] = 1
+    attention(tmp_path, torch.stack([corner, torch.ones(1, 4, 4)], dim=1), num_queries=1)
+    assert [text for text in texts if "average" in text][-2:] == ["block 3: 16.0 x average", "block 7: 1.0 x average"]
+
+
+def test_grids_need_not_be_those_of_one_tower_and_the_same_input_gives_the_same_bytes(tmp_path):
+    one, other = (
+        attention(tmp_path, torch.rand(2, 2, 7, 5, generator=torch.Generator().manual_seed(1)), 2) for _ in "ab"
+    )
+    assert np.array_equal(one, other)
+    assert attention(tmp_path, torch.rand(2, 1, 1, 1), 2, labels=["block 0"]).shape[2] == 3
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 4, 4), (2, 2, 4, 4), (3, 2, 16)])
+def test_maps_of_another_number_are_refused(shape, tmp_path):
+    benchmark = make_benchmark([make_group("dress", 5, 12)])
+    with pytest.raises(ValueError, match=r"3 pictures and 2 labels need maps of the shape \(3, 2, h, w\), got \("):
+        report.attention_sheet(
+            benchmark, benchmark.groups[0], torch.zeros(3, 3, 8, 8), torch.ones(shape), ["a", "b"], tmp_path / "x.png"
+        )
