@@ -118,8 +118,8 @@ class Phrases:
         self.rows = [tokens(caption) for caption in captions]
         self.images = np.asarray(images, dtype=np.int64)
         self._rows_of_image: dict[int, list[int]] = defaultdict(list)
-        for row, image in enumerate(self.images.tolist()):
-            self._rows_of_image[image].append(row)
+        for number, image in enumerate(self.images.tolist()):
+            self._rows_of_image[image].append(number)
         self._numbers = numbers = {"": _BOUNDARY}
         flat, starts = [_BOUNDARY], []
         for row in self.rows:
@@ -190,8 +190,7 @@ class Phrases:
         row_of = np.concatenate([[0], row_of])
         joins = np.array([word in JOINERS for word in self._words])
         articles = np.array([word in ARTICLES for word in self._words])
-        inner = ~self._is_function | articles
-        inner[_BOUNDARY] = False
+        content = ~self._is_function
         self._texts: list[tuple[str, ...]] = [()]
         here = np.arange(1, len(flat))
         gaps = here[(flat[here - 1] != _BOUNDARY) | (flat[here] != _BOUNDARY)]
@@ -202,7 +201,9 @@ class Phrases:
         prefix = np.zeros(len(place), dtype=np.int64)
         for length in range(1, LONGEST_PHRASE + 1):
             last = flat[place + length - 1]
-            keep = (last != _BOUNDARY) & ((length == 1) | inner[last])
+            # Function words only at the start: "a belt", "and buttons", "with a belt".
+            keep = (length == 1) | content[last] | ((length == 2) & articles[last] & joins[flat[place]])
+            keep &= last != _BOUNDARY
             place, prefix, last = place[keep], prefix[keep], last[keep]
             _, first, prefix, counts = np.unique(
                 prefix * size + last, return_index=True, return_inverse=True, return_counts=True
@@ -254,22 +255,27 @@ class Phrases:
         order = np.argsort(pair_phrases, kind="stable")
         self._slots_of = (pair_slots[order], self._pair_counts[order])
         self._slots_of_starts = np.searchsorted(pair_phrases[order], np.arange(count + 1))
-        self._pictures_of_slots()
+        self._find_pictures(pair_phrases[order] * len(self._slot_starts) + pair_slots[order])
 
-    def _pictures_of_slots(self) -> None:
-        """List the pictures of each phrase in each slot, among those with several captions that fill it."""
-        size = int(self.images.max(initial=0)) + 1
-        slot_images = np.unique((self._slot * len(self.rows) + self._row) if len(self._slot) else self._slot)
-        by_image = (slot_images // max(1, len(self.rows))) * size + self.images[slot_images % max(1, len(self.rows))]
-        several, counts = np.unique(by_image, return_counts=True)
+    def _find_pictures(self, by_phrase: _Array) -> None:
+        """List for each phrase (slot, picture), among the pictures with several captions that fill the slot.
+
+        ``by_phrase`` are phrase and slot of all pairs, ascending.
+        """
+        size, num_slots = int(self.images.max(initial=0)) + 1, len(self._slot_starts)
+        filled = np.unique(self._slot * len(self.rows) + self._row)
+        several, counts = np.unique(
+            filled // max(1, len(self.rows)) * size + self.images[filled % max(1, len(self.rows))], return_counts=True
+        )
         several = several[counts > 1]
-        mine = self._slot * size + self.images[self._row]
-        keep = _is_in(mine, several)
-        pair = np.searchsorted(self._pairs, self._slot[keep] * len(self._texts) + self._phrase[keep])
-        triples = np.unique(pair * size + self.images[self._row[keep]])
-        self._pictures = triples % size
-        self._picture_starts = np.searchsorted(triples // size, np.arange(len(self._pairs) + 1))
-        self._picture_counts = np.bincount(several // size, minlength=len(self._slot_starts))
+        keep = _is_in(self._slot * size + self.images[self._row], several)
+        slots, phrases, images = self._slot[keep], self._phrase[keep], self.images[self._row[keep]]
+        keys = np.unique(np.searchsorted(by_phrase, phrases * num_slots + slots) * size + images)
+        pairs = keys // size
+        self._pictures = self._slots_of[0][pairs] * size + keys % size
+        self._picture_starts = np.searchsorted(pairs, self._slots_of_starts)
+        self._pair_pictures = np.bincount(pairs, minlength=len(by_phrase))
+        self._slot_pictures = np.bincount(several // size, minlength=num_slots)
 
     # -- exchanges -------------------------------------------------------------------------------------------------
 
@@ -296,37 +302,24 @@ class Phrases:
 
     def _share_contexts(self, one: int, other: int) -> bool:
         (slots, counts), starts = self._slots_of, self._slots_of_starts
-        first, second = slice(starts[one], starts[one + 1]), slice(starts[other], starts[other + 1])
-        mine, others = slots[first], slots[second]
-        mine, others = sorted((mine, others), key=len)
-        shared = mine[_is_in(mine, others)]
+        ranges = [slice(starts[phrase], starts[phrase + 1]) for phrase in (one, other)]
+        short, long = sorted((slots[part] for part in ranges), key=len)
+        shared = short[_is_in(short, long)]
         if len(shared) < LEAST_CONTEXTS:
             return False
-        parts = [
-            counts[part][_is_in(slots[part], shared)].sum() / counts[part].sum()
-            for part, phrase in ((first, one), (second, other))
-            if phrase != EMPTY  # which stands between any two neighbours
-        ]
-        return min(parts) >= LEAST_SHARE and self._exclude_each_other(one, other, shared)
-
-    def _exclude_each_other(self, one: int, other: int, shared: _Array) -> bool:
-        expected = both = 0.0
-        for slot in shared.tolist():
-            mine, others = self._pictures_in(slot, one), self._pictures_in(slot, other)
-            if len(mine) and len(others):
-                expected += len(mine) * len(others) / self._picture_counts[slot]
-                both += int(_is_in(mine, others).sum())
-        if both >= LEAST_EXPECTED or expected >= LEAST_EXPECTED:
-            return both <= LARGEST_LIFT * expected
-        if one == EMPTY:
-            return True
-        mine, others = self.rows_holding((one, -1)), self.rows_holding((other, -1))
-        expected, both = len(mine) * len(others) / len(self.rows), int(_is_in(mine, others).sum())
-        return max(expected, both) < LEAST_EXPECTED or both <= LARGEST_LIFT * expected
-
-    def _pictures_in(self, slot: int, phrase: int) -> _Array:
-        pair = self._pair(slot, phrase)
-        return self._pictures[self._picture_starts[pair] : self._picture_starts[pair + 1]]
+        places = [part.start + np.searchsorted(slots[part], shared) for part in ranges]
+        shares = [counts[place].sum() / counts[part].sum() for place, part in zip(places, ranges)]
+        # Nothing stands between any two neighbours, so that of its occurrences no share is asked.
+        if min(shares if one != EMPTY else shares[1:]) < LEAST_SHARE:
+            return False
+        mine, others = (self._pictures[self._picture_starts[p] : self._picture_starts[p + 1]] for p in (one, other))
+        both = int(_is_in(mine, others).sum())
+        pictures = [self._pair_pictures[place] for place in places]
+        expected = float((pictures[0] * pictures[1] / self._slot_pictures[shared].clip(1)).sum())
+        if max(both, expected) < LEAST_EXPECTED and one != EMPTY:
+            rows, other_rows = self.rows_holding((one, -1)), self.rows_holding((other, -1))
+            both, expected = int(_is_in(rows, other_rows).sum()), len(rows) * len(other_rows) / len(self.rows)
+        return max(both, expected) < LEAST_EXPECTED or both <= LARGEST_LIFT * expected
 
     # -- words -----------------------------------------------------------------------------------------------------
 

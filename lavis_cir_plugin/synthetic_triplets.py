@@ -43,8 +43,9 @@ SHEET_ROWS, _CAPTION_WIDTH = 12, 330
 LARGEST_EXACT = 20_000
 """Captions that are compared with an edited one without an index; FAISS finds the nearest of more."""
 
-_FEWEST, _ROUND, _MOST_TRIED = 1_000, 50_000, 40
-_STEPS = 2048  # a feature's entries count in steps of 1/2048, which float16 holds
+_FEWEST, _ROUND, _MOST_TRIED, _SCORES = 1_000, 50_000, 40, 10_000_000
+_BLOCK = 8_192  # captions whose features are computed at a time
+_STEPS = 2048  # a feature's entries count in steps of 1/2048, which float16 holds, and sums of products float32
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class HashedWords:
     .. math:: f_d = \sum_{w: h(w) = d} \pm n_w (1 + \log \frac{1 + N}{1 + N_w})
 
     then scaled to length 1; n: how often in the caption; N captions, of which N_w hold w. What none holds counts
-    nothing. Entries are rounded, so that sums do not depend on their order. Source: feature hashing (Weinberger et al., 2009).
+    nothing. Entries are rounded, so that sums do not depend on their order. Source: feature hashing (Weinberger et al.,
+    2009).
     """
 
     def __init__(self, captions: Sequence[str], width: int = 1024) -> None:
@@ -110,21 +112,18 @@ class HashedWords:
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Return features ``(N, D)``, float32; zero for a caption without a known word."""
-        found = torch.zeros(len(captions), self.width, dtype=torch.float64)
-        rows, columns, values = [], [], []
+        parts = [self._features(captions[start : start + _BLOCK]) for start in range(0, len(captions), _BLOCK)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.width)
+
+    def _features(self, captions: Sequence[str]) -> Tensor:
+        places: list[int] = []
+        values: list[float] = []
         for row, caption in enumerate(captions):
-            for term in _terms(caption):
-                entry = self._entries.get(term)
-                if entry is not None:
-                    rows.append(row)
-                    columns.append(entry[0])
-                    values.append(entry[1])
-        flat = np.bincount(
-            np.array(rows, dtype=np.int64) * self.width + np.array(columns, dtype=np.int64),
-            np.array(values),
-            found.numel(),
-        )
-        return _rounded(F.normalize(torch.from_numpy(flat).view_as(found), dim=1))
+            entries = [entry for entry in map(self._entries.get, _terms(caption)) if entry is not None]
+            places.extend(row * self.width + column for column, _ in entries)
+            values.extend(value for _, value in entries)
+        flat = np.bincount(np.array(places, dtype=np.int64), np.array(values), len(captions) * self.width)
+        return _rounded(F.normalize(torch.from_numpy(flat).view(len(captions), self.width), dim=1))
 
 
 class ClipWords:
@@ -201,7 +200,7 @@ def make_triplets(
     with tqdm(total=count, desc="making triplets", unit="triplet", disable=None) as bar:
         while len(made.triplets) < count and made.tried < _MOST_TRIED * max(count, len(captions.names)):
             wanted = count - len(made.triplets)
-            rate = max(0.1, len(made.triplets) / max(made.tried, 1))
+            rate = max(0.1, len(made.triplets) / made.tried) if made.tried else 0.5
             number = min(max(_FEWEST, math.ceil(1.2 * wanted / rate)), _ROUND)
             edits, before = [], len(made.triplets)
             for _ in range(number):
@@ -255,8 +254,10 @@ class _Maker:
             said[image].append(" ".join(phrases.rows[row]))  # a second blank stands for punctuation
             self.rows_of[image].append(row)
         self.said = [f" {' | '.join(own)} " for own in said]
-        distinct_rows = torch.from_numpy(self.distinct)
-        self.means = np.stack([self.gallery[distinct_rows[rows]].float().mean(dim=0).numpy() for rows in self.rows_of])
+        rows = self.gallery.numpy()
+        self.means = np.zeros((len(captions.names), rows.shape[1]), dtype=np.float16)
+        for number, own in enumerate(self.rows_of):
+            self.means[number] = rows[self.distinct[own]].mean(axis=0, dtype=np.float32)
 
     def targets(self, edits: Sequence[Edit], used: set[tuple[int, int]]) -> list[SyntheticTriplet | str]:
         """Find the target of each edit, or why there is none."""
@@ -271,8 +272,7 @@ class _Maker:
         for holder, numbers in sorted(by_holder.items()):
             candidates = np.unique(self.distinct[self.phrases.rows_holding(holder)])
             gallery = self.gallery[torch.from_numpy(candidates)].float()
-            index = build_index("exact" if len(gallery) <= LARGEST_EXACT else "flat", gallery)
-            scores, places = index.search(features[numbers], min(CANDIDATES, len(candidates)))
+            scores, places = nearest(features[numbers], gallery, min(CANDIDATES, len(candidates)))
             for number, score, place in zip(numbers, scores.tolist(), places.tolist()):
                 near = [(int(candidates[p]), s) for p, s in zip(place, score) if p >= 0]
                 found[number] = self._target(edits[number], features[number], near, used)
@@ -282,7 +282,8 @@ class _Maker:
         self, edit: Edit, feature: Tensor, near: Sequence[tuple[int, float]], used: set[tuple[int, int]]
     ) -> SyntheticTriplet | str:
         """Choose among captions, the nearest first."""
-        reason, choices, seen = "no other image's caption holds the edited phrase", [], set()
+        choices: list[SyntheticTriplet] = []
+        reason, seen = "no other image's caption holds the edited phrase", set()
         for caption, score in near:
             for row in self.of_caption[caption]:
                 image = self.captions.images[row]
@@ -300,11 +301,28 @@ class _Maker:
         if not choices:
             return reason
         # Elementwise and in order: a matrix product would depend on the number of threads.
-        own, now = self.means[edit.image], self.gallery[self.distinct[edit.row]].numpy()
+        own, now = self.means[edit.image].astype(np.float32), self.gallery[self.distinct[edit.row]].float().numpy()
         wanted = own + (feature.numpy() - now) / len(self.rows_of[edit.image])
-        others = self.means[[choice.target for choice in choices]]
+        others = self.means[[choice.target for choice in choices]].astype(np.float32)
         agreement = (others * wanted).sum(axis=1) / np.sqrt((others**2).sum(axis=1)).clip(1e-6)
         return choices[int(agreement.argmax())]
+
+
+def nearest(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return scores and places ``(Q, k)`` of the nearest rows, best first, of equal ones the first.
+
+    A gallery of up to `LARGEST_EXACT` is compared in full; FAISS finds the nearest of a larger one. Of features as
+    they are rounded here float32 sums are exact, so that neither the number of threads nor the way makes a difference.
+    """
+    if len(gallery) > LARGEST_EXACT:
+        return build_index("flat", gallery).search(query, k)
+    parts = []
+    for part in query.split(max(1, _SCORES // len(gallery))):
+        scores = torch.from_numpy(part.numpy() @ gallery.numpy().T)
+        values, places = scores.sort(dim=1, descending=True, stable=True)
+        parts.append((values[:, :k].double(), places[:, :k]))
+    values, places = (torch.cat(found) for found in zip(*parts))
+    return values, places
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
