@@ -13,7 +13,8 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.convert import convert_state_dict
-from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict, resize_pos_embed
+from open_clip.model import CLIP, CustomTextCLIP, convert_to_custom_text_state_dict, resize_pos_embed
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -54,16 +55,12 @@ def load_clip(clip_model: str, pretrained: str | None = None, image_size: int | 
         FileNotFoundError: If the weights are missing and cannot be downloaded.
     """
     config = check_clip_model(clip_model)
-    try:
-        clip = open_clip.create_model(clip_model, force_image_size=image_size)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"model.clip_model: open_clip cannot build {clip_model!r} ({_line(error)}).") from error
+    clip = _build(clip_model, dict(config), image_size)
     if pretrained:
         path = _weights_file(clip_model, str(pretrained), bool(config.get("quick_gelu")))
         state = _clip_state(path, clip_model, bool(config.get("quick_gelu")))
         _load(clip, state, path)
-    built: nn.Module = clip.eval()
-    return built
+    return clip.eval()
 
 
 def pixel_normalisation(clip_model: str, pretrained: str | None, asked: str = "auto") -> tuple[Any, Any]:
@@ -138,8 +135,12 @@ class ImageTower(nn.Module):
         if not self.with_patches:
             feature: Tensor = self.visual(images)
             return feature[:, None]
-        if not hasattr(self.visual, "forward_intermediates"):
-            raise ValueError(f"model.clip_model: {type(self.visual).__name__} gives no patches to inject.")
+        trunk = getattr(self.visual, "trunk", self.visual)
+        if isinstance(self.visual, ModifiedResNet) or not hasattr(trunk, "forward_intermediates"):
+            raise ValueError(
+                f"model.clip_model: an image tower of type {type(trunk).__name__} gives no patches; take a ViT, or set "
+                "model.injection_blocks: []."
+            )
         out = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")
         feature, patches = out["image_features"], out["image_intermediates"][-1]
         if isinstance(self.visual, VisionTransformer):
@@ -309,6 +310,18 @@ def check_clip_model(clip_model: Any) -> Mapping[str, Any]:
             "text tower, such as ViT-L-14-quickgelu, ViT-H-14 or ViT-B-16-SigLIP."
         )
     return dict(config)
+
+
+def _build(clip_model: str, config: dict[str, Any], image_size: int | None) -> nn.Module:
+    """Build a model with random weights; open_clip's own function would warn of these before others are loaded."""
+    if image_size is not None:
+        config["vision_cfg"] = {**config["vision_cfg"], "image_size": image_size}
+    build = CustomTextCLIP if config.pop("custom_text", False) else CLIP
+    try:
+        clip: nn.Module = build(**config)
+    except (RuntimeError, AssertionError) as error:  # timm's, of a tower that its version does not know
+        raise ValueError(f"model.clip_model: open_clip cannot build {clip_model!r} ({_line(error)}).") from error
+    return clip
 
 
 def _tokenizer(clip_model: str, folder: str | None) -> Callable[[Sequence[str]], Tensor]:

@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 
-# Open_clip's towers small enough for milliseconds: small_clip, and small_siglip (not causal, read at the last position).
+# Towers small enough for milliseconds: small_clip; small_siglip, which is not causal and is read at its last position.
 open_clip.add_model_config(Path(__file__).parent / "open_clip")
 
 # Small enough for milliseconds, with every kind of layer of the real model.

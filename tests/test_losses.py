@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from lavis_cir_plugin.losses import alignment_loss, contrastive_loss
+from lavis_cir_plugin.losses import (
+    alignment_loss,
+    contrastive_loss,
+    mixed_negatives_loss,
+    soft_text_alignment_loss,
+    symmetric_contrastive_loss,
+)
 
 
 def unit(*rows):
@@ -69,3 +75,103 @@ def test_alignment_pulls_only_the_sentence_prompt():
     assert float(loss) == pytest.approx(1.0)
     assert sentence.grad is not None
     assert prompt.grad is None
+
+
+# CLIP's and TSCIR's losses.
+
+
+def random_units(count, seed, width=6):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(count, width, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def test_symmetric_loss_worked_by_hand():
+    """q = (1, 0), (0, 1); v = (1, 0), (0.6, 0.8), tau 1. Scores ((1, .6), (0, .8)).
+
+    Rows: log(1 + e^-.4) and log(1 + e^-.8); columns: log(1 + e^-1) and log(1 + e^-.2).
+    """
+    query, images = unit([1.0, 0.0], [0.0, 1.0]), unit([1.0, 0.0], [0.6, 0.8])
+    expected = sum(math.log(1 + math.exp(-gap)) for gap in (0.4, 0.8, 1.0, 0.2)) / 4
+    assert float(symmetric_contrastive_loss(query, images, 1.0)) == pytest.approx(expected, abs=1e-6)
+    assert float(symmetric_contrastive_loss(images, query, 1.0)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_soft_text_alignment_worked_by_hand():
+    """One caption per row sees images as (1, 0) and sentences as (0, 0), tau 1: q = (.7311, .2689), p = (.5, .5).
+
+    KL(q || p) = log 2 - H(q) = 0.693147 - 0.582203; KL(p || q) would be 0.120114.
+    """
+    captions = unit([1.0, 0.0, 0.0], [1.0, 0.0, 0.0])
+    images = unit([1.0, 0.0, 0.0], [0.0, 1.0, 0.0])
+    sentences = unit([0.0, 0.0, 1.0], [0.0, 1.0, 0.0])
+    q = 1 / (1 + math.exp(-1))
+    expected = math.log(2) + q * math.log(q) + (1 - q) * math.log(1 - q)
+    assert expected == pytest.approx(0.110944, abs=1e-6)
+    assert float(soft_text_alignment_loss(captions, sentences, images, 1.0)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_soft_text_alignment_is_0_where_sentences_look_like_images():
+    captions, images = random_units(5, 1), random_units(5, 2)
+    assert float(soft_text_alignment_loss(captions, images, images, 0.07)) == pytest.approx(0, abs=1e-6)
+    assert float(soft_text_alignment_loss(captions, random_units(5, 3), images, 0.07)) > 0.01
+
+
+def naive_mixed(query, targets, temperature, ids, k, scaled):
+    """The equation, row by row, on plain numbers."""
+    count = len(query)
+    there = back = 0.0
+    for i in range(count):
+        others = [j for j in range(count) if ids[j] != ids[i]]
+        score = {j: float(query[i] @ targets[j]) for j in (i, *others)}
+        alike = [float(targets[i] @ targets[j]) for j in range(count)]
+        least = min(alike)
+        columns = [score[j] / temperature for j in others]
+        for j in sorted(others, key=lambda j: -score[j])[:k]:
+            a = (alike[j] - least) / (1 - least)
+            mixture = a * targets[i] + (1 - a) * targets[j]
+            columns.append(float(query[i] @ mixture) / (temperature if scaled else 1))
+        own = score[i] / temperature
+        there += math.log(sum(math.exp(c - own) for c in columns) + 1)
+        back_scores = [float(query[j] @ targets[i]) / temperature for j in others]
+        back += math.log(sum(math.exp(c - own) for c in back_scores) + 1)
+    return (there + back) / 2 / count
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("k", [0, 2, 10])
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4], [0, 1, 1, 3, 0], [0, 0, 0, 0, 1]])
+def test_mixed_negatives_equal_a_naive_loop(scaled, k, ids):
+    query, targets = random_units(5, 1), random_units(5, 2)
+    for i, name in enumerate(ids):
+        targets[i] = targets[ids.index(name)]
+    found = mixed_negatives_loss(query, targets, 0.2, torch.tensor(ids), k, scaled)
+    assert float(found) == pytest.approx(naive_mixed(query, targets, 0.2, ids, k, scaled), abs=1e-5)
+
+
+def test_without_mixtures_the_loss_is_the_symmetric_one():
+    query, targets, ids = random_units(6, 1), random_units(6, 2), torch.tensor([0, 1, 2, 2, 4, 5])
+    torch.testing.assert_close(
+        mixed_negatives_loss(query, targets, 0.05, ids, negatives=0),
+        symmetric_contrastive_loss(query, targets, 0.05, ids),
+    )
+
+
+def test_unscaled_mixtures_are_nearly_inert():
+    """The released code's form: at temperature 0.01 its mixtures move the loss by less than a thousandth as much."""
+    query = random_units(32, 1, 64)
+    targets = torch.nn.functional.normalize(query + 3 * random_units(32, 2, 64), dim=-1)
+    plain, scaled, unscaled = (
+        float(mixed_negatives_loss(query, targets, 0.01, negatives=k, scaled=is_scaled))
+        for k, is_scaled in ((0, True), (10, True), (10, False))
+    )
+    assert scaled - plain > 1000 * (unscaled - plain) >= 0
+
+
+def test_gradients_stay_finite_where_a_row_has_no_wrong_target():
+    query = random_units(3, 1).requires_grad_()
+    loss = mixed_negatives_loss(query, random_units(1, 2).repeat(3, 1), 0.01, torch.tensor([5, 5, 5]))
+    loss.backward()
+    assert float(loss) == pytest.approx(0, abs=1e-6)
+    assert bool(query.grad.isfinite().all())
+    alone = mixed_negatives_loss(random_units(1, 1), random_units(1, 2), 0.01)
+    assert float(alone) == pytest.approx(0, abs=1e-6)
