@@ -204,13 +204,16 @@ def test_a_caption_data_set_of_lavis_is_training_data_beside_benchmarks(said, co
     assert "coco_caption" not in ComposedRetrievalTask.setup_task(evaluated).build_datasets(evaluated)
 
 
-def test_triplets_and_captions_are_not_mixed(tmp_path):
-    """LAVIS would keep of such a batch what both have, image and text."""
-    cfg = completed(project(tmp_path, {"garments_caption": CAPTIONS}))
-    with pytest.raises(
-        ValueError, match=r"the triplets of cirr and the samples of garments_caption cannot share a bat"
-    ):
-        ComposedRetrievalTask.setup_task(cfg).build_datasets(cfg)
+def test_samples_of_several_kinds_are_not_mixed(coco, tmp_path):
+    """LAVIS would keep of triplets and captions what both have, image and text; two kinds of captions are one kind."""
+    build = ComposedRetrievalTask().build_datasets
+    mixed = project(tmp_path, {"garments_caption": CAPTIONS})
+    with pytest.raises(ValueError, match=r"samples of garments_caption have no target and no target_id as those of ci"):
+        build(completed(mixed))
+    alike = project(tmp_path, {"garments_caption": CAPTIONS, "coco_caption": coco, "cirr": {"splits": ["val"]}})
+    assert [name for name, splits in build(completed(alike)).items() if "train" in splits] == [
+        "garments_caption", "coco_caption",
+    ]  # fmt: skip
 
 
 def test_a_cache_of_features_says_whose_pictures_it_leaves_out(small_model, tmp_path, caplog):
@@ -225,7 +228,7 @@ def test_a_cache_of_features_says_whose_pictures_it_leaves_out(small_model, tmp_
         for dataset in splits.values():
             dataset.vis_processor = TargetPadProcessor(16)
     task.cache_features(small_model(freeze_vit=True), datasets, cfg)
-    assert "run.feature_cache: datasets.garments_caption is not ours; its pictures are not cached" in caplog.text
+    assert "run.feature_cache: no features of datasets.garments_caption are kept, each step computes them" in caplog.text
     assert datasets["circo"]["circo.val"][0]["image"].ndim == 2
     assert datasets["garments_caption"]["train"][0]["image"].ndim == 3
 

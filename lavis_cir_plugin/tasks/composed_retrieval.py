@@ -19,14 +19,14 @@ from lavis.datasets.data_utils import prepare_sample
 from lavis.tasks.base_task import BaseTask
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm import tqdm
 
 from lavis_cir_plugin import report
 from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.config import own_name
-from lavis_cir_plugin.datasets import BenchmarkDataset, CirDataset, TripletDataset, cache_root
+from lavis_cir_plugin.datasets import BenchmarkDataset, CirDataset, cache_root
 from lavis_cir_plugin.feature_cache import FeatureCache, check_tower, fingerprint
 from lavis_cir_plugin.gallery_features import DTYPES, shared_rows
 from lavis_cir_plugin.processes import gather, share, together
@@ -39,6 +39,7 @@ GALLERY_FILE = "gallery_features.tmp"
 ATTENTION_ROWS = 6
 """Queries per group on a picture of attention."""
 TRAINED, RANDOM = "trained model", "random (expected)"
+_DISPENSABLE_KEYS = {"image_id", "instance_id"}  # no model needs them
 BASELINES = {"image": "image only", "text": "text only"}
 
 
@@ -106,8 +107,8 @@ class ComposedRetrievalTask(BaseTask):
             Data sets by name and split, where a split is called as its section calls it (``val`` or ``cirr.val``).
 
         Raises:
-            ValueError: If a checkpoint would be chosen on a split without public targets, or if triplets and other
-                training data are mixed.
+            ValueError: If a checkpoint would be chosen on a split without public targets, or if samples of several
+                kinds would be trained on.
         """
         sections = copy.deepcopy(cfg.datasets_cfg)  # the config itself is logged, and compared when a run is resumed
         wanted = {name: section.get("splits") for name, section in sections.items()}
@@ -160,7 +161,7 @@ class ComposedRetrievalTask(BaseTask):
         for name, splits in datasets.items():
             for split, dataset in splits.items():
                 if not isinstance(dataset, CirDataset):
-                    logging.warning("run.feature_cache: datasets.%s is not ours; its pictures are not cached", name)
+                    logging.warning("run.feature_cache: no features of datasets.%s are kept, each step computes them", name)
                     continue
                 if not dataset.is_deterministic:
                     key = f"datasets.{name}.vis_processor.{'train' if split == 'train' else 'eval'}"
@@ -259,14 +260,20 @@ def _keep_splits(section: Any, splits: Collection[str]) -> None:
 
 
 def _check_training_data(datasets: Mapping[str, Any]) -> None:
-    """Refuse triplets mixed with other samples: of a mixed batch LAVIS keeps the keys that all samples have."""
-    triplets = [name for name, dataset in datasets.items() if isinstance(dataset, TripletDataset)]
-    others = [name for name in datasets if name not in triplets]
-    if triplets and others:
-        raise ValueError(
-            f"run.train_splits: the triplets of {', '.join(triplets)} and the samples of {', '.join(others)} cannot "
-            f"share a batch; train on one kind (datasets.{others[0]}.splits: [], or [val] for a benchmark)."
-        )
+    """Refuse training data whose samples differ in their keys: of a mixed batch LAVIS keeps those that all have."""
+    mixed = {name: dataset for name, dataset in datasets.items() if not isinstance(dataset, IterableDataset)}
+    if len(mixed) < 2:
+        return
+    keys = {name: set(dataset[0]) - _DISPENSABLE_KEYS for name, dataset in mixed.items()}
+    most = max(keys, key=lambda name: len(keys[name]))
+    for name in keys:
+        lacking = sorted(keys[most] - keys[name])
+        if lacking:
+            raise ValueError(
+                f"run.train_splits: samples of {name} have no {' and no '.join(lacking)} as those of {most}, and LAVIS "
+                f"would drop that from batches that hold both; train on one of them (datasets.{name}.splits: [val], or "
+                "[] where nothing of it is evaluated)."
+            )
 
 
 @dataclass
