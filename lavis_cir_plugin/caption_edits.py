@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-LONGEST_PHRASE = 4
-"""Words of a phrase that is exchanged, at most."""
+LONGEST_EXCHANGE, LONGEST_PHRASE = 2, 4
+"""Words of a phrase that is exchanged, at most, its article not counted; and of one that is added or dropped, all counted."""
 
 LEAST_CONTEXTS = 2
 """Pairs of neighbours that two exchangeable phrases share, at least."""
@@ -202,8 +202,9 @@ class Phrases:
         for length in range(1, LONGEST_PHRASE + 1):
             last = flat[place + length - 1]
             # Function words only at the start: "a belt", "and buttons", "with a belt".
+            longest = np.where(joins[flat[place]], LONGEST_PHRASE, LONGEST_EXCHANGE + articles[flat[place]])
             keep = (length == 1) | content[last] | ((length == 2) & articles[last] & joins[flat[place]])
-            keep &= last != _BOUNDARY
+            keep &= (last != _BOUNDARY) & (length <= longest)
             place, prefix, last = place[keep], prefix[keep], last[keep]
             _, first, prefix, counts = np.unique(
                 prefix * size + last, return_index=True, return_inverse=True, return_counts=True

@@ -31,7 +31,7 @@ from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.caption_edits import Edit, Phrases, plain
 from lavis_cir_plugin.index import build_index
 
-COUNT, CLIP_SIMILARITY, WORDS_SIMILARITY = 10_000, 0.9, 0.6
+COUNT, CLIP_SIMILARITY, WORDS_SIMILARITY = 10_000, 0.9, 0.7
 """Triplets that are made, and least cosine of an edited caption and the target's, by CLIP and by words."""
 
 CANDIDATES = 20
