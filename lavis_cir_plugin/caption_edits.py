@@ -11,7 +11,7 @@ import itertools
 import random
 import re
 from bisect import bisect
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 LONGEST_EXCHANGE, LONGEST_PHRASE = 2, 4
-"""Words of a phrase that is exchanged, at most, its article not counted; and of one that is added or dropped, all counted."""
+"""Words of a phrase that is exchanged, at most, without its article; and of one that is added or dropped, with all."""
 
 LEAST_CONTEXTS = 2
 """Pairs of neighbours that two exchangeable phrases share, at least."""
@@ -152,7 +152,9 @@ class Phrases:
             old, slot = int(self._phrase[place]), int(self._slot[place])
             new = self._draw_filler(slot, rng)
             if new != old and self.exchangeable(old, new):
-                return self._edit(image, row, place, old, new, slot, rng)
+                edit = self._edit(image, row, place, new, rng)
+                if edit is not None:
+                    return edit
         return None
 
     def exchangeable(self, old: int, new: int) -> bool:
@@ -162,9 +164,13 @@ class Phrases:
             self._known[key] = not self._alike(*key) and self._share_contexts(*key)
         return self._known[key]
 
-    def number(self, phrase: str) -> int | None:
-        """Return the number of a phrase, ``None`` where it does not stand where others do."""
-        return next((number for number, words in enumerate(self._texts) if words == tuple(phrase.split())), None)
+    def number(self, phrase: str) -> int:
+        """Return the number of a phrase that is in several captions; "" is `EMPTY`.
+
+        Raises:
+            ValueError: there is no such phrase.
+        """
+        return self._texts.index(tuple(phrase.split()))
 
     # -- what the captions hold ------------------------------------------------------------------------------------
 
@@ -324,26 +330,34 @@ class Phrases:
 
     # -- words -----------------------------------------------------------------------------------------------------
 
-    def _edit(self, image: int, row: int, place: int, old: int, new: int, slot: int, rng: random.Random) -> Edit:
-        """Make the edit; both phrases are extended by the words that they are not understood without."""
+    def _edit(self, image: int, row: int, place: int, new: int, rng: random.Random) -> Edit | None:
+        """Make the edit; ``None`` where a caption without the phrase would not be one without what it says.
+
+        Both phrases are extended by the words that they say nothing without, a noun by all before it.
+        """
         words, start = self.rows[row], int(self._place[place] - self._starts[row])
         end = start + int(self._length[place])
-        replaced, put = words[start:end], list(self._texts[new])
-        before, after = words[:start], words[end:]
+        before, old, put, after = words[:start], words[start:end], list(self._texts[new]), words[end:]
         edited = " ".join(word for word in (*before, *put, *after) if word)
-        kind = _kind([*before, *(word for word in (replaced or put) if word in JOINERS)])
-        shown = [phrase[1:] if phrase and phrase[0] in JOINERS else phrase for phrase in (replaced, put)]
+        joined = [phrase[0] for phrase in (old, put) if phrase and phrase[0] in JOINERS]
+        kind = _kind([*before, *joined])
+        shown = [phrase[1:] if joined and phrase else phrase for phrase in (old, put)]
         while after and not _is_loose(after[0]) and (kind != "subject" or self._is_unfinished(shown)):
+            if not put:
+                return None
             shown, after = [[*phrase, after[0]] if phrase else phrase for phrase in shown], after[1:]
         is_noun = not after or _is_loose(after[0])
-        while before and not _is_loose(before[-1]) and (is_noun or self._modifies_next[self._numbers[before[-1]]]):
+        while before and not joined and put and not _is_loose(before[-1]):
+            if not is_noun and not (old and self._modifies_next[self._numbers[before[-1]]]):
+                break
             shown, before = [[before[-1], *phrase] if phrase else phrase for phrase in shown], before[:-1]
         if not is_noun:
             shown = [phrase[1:] if phrase and phrase[0] in ARTICLES else phrase for phrase in shown]
         old_text, new_text = (" ".join(phrase) for phrase in shown)
-        article = f"{before[-1]} " if is_noun and before and before[-1] in ARTICLES else ""
+        article = f"{before[-1]} " if is_noun and not joined and before and before[-1] in ARTICLES else ""
         text = _say(_with_article(article, old_text), _with_article(article, new_text), kind, is_noun, rng)
-        return Edit(image, row, edited, old_text, new_text, (new, -1) if new != EMPTY else (EMPTY, slot), text)
+        holder = (new, -1) if new != EMPTY else (EMPTY, int(self._slot[place]))
+        return Edit(image, row, edited, old_text, new_text, holder, text)
 
     def _is_unfinished(self, shown: Sequence[Sequence[str]]) -> bool:
         return any(phrase and self._needs_next[self._numbers[phrase[-1]]] for phrase in shown)
@@ -419,9 +433,3 @@ def _say(old: str, new: str, kind: str, is_noun: bool, rng: random.Random) -> st
     chosen = "adjective" if kind == "subject" and not is_noun else kind
     bare = re.sub("^(an?|the) ", "", old)
     return rng.choice(templates[chosen]).format(old=old, new=new, bare=bare, the=f"the {bare}")
-
-
-def most_frequent(edits: Sequence[Edit], limit: int = 5) -> list[tuple[str, int]]:
-    """Count what was exchanged, the most frequent first."""
-    counts = Counter(f"{edit.old or '(nothing)'} > {edit.new or '(nothing)'}" for edit in edits)
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]

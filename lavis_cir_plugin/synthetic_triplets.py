@@ -458,9 +458,10 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"no triplet was made of {path}: give more captions, or several per image, or lower --similarity."
         )
+    picture = contact_sheet(captions, made.triplets, images, args.seed) if sheet and images else b""
     _replace(output, as_lines(captions, made.triplets).encode())
-    if sheet is not None and images is not None:
-        _replace(sheet, contact_sheet(captions, made.triplets, images, args.seed))
+    if sheet:
+        _replace(sheet, picture)
     keys = f"datasets.triplets.build_info.root={output.parent}"
     if images is None or images.resolve() != (output.parent / "images").resolve():
         keys += f" and .images={images or 'the folder of the images'}"
@@ -472,8 +473,8 @@ def _check(args: argparse.Namespace, output: Path, images: Path | None, sheet: P
         raise ValueError(f"--count must be a whole number >= 1, got {args.count}.")
     if args.similarity is not None and not -1 <= args.similarity <= 1:
         raise ValueError(f"--similarity must lie in [-1, 1], got {args.similarity}.")
-    if args.pretrained and not args.clip_model:
-        raise ValueError(f"--pretrained {args.pretrained} needs --clip-model, the name of the model in open_clip.")
+    if bool(args.pretrained) != bool(args.clip_model):
+        raise ValueError("--clip-model and --pretrained need each other: a model of open_clip, and its tag or file.")
     if output.exists() and not args.overwrite:
         raise ValueError(f"{output} exists; choose another --output, or give --overwrite.")
     if images is not None and not images.is_dir():
