@@ -1,0 +1,261 @@
+"""Train TSCIR on drawn garments for several seeds, and show what each stage adds to zero-shot retrieval.
+
+The stages are commands of their own: a small CLIP from scratch on captions, the mapping (stage I) on the same captions,
+synthetic triplets, and the composing adapters (stage II) for each number of triplets. A finished stage is not run
+again and an interrupted one is resumed; with other settings, or after another stage, it is one of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import measure
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+PROJECTS = Path(__file__).parents[1] / "projects" / "tscir"
+TRAININGS = ("clip", "mapping", "composing")
+RECORD = "stage.json"
+BOTH_STAGES, STAGE_ONE, CHANCE = "stage I + II", "stage I alone", "random (expected)"
+ROWS = ("image only", "text only", "image + text", STAGE_ONE, BOTH_STAGES)
+COLOURS = ("#dcdcdc", "#bdbdbd", "#8f8f8f", "#8fbbe0", "#1f5fa8")
+
+Values = dict[str, dict[str, float]]
+"""Percent by benchmark and row."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--amounts", type=int, nargs="+", default=[1000], help="triplets; the table shows the first")
+    parser.add_argument("--work", type=Path, default=Path("output/tscir/ladder"), help="where everything is kept")
+    for name in TRAININGS:
+        parser.add_argument(
+            f"--{name}", nargs="+", default=[], metavar="KEY=VALUE", help=f"options for projects/tscir/{name}_demo.yaml"
+        )
+    args = parser.parse_args()
+    options = {name: getattr(args, name) for name in TRAININGS}
+    runs = {
+        (seed, amount): run_stages(args.work, seed, amount, options) for seed in args.seeds for amount in args.amounts
+    }
+    of_amount = {amount: [runs[seed, amount]["percent"] for seed in args.seeds] for amount in args.amounts}
+    first = runs[args.seeds[0], args.amounts[0]]
+    report = {
+        "metrics": first["metrics"],
+        "options": options,
+        "commit": commit(),
+        "machine": f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}",
+        "runs": [{"seed": seed, "triplets": amount, **run} for (seed, amount), run in runs.items()],
+    }
+    (args.work / "ladder.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    draw_ladder(of_amount[args.amounts[0]], first["metrics"], args.work / "ladder.png")
+    print(f"\n{args.amounts[0]:,} triplets, percent, mean (least - most) of seeds {', '.join(map(str, args.seeds))}:")
+    print(ladder_table(of_amount[args.amounts[0]], first["metrics"]))
+    if len(args.amounts) > 1:
+        draw_amounts(of_amount, first["metrics"], args.work / "amounts.png")
+        print("\n" + amounts_table(of_amount, first["metrics"]))
+    print("\nseconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in first["seconds"].items()))
+    print("Written to " + str(args.work) + ": " + ", ".join(sorted(path.name for path in args.work.glob("*.*"))))
+
+
+# -- stages ----------------------------------------------------------------------------------------------------------
+
+
+def run_stages(work: Path, seed: int, amount: int, options: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Run what is missing of one seed's stages; return the names of the metrics, percentages and seconds."""
+    clip = train(work, "clip", seed, options["clip"])
+    weights = f"model.pretrained={clip['run']}/checkpoint_last.pth"
+    mapping = train(work, "mapping", seed, [weights, *options["mapping"]])
+    captions = captions_file(options["clip"])
+    triplets = make_triplets(work, captions, seed, amount)
+    inputs = [
+        weights,
+        f"model.mapping_checkpoint={mapping['run']}/checkpoint_last.pth",
+        f"datasets.triplets.build_info.root={triplets['run']}",
+        f"datasets.triplets.build_info.images={captions.parent / 'images'}",
+    ]
+    # Stage II is built around stage I's network.
+    network = [option for option in options["mapping"] if option.startswith(("model.injection", "model.hidden"))]
+    composing = train(work, "composing", seed, [*inputs, *network, *options["composing"]])
+    summary = json.loads((Path(composing["run"]) / "summary.json").read_text(encoding="utf-8"))["benchmarks"]
+    stages = {"clip": clip, "mapping": mapping, "triplets": triplets, "composing": composing}
+    return {
+        "metrics": {name: found["metric"] for name, found in summary.items()},
+        "percent": {name: found["values"] for name, found in summary.items()},
+        "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+    }
+
+
+def train(work: Path, name: str, seed: int, options: Sequence[str]) -> dict[str, Any]:
+    """Run a training of projects/tscir/, unless it is finished, and return its record."""
+    config = PROJECTS / f"{name}_demo.yaml"
+    settings = [f"run.seed={seed}", *options]
+    folder = stage_folder(work, name, seed, [config.read_text(encoding="utf-8"), *settings])
+    command = [sys.executable, "-u", "-W", "ignore", "-m", "lavis.train", "--cfg-path", str(config), "--options"]
+    return once(folder, [*command, f"run.output_dir={folder}", "run.resume_ckpt_path=auto", *settings])
+
+
+def make_triplets(work: Path, captions: Path, seed: int, amount: int) -> dict[str, Any]:
+    """Make synthetic triplets of captions, unless they are there, and return the record."""
+    folder = stage_folder(work, f"triplets_{amount}", seed, [str(captions)])
+    command = [sys.executable, "-W", "ignore", "-m", "lavis_cir_plugin.command_line", "triplets", str(captions)]
+    command += ["--count", str(amount), "--seed", str(seed), "--output", str(folder), "--overwrite"]
+    images = ["--images", str(captions.parent / "images"), "--contact-sheet", str(folder / "triplets.png")]
+    return once(folder, [*command, *images])
+
+
+def stage_folder(work: Path, name: str, seed: int, settings: Sequence[str]) -> Path:
+    """Return the folder of a stage with these settings, among which are the folders of the stages before it."""
+    digest = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:8]
+    return work.absolute() / f"{name}_seed{seed}_{digest}"
+
+
+def once(folder: Path, command: Sequence[str], run: Callable[..., measure.Usage] = measure.run) -> dict[str, Any]:
+    """Run a command unless its record is in the folder; return the record: ``run``, its own folder, and ``seconds``.
+
+    The seconds of a resumed command are those of its last part.
+    """
+    record = folder / RECORD
+    if record.is_file():
+        return dict(json.loads(record.read_text(encoding="utf-8")))
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {"run": str(folder)}
+
+    def read_line(line: str) -> None:
+        print(line, flush=True)
+        if "[INFO] output: " in line:
+            found["run"] = line.split("[INFO] output: ")[1].strip()
+
+    print(f"\n== {folder.name}", flush=True)
+    try:
+        usage = run(command, read_line)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"tscir_ladder: {folder.name} ended with status {error.returncode}; its own message stands above.")
+    content = {**found, "seconds": usage.seconds, "command": list(command)}
+    part = record.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.replace(record)
+    return content
+
+
+def captions_file(options: Sequence[str]) -> Path:
+    """Return the file of the captions that the CLIP stage was trained on; the pictures lie in images/ beside it."""
+    from lavis_cir_plugin.datasets import cache_root
+    from lavis_cir_plugin.garments.questions import QuestionsConfig, make_questions
+
+    config = OmegaConf.merge(OmegaConf.load(PROJECTS / "clip_demo.yaml"), OmegaConf.from_dotlist(list(options)))
+    settings = OmegaConf.to_container(config.datasets.garments_caption.garments)
+    return make_questions(cache_root(), QuestionsConfig(**settings)).absolute() / "caption_train.json"
+
+
+def commit() -> str:
+    command = ["git", "-C", str(PROJECTS), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+# -- tables and pictures ---------------------------------------------------------------------------------------------
+
+
+def over_seeds(values: Sequence[Values], benchmark: str, row: str) -> list[float]:
+    return [of_seed[benchmark][row] for of_seed in values]
+
+
+def ladder_table(values: Sequence[Values], metrics: Mapping[str, str]) -> str:
+    """Return the rows of the ladder, and the least gain of both stages over the best other row of the same seed."""
+    lines = [f"{'':<18}" + "".join(f"{name + ' ' + metric:>24}" for name, metric in metrics.items())]
+    lines += [
+        f"{row:<18}" + "".join(f"{spread(over_seeds(values, name, row)):>24}" for name in metrics)
+        for row in (*ROWS, CHANCE)
+    ]
+    gains = [
+        min(of_seed[name][BOTH_STAGES] - max(of_seed[name][row] for row in ROWS[:-1]) for of_seed in values)
+        for name in metrics
+    ]
+    return "\n".join([*lines, f"{'least gain':<18}" + "".join(f"{gain:>+24.2f}" for gain in gains)])
+
+
+def amounts_table(values: Mapping[int, Sequence[Values]], metrics: Mapping[str, str]) -> str:
+    """Return both stages' results by the number of triplets; 0 is stage I alone."""
+    lines = [f"{'triplets':<18}" + "".join(f"{name + ' ' + metric:>24}" for name, metric in metrics.items())]
+    rows = [(0, STAGE_ONE, next(iter(values.values()))), *((n, BOTH_STAGES, values[n]) for n in sorted(values))]
+    for amount, row, own in rows:
+        lines.append(f"{amount:<18,}" + "".join(f"{spread(over_seeds(own, name, row)):>24}" for name in metrics))
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the mean, and of several values the least and the most: ``12.34 (11.90 - 12.80)``."""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} - {max(values):.2f})"
+
+
+def draw_ladder(values: Sequence[Values], metrics: Mapping[str, str], path: Path) -> None:
+    """Draw a group of bars for each benchmark, from the least to the most of the seeds a line, and chance dashed."""
+    figure = Figure(figsize=(3.2 * len(metrics) + 1, 4), constrained_layout=True)
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for panel, (name, metric) in zip(panels, metrics.items()):
+        for place, (row, colour) in enumerate(zip(ROWS, COLOURS)):
+            own = over_seeds(values, name, row)
+            mean = statistics.mean(own)
+            panel.bar(place, mean, 0.8, color=colour)
+            if len(own) > 1:
+                panel.plot([place, place], [min(own), max(own)], color="black", linewidth=1.5)
+            panel.annotate(f"{mean:.1f}", (place, max(own)), (0, 3), textcoords="offset points", ha="center")
+        chance = statistics.mean(over_seeds(values, name, CHANCE))
+        panel.axhline(chance, color="black", linestyle="--", linewidth=0.8)
+        panel.annotate("chance", (len(ROWS) - 0.5, chance), (0, 2), textcoords="offset points", ha="right", fontsize=8)
+        panel.set_xticks(range(len(ROWS)), ROWS, rotation=35, ha="right")
+        _frame(panel, f"{name}, {metric}")
+    panels[0].set_ylabel("percent")
+    _save(figure, path)
+
+
+def draw_amounts(values: Mapping[int, Sequence[Values]], metrics: Mapping[str, str], path: Path) -> None:
+    """Draw both stages over the number of triplets, the least and the most of the seeds shaded; stage I dashed."""
+    figure = Figure(figsize=(3.2 * len(metrics) + 1, 3.4), constrained_layout=True)
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    amounts = sorted(values)
+    for panel, (name, metric) in zip(panels, metrics.items()):
+        own = [over_seeds(values[amount], name, BOTH_STAGES) for amount in amounts]
+        panel.fill_between(amounts, [min(v) for v in own], [max(v) for v in own], color=COLOURS[-2], linewidth=0)
+        panel.plot(amounts, [statistics.mean(v) for v in own], color=COLOURS[-1], marker="o", label=BOTH_STAGES)
+        alone = statistics.mean(over_seeds(values[amounts[0]], name, STAGE_ONE))
+        panel.axhline(alone, color="black", linestyle="--", linewidth=1, label=STAGE_ONE)
+        panel.set_xscale("log")
+        panel.set_xticks(amounts, [f"{amount:,}" for amount in amounts], rotation=35)
+        panel.minorticks_off()
+        panel.set_xlabel("synthetic triplets")
+        _frame(panel, f"{name}, {metric}")
+    panels[0].set_ylabel("percent")
+    panels[0].legend(frameon=False)
+    _save(figure, path)
+
+
+def _frame(panel: Axes, title: str) -> None:
+    panel.set_title(title)
+    panel.set_ylim(bottom=0)
+    panel.margins(y=0.12)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
