@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, default_collate
 from lavis_cir_plugin import CONFIGS, shards
 from lavis_cir_plugin.benchmarks import captions
 from lavis_cir_plugin.benchmarks.captions import CaptionedImage
-from lavis_cir_plugin.datasets import BenchmarkBuilder, CirDataset, Processor
+from lavis_cir_plugin.datasets import BenchmarkBuilder, CirDataset, Processor, cache_root
 from lavis_cir_plugin.shards import Shards
 
 
@@ -101,4 +101,4 @@ class CaptionShardsBuilder(BenchmarkBuilder):
         self, split: str, build_info: Mapping[str, Any], vis_processor: Processor, text_processor: Processor
     ) -> ShardDataset:
         """List the only split."""
-        return ShardDataset(Shards(build_info), vis_processor, text_processor)
+        return ShardDataset(Shards(build_info, cache_root() / "shards"), vis_processor, text_processor)

@@ -7,11 +7,13 @@ listed once, when a run starts, and each is then read where it lies.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +28,8 @@ from lavis_cir_plugin.benchmarks.images import SUFFIXES, decode_rgb
 from lavis_cir_plugin.benchmarks.json_lines import one_text, some_texts
 
 SPLITS = ("train",)
+
+_BLOCK = 512  # a tar file ends with blocks of zeros
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +117,7 @@ class Shards:
 
     Args:
         config: A ``build_info``.
+        cache: Folder that keeps the listings of whole shards, for as long as these do not change; ``None``: none.
 
     Raises:
         ValueError: a key or value of the configuration is wrong, or a shard or sample is broken; with the number of
@@ -120,19 +125,16 @@ class Shards:
         FileNotFoundError: a shard is missing.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], cache: Path | None = None) -> None:
         settings = ShardsConfig.from_mapping(config)
         self.skips_broken = settings.skip_broken
         self.broken_pictures = 0
         self.paths = settings.paths()
         problems: list[str] = []
         # One array, not many objects: workers share its pages, and a million samples take 48 MB.
-        places = np.concatenate(
-            [
-                np.array([(shard, *place) for place in _samples(path, problems)], dtype=np.int64).reshape(-1, 6)
-                for shard, path in enumerate(tqdm(self.paths, "listing shards", disable=None, leave=False))
-            ]
-        )
+        listings = [_listing(p, cache, problems) for p in tqdm(self.paths, "listing shards", disable=None, leave=False)]
+        shards = np.repeat(np.arange(len(listings)), [len(listing) for listing in listings])
+        places = np.column_stack([shards, np.concatenate(listings)])
         if problems and not settings.skip_broken:
             raise ValueError(
                 f"caption_shards: {len(problems):,} samples or shards are broken and {len(places):,} samples whole; "
@@ -179,6 +181,26 @@ class Shards:
 
 
 # -- members ---------------------------------------------------------------------------------------------------------
+
+
+def _listing(path: Path, cache: Path | None, problems: list[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return what `_samples` finds, ``(N, 5)``; the kept listing of an unchanged shard that was whole."""
+    status = path.stat()
+    shard = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    kept = None if cache is None else cache / f"{hashlib.blake2b(shard.encode(), digest_size=16).hexdigest()}.npy"
+    if kept is not None and kept.is_file():
+        with suppress(ValueError, OSError, EOFError):  # damaged: list the shard again
+            listing: np.ndarray[Any, np.dtype[np.int64]] = np.load(kept)
+            return listing
+    before = len(problems)
+    listing = np.array(list(_samples(path, problems)), dtype=np.int64).reshape(-1, 5)
+    if kept is not None and len(problems) == before:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}.tmp")
+        with partial.open("wb") as file:
+            np.save(file, listing)
+        partial.replace(kept)  # another process may do the same
+    return listing
 
 
 def _samples(path: Path, problems: list[str]) -> Iterator[tuple[int, int, int, int, bool]]:
@@ -231,6 +253,10 @@ def _members(path: Path) -> Iterator[tuple[str, str, Member]]:
             is_meta = name.startswith("__") and name.endswith("__")
             if member.isreg() and stem and extension and not is_meta:
                 yield os.path.join(folder, stem), extension.lower(), Member(member.offset_data, member.size)
+        # tarfile takes a header that is cut or damaged, but for the first, for the end of the file.
+        file = tar.fileobj
+        if file is not None and (file.seek(tar.offset), file.read(_BLOCK))[1] != bytes(_BLOCK):
+            raise tarfile.ReadError(f"it is cut or damaged at byte {tar.offset:,}")
 
 
 def _key_at(path: Path, picture: Member) -> str:

@@ -10,6 +10,7 @@ import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
+from torchvision.transforms import InterpolationMode
 
 from lavis_cir_plugin.benchmarks import fashioniq
 from lavis_cir_plugin.benchmarks.benchmark import Triplet
@@ -113,6 +114,75 @@ def test_the_processor_normalises_like_clip():
     pixel = TargetPadProcessor(image_size=8)(Image.new("RGB", (20, 20), "white"))[:, 4, 4]
     expected = [(1 - m) / s for m, s in zip((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))]
     torch.testing.assert_close(pixel, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def two_views(**changes):
+    return registry.get_processor_class("clip_two_views").from_config(OmegaConf.create({"image_size": 16, **changes}))
+
+
+def gradient():
+    """A picture whose red is its column and whose green is its row, in steps of 2."""
+    rows, columns = np.mgrid[0:100, 0:100].astype(np.uint8) * 2
+    return Image.fromarray(np.stack([columns, rows, np.full_like(rows, 100)], axis=-1))
+
+
+def pixels(view):
+    """Return columns and rows of the picture that a view's pixels show."""
+    means, stds = torch.tensor((0.48145466, 0.4578275)), torch.tensor((0.26862954, 0.26130258))
+    return (view[:2] * stds[:, None, None] + means[:, None, None]) * 255 / 2
+
+
+def test_two_views_are_two_crops_of_the_same_picture():
+    """Their shares of the area are in range, but for the size of a pixel; half of the first are mirrored, no second."""
+    torch.manual_seed(0)
+    processor = two_views(weak_scale=[0.3, 0.5], scale=[0.8, 0.9])
+    mirrored = []
+    for _ in range(40):
+        views = processor(gradient())
+        assert views.shape == (2, 3, 16, 16)
+        areas = []
+        for columns, rows in map(pixels, views):
+            width, height = (columns[0, -1] - columns[0, 0]).item(), (rows[-1, 0] - rows[0, 0]).item()
+            areas.append(abs(width) * height * (16 / 15) ** 2 / 100**2)
+            mirrored.append(width < 0)
+        assert 0.29 <= areas[0] <= 0.51
+        assert 0.79 <= areas[1] <= 0.91
+    assert not any(mirrored[1::2])
+    assert 8 <= sum(mirrored[::2]) <= 32
+
+
+def test_the_defaults_of_two_views_are_tscirs():
+    crops = [view.transforms[0] for view in two_views().views]
+    assert [tuple(crop.scale) for crop in crops] == [(0.8, 1.0), (0.9, 1.0)]
+    assert {crop.interpolation for crop in crops} == {InterpolationMode.BICUBIC}
+
+
+def test_two_views_of_one_seed_are_the_same_and_cannot_be_preloaded(tmp_path, monkeypatch):
+    processor, views = two_views(), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        views.append(processor(gradient()))
+    assert torch.equal(views[0], views[1])
+    assert not torch.equal(views[0], views[2])
+    with pytest.raises(ValueError, match=r"preload: true needs a processor without randomness, got ClipTwoViews"):
+        build(tmp_path, monkeypatch, vis_processor={"train": {"name": "clip_two_views", "image_size": 16}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weak_scale": [0, 1]}, r"weak_scale must be two numbers \[least, largest\] with 0 < least .*got \[0, 1\]"),
+        ({"scale": [0.9, 0.8]}, r"clip_two_views: scale must be two numbers"),
+        ({"scale": [0.9, 1.1]}, r"scale must be two numbers"),
+        ({"scale": 0.9}, r"scale must be two numbers .*got 0\.9; change it under datasets"),
+        ({"scale": [True, 1]}, r"scale must be two numbers"),
+        ({"scale": "ab"}, r"scale must be two numbers"),
+        ({"image_size": 0}, r"image_size must be >= 1, got 0"),
+    ],
+)
+def test_impossible_views_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        two_views(**changes)
 
 
 def test_an_impossible_padding_is_refused():

@@ -15,6 +15,7 @@ published.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -48,7 +49,7 @@ class SynthTriplets18MConfig:
     Attributes:
         root: Folder of the unpacked samples, or of folders of them.
         ids: Text file of the samples to take, one per line: ``000010023``, perhaps with its folder before it. By
-            default all that have a source image.
+            default all that have an image.
         max_triplets: Train on so many at most: the first, or with a ``seed`` drawn ones. Only their JSON is read.
         seed: Of the draw. Fewer triplets of one seed are among more of it.
         missing_images: ``error``, or ``skip`` the triplets that need a missing image and log how many.
@@ -87,7 +88,7 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
     settings = SynthTriplets18MConfig.from_mapping(config)
     root = Path(settings.root)
     scanned = listing(scan_images, (root,)) if root.is_dir() else {}
-    samples = _read_ids(Path(settings.ids)) if settings.ids else _sources(scanned, root)
+    samples = _read_ids(Path(settings.ids)) if settings.ids else _samples(scanned, root)
     samples = some(samples, settings.max_triplets, settings.seed)
     names = [sample + side for sample in samples for side in (_SOURCE, _TARGET)]
     remedy = f"unpack their shards (000010023{_SOURCE}.jpg)"
@@ -112,9 +113,10 @@ def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
     return captions[0]
 
 
-def _sources(scanned: Mapping[str, Path], root: Path) -> list[str]:
-    """Return the samples that have a source image, sorted."""
-    samples = sorted(name[: -len(_SOURCE)] for name in scanned if name.endswith(_SOURCE))
+def _samples(scanned: Mapping[str, Path], root: Path) -> list[str]:
+    """Return the samples that have an image, sorted."""
+    # Of either side, so that a missing picture is told.
+    samples = sorted({os.path.splitext(name)[0] for name in scanned if name.endswith((_SOURCE, _TARGET))})
     if not samples:
         raise FileNotFoundError(
             f"synthtriplets18m: {root} has no image such as 000010023{_SOURCE}.jpg, nor a folder with one; unpack the "
