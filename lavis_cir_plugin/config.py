@@ -82,7 +82,8 @@ def read_config(path: str, options: Sequence[str]) -> DictConfig:
         options: ``key.path=value`` each.
 
     Raises:
-        ConfigError: With every unknown name and key, and the nearest known one.
+        ConfigError: With every unknown name and key, and the nearest known one; and every value that a file leaves to
+            the command line (``???``).
     """
     try:
         raw = OmegaConf.load(path)
@@ -102,6 +103,7 @@ def read_config(path: str, options: Sequence[str]) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(str(path), [f"cannot be resolved ({str(error).splitlines()[0]})."]) from error
     problems = list(_sections(merged))
+    problems += [f"{key} has no value yet; give it by --options {key}=..." for key in OmegaConf.missing_keys(merged)]
     if not problems:
         merged = OmegaConf.merge({"run": RUN_DEFAULTS}, merged)
         problems = [*_run_names(merged.run), *_model_names(merged.model), *_dataset_names(merged.datasets)]

@@ -43,7 +43,8 @@ def test_there_are_projects_to_check():
 def test_every_project_is_valid_down_to_the_last_key(path, tmp_path, monkeypatch):
     """Names, values, the data sets' build_info, and the model's keys; small, and without repeating a default."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cfg = complete(config.read_config(str(path), []), tmp_path)
+    open_values = [f"{key}=given" for key in OmegaConf.missing_keys(OmegaConf.load(path))]
+    cfg = complete(config.read_config(str(path), open_values), tmp_path)
     config.check_values(cfg, "train" if cfg.run_cfg.train_splits else "evaluate")
     for name, section in cfg.datasets_cfg.items():
         if not hasattr(registry.get_builder_class(name), "benchmark_module"):
@@ -61,7 +62,8 @@ def test_every_project_is_valid_down_to_the_last_key(path, tmp_path, monkeypatch
     assert repeated == []
     model_class = registry.get_model_class(own.model.arch)
     defaults = OmegaConf.load(model_class.default_config_path(own.model.model_type)).model
-    repeated = [key for key, value in own.model.items() if key in defaults and defaults[key] == value]
+    given = [key for key in own.model if not OmegaConf.is_missing(own.model, key)]
+    repeated = [key for key in given if key in defaults and defaults[key] == own.model[key]]
     assert set(repeated) <= {"arch", "model_type"}
 
 
@@ -234,6 +236,15 @@ def test_a_file_that_is_no_project(text, message, tmp_path):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(config.ConfigError, match=message):
         config.read_config(str(tmp_path / "x.yaml"), [])
+
+
+def test_a_value_that_a_file_leaves_open_must_be_given():
+    path = str(PROJECTS / "tscir/eval_all.yaml")
+    with pytest.raises(
+        config.ConfigError, match=r"model\.finetuned has no value yet; give it by --options model\.fine"
+    ):
+        config.read_config(path, [])
+    assert config.read_config(path, ["model.finetuned=a.pth"]).model.finetuned == "a.pth"
 
 
 def test_an_option_without_a_value_is_refused():
