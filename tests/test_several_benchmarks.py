@@ -228,7 +228,9 @@ def test_a_cache_of_features_says_whose_pictures_it_leaves_out(small_model, tmp_
         for dataset in splits.values():
             dataset.vis_processor = TargetPadProcessor(16)
     task.cache_features(small_model(freeze_vit=True), datasets, cfg)
-    assert "run.feature_cache: no features of datasets.garments_caption are kept, each step computes them" in caplog.text
+    assert (
+        "run.feature_cache: no features of datasets.garments_caption are kept, each step computes them" in caplog.text
+    )
     assert datasets["circo"]["circo.val"][0]["image"].ndim == 2
     assert datasets["garments_caption"]["train"][0]["image"].ndim == 3
 

@@ -161,7 +161,9 @@ class ComposedRetrievalTask(BaseTask):
         for name, splits in datasets.items():
             for split, dataset in splits.items():
                 if not isinstance(dataset, CirDataset):
-                    logging.warning("run.feature_cache: no features of datasets.%s are kept, each step computes them", name)
+                    logging.warning(
+                        "run.feature_cache: no features of datasets.%s are kept, each step computes them", name
+                    )
                     continue
                 if not dataset.is_deterministic:
                     key = f"datasets.{name}.vis_processor.{'train' if split == 'train' else 'eval'}"
