@@ -89,7 +89,8 @@ def run_stages(work: Path, seed: int, amount: int, options: Mapping[str, Sequenc
     # Stage II is built around stage I's network.
     network = [option for option in options["mapping"] if option.startswith(("model.injection", "model.hidden"))]
     composing = train(work, "composing", seed, [*inputs, *network, *options["composing"]])
-    summary = json.loads((Path(composing["run"]) / "summary.json").read_text(encoding="utf-8"))["benchmarks"]
+    found = json.loads((Path(composing["run"]) / "summary.json").read_text(encoding="utf-8"))["benchmarks"]
+    summary = {name.removesuffix("_val"): values for name, values in found.items()}
     stages = {"clip": clip, "mapping": mapping, "triplets": triplets, "composing": composing}
     return {
         "metrics": {name: found["metric"] for name, found in summary.items()},

@@ -466,8 +466,8 @@ def description(garment: Garment, rng: random.Random) -> str:
 def full_description(garment: Garment, rng: random.Random) -> str:
     """Describe one garment with most of what can be seen: "a red knee length dress with a belt and no sleeves".
 
-    Colour and pattern (unless solid) are always told, length and fit in half of the descriptions each, and up to three
-    of the other details; what is the plain case of buttons, belt, hem, finish and graphic is not mentioned.
+    Colour and pattern (unless solid) are always told, length and fit in three of four descriptions each, and up to
+    three of the other details; what is the plain case of buttons, belt, hem, finish and graphic is not mentioned.
     """
     adjectives = [rng.choice(_COLOUR_WORDS[garment.colour])]
     if garment.pattern != "solid":
@@ -479,8 +479,7 @@ def full_description(garment: Garment, rng: random.Random) -> str:
                ("finish", "shiny", "a satin look"))  # fmt: skip
     details += [text for name, value, text in toggles if getattr(garment, name) == value]
     others = (_LENGTH_ADJECTIVES[garment.length], _FIT_ADJECTIVES[garment.fit])
-    adjectives += [rng.choice(words) for words in others if rng.random() < 0.5]
-    rng.shuffle(adjectives)
+    adjectives += [rng.choice(words) for words in others if rng.random() < 0.75]
     noun = rng.choice(_NOUNS[garment.category])
     return _described(adjectives, noun, rng.sample(details, min(3, len(details))))
 
