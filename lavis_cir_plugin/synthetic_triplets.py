@@ -316,11 +316,13 @@ def nearest(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     if len(gallery) > LARGEST_EXACT:
         return build_index("flat", gallery).search(query, k)
-    parts = []
-    for part in query.split(max(1, _SCORES // len(gallery))):
+    count, parts = len(gallery), []
+    for part in query.split(max(1, _SCORES // count)):
         scores = torch.from_numpy(part.numpy() @ gallery.numpy().T)
-        values, places = scores.sort(dim=1, descending=True, stable=True)
-        parts.append((values[:, :k].double(), places[:, :k]))
+        # One whole number of score and place has no ties, which would be in no particular order.
+        steps = (scores.double() * _STEPS**2).long() * count + torch.arange(count - 1, -1, -1)
+        places = count - 1 - steps.topk(k, dim=1).values % count
+        parts.append((scores.gather(1, places).double(), places))
     values, places = (torch.cat(found) for found in zip(*parts))
     return values, places
 

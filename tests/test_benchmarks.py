@@ -217,3 +217,15 @@ def test_check_is_timed_on_a_whole_circo(script, tmp_path, capsys):
     assert "images   30 of 30 that are needed" in printed
     assert "val: yes" in printed
     assert "test submission: yes" in printed
+
+
+def test_synthetic_triplets_are_timed(script, tmp_path, capsys):
+    """The captions that the script invents are enough for the maker: several share their words and places."""
+    from lavis_cir_plugin import command_line
+
+    path = tmp_path / "captions.jsonl"
+    script("triplets_full_size").write_captions(path, 200, 3)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["image"] for record in records[::3]] == [f"{number:07d}.jpg" for number in range(200)]
+    command_line.main(["triplets", str(path), "--output", str(tmp_path), "--count", "10"])
+    assert "10 triplets of 10 wanted" in capsys.readouterr().out

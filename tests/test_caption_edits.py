@@ -111,7 +111,7 @@ def test_what_is_missing_elsewhere_can_be_added_and_dropped():
 
 
 def test_joined_phrases_are_only_added_and_dropped():
-    """"with a belt" follows each of 3 nouns; dropping it says so without "with"."""
+    """ "with a belt" follows each of 3 nouns; dropping it says so without "with"."""
     known = phrases(*([f"a red {noun}{detail}"] for detail in (" with a belt", "") for noun in NOUNS))
     assert known.exchangeable(EMPTY, known.number("with a belt"))
     dropped = {(old, text) for old, new, text in texts(known, 0) if not new}
