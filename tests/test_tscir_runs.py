@@ -1,4 +1,4 @@
-"""TSCIR's two stages through the launcher: chained, perturbed, adapted, cached, resumed, evaluated on drawn garments."""
+"""TSCIR's stages through the launcher: chained, perturbed, adapted, cached, resumed, evaluated on drawn garments."""
 
 from __future__ import annotations
 
