@@ -1,4 +1,4 @@
-# make install | demo | test | lint | bench; PYTHON=python3.12 chooses the interpreter, VENV=folder where it is installed,
+# make install | demo | demo-tscir | test | lint | bench; PYTHON=python3.12 chooses the interpreter, VENV=folder where it is installed,
 # CIR_DATA=folder that holds fashionIQ_dataset/ with the real annotation files, for bench.
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,12 +12,15 @@ STATE := $(shell { echo "$(CURDIR)"; cat setup.cfg setup.py pyproject.toml; } | 
 INSTALLED := $(VENV)/.installed-$(STATE)
 TESTABLE := $(VENV)/.testable-$(STATE)
 
-.PHONY: install demo test lint format bench
+.PHONY: install demo demo-tscir test lint format bench
 
 install: $(INSTALLED)
 
 demo: install
 	$(BIN)/python -m lavis.train --cfg-path projects/wrf4cir/demo.yaml
+
+demo-tscir: install
+	$(BIN)/python benchmarks/tscir_ladder.py --work output/tscir/demo
 
 test: $(TESTABLE)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -33,6 +36,8 @@ format: $(TESTABLE)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/perturbation_cost.py
+	$(BIN)/python benchmarks/tscir_step_cost.py
+	$(BIN)/python benchmarks/triplets_full_size.py
 	$(BIN)/python benchmarks/validation_metrics.py
 	$(BIN)/python benchmarks/circo_full_size.py
 	$(BIN)/python benchmarks/check_full_size.py

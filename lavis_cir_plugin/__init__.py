@@ -12,7 +12,7 @@ import importlib.util
 import pkgutil
 from pathlib import Path
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _PACKAGE = Path(__file__).parent
 _STATIONS_WITH_DECORATORS = ("processors", "datasets", "caption_datasets", "vqa_caption_datasets", "models", "tasks", "runners")

@@ -14,18 +14,26 @@ import yaml
 from lavis.common.config import Config
 from omegaconf import OmegaConf
 
-from lavis_cir_plugin import adapters, check, command_line, config, gap, garments, submission
+from lavis_cir_plugin import adapters, check, command_line, config, gap, garments, submission, synthetic_triplets
 from lavis_cir_plugin.adapters import Lora
 from lavis_cir_plugin.benchmarks import cirr, fashioniq, triplets
+from lavis_cir_plugin.benchmarks.captions import CaptionsConfig
 from lavis_cir_plugin.benchmarks.circo import CIRCOConfig
 from lavis_cir_plugin.benchmarks.cirr import CIRRConfig
 from lavis_cir_plugin.benchmarks.fashioniq import FashionIQConfig
+from lavis_cir_plugin.benchmarks.laion_cir import LaionCIRConfig
+from lavis_cir_plugin.benchmarks.lasco import LaSCoConfig
+from lavis_cir_plugin.benchmarks.synthtriplets18m import SynthTriplets18MConfig
 from lavis_cir_plugin.benchmarks.triplets import TripletsConfig
 from lavis_cir_plugin.garments.questions import QuestionsConfig
 from lavis_cir_plugin.models.blip2_cir import Blip2Cir
+from lavis_cir_plugin.models.clip_cir import ClipCir
+from lavis_cir_plugin.models.tscir_composing import TscirComposing
+from lavis_cir_plugin.models.tscir_mapping import TscirMapping
 from lavis_cir_plugin.perturbation import WeightPerturbation
 from lavis_cir_plugin.runners.resumable import LAST, PREVIOUS
 from lavis_cir_plugin.runners.wrf4cir import RunnerWrf4Cir
+from lavis_cir_plugin.shards import ShardsConfig
 from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask
 from lavis_cir_plugin.tracking import EPOCHS, STEPS
 
@@ -69,6 +77,11 @@ def blocks(language: str) -> list[str]:
         ("`datasets.cirr.build_info`", CIRRConfig),
         ("`datasets.circo.build_info`", CIRCOConfig),
         ("`datasets.triplets.build_info`", TripletsConfig),
+        ("`datasets.laion_cir.build_info`", LaionCIRConfig),
+        ("`datasets.synthtriplets18m.build_info`", SynthTriplets18MConfig),
+        ("`datasets.lasco.build_info`", LaSCoConfig),
+        ("`datasets.image_captions.build_info`", CaptionsConfig),
+        ("`datasets.caption_shards.build_info`", ShardsConfig),
         ("`datasets.fashioniq.garments`", garments.fashioniq.GarmentsConfig),
         ("`datasets.cirr.garments`", garments.cirr.GarmentsConfig),
         ("`datasets.circo.garments`", garments.circo.GarmentsConfig),
@@ -93,6 +106,28 @@ def test_the_model_table_has_every_keyword_and_its_default():
     defaults = Blip2Cir.__init__.__kwdefaults__
     assert set(written) == {*config._MODEL_KEYS, *defaults}
     assert {key: yaml.safe_load(written[key]) for key in defaults} == defaults
+
+
+def test_the_table_of_models_on_open_clip_has_every_keyword_and_its_default():
+    written = table("`model` (archs `clip_cir`, `tscir_mapping`, `tscir_composing`)")
+    defaults: dict[str, object] = {}
+    for model in (TscirComposing, TscirMapping, ClipCir):
+        defaults.update(model.__init__.__kwdefaults__)
+    assert set(written) == {*config._MODEL_KEYS, *defaults} - {"vit_pretrained"}
+    stated = {key for key, default in written.items() if default != "by type" and key in defaults}
+    # Of the two whose defaults differ between the stages, the cell has both.
+    plain = stated - {"temperature", "loss_weights", "template"}
+    assert {key: yaml.safe_load(written[key]) for key in plain} == {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in ((key, defaults[key]) for key in plain)
+    }
+    assert written["template"] == defaults["template"]
+    for model in (TscirMapping, TscirComposing):
+        assert f"`{model.__init__.__kwdefaults__['temperature']}" in f"`{written['temperature']}`"
+        assert all(
+            f"`{name}` {weight:g}" in written["loss_weights"].join("``")
+            for name, weight in model.DEFAULT_LOSS_WEIGHTS.items()
+        )
 
 
 def test_the_data_set_table_has_every_key():
@@ -161,6 +196,7 @@ def test_every_lavis_cir_command_is_understood(monkeypatch):
     monkeypatch.setattr(adapters, "_export", understood.append)
     monkeypatch.setattr(check, "_check", understood.append)
     monkeypatch.setattr(submission, "_check", understood.append)
+    monkeypatch.setattr(synthetic_triplets, "_run", understood.append)
     joined = [re.sub(r"\\\n\s*", " ", block) for block in blocks("bash")]
     lines = [line for block in joined for line in block.splitlines() if line.startswith("lavis-cir ")]
     for line in lines:

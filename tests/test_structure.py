@@ -16,6 +16,11 @@ PACKAGE = Path(__file__).parents[1] / "lavis_cir_plugin"
 WITHOUT_LAVIS = [
     PACKAGE / "feature_cache.py",
     PACKAGE / "losses.py",
+    PACKAGE / "open_clip_towers.py",
+    PACKAGE / "pseudo_word.py",
+    PACKAGE / "shards.py",
+    PACKAGE / "caption_edits.py",
+    PACKAGE / "synthetic_triplets.py",
     PACKAGE / "data_order.py",
     PACKAGE / "perturbation.py",
     PACKAGE / "perturbed_model.py",
