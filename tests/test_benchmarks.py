@@ -229,3 +229,67 @@ def test_synthetic_triplets_are_timed(script, tmp_path, capsys):
     assert [record["image"] for record in records[::3]] == [f"{number:07d}.jpg" for number in range(200)]
     command_line.main(["triplets", str(path), "--output", str(tmp_path), "--count", "10"])
     assert "10 triplets of 10 wanted" in capsys.readouterr().out
+
+
+# tscir_ladder
+
+
+def test_a_finished_stage_is_not_run_again_and_a_failed_one_is(script, tmp_path):
+    """The record is written last: a stage that failed has none. Its run's folder is the one that LAVIS logs."""
+    ladder, calls = script("tscir_ladder"), []
+
+    def run(command, on_line):
+        calls.append(command)
+        if len(calls) == 1:
+            raise subprocess.CalledProcessError(3, command)
+        on_line("2026-01-01 [INFO] output: /runs/20260101-1")
+        return script("measure").Usage(seconds=7.0, cpu_seconds=9.0, peak_bytes=1)
+
+    folder = tmp_path / "clip_seed0"
+    with pytest.raises(SystemExit, match="tscir_ladder: clip_seed0 ended with status 3"):
+        ladder.once(folder, ["train"], run)
+    assert ladder.once(folder, ["train"], run)["run"] == "/runs/20260101-1"
+    assert ladder.once(folder, ["train"], run)["seconds"] == 7.0
+    assert len(calls) == 2
+
+
+def test_stages_with_other_settings_or_seeds_have_folders_of_their_own(script, tmp_path):
+    stage_folder = script("tscir_ladder").stage_folder
+    folders = {
+        stage_folder(tmp_path, "clip", seed, [f"run.seed={seed}", *more]) for seed in (0, 1) for more in ([], ["a=1"])
+    }
+    assert len(folders) == 4
+    assert stage_folder(tmp_path, "clip", 0, ["a"]) == stage_folder(tmp_path, "clip", 0, ["a"])
+
+
+LADDER = [  # of two seeds
+    {"circo": {"image only": 4, "text only": 2, "image + text": 9, "stage I alone": 12, "stage I + II": 15, "random (expected)": 1}},
+    {"circo": {"image only": 6, "text only": 2, "image + text": 14, "stage I alone": 13, "stage I + II": 14.5, "random (expected)": 1}},
+]  # fmt: skip
+
+
+def test_the_ladder_shows_means_and_the_least_gain_within_a_seed(script):
+    """Means 5 and 14.75; gains over the best other row of the same seed: 15 - 12 = 3 and 14.5 - 14 = 0.5."""
+    lines = script("tscir_ladder").ladder_table(LADDER, {"circo": "mAP@5"}).splitlines()
+    assert lines[0].split() == ["circo", "mAP@5"]
+    assert lines[1].split() == ["image", "only", "5.00", "(4.00", "-", "6.00)"]
+    assert lines[5].split() == ["stage", "I", "+", "II", "14.75", "(14.50", "-", "15.00)"]
+    assert lines[-1].split() == ["least", "gain", "+0.50"]
+
+
+def test_amounts_begin_with_stage_one_alone(script):
+    """Mean of 12 and 13; then the amounts in ascending order, whatever the order they were asked for in."""
+    values = {1000: LADDER, 100: LADDER[:1]}
+    lines = script("tscir_ladder").amounts_table(values, {"circo": "mAP@5"}).splitlines()
+    assert lines[1].split() == ["0", "12.50", "(12.00", "-", "13.00)"]
+    assert [line.split()[0] for line in lines[2:]] == ["100", "1,000"]
+
+
+def test_the_ladders_pictures_are_drawn(script, tmp_path):
+    ladder = script("tscir_ladder")
+    ladder.draw_ladder(LADDER, {"circo": "mAP@5"}, tmp_path / "ladder.png")
+    ladder.draw_amounts({100: LADDER, 1000: LADDER}, {"circo": "mAP@5"}, tmp_path / "amounts.png")
+    for name in ("ladder", "amounts"):
+        image = Image.open(tmp_path / f"{name}.png").convert("L")
+        assert min(image.size) > 300
+        assert len(set(image.getdata())) > 50
