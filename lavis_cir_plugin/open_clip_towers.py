@@ -319,8 +319,11 @@ def _build(clip_model: str, config: dict[str, Any], image_size: int | None) -> n
     build = CustomTextCLIP if config.pop("custom_text", False) else CLIP
     try:
         clip: nn.Module = build(**config)
-    except (RuntimeError, AssertionError) as error:  # timm's, of a tower that its version does not know
-        raise ValueError(f"model.clip_model: open_clip cannot build {clip_model!r} ({_line(error)}).") from error
+    except (RuntimeError, AssertionError) as error:  # of an image tower that this version of timm does not know
+        raise ValueError(
+            f"model.clip_model: open_clip cannot build {clip_model!r} ({_line(error)}). Image towers of timm, such as "
+            "SigLIP's, need Python >= 3.12, because LAVIS's pins for earlier ones keep timm at 0.4."
+        ) from error
     return clip
 
 

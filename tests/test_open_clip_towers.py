@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import open_clip
 import pytest
@@ -178,6 +179,12 @@ def test_each_tensor_has_one_name(clip, tower):
 def test_towers_that_cannot_be_composed_with_are_refused_by_name(name, problem):
     with pytest.raises(ValueError, match=problem):
         check_clip_model(name)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="builds, of 203 million weights")
+def test_a_tower_of_a_newer_timm_is_refused_with_the_stack_that_has_it():
+    with pytest.raises(ValueError, match=r"cannot build 'ViT-B-16-SigLIP' .*need Python >= 3\.12, because LAVIS's pins"):
+        load_clip("ViT-B-16-SigLIP")
 
 
 def test_patches_of_a_tower_without_any_are_refused():
