@@ -262,10 +262,8 @@ def test_stages_with_other_settings_or_seeds_have_folders_of_their_own(script, t
     assert stage_folder(tmp_path, "clip", 0, ["a"]) == stage_folder(tmp_path, "clip", 0, ["a"])
 
 
-LADDER = [  # of two seeds
-    {"circo": {"image only": 4, "text only": 2, "image + text": 9, "stage I alone": 12, "stage I + II": 15, "random (expected)": 1}},
-    {"circo": {"image only": 6, "text only": 2, "image + text": 14, "stage I alone": 13, "stage I + II": 14.5, "random (expected)": 1}},
-]  # fmt: skip
+NAMES = ("image only", "text only", "image + text", "stage I alone", "stage I + II", "random (expected)")
+LADDER = [{"circo": dict(zip(NAMES, values))} for values in ((4, 2, 9, 12, 15, 1), (6, 2, 14, 13, 14.5, 1))]
 
 
 def test_the_ladder_shows_means_and_the_least_gain_within_a_seed(script):
