@@ -15,7 +15,8 @@ from pathlib import Path
 __version__ = "0.4.0"
 
 _PACKAGE = Path(__file__).parent
-_STATIONS_WITH_DECORATORS = ("processors", "datasets", "caption_datasets", "vqa_caption_datasets", "models", "tasks", "runners")
+_DATASETS = ("datasets", "caption_datasets", "vqa_caption_datasets")
+_STATIONS_WITH_DECORATORS = ("processors", *_DATASETS, "models", "tasks", "runners")
 
 
 def _shipped(folder: str) -> Path:

@@ -183,7 +183,7 @@ def test_towers_that_cannot_be_composed_with_are_refused_by_name(name, problem):
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="builds, of 203 million weights")
 def test_a_tower_of_a_newer_timm_is_refused_with_the_stack_that_has_it():
-    with pytest.raises(ValueError, match=r"cannot build 'ViT-B-16-SigLIP' .*need Python >= 3\.12, because LAVIS's pins"):
+    with pytest.raises(ValueError, match=r"cannot build 'ViT-B-16-SigLIP' .*need Python >= 3\.12, because"):
         load_clip("ViT-B-16-SigLIP")
 
 
