@@ -183,7 +183,9 @@ def test_the_test_split_has_no_targets_and_no_metrics(tmp_path: Path):
     benchmark = read_benchmark(config, "test")
     assert [query.target for query in benchmark.groups[0].queries] == [None]
     for captions in ("two_queries", "per_caption"):
-        with pytest.raises(ValueError, match=f"captions: {captions} makes several; set it to and, reversed or both_orders_avg"):
+        with pytest.raises(
+            ValueError, match=f"captions: {captions} makes several; set it to and, reversed or both_orders_avg"
+        ):
             read_benchmark({**config, "captions": captions}, "test")
     assert benchmark.metrics({"dress": ranking([-1])}) == {}
     with pytest.raises(ValueError, match="which test does not have"):
