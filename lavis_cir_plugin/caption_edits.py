@@ -304,8 +304,7 @@ class Phrases:
             return True
         if (first[0] in ARTICLES) != (second[0] in ARTICLES):
             return True
-        mine, others = [word for word in first if word not in second], [word for word in second if word not in first]
-        return not mine or not others or any(_same_word(a, b) for a, b in itertools.product(mine, others))
+        return _is_rewording(first, second)
 
     def _share_contexts(self, one: int, other: int) -> bool:
         (slots, counts), starts = self._slots_of, self._slots_of_starts
@@ -331,7 +330,7 @@ class Phrases:
     # -- words -----------------------------------------------------------------------------------------------------
 
     def _edit(self, image: int, row: int, place: int, new: int, rng: random.Random) -> Edit | None:
-        """Make the edit; ``None`` where a caption without the phrase would not be one without what it says.
+        """Make the edit; ``None`` where it says nothing new, or leaves a part of what it says to drop.
 
         Both phrases are extended by the words that they say nothing without, a noun by all before it.
         """
@@ -353,6 +352,8 @@ class Phrases:
             shown, before = [[before[-1], *phrase] if phrase else phrase for phrase in shown], before[:-1]
         if not is_noun:
             shown = [phrase[1:] if phrase and phrase[0] in ARTICLES else phrase for phrase in shown]
+        if old and put and _is_rewording(*shown):
+            return None
         old_text, new_text = (" ".join(phrase) for phrase in shown)
         article = f"{before[-1]} " if is_noun and not joined and before and before[-1] in ARTICLES else ""
         text = _say(_with_article(article, old_text), _with_article(article, new_text), kind, is_noun, rng)
@@ -375,13 +376,19 @@ def _is_in(values: _Array, ascending: _Array) -> _Array:
     return ascending[places] == values
 
 
+def _is_rewording(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Return whether a phrase has all words of the other, or a form of one of the words that differ."""
+    mine, others = [word for word in one if word not in other], [word for word in other if word not in one]
+    return not mine or not others or any(_same_word(a, b) for a, b in itertools.product(mine, others))
+
+
 def _same_word(one: str, other: str) -> bool:
     """Return whether a word looks like a form or a spelling of another one."""
     short, long = sorted((one, other), key=len)
     if len(short) < 4:
         return False
     prefix = next((k for k, (a, b) in enumerate(zip(short, long)) if a != b), len(short))
-    if prefix >= 4 and prefix >= 0.6 * len(long):
+    if prefix >= 4 and prefix >= 0.5 * len(long):
         return True
     return len(short) == len(long) and sum(a != b for a, b in zip(short, long)) == 1
 

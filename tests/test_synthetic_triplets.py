@@ -45,7 +45,7 @@ def grid() -> Captions:
 
 
 def test_all_exact_exchanges_are_found(grid):
-    """Each of 9 images has 2 others of its noun and 2 of its colour: 36 triplets, whose captions are the edited ones."""
+    """Each of 9 images has 2 others of its noun and 2 of its colour: 36 triplets with the edited captions."""
     made = make_triplets(grid, count=100, similarity=0.99)
     pairs = {(triplet.edit.image, triplet.target) for triplet in made.triplets}
     differences = {(i, j): sum(a != b for a, b in zip(GRID[i], GRID[j])) for i in range(9) for j in range(9)}
@@ -157,7 +157,7 @@ def test_triplets_of_any_captions_keep_what_is_promised(own, similarity):
 
 
 def test_hashed_words_by_hand():
-    """Of 3 captions 3 hold a, 1 red, 1 "a red": weights 1, 1 + ln 2 twice; nothing else is shared by "a" and "a red"."""
+    """Of 3 captions 3 hold a, 1 red, 1 "a red": weights 1, 1 + ln 2 twice; no more is shared."""
     features = HashedWords(["a red", "a blue", "a"], width=4096)
     found = features(["a red", "a", "green"]).double()
     weight = 1 + np.log(2)
