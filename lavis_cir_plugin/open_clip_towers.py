@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import zipfile
@@ -181,6 +182,8 @@ class TextTower(nn.Module):
             raise ValueError(f"model.clip_model: {clip_model} reads the first position, which sees no other.")
         self.tokenizer = _tokenizer(clip_model, tokenizer)
         self.placeholder, self.placeholder_id = self._choose_placeholder(clip_model)
+        self.padding = int(self.tokenizer([""])[0, -1])
+        self.has_told_of_a_cut = False
 
     @property
     def _text(self) -> Any:
@@ -199,9 +202,20 @@ class TextTower(nn.Module):
         return int(self._text.token_embedding.weight.shape[1])
 
     def tokenize(self, sentences: Sequence[str]) -> Tensor:
-        """Return token ids ``(B, L)``; ``*`` becomes the placeholder of the pseudo-word; longer sentences are cut."""
-        kept = [sentence.replace(PSEUDO_WORD, self.placeholder) for sentence in sentences]
-        return self.tokenizer(kept).to(self._text.token_embedding.weight.device)
+        """Return token ids ``(B, L)``; ``*`` becomes the placeholder of the pseudo-word; longer sentences are cut.
+
+        The first that has no padding, so that it may have been cut, is logged.
+        """
+        ids = self.tokenizer([sentence.replace(PSEUDO_WORD, self.placeholder) for sentence in sentences])
+        if not self.has_told_of_a_cut and bool((is_full := ids[:, -1] != self.padding).any()):
+            self.has_told_of_a_cut = True
+            logging.warning(
+                "a sentence fills all %d positions of the text tower, and the end of longer ones is not read (said "
+                "once): %s",
+                ids.shape[1],
+                sentences[int(is_full.int().argmax())],
+            )
+        return ids.to(self._text.token_embedding.weight.device)
 
     def positions_read(self, ids: Tensor) -> Tensor:
         """Return the position ``(B,)`` whose hidden state is the sentence's feature (CLIP: end of text)."""
@@ -390,8 +404,13 @@ def _clip_state(path: Path, clip_model: str, quick_gelu: bool) -> dict[str, Tens
         state = read_state(str(path))
     state = {name[7:] if name.startswith("module.") else name: tensor for name, tensor in state.items()}
     towers = {"image_tower.visual.": "visual.", "text_tower.clip.": ""}  # names in a checkpoint of clip_cir
-    for prefix, own in towers.items():
-        state = {own + name[len(prefix) :] if name.startswith(prefix) else name: t for name, t in state.items()}
+    if any(name.startswith(tuple(towers)) for name in state):  # or of TSCIR with adapters merged, which holds more
+        state = {
+            own + name[len(prefix) :]: tensor
+            for prefix, own in towers.items()
+            for name, tensor in state.items()
+            if name.startswith(prefix)
+        }
     return {name: tensor.float() for name, tensor in state.items() if name not in _ARCHIVE_NUMBERS}
 
 

@@ -153,6 +153,16 @@ def test_a_sentence_without_the_image_is_refused(tower):
         tower.compose(tower.tokenize(["a photo of *", "a red dress"]), words(2))
 
 
+def test_a_sentence_that_is_cut_is_told_once(tower, caplog):
+    tower.tokenize(["", "a photo", *SENTENCES])
+    assert caplog.text == ""
+    tower.tokenize(["a photo", "a red dress " * 9])
+    tower.tokenize(["a red dress " * 9])
+    (record,) = caplog.records
+    assert "a sentence fills all 16 positions" in record.message
+    assert "a red dress a red" in record.message
+
+
 def test_a_long_sentence_is_cut_and_still_read(tower):
     ids = tower.tokenize(["a photo of * that " + "is red and " * 30])
     assert ids.shape == (1, 16)

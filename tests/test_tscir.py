@@ -317,6 +317,58 @@ def test_only_what_matches_is_loaded(make, tmp_path):
         make(TscirComposing, mapping_checkpoint=str(tmp_path / "gone.pth"))
 
 
+def test_a_checkpoint_of_stage_two_is_no_start_for_another(make, tmp_path):
+    """Its trained adapters would be loaded with the mapping."""
+    two = make(TscirComposing, mapping_checkpoint=saved(make(TscirMapping), tmp_path / "one.pth"))
+    path = saved(two, tmp_path / "two.pth")
+    with pytest.raises(ValueError, match=r"mapping_checkpoint: .*two\.pth holds adapters of stage II"):
+        make(TscirComposing, mapping_checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"injection_heads": 4}, r"was trained with model\.injection_heads: 2, here it is 4"),
+        ({"pixels": "inception"}, r"was trained with model\.pixels: clip, here it is inception"),
+        ({"clip_model": "small_clip-quickgelu"}, r"was trained with model\.clip_model: small_clip, here it is small_"),
+    ],
+)
+def test_settings_that_no_tensor_tells_are_compared(make, tmp_path, change, problem):
+    path, pretrained = tmp_path / "one.pth", str(tmp_path / "small_clip.pt")
+    one = make(TscirMapping)
+    theirs = {"arch": "tscir_mapping", "clip_model": "small_clip", "pretrained": pretrained, **SIZES}
+    torch.save({"model": one.state_dict(), "config": {"model": theirs}}, path)
+    make(TscirMapping).load_checkpoint(str(path))
+    make(TscirMapping, pixels="clip").load_checkpoint(str(path))
+    with pytest.raises(ValueError, match=problem):
+        make(TscirMapping, **{"pretrained": pretrained, **change}).load_checkpoint(str(path))
+    with pytest.raises(ValueError, match=problem):
+        make(TscirComposing, mapping_checkpoint=str(path), **{"pretrained": pretrained, **change})
+
+
+def test_a_merged_checkpoint_brings_its_own_clip(make, tmp_path):
+    """``lavis-cir lora --merge`` writes the whole model; a later checkpoint leaves CLIP out, so CLIP must be named."""
+    merged = make(TscirMapping).eval()
+    with torch.no_grad():
+        merged.text_tower.clip.transformer.resblocks[0].mlp.c_fc.weight += 0.1
+    path = str(tmp_path / "merged.pth")
+    torch.save({"model": merged.state_dict()}, path)
+    samples = {"image": pictures(), "text_input": TEXTS}
+    again = make(TscirMapping, seed=1).eval()
+    again.load_checkpoint(path)
+    assert torch.equal(again.encode_query(samples), merged.encode_query(samples))
+    went_on = saved(again, tmp_path / "went_on.pth")
+    with pytest.raises(ValueError, match="was trained on other weights of CLIP"):
+        make(TscirMapping).load_checkpoint(went_on)
+    with pytest.raises(ValueError, match=r"merged\.pth holds other weights of CLIP .* set model\.pretrained to it"):
+        make(TscirComposing, mapping_checkpoint=path)
+    two = make(TscirComposing, mapping_checkpoint=path, pretrained=path).eval()
+    assert torch.equal(two.encode_query(samples, "mapping"), merged.encode_query(samples))
+    made = make(TscirComposing, pretrained=path, seed=2).eval()
+    made.load_checkpoint(saved(two, tmp_path / "two.pth"))
+    assert torch.equal(made.encode_query(samples), two.encode_query(samples))
+
+
 def test_the_fingerprint_knows_every_weight_and_no_device(make):
     model = make(TscirMapping)
     assert torch.equal(model.clip_fingerprint, make(TscirMapping, seed=5).clip_fingerprint)
@@ -357,6 +409,14 @@ def test_a_template_of_ones_own(make):
     assert model.encode_query({"image": pictures(), "text_input": TEXTS}).shape == (3, 8)
 
 
+def test_a_template_whose_image_is_no_word_of_its_own_is_refused(make):
+    """CLIP's tokenizer joins punctuation; another word that is the placeholder would get the image."""
+    with pytest.raises(ValueError, match=r"model\.template: 'a photo of \*, \{\}' .* as one word"):
+        make(TscirMapping, template="a photo of *, {}")
+    with pytest.raises(ValueError, match=r"model\.template: 'x of \* that \{\}' .* as one word"):
+        make(TscirMapping, "small_siglip", template="x of * that {}")
+
+
 # Configs.
 
 
@@ -383,8 +443,9 @@ BASE = {"clip_model": "small_clip", "pretrained": "x.pt", "injection_blocks": [1
         (ClipCir, {"freeze_vit": "yes"}, "model.freeze_vit must be true or false, got 'yes'"),
         (ClipCir, {"pretrained": None}, "model.pretrained is empty, so frozen towers would keep random weights"),
         (TscirMapping, {"pretrained": None}, "model.pretrained is empty, so frozen towers would keep random weights"),
-        (TscirMapping, {"template": "a photo"}, "model.template must hold one * for the image and one {} for the text"),
+        (TscirMapping, {"template": "a photo"}, "model.template must hold one * for the image and after it"),
         (TscirMapping, {"template": "* and * {}"}, "model.template must hold one * for the image"),
+        (TscirMapping, {"template": "{} than *"}, "model.template must hold one * for the image and after it one {}"),
         (TscirMapping, {"injection_blocks": [1, 2]}, "distinct numbers of text blocks from 0 to 1 (an injection after"),
         (TscirMapping, {"injection_blocks": [1, 1]}, "distinct numbers of text blocks from 0 to 1"),
         (TscirMapping, {"injection_blocks": 1}, "model.injection_blocks must be distinct numbers"),

@@ -199,6 +199,7 @@ def test_a_stage_two_without_stage_one_or_clip_does_not_start(tmp_path, clip, ma
         (composing(clip, None), "model.mapping_checkpoint is empty"),
         (composing(None, mapping), "model.pretrained is empty"),
         (composing(clip, clip), "was not trained by a model of TSCIR"),
+        (composing(clip, mapping, injection_heads=4), "was trained with model.injection_heads: 8, here it is 4"),
     ):
         with pytest.raises(SystemExit, match=problem):
             run(tmp_path / "out", model, triplet_data(triplets))

@@ -104,11 +104,26 @@ class TscirComposing(TscirMapping):
         width = self.text_tower.width
         self.adapters = nn.ModuleDict({str(block): ComposingAdapter(width, adapter_rank) for block in blocks})
         if mapping_checkpoint:
-            self._load(read_state(mapping_checkpoint), mapping_checkpoint, fresh=("adapters.",))
+            self._load_mapping(mapping_checkpoint)
         keep_as_buffers(self.mapping)
         keep_as_buffers(self.injections)
         self.frozen += [self.mapping, self.injections]
         self.train(self.training)
+
+    def _load_mapping(self, path: str) -> None:
+        """Load a checkpoint of stage I, and nothing that this model's own checkpoints would not hold."""
+        state, own = read_state(path), self.state_dict()
+        if any(name.startswith("adapters.") for name in state):
+            raise ValueError(
+                f"model.mapping_checkpoint: {path} holds adapters of stage II; name a checkpoint of tscir_mapping, or "
+                "go on from this one with model.load_finetuned=true and model.finetuned."
+            )
+        if any(not torch.equal(state[name], own[name]) for name in self._clip_names() & state.keys()):
+            raise ValueError(
+                f"model.mapping_checkpoint: {path} holds other weights of CLIP than model.pretrained (adapters were "
+                "merged into them); set model.pretrained to it as well."
+            )
+        self._load(path, fresh=("adapters.",))
 
     @classmethod
     def check_config(cls, cfg: Mapping[str, Any]) -> None:

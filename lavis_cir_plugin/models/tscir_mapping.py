@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,14 +14,16 @@ from lavis.common.registry import registry
 from torch import Tensor, nn
 
 from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
-from lavis_cir_plugin.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.checkpoints import load_strictly, read_checkpoint, read_state
 from lavis_cir_plugin.losses import soft_text_alignment_loss, symmetric_contrastive_loss
 from lavis_cir_plugin.models.clip_cir import ClipCir, check_choice, check_whole
-from lavis_cir_plugin.open_clip_towers import PSEUDO_WORD, Edit
+from lavis_cir_plugin.open_clip_towers import PIXELS, PSEUDO_WORD, Edit, pixel_normalisation
 from lavis_cir_plugin.pseudo_word import MappingNetwork, VisualInjection
 
 PLAIN_SENTENCE = f"a photo of {PSEUDO_WORD}"
 """The sentence that says no more than the image."""
+
+_TOWERS = ("image_tower.", "text_tower.")
 
 
 @registry.register_model("tscir_mapping")
@@ -43,7 +46,7 @@ class TscirMapping(ClipCir):
 
     Args:
         clip_model, pretrained, image_size, tokenizer, pixels: As of ``clip_cir``; CLIP's weights.
-        template: A query's sentence: ``*`` is the image and ``{}`` the modification text.
+        template: A query's sentence: ``*``, a word of its own, is the image and ``{}`` after it the modification text.
         hidden_width: Of the mapping network.
         dropout: In the mapping network, >= 0 and < 1.
         injection_blocks: Text blocks, from 0, after which there is an injection. The published [3, 7, 9, 11] count
@@ -64,6 +67,8 @@ class TscirMapping(ClipCir):
     needs_finetuned = True
     """To be evaluated: CLIP's weights alone leave the mapping random."""
     DEFAULT_LOSS_WEIGHTS: Mapping[str, float] = {"con": 1.0, "weak": 1.0, "sta": 0.2}
+
+    clip_fingerprint: Tensor
 
     def __init__(
         self,
@@ -86,6 +91,12 @@ class TscirMapping(ClipCir):
         super(ClipCir, self).__init__()
         self._build_towers(clip_model, pretrained, image_size, tokenizer, pixels, with_patches=bool(injection_blocks))
         self.template, self.temperature = template, float(temperature)
+        if int(self.text_tower.tokenize([template.replace("{}", "")]).eq(self.text_tower.placeholder_id).sum()) != 1:
+            raise ValueError(
+                f"model.template: {template!r} does not hold the image as one word once the tokenizer of {clip_model} "
+                f"has read it (there, {PSEUDO_WORD} is {self.text_tower.placeholder!r}); put blanks around "
+                f"{PSEUDO_WORD}, and use that word for nothing else."
+            )
         self.loss_weights = {**self.DEFAULT_LOSS_WEIGHTS, **dict(loss_weights or {})}
         self.injection_blocks = check_blocks("injection_blocks", injection_blocks, len(self.text_tower.blocks) - 1)
         features, words = self.image_tower.width, self.text_tower.width
@@ -98,6 +109,7 @@ class TscirMapping(ClipCir):
             }
         )
         self.register_buffer("clip_fingerprint", weights_fingerprint(self.image_tower, self.text_tower))
+        self.silent_settings = _silent_settings(clip_model, pretrained, pixels, injection_heads)
         self._freeze(image=True, text=True)
 
     @classmethod
@@ -110,10 +122,11 @@ class TscirMapping(ClipCir):
         super().check_config(cfg)
         values = cls._values(cfg)
         template = values["template"]
-        if not isinstance(template, str) or template.count(PSEUDO_WORD) != 1 or template.count("{}") != 1:
+        marks = re.findall(rf"{re.escape(PSEUDO_WORD)}|{{}}", template) if isinstance(template, str) else []
+        if marks != [PSEUDO_WORD, "{}"]:
             raise ValueError(
-                f"model.template must hold one {PSEUDO_WORD} for the image and one {{}} for the text, such as 'a photo "
-                f"of {PSEUDO_WORD} that {{}}', got {template!r}."
+                f"model.template must hold one {PSEUDO_WORD} for the image and after it one {{}} for the text, such as "
+                f"'a photo of {PSEUDO_WORD} that {{}}', got {template!r}."
             )
         for key in ("hidden_width", "injection_width", "injection_heads", "injection_layers"):
             check_whole(key, values[key])
@@ -147,13 +160,17 @@ class TscirMapping(ClipCir):
     def load_checkpoint(self, url_or_filename: str) -> None:
         """Load a checkpoint of this model; CLIP's own weights are left out of such a file and must be the same.
 
+        One with merged adapters (``lavis-cir lora --merge``) holds CLIP's weights, which are loaded too. Later
+        checkpoints leave them out again, and need ``model.pretrained`` set to that file.
+
         Raises:
             ValueError: If it does not match, or was trained with other weights of CLIP.
         """
-        self._load(read_state(url_or_filename), url_or_filename)
+        self._load(url_or_filename)
 
-    def _load(self, state: dict[str, Tensor], source: str, fresh: tuple[str, ...] = ()) -> None:
-        """Load all but the towers; ``fresh`` may be missing."""
+    def _load(self, source: str, fresh: tuple[str, ...] = ()) -> None:
+        """Load a file; ``fresh`` may be missing."""
+        state = read_state(source)
         theirs = state.get("clip_fingerprint")
         if theirs is None:
             raise ValueError(
@@ -161,19 +178,42 @@ class TscirMapping(ClipCir):
             )
         own = self.state_dict()
         # load_strictly takes buffers for constants; some of these are weights.
-        needed = [name for name in own if not name.startswith(("image_tower.", "text_tower.", *fresh))]
+        needed = [name for name in own if not name.startswith((*_TOWERS, *fresh))]
         missing = [name for name in needed if name not in state]
         if missing:
             raise ValueError(
                 f"checkpoint {source}: {len(missing)} missing keys (first: {missing[0]}). It belongs to another model "
                 "or stage: check model.arch and model.injection_blocks against it."
             )
-        if not torch.equal(theirs.cpu(), own["clip_fingerprint"].cpu()):
+        brings_clip = self._clip_names() <= state.keys()
+        if not brings_clip and not torch.equal(theirs.cpu(), own["clip_fingerprint"].cpu()):
             raise ValueError(
                 f"checkpoint {source} was trained on other weights of CLIP than model.clip_model and model.pretrained "
-                "name; set both as for its training."
+                "name; set both as for its training, or model.pretrained to the merged checkpoint that it went on from."
             )
-        load_strictly(self, state, source, fresh=fresh, may_lack=("image_tower.", "text_tower."))
+        self._check_settings(source)
+        load_strictly(self, state, source, fresh=fresh, may_lack=_TOWERS)
+        if brings_clip:
+            self.clip_fingerprint.copy_(weights_fingerprint(self.image_tower, self.text_tower))
+
+    def _clip_names(self) -> set[str]:
+        """Return the names of CLIP's weights, which a checkpoint holds if adapters were merged into them."""
+        return {name for name, _ in self.named_parameters() if name.startswith(_TOWERS)}
+
+    def _check_settings(self, source: str) -> None:
+        """Refuse a run's checkpoint if its settings differ where no tensor would tell."""
+        content = read_checkpoint(source)
+        config = content.get("config") if isinstance(content, Mapping) else None
+        if not config:
+            return
+        values = self._values(config["model"])
+        given = (values[key] for key in ("clip_model", "pretrained", "pixels", "injection_heads"))
+        for key, there in _silent_settings(*given).items():
+            here = self.silent_settings[key]
+            if here != there and (self.injection_blocks or key != "injection_heads"):
+                raise ValueError(
+                    f"checkpoint {source} was trained with model.{key}: {there}, here it is {here}; set it to that."
+                )
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the training losses of a batch of image-caption pairs.
@@ -267,6 +307,13 @@ class TscirMapping(ClipCir):
             return edit
 
         return [(int(block), inject(injection)) for block, injection in self.injections.items()]
+
+
+def _silent_settings(clip_model: str, pretrained: str | None, pixels: str, injection_heads: int) -> dict[str, Any]:
+    """Return what changes a model's output and no name, shape or value of a weight."""
+    normalisation = pixel_normalisation(clip_model, pretrained, pixels)
+    named = next((name for name, pair in PIXELS.items() if pair == normalisation), pixels)
+    return {"clip_model": clip_model, "pixels": named, "injection_heads": injection_heads}
 
 
 def weights_fingerprint(*modules: nn.Module) -> Tensor:
