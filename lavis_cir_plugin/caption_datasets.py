@@ -1,6 +1,7 @@
 """LAVIS builders over pictures with captions, as training data: ``image_captions`` and ``caption_shards``.
 
-Samples are ``image`` and ``text_input``, as of LAVIS's own captioning data sets, which train the same models.
+Samples are ``image`` and ``text_input``, and of image files ``image_id``, as of LAVIS's own captioning data sets, which
+train the same models.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset, default_collate
 from lavis_cir_plugin import CONFIGS, shards
 from lavis_cir_plugin.benchmarks import captions
 from lavis_cir_plugin.benchmarks.captions import CaptionedImage
-from lavis_cir_plugin.datasets import BenchmarkBuilder, CirDataset, Processor, cache_root
+from lavis_cir_plugin.datasets import BenchmarkBuilder, CirDataset, Processor, cache_root, image_id
 from lavis_cir_plugin.shards import Shards
 
 
@@ -40,8 +41,11 @@ class CaptionDataset(CirDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return one example in LAVIS's keys."""
         example = self.examples[index]
-        caption = random.choice(example.captions)
-        return {"image": self.load_image(example.image), "text_input": self.text_processor(caption)}
+        return {
+            "image": self.load_image(example.image),
+            "image_id": image_id(example.image),
+            "text_input": self.text_processor(random.choice(example.captions)),
+        }
 
 
 class ShardDataset(Dataset[dict[str, Any]]):

@@ -101,7 +101,9 @@ class CirDataset(Dataset):
 
 
 class TripletDataset(CirDataset):
-    """Training triplets: ``image``, ``text_input``, ``target``, ``target_id``, perhaps ``reference_caption``.
+    """Training triplets: ``image``, ``text_input``, ``target``, and perhaps ``reference_caption``.
+
+    ``image_id`` and ``target_id`` are equal for the same picture.
 
     A triplet whose annotation has several texts gets one drawn by ``training_text`` each time it is read, from
     Python's global generator, which LAVIS seeds and torch seeds in each worker.
@@ -129,6 +131,7 @@ class TripletDataset(CirDataset):
         triplet = self.triplets[index]
         sample = {
             "image": self.load_image(triplet.reference),
+            "image_id": image_id(triplet.reference),
             "target": self.load_image(triplet.target),
             "text_input": self.text_processor(self.training_text(triplet.captions, random)),
             "target_id": image_id(triplet.target),

@@ -141,8 +141,17 @@ def test_of_several_captions_one_is_drawn_each_time(tmp_path: Path):
     samples = [dataset[1] for _ in range(20)]
     assert {sample["text_input"] for sample in samples} == {"A BOOT", "A BLACK BOOT"}
     batch = dataset.collater([dataset[0], dataset[1]])
-    assert set(batch) == {"image", "text_input"}
+    assert set(batch) == {"image", "image_id", "text_input"}
     assert batch["image"].shape == (2, 3, 8, 8)
+
+
+def test_examples_of_one_image_have_one_id(tmp_path: Path):
+    """COCO has five of each; a loss that contrasts them would take an image for its own negative."""
+    picture_file = folder(tmp_path)
+    examples, paths = read_captions(picture_file)
+    dataset = CaptionDataset([*examples, examples[0]], paths, TargetPadProcessor(8), str.upper)
+    first, second, again = (dataset[index]["image_id"] for index in range(3))
+    assert first == again != second
 
 
 def test_the_examples_of_the_docstring_are_read(tmp_path: Path):

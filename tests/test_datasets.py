@@ -39,6 +39,7 @@ def test_the_embedded_world_is_drawn_where_a_download_would_be(tmp_path, monkeyp
     assert sample["image"].shape == sample["target"].shape == (2, 3, 64, 64)
     assert sample["text_input"][0] == sample["text_input"][0].lower()
     assert sample["target_id"].tolist() == [image_id(train.triplets[i].target) for i in (0, 1)]
+    assert sample["image_id"].tolist() == [image_id(train.triplets[i].reference) for i in (0, 1)]
     assert (tmp_path / "lavis_cir_plugin").is_dir()
 
 
@@ -75,7 +76,7 @@ def test_a_reference_caption_goes_through_the_text_processor(tmp_path):
     for caption, keys in (("A Shoe", {"reference_caption"}), ("", set())):
         triplet = Triplet("a", "a", ("in red",), reference_caption=caption)
         dataset = TripletDataset([triplet], {"a": path}, np.asarray, str.lower, lambda texts, rng: texts[0])
-        assert set(dataset[0]) - {"image", "target", "text_input", "target_id"} == keys
+        assert set(dataset[0]) - {"image", "image_id", "target", "text_input", "target_id"} == keys
         assert dataset[0].get("reference_caption") == (caption.lower() or None)
 
 

@@ -231,6 +231,19 @@ def test_a_loss_of_weight_0_is_not_computed_and_needs_nothing(make):
         make(TscirComposing)(triplets(with_captions=False))
 
 
+def test_a_reference_that_repeats_is_no_negative_of_itself(make):
+    """Its sentence "a photo of *" is the same too, and could not be told from itself."""
+    model = make(TscirComposing, loss_weights={"sta": 0}, temperature=0.1).eval()
+    batch = {**triplets(), "image": pictures()[[0, 0, 1]]}
+    known = {**batch, "image_id": torch.tensor([5, 5, 8])}
+    reference = model.encode_target(batch["image"])
+    sentence = model._read([PLAIN_SENTENCE] * 3, model.image_features(batch["image"]))
+    expected = symmetric_contrastive_loss(reference, sentence, 0.1, known["image_id"])
+    torch.testing.assert_close(model(known)["loss_reference"], expected)
+    assert float(model(known)["loss_reference"]) < float(model(batch)["loss_reference"])
+    torch.testing.assert_close(model(known)["loss_compose"], model(batch)["loss_compose"])
+
+
 def test_features_may_stand_for_pictures(make):
     model = make(TscirComposing)
     batch = triplets()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
@@ -184,9 +185,7 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         images, texts = self._unit_image(samples["image"]), self._unit_text(samples["text_input"])
         temperature = 1 / self.text_tower.clip.logit_scale.exp().clamp(max=_LARGEST_LOGIT_SCALE)
         if "target" not in samples:
-            ids = samples.get("image_id")
-            ids = ids if isinstance(ids, Tensor) else None  # some of LAVIS's caption data sets name images by text
-            return {"loss": symmetric_contrastive_loss(images, texts, temperature, ids)}
+            return {"loss": symmetric_contrastive_loss(images, texts, temperature, image_ids(samples))}
         targets = self._unit_image(samples["target"])
         query = F.normalize(images + texts, dim=-1)
         return {"loss": contrastive_loss(query, targets, temperature, samples.get("target_id"))}
@@ -243,6 +242,19 @@ class ClipCir(BaseModel):  # type: ignore[misc]
 
     def _unit_text(self, texts: list[str]) -> Tensor:
         return F.normalize(self.text_tower(self.text_tower.tokenize(texts)).float(), dim=-1)
+
+
+def image_ids(samples: Mapping[str, Any]) -> Tensor | None:
+    """Return ``image_id`` ``(B,)``, equal for the same image, if the batch of every process has numbers there.
+
+    Of several data sets in one batch LAVIS keeps what all samples have, so that it may be here and lack elsewhere. Some
+    of LAVIS's caption data sets name images by text.
+    """
+    ids = samples.get("image_id")
+    has_ids = torch.tensor(isinstance(ids, Tensor), dtype=torch.uint8, device=samples["image"].device)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(has_ids, dist.ReduceOp.MIN)
+    return ids if has_ids else None
 
 
 def check_whole(key: str, value: Any, least: int = 1) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lavis_cir_plugin.checkpoints import read_state
 from lavis_cir_plugin.losses import mixed_negatives_loss, soft_text_alignment_loss, symmetric_contrastive_loss
-from lavis_cir_plugin.models.clip_cir import check_whole
+from lavis_cir_plugin.models.clip_cir import check_whole, image_ids
 from lavis_cir_plugin.models.tscir_mapping import PLAIN_SENTENCE, TscirMapping, check_blocks, open_clip_blocks
 from lavis_cir_plugin.open_clip_towers import Edit
 from lavis_cir_plugin.pseudo_word import ComposingAdapter, keep_as_buffers
@@ -153,7 +153,8 @@ class TscirComposing(TscirMapping):
 
         Args:
             samples: ``image`` (the reference) and ``target``, ``(B, 3, H, W)`` or features ``(B, 1 + P, D)``;
-                ``text_input``; optionally ``target_id`` ``(B,)``; ``reference_caption`` unless ``sta`` has weight 0.
+                ``text_input``; optionally ``target_id`` and ``image_id`` ``(B,)``, equal for the same target or
+                reference; ``reference_caption`` unless ``sta`` has weight 0.
 
         Returns:
             ``loss``, the weighted sum, and ``loss_<name>`` of each.
@@ -183,7 +184,7 @@ class TscirComposing(TscirMapping):
             "compose": lambda: mixed_negatives_loss(
                 query, target, self.temperature, ids, self.mixed_negatives, self.mixed_negatives_scaled
             ),
-            "reference": lambda: symmetric_contrastive_loss(reference, sentence, self.temperature),
+            "reference": lambda: symmetric_contrastive_loss(reference, sentence, self.temperature, image_ids(samples)),
             "sta": lambda: soft_text_alignment_loss(
                 self._unit_text(samples["reference_caption"]),
                 sentence,

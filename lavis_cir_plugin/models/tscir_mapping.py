@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
 from lavis_cir_plugin.checkpoints import load_strictly, read_checkpoint, read_state
 from lavis_cir_plugin.losses import soft_text_alignment_loss, symmetric_contrastive_loss
-from lavis_cir_plugin.models.clip_cir import ClipCir, check_choice, check_whole
+from lavis_cir_plugin.models.clip_cir import ClipCir, check_choice, check_whole, image_ids
 from lavis_cir_plugin.open_clip_towers import PIXELS, PSEUDO_WORD, Edit, pixel_normalisation
 from lavis_cir_plugin.pseudo_word import MappingNetwork, VisualInjection
 
@@ -226,8 +226,7 @@ class TscirMapping(ClipCir):
             ``loss``, the weighted sum, and ``loss_<name>`` of each.
         """
         weak, view = self._two_views(samples["image"])
-        ids = samples.get("image_id")
-        ids = ids if isinstance(ids, Tensor) else None
+        ids = image_ids(samples)
         sentence = self._read([PLAIN_SENTENCE] * len(weak), weak)
         images, weak_images = (F.normalize(tokens[:, 0].float(), dim=-1) for tokens in (view, weak))
         losses: dict[str, Callable[[], Tensor]] = {
