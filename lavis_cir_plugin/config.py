@@ -156,7 +156,7 @@ def choose_splits(cfg: Config, command: str) -> None:
         tested += [f"{owner}.{split}" for owner in owners] if len(owners) > 1 else [split]
         for owner, name in zip(owners, tested[-len(owners) :]):
             chosen[owner].append(name)
-    run.test_splits = tested
+    run.test_splits = list(dict.fromkeys(tested))  # each reported once
     for name, splits in chosen.items():
         cfg.datasets_cfg[name].splits = list(dict.fromkeys(splits))
 

@@ -93,6 +93,7 @@ def completed(path, command="train"):
         ("evaluate", {}, THREE, {"cirr": ["cirr.val"], "circo": ["circo.val"]}),
         ("train", {"valid_splits": [], "test_splits": ["circo.val"]}, ["circo.val"], {"cirr": ["train"]}),
         ("evaluate", {"test_splits": ["circo.test"]}, ["circo.test"], {"circo": ["circo.test"], "cirr": []}),
+        ("evaluate", {"test_splits": ["cirr.val", "cirr.val"]}, ["cirr.val"], {"cirr": ["cirr.val"], "circo": []}),
         ("evaluate", {"test_splits": ["seen"]}, ["seen"], {"cirr": ["seen"], "circo": [], "fashioniq": []}),
         (
             "evaluate",
