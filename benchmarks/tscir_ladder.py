@@ -28,6 +28,8 @@ from omegaconf import OmegaConf
 PROJECTS = Path(__file__).parents[1] / "projects" / "tscir"
 TRAININGS = ("clip", "mapping", "composing")
 RECORD = "stage.json"
+# Higher than the command's own: the less else differs in a triplet, the more it says about its text.
+SIMILARITY = "0.8"
 BOTH_STAGES, STAGE_ONE, CHANCE = "stage I + II", "stage I alone", "random (expected)"
 ROWS = ("image only", "text only", "image + text", STAGE_ONE, BOTH_STAGES)
 COLOURS = ("#dcdcdc", "#bdbdbd", "#8f8f8f", "#8fbbe0", "#1f5fa8")
@@ -110,9 +112,10 @@ def train(work: Path, name: str, seed: int, options: Sequence[str]) -> dict[str,
 
 def make_triplets(work: Path, captions: Path, seed: int, amount: int) -> dict[str, Any]:
     """Make synthetic triplets of captions, unless they are there, and return the record."""
-    folder = stage_folder(work, f"triplets_{amount}", seed, [str(captions)])
+    folder = stage_folder(work, f"triplets_{amount}", seed, [str(captions), SIMILARITY])
     command = [sys.executable, "-W", "ignore", "-m", "lavis_cir_plugin.command_line", "triplets", str(captions)]
     command += ["--count", str(amount), "--seed", str(seed), "--output", str(folder), "--overwrite"]
+    command += ["--similarity", SIMILARITY]
     images = ["--images", str(captions.parent / "images"), "--contact-sheet", str(folder / "triplets.png")]
     return once(folder, [*command, *images])
 
