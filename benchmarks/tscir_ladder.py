@@ -249,8 +249,8 @@ def draw_amounts(values: Mapping[int, Sequence[Values]], metrics: Mapping[str, s
 
 def _frame(panel: Axes, title: str) -> None:
     panel.set_title(title)
-    panel.set_ylim(bottom=0)
     panel.margins(y=0.12)
+    panel.set_ylim(bottom=0)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
 

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -87,6 +88,7 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
     log.close()
     for path, size in sizes.items():
         os.truncate(path, size)
+    time.sleep(1.1)  # TensorBoard reads its files by name: the second, then a number within it that is not padded
     again = RunLog(tmp_path, first_step=2)
     again.log_step(2, 0, {"loss": 20.0})
     again.log_epoch(2, 0, "val", {"mean": 5.0})
