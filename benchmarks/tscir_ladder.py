@@ -41,7 +41,7 @@ Values = dict[str, dict[str, float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--amounts", type=int, nargs="+", default=[1000], help="triplets; the table shows the first")
+    parser.add_argument("--amounts", type=int, nargs="+", default=[3000], help="triplets; the table shows the first")
     parser.add_argument("--work", type=Path, default=Path("output/tscir/ladder"), help="where everything is kept")
     for name in TRAININGS:
         parser.add_argument(
