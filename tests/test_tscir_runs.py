@@ -173,6 +173,21 @@ def test_an_interrupted_stage_ends_as_if_it_had_not_been(stage, tmp_path, monkey
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.parametrize("lora", [None, {"target_modules": ["c_fc"], "r": 2, "also_train": "^mapping|^injections"}])
+def test_a_run_does_not_go_on_from_other_weights_of_clip(lora, tmp_path, clip):
+    """The weights' file was replaced by another one of the same name between the run and its resumption."""
+    weights = tmp_path / "clip.pth"
+    content = read_checkpoint(clip)
+    torch.save(content, weights)
+    model = {"arch": "tscir_mapping", **SMALL_MODEL, "pretrained": str(weights)}
+    changes = {"save_every": 1, **({"lora": lora} if lora else {})}
+    made = run(tmp_path / "out", model, CAPTIONS, **changes)
+    content["model"]["text_tower.clip.ln_final.bias"] += 0.1
+    torch.save(content, weights)
+    with pytest.raises(SystemExit, match=r"was trained on other weights of CLIP than model\.clip_model and model\.pre"):
+        run(tmp_path / "out", model, CAPTIONS, **changes, resume_ckpt_path=str(made / "checkpoint_last.pth"))
+
+
 def test_half_precision_trains_stably(clip, mapping, triplets):
     """bfloat16 autocast, as a GPU run with run.amp has it: losses near those of float32, gradients finite."""
     for model_class, extra in ((TscirMapping, {}), (TscirComposing, {"mapping_checkpoint": mapping})):

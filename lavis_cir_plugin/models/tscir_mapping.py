@@ -171,8 +171,7 @@ class TscirMapping(ClipCir):
     def _load(self, source: str, fresh: tuple[str, ...] = ()) -> None:
         """Load a file; ``fresh`` may be missing."""
         state = read_state(source)
-        theirs = state.get("clip_fingerprint")
-        if theirs is None:
+        if "clip_fingerprint" not in state:
             raise ValueError(
                 f"checkpoint {source} was not trained by a model of TSCIR: it does not say on which weights of CLIP."
             )
@@ -185,16 +184,24 @@ class TscirMapping(ClipCir):
                 f"checkpoint {source}: {len(missing)} missing keys (first: {missing[0]}). It belongs to another model "
                 "or stage: check model.arch and model.injection_blocks against it."
             )
-        brings_clip = self._clip_names() <= state.keys()
-        if not brings_clip and not torch.equal(theirs.cpu(), own["clip_fingerprint"].cpu()):
-            raise ValueError(
-                f"checkpoint {source} was trained on other weights of CLIP than model.clip_model and model.pretrained "
-                "name; set both as for its training, or model.pretrained to the merged checkpoint that it went on from."
-            )
         self._check_settings(source)
         load_strictly(self, state, source, fresh=fresh, may_lack=_TOWERS)
-        if brings_clip:
+        if self._clip_names() <= state.keys():
             self.clip_fingerprint.copy_(weights_fingerprint(self.image_tower, self.text_tower))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load weights as torch does, also those of a resumed run or of adapters, if CLIP's are the same.
+
+        Raises:
+            ValueError: If they were trained with other weights of CLIP, which they leave out.
+        """
+        theirs = state_dict.get("clip_fingerprint", self.clip_fingerprint)
+        if not torch.equal(theirs.cpu(), self.clip_fingerprint.cpu()) and not self._clip_names() <= state_dict.keys():
+            raise ValueError(
+                "the checkpoint was trained on other weights of CLIP than model.clip_model and model.pretrained name; "
+                "set both as for its training, or model.pretrained to the merged checkpoint that it went on from."
+            )
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _clip_names(self) -> set[str]:
         """Return the names of CLIP's weights, which a checkpoint holds if adapters were merged into them."""
