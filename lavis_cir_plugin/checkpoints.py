@@ -30,7 +30,15 @@ def read_state(path_or_url: str) -> dict[str, Tensor]:
         ValueError: If the file is not a checkpoint, holds anything but tensors and plain containers, or holds no
             state dictionary or several.
     """
-    content = read_checkpoint(path_or_url)
+    return state_in(read_checkpoint(path_or_url), path_or_url)
+
+
+def state_in(content: Any, source: str) -> dict[str, Tensor]:
+    """Return the state dictionary in a checkpoint file's content, as :func:`read_state`.
+
+    Raises:
+        ValueError: If there is none or are several; ``source`` is what the message calls the file.
+    """
     if _is_state(content):
         return dict(content)
     states = {key: value for key, value in content.items() if _is_state(value)} if isinstance(content, Mapping) else {}
@@ -40,8 +48,7 @@ def read_state(path_or_url: str) -> dict[str, Tensor]:
         return dict(next(iter(states.values())))
     found = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
     raise ValueError(
-        f"checkpoint {path_or_url}: expected one state dictionary (name to tensor), found {len(states)} "
-        f"(content: {found})."
+        f"checkpoint {source}: expected one state dictionary (name to tensor), found {len(states)} (content: {found})."
     )
 
 
@@ -56,7 +63,7 @@ def read_checkpoint(path_or_url: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(
-            f"checkpoint {path}: cannot be read as tensors and plain containers ({_first_line(error)}). It is "
+            f"checkpoint {path}: cannot be read as tensors and plain containers ({first_line(error)}). It is "
             "truncated, no checkpoint, or holds other Python objects, which are never unpickled."
         ) from error
 
@@ -90,7 +97,7 @@ def verify_checkpoint(path: Path) -> None:
         with zipfile.ZipFile(path) as records:
             damaged = records.testzip()
     except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
-        damaged = _first_line(error)
+        damaged = first_line(error)
     if damaged is not None:
         raise ValueError(f"checkpoint {path} is damaged or was only half written ({damaged}).")
 
@@ -174,7 +181,7 @@ def _download(url: str) -> Path:
         return Path(download_cached_file(url, check_hash=False, progress=True))
     except OSError as error:
         raise FileNotFoundError(
-            f"checkpoint {url} cannot be downloaded ({_first_line(error)}). Without a network, download it elsewhere "
+            f"checkpoint {url} cannot be downloaded ({first_line(error)}). Without a network, download it elsewhere "
             "and set model.pretrained or model.finetuned to the local file."
         ) from error
 
@@ -183,5 +190,6 @@ def _is_state(value: Any) -> bool:
     return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(item, Tensor) for item in value.values())
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -339,7 +339,7 @@ def _run_values(run: DictConfig, command: str) -> Iterator[str]:
     }
     for key, least in whole.items():
         value = run.get(key)
-        if value is not None and not (_is_number(value) and int(value) == value and value >= least):
+        if value is not None and not (is_number(value) and int(value) == value and value >= least):
             yield f"run.{key} must be a whole number >= {least}, got {value!r}."
     for key in ("evaluate", "amp"):
         if not isinstance(run[key], bool):
@@ -350,13 +350,13 @@ def _run_values(run: DictConfig, command: str) -> Iterator[str]:
         yield "run.lr_decay_rate must be a number > 0 under run.lr_sched: linear_warmup_step_lr."
     for key, strict in {"init_lr": True, "lr_decay_rate": True, "min_lr": False, "weight_decay": False}.items():
         value = run.get(key)
-        if value is not None and not (_is_number(value) and (value > 0 if strict else value >= 0)):
+        if value is not None and not (is_number(value) and (value > 0 if strict else value >= 0)):
             yield f"run.{key} must be a number {'> 0' if strict else '>= 0'}, got {value!r}."
     warmup_lr = run.get("warmup_lr", -1)
-    if not _is_number(warmup_lr) or (warmup_lr < 0 and warmup_lr != -1):
+    if not is_number(warmup_lr) or (warmup_lr < 0 and warmup_lr != -1):
         yield f"run.warmup_lr must be a number >= 0, got {warmup_lr!r}."
     beta2 = run.get("beta2", 0.999)
-    if not _is_number(beta2) or not 0 <= beta2 < 1:
+    if not is_number(beta2) or not 0 <= beta2 < 1:
         yield f"run.beta2 must be >= 0 and < 1, got {beta2!r}."
     device = str(run.device)
     if device not in ("cpu", "cuda"):
@@ -454,7 +454,26 @@ def _image_sizes(cfg: Config) -> Iterator[str]:
                 yield f"{key}: {given} differs from model.image_size: {size}."
 
 
-def _is_number(value: Any) -> bool:
+def check_choice(key: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless a value of ``model`` is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"model.{key}: {value!r} is not one of {', '.join(allowed)}.")
+
+
+def check_whole(key: str, value: Any, least: int = 1) -> None:
+    """Raise ValueError unless a value of ``model`` is a whole number that large."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"model.{key} must be a whole number >= {least}, got {value!r}.")
+
+
+def check_flag(key: str, value: Any) -> None:
+    """Raise ValueError unless a value of ``model`` is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"model.{key} must be true or false, got {value!r}.")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value of a config is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

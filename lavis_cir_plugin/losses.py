@@ -59,17 +59,28 @@ def contrastive_loss(
 
     Source: SPRC (arXiv 2310.05473) without the mask; BLIP-2 (arXiv 2301.12597) for the maximum over query tokens.
     """
-    all_targets = gather_with_gradient(targets)
-    rank = dist.get_rank() if all_targets.shape[0] > targets.shape[0] else 0
-    positives = torch.arange(query.shape[0], device=query.device) + rank * query.shape[0]
+    all_targets, positives, repeated = _everyone(targets, target_ids)
     # A cosine in half precision is off by up to 5e-4, which the temperature makes 0.7 % of a probability.
     with torch.autocast(query.device.type, enabled=False):
         logits = similarity(query.float(), all_targets.float()) / temperature
-    if target_ids is not None:
-        repeated = target_ids[:, None] == gather_with_gradient(target_ids)[None, :]
-        repeated[torch.arange(query.shape[0], device=query.device), positives] = False
+    if repeated is not None:
         logits = logits.masked_fill(repeated, -torch.inf)
     return F.cross_entropy(logits, positives)
+
+
+def _everyone(targets: Tensor, target_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the targets of all processes, the place of each own one there, and where its image is repeated.
+
+    The last is ``(B, N)``, false at the own place; ``None`` where no ids are known.
+    """
+    everyone = gather_with_gradient(targets)
+    count, device = targets.shape[0], targets.device
+    own = torch.arange(count, device=device) + (dist.get_rank() * count if everyone.shape[0] > count else 0)
+    if target_ids is None:
+        return everyone, own, None
+    repeated = target_ids[:, None] == gather_with_gradient(target_ids)[None, :]
+    repeated[torch.arange(count, device=device), own] = False
+    return everyone, own, repeated
 
 
 def symmetric_contrastive_loss(
@@ -153,14 +164,10 @@ def mixed_negatives_loss(
     Source: TSCIR (arXiv 2504.17990), hard negatives by mixing.
     """
     to_query = contrastive_loss(targets, query, temperature, target_ids)
-    everyone = gather_with_gradient(targets)
-    first = dist.get_rank() * query.shape[0] if everyone.shape[0] > query.shape[0] else 0
-    own = torch.arange(query.shape[0], device=query.device) + first
+    everyone, own, repeated = _everyone(targets, target_ids)
     with torch.autocast(query.device.type, enabled=False):
         scores = query.float() @ everyone.float().T
-        is_same = torch.zeros_like(scores, dtype=torch.bool)
-        if target_ids is not None:
-            is_same = target_ids[:, None] == gather_with_gradient(target_ids)[None, :]
+        is_same = torch.zeros_like(scores, dtype=torch.bool) if repeated is None else repeated
         is_same[torch.arange(len(own), device=own.device), own] = True
         right = scores.gather(1, own[:, None])
         wrong = scores.masked_fill(is_same, -torch.inf)

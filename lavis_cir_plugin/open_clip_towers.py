@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
-from lavis_cir_plugin.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.checkpoints import first_line, load_strictly, read_state
 
 PSEUDO_WORD = "*"
 """Stands for the image in a sentence."""
@@ -326,6 +326,11 @@ def check_clip_model(clip_model: Any) -> Mapping[str, Any]:
     return dict(config)
 
 
+def count_blocks(clip_model: str) -> int:
+    """Return how many blocks the text tower of a model has; raises what :func:`check_clip_model` raises."""
+    return int(check_clip_model(clip_model)["text_cfg"]["layers"])
+
+
 def _build(clip_model: str, config: dict[str, Any], image_size: int | None) -> nn.Module:
     """Build a model with random weights; open_clip's own function would warn of these before others are loaded."""
     if image_size is not None:
@@ -335,8 +340,8 @@ def _build(clip_model: str, config: dict[str, Any], image_size: int | None) -> n
         clip: nn.Module = build(**config)
     except (RuntimeError, AssertionError) as error:  # of an image tower that this version of timm does not know
         raise ValueError(
-            f"model.clip_model: open_clip cannot build {clip_model!r} ({_line(error)}). Image towers of timm, such as "
-            "SigLIP's, need Python >= 3.12, because LAVIS's pins for earlier ones keep timm at 0.4."
+            f"model.clip_model: open_clip cannot build {clip_model!r} ({first_line(error)}). Image towers of timm, "
+            "such as SigLIP's, need Python >= 3.12, because LAVIS's pins for earlier ones keep timm at 0.4."
         ) from error
     return clip
 
@@ -355,8 +360,8 @@ def _tokenizer(clip_model: str, folder: str | None) -> Callable[[Sequence[str]],
     except (OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(
             f"model.tokenizer: the tokenizer of {clip_model} cannot be had from "
-            f"{folder or text.get('hf_tokenizer_name')!r} ({_line(error)}). Without a network, set model.tokenizer to "
-            "a folder that holds it."
+            f"{folder or text.get('hf_tokenizer_name')!r} ({first_line(error)}). Without a network, set "
+            "model.tokenizer to a folder that holds it."
         ) from error
     return found  # type: ignore[no-any-return]
 
@@ -379,8 +384,8 @@ def _weights_file(clip_model: str, pretrained: str, quick_gelu: bool) -> Path:
         return Path(open_clip.download_pretrained(tag))
     except Exception as error:  # whatever the hub's client raises
         raise FileNotFoundError(
-            f"model.pretrained: {pretrained} of {clip_model} cannot be downloaded ({_line(error)}). Without a network, "
-            "set model.pretrained to the local file."
+            f"model.pretrained: {pretrained} of {clip_model} cannot be downloaded ({first_line(error)}). Without a "
+            "network, set model.pretrained to the local file."
         ) from error
 
 
@@ -421,7 +426,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read as safetensors ({_line(error)}).") from error
+        raise ValueError(f"checkpoint {path} cannot be read as safetensors ({first_line(error)}).") from error
 
 
 def _is_archive(path: Path) -> bool:
@@ -443,7 +448,3 @@ def _load(clip: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     resize_pos_embed(state, clip)
     constant = ("attn_mask", "text.attn_mask")
     load_strictly(clip, state, str(path), unused=constant, fresh=("logit_bias",))
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

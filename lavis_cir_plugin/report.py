@@ -28,6 +28,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -52,7 +53,6 @@ LABEL_HEIGHT = 22
 FRAME = 4
 MARGIN = 32
 ATTENTION_SIDE = 160  # of a picture with a map over it
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 BLACK, GREY, LIGHT_GREY, WHITE = "#1a1a1a", "#6b6b6b", "#d4d4d4", "#ffffff"
 GREEN, ORANGE, BLUE = "#14944a", "#e67800", "#1f5fa8"
 
@@ -458,7 +458,7 @@ def attention_sheet(
 
 def _denormalised(picture: Tensor) -> Tensor:
     """Return a picture in colours from 0 to 1, ``(3, side, side)``."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
     return _resized((picture.float().cpu() * std + mean).clamp(0, 1))
 
 

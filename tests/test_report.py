@@ -617,7 +617,7 @@ def test_the_summary_is_written_with_protocols_and_without_nan(tmp_path):
 def attention(tmp_path, maps, num_queries=3, labels=("block 3", "block 7")):
     """Draw maps over black pictures and return the sheet's pixels ``(height, width, 3)``."""
     benchmark = make_benchmark([make_group("dress", num_queries, 12)])
-    black = -torch.tensor(report.CLIP_MEAN) / torch.tensor(report.CLIP_STD)
+    black = -torch.tensor(report.OPENAI_DATASET_MEAN) / torch.tensor(report.OPENAI_DATASET_STD)
     pictures = black[:, None, None].expand(len(maps), 3, 48, 48)
     path = report.attention_sheet(benchmark, benchmark.groups[0], pictures, maps, labels, tmp_path / "attention.png")
     return np.asarray(Image.open(path)).astype(int)

@@ -23,6 +23,7 @@ from transformers import BertTokenizer
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
 from lavis_cir_plugin.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.config import check_choice, check_flag, check_whole
 from lavis_cir_plugin.losses import LOSSES, TrainingOutputs
 from lavis_cir_plugin.models.fused_attention import fuse_attention
 
@@ -172,13 +173,11 @@ class Blip2Cir(Blip2Base):
         """
         values = {**cls._arguments(), **{name: cfg[name] for name in cls._arguments() if cfg.get(name) is not None}}
         for key, allowed in _CHOICES.items():
-            _check_choice(key, values[key], allowed)
+            check_choice(key, values[key], allowed)
         for key in ("image_size", "num_query_token", "cross_attention_freq", "embed_dim", "max_txt_len"):
-            if isinstance(values[key], bool) or not isinstance(values[key], int) or values[key] < 1:
-                raise ValueError(f"model.{key} must be a whole number >= 1, got {values[key]!r}.")
+            check_whole(key, values[key])
         for key in ("freeze_vit", "use_grad_checkpoint"):
-            if not isinstance(values[key], bool):
-                raise ValueError(f"model.{key} must be true or false, got {values[key]!r}.")
+            check_flag(key, values[key])
         if values["vit_precision"] == "fp16" and not values["freeze_vit"]:
             raise ValueError(
                 "model.vit_precision: 'fp16' stores the image tower in half precision, which cannot be trained; set "
@@ -288,7 +287,7 @@ class Blip2Cir(Blip2Base):
         Raises:
             ValueError: If the mode is unknown.
         """
-        _check_choice("mode", mode, ("multimodal", "text", "image"))
+        check_choice("mode", mode, ("multimodal", "text", "image"))
         if mode == "image":
             return F.normalize(self.encode_target(samples["image"]).mean(dim=1), dim=-1)
         ids, mask = self._tokenize(samples["text_input"])
@@ -312,7 +311,7 @@ class Blip2Cir(Blip2Base):
         Raises:
             ValueError: If the mode is unknown.
         """
-        _check_choice("mode", mode, ("multimodal", "text", "image"))
+        check_choice("mode", mode, ("multimodal", "text", "image"))
         image_embeds = self._query_outputs(self._embed_images(samples["image"])) if mode != "text" else None
         return BlipOutputFeatures(
             image_embeds=image_embeds,
@@ -486,8 +485,3 @@ def _check_keys(key: str, value: Any, known: Mapping[str, Any]) -> None:
     for name in _mapping(key, value):
         if name not in known:
             raise ValueError(f"model.{key}.{name} is not a known key{did_you_mean(name, known)}")
-
-
-def _check_choice(key: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"model.{key}: {value!r} is not one of {', '.join(allowed)}.")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.config import check_choice, check_flag, check_whole
 from lavis_cir_plugin.losses import contrastive_loss, symmetric_contrastive_loss
 from lavis_cir_plugin.open_clip_towers import (
     PIXELS,
@@ -125,13 +126,12 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         """
         values = cls._values(cfg)
         check_clip_model(values["clip_model"])
-        if values["pixels"] not in ("auto", *PIXELS):
-            raise ValueError(f"model.pixels: {values['pixels']!r} is not one of auto, {', '.join(PIXELS)}.")
+        check_choice("pixels", values["pixels"], ("auto", *PIXELS))
         if values["image_size"] is not None:
             check_whole("image_size", values["image_size"])
         for key in ("freeze_vit", "freeze_text"):
-            if key in values and not isinstance(values[key], bool):
-                raise ValueError(f"model.{key} must be true or false, got {values[key]!r}.")
+            if key in values:
+                check_flag(key, values[key])
         is_frozen = values.get("freeze_vit", True) or values.get("freeze_text", True)
         if is_frozen and not values["pretrained"]:
             raise ValueError(
@@ -255,15 +255,3 @@ def image_ids(samples: Mapping[str, Any]) -> Tensor | None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(has_ids, dist.ReduceOp.MIN)
     return ids if has_ids else None
-
-
-def check_whole(key: str, value: Any, least: int = 1) -> None:
-    """Raise ValueError unless a value of ``model`` is a whole number."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"model.{key} must be a whole number >= {least}, got {value!r}.")
-
-
-def check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless a value is one of those allowed."""
-    if value not in allowed:
-        raise ValueError(f"model.{key}: {value!r} is not one of {', '.join(allowed)}.")

@@ -9,11 +9,12 @@ import torch
 from lavis.common.registry import registry
 from torch import Tensor, nn
 
-from lavis_cir_plugin.checkpoints import read_state
+from lavis_cir_plugin.checkpoints import read_checkpoint, state_in
+from lavis_cir_plugin.config import check_flag, check_whole
 from lavis_cir_plugin.losses import mixed_negatives_loss, soft_text_alignment_loss, symmetric_contrastive_loss
-from lavis_cir_plugin.models.clip_cir import check_whole, image_ids
-from lavis_cir_plugin.models.tscir_mapping import PLAIN_SENTENCE, TscirMapping, check_blocks, open_clip_blocks
-from lavis_cir_plugin.open_clip_towers import Edit
+from lavis_cir_plugin.models.clip_cir import image_ids
+from lavis_cir_plugin.models.tscir_mapping import PLAIN_SENTENCE, TscirMapping, check_blocks
+from lavis_cir_plugin.open_clip_towers import Edit, count_blocks
 from lavis_cir_plugin.pseudo_word import ComposingAdapter, keep_as_buffers
 
 
@@ -112,7 +113,8 @@ class TscirComposing(TscirMapping):
 
     def _load_mapping(self, path: str) -> None:
         """Load a checkpoint of stage I, and nothing that this model's own checkpoints would not hold."""
-        state, own = read_state(path), self.state_dict()
+        content = read_checkpoint(path)
+        state, own = state_in(content, path), self.state_dict()
         if any(name.startswith("adapters.") for name in state):
             raise ValueError(
                 f"model.mapping_checkpoint: {path} holds adapters of stage II; name a checkpoint of tscir_mapping, or "
@@ -123,7 +125,7 @@ class TscirComposing(TscirMapping):
                 f"model.mapping_checkpoint: {path} holds other weights of CLIP than model.pretrained (adapters were "
                 "merged into them); set model.pretrained to it as well."
             )
-        self._load(path, fresh=("adapters.",))
+        self._load(content, path, fresh=("adapters.",))
 
     @classmethod
     def check_config(cls, cfg: Mapping[str, Any]) -> None:
@@ -137,9 +139,8 @@ class TscirComposing(TscirMapping):
         check_whole("adapter_rank", values["adapter_rank"])
         check_whole("mixed_negatives", values["mixed_negatives"], least=0)
         for key in ("mixed_negatives_scaled", "alignment_with_target"):
-            if not isinstance(values[key], bool):
-                raise ValueError(f"model.{key} must be true or false, got {values[key]!r}.")
-        blocks = check_blocks("adapter_blocks", values["adapter_blocks"], open_clip_blocks(values["clip_model"]))
+            check_flag(key, values[key])
+        blocks = check_blocks("adapter_blocks", values["adapter_blocks"], count_blocks(values["clip_model"]))
         if not blocks:
             raise ValueError("model.adapter_blocks is empty, so that nothing would be trained.")
         if not values["mapping_checkpoint"] and not cfg.get("load_finetuned"):

@@ -14,10 +14,11 @@ from lavis.common.registry import registry
 from torch import Tensor, nn
 
 from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
-from lavis_cir_plugin.checkpoints import load_strictly, read_checkpoint, read_state
+from lavis_cir_plugin.checkpoints import load_strictly, read_checkpoint, state_in
+from lavis_cir_plugin.config import check_choice, check_whole, is_number
 from lavis_cir_plugin.losses import soft_text_alignment_loss, symmetric_contrastive_loss
-from lavis_cir_plugin.models.clip_cir import ClipCir, check_choice, check_whole, image_ids
-from lavis_cir_plugin.open_clip_towers import PIXELS, PSEUDO_WORD, Edit, pixel_normalisation
+from lavis_cir_plugin.models.clip_cir import ClipCir, image_ids
+from lavis_cir_plugin.open_clip_towers import PIXELS, PSEUDO_WORD, Edit, count_blocks, pixel_normalisation
 from lavis_cir_plugin.pseudo_word import MappingNetwork, VisualInjection
 
 PLAIN_SENTENCE = f"a photo of {PSEUDO_WORD}"
@@ -135,11 +136,11 @@ class TscirMapping(ClipCir):
                 f"model.injection_heads: {values['injection_heads']} does not divide model.injection_width: "
                 f"{values['injection_width']}."
             )
-        if not _is_number(values["dropout"]) or not 0 <= values["dropout"] < 1:
+        if not is_number(values["dropout"]) or not 0 <= values["dropout"] < 1:
             raise ValueError(f"model.dropout must be a number >= 0 and < 1, got {values['dropout']!r}.")
-        if not _is_number(values["temperature"]) or not values["temperature"] > 0:
+        if not is_number(values["temperature"]) or not values["temperature"] > 0:
             raise ValueError(f"model.temperature must be a number > 0, got {values['temperature']!r}.")
-        blocks = int(open_clip_blocks(values["clip_model"]))
+        blocks = count_blocks(values["clip_model"])
         check_blocks("injection_blocks", values["injection_blocks"], blocks - 1)
         cls._check_loss_weights(values["loss_weights"])
 
@@ -152,7 +153,7 @@ class TscirMapping(ClipCir):
                 raise ValueError(
                     f"model.loss_weights.{name} is no loss of this model{did_you_mean(name, cls.DEFAULT_LOSS_WEIGHTS)}"
                 )
-            if not _is_number(weight) or weight < 0:
+            if not is_number(weight) or weight < 0:
                 raise ValueError(f"model.loss_weights.{name} must be a number >= 0, got {weight!r}.")
         if not any({**cls.DEFAULT_LOSS_WEIGHTS, **(weights or {})}.values()):
             raise ValueError("model.loss_weights are all 0, so that nothing would be trained.")
@@ -166,11 +167,11 @@ class TscirMapping(ClipCir):
         Raises:
             ValueError: If it does not match, or was trained with other weights of CLIP.
         """
-        self._load(url_or_filename)
+        self._load(read_checkpoint(url_or_filename), url_or_filename)
 
-    def _load(self, source: str, fresh: tuple[str, ...] = ()) -> None:
-        """Load a file; ``fresh`` may be missing."""
-        state = read_state(source)
+    def _load(self, content: Any, source: str, fresh: tuple[str, ...] = ()) -> None:
+        """Load a file's content; ``fresh`` may be missing."""
+        state = state_in(content, source)
         if "clip_fingerprint" not in state:
             raise ValueError(
                 f"checkpoint {source} was not trained by a model of TSCIR: it does not say on which weights of CLIP."
@@ -184,7 +185,7 @@ class TscirMapping(ClipCir):
                 f"checkpoint {source}: {len(missing)} missing keys (first: {missing[0]}). It belongs to another model "
                 "or stage: check model.arch and model.injection_blocks against it."
             )
-        self._check_settings(source)
+        self._check_settings(content, source)
         load_strictly(self, state, source, fresh=fresh, may_lack=_TOWERS)
         if self._clip_names() <= state.keys():
             self.clip_fingerprint.copy_(weights_fingerprint(self.image_tower, self.text_tower))
@@ -207,9 +208,8 @@ class TscirMapping(ClipCir):
         """Return the names of CLIP's weights, which a checkpoint holds if adapters were merged into them."""
         return {name for name, _ in self.named_parameters() if name.startswith(_TOWERS)}
 
-    def _check_settings(self, source: str) -> None:
+    def _check_settings(self, content: Any, source: str) -> None:
         """Refuse a run's checkpoint if its settings differ where no tensor would tell."""
-        content = read_checkpoint(source)
         config = content.get("config") if isinstance(content, Mapping) else None
         if not config:
             return
@@ -332,13 +332,6 @@ def weights_fingerprint(*modules: nn.Module) -> Tensor:
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
-def open_clip_blocks(clip_model: str) -> int:
-    """Return how many blocks the text tower of a model has."""
-    import open_clip
-
-    return int(open_clip.get_model_config(clip_model)["text_cfg"]["layers"])
-
-
 def check_blocks(key: str, blocks: Any, count: int) -> tuple[int, ...]:
     """Return block numbers in ascending order.
 
@@ -353,7 +346,3 @@ def check_blocks(key: str, blocks: Any, count: int) -> tuple[int, ...]:
             f"model.{key} must be distinct numbers of text blocks from 0 to {count - 1}{why}, got {list(given)}."
         )
     return tuple(sorted(int(block) for block in given))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value).item()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,7 +117,7 @@ class ComposedRetrievalTask(BaseTask):
                 logging.info("datasets.%s.preload has no effect: run.feature_cache keeps the features instead", name)
                 section.preload = False
             if wanted[name] is not None:
-                _keep_splits(section, {own_name(split) for split in wanted[name]})
+                _keep_splits(section, list(dict.fromkeys(own_name(split) for split in wanted[name])))
             if wanted[name] == []:
                 del sections[name]
         built = super().build_datasets(SimpleNamespace(datasets_cfg=sections))
@@ -252,9 +252,9 @@ def folder_name(split: str) -> str:
     return split.replace(".", "_")
 
 
-def _keep_splits(section: Any, splits: Collection[str]) -> None:
+def _keep_splits(section: Any, splits: list[str]) -> None:
     """Let a builder build these splits alone; LAVIS's own build whatever has an annotation."""
-    section.splits = list(splits)
+    section.splits = splits
     annotations = (section.get("build_info") or {}).get("annotations")
     if isinstance(annotations, DictConfig):
         for name in set(annotations) - set(splits):
