@@ -177,17 +177,17 @@ def over_seeds(values: Sequence[Values], benchmark: str, row: str) -> list[float
 
 
 def ladder_table(values: Sequence[Values], metrics: Mapping[str, str]) -> str:
-    """Return the rows of the ladder, and the least gain of both stages over the best other row of the same seed."""
+    """Return the rows of the ladder, and the gain of both stages over the best other row of the same seed."""
     lines = [f"{'':<18}" + "".join(f"{name + ' ' + metric:>24}" for name, metric in metrics.items())]
     lines += [
         f"{row:<18}" + "".join(f"{spread(over_seeds(values, name, row)):>24}" for name in metrics)
         for row in (*ROWS, CHANCE)
     ]
     gains = [
-        min(of_seed[name][BOTH_STAGES] - max(of_seed[name][row] for row in ROWS[:-1]) for of_seed in values)
+        [of_seed[name][BOTH_STAGES] - max(of_seed[name][row] for row in ROWS[:-1]) for of_seed in values]
         for name in metrics
     ]
-    return "\n".join([*lines, f"{'least gain':<18}" + "".join(f"{gain:>+24.2f}" for gain in gains)])
+    return "\n".join([*lines, f"{'gain':<18}" + "".join(f"{spread(gain):>24}" for gain in gains)])
 
 
 def amounts_table(values: Mapping[int, Sequence[Values]], metrics: Mapping[str, str]) -> str:
