@@ -8,26 +8,19 @@ again and an interrupted one is resumed; with other settings, or after another s
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import measure
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+from stages import frame, once, provenance, save, spread, stage_folder, train
 
 PROJECTS = Path(__file__).parents[1] / "projects" / "tscir"
 TRAININGS = ("clip", "mapping", "composing")
-RECORD = "stage.json"
 # Higher than the command's own: the less else differs in a triplet, the more it says about its text.
 SIMILARITY = "0.8"
 BOTH_STAGES, STAGE_ONE, CHANCE = "stage I + II", "stage I alone", "random (expected)"
@@ -57,8 +50,7 @@ def main() -> None:
     report = {
         "metrics": first["metrics"],
         "options": options,
-        "commit": commit(),
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}",
+        **provenance(),
         "runs": [{"seed": seed, "triplets": amount, **run} for (seed, amount), run in runs.items()],
     }
     (args.work / "ladder.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -77,9 +69,9 @@ def main() -> None:
 
 def run_stages(work: Path, seed: int, amount: int, options: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Run what is missing of one seed's stages; return the names of the metrics, percentages and seconds."""
-    clip = train(work, "clip", seed, options["clip"])
+    clip = train(work, PROJECTS / "clip_demo.yaml", seed, options["clip"])
     weights = f"model.pretrained={clip['run']}/checkpoint_last.pth"
-    mapping = train(work, "mapping", seed, [weights, *options["mapping"]])
+    mapping = train(work, PROJECTS / "mapping_demo.yaml", seed, [weights, *options["mapping"]])
     captions = captions_file(options["clip"])
     triplets = make_triplets(work, captions, seed, amount)
     inputs = [
@@ -90,7 +82,7 @@ def run_stages(work: Path, seed: int, amount: int, options: Mapping[str, Sequenc
     ]
     # Stage II is built around stage I's network.
     network = [option for option in options["mapping"] if option.startswith(("model.injection", "model.hidden"))]
-    composing = train(work, "composing", seed, [*inputs, *network, *options["composing"]])
+    composing = train(work, PROJECTS / "composing_demo.yaml", seed, [*inputs, *network, *options["composing"]])
     found = json.loads((Path(composing["run"]) / "summary.json").read_text(encoding="utf-8"))["benchmarks"]
     summary = {name.removesuffix("_val"): values for name, values in found.items()}
     stages = {"clip": clip, "mapping": mapping, "triplets": triplets, "composing": composing}
@@ -99,15 +91,6 @@ def run_stages(work: Path, seed: int, amount: int, options: Mapping[str, Sequenc
         "percent": {name: found["values"] for name, found in summary.items()},
         "seconds": {name: stage["seconds"] for name, stage in stages.items()},
     }
-
-
-def train(work: Path, name: str, seed: int, options: Sequence[str]) -> dict[str, Any]:
-    """Run a training of projects/tscir/, unless it is finished, and return its record."""
-    config = PROJECTS / f"{name}_demo.yaml"
-    settings = [f"run.seed={seed}", *options]
-    folder = stage_folder(work, name, seed, [config.read_text(encoding="utf-8"), *settings])
-    command = [sys.executable, "-u", "-W", "ignore", "-m", "lavis.train", "--cfg-path", str(config), "--options"]
-    return once(folder, [*command, f"run.output_dir={folder}", "run.resume_ckpt_path=auto", *settings])
 
 
 def make_triplets(work: Path, captions: Path, seed: int, amount: int) -> dict[str, Any]:
@@ -120,40 +103,6 @@ def make_triplets(work: Path, captions: Path, seed: int, amount: int) -> dict[st
     return once(folder, [*command, *images])
 
 
-def stage_folder(work: Path, name: str, seed: int, settings: Sequence[str]) -> Path:
-    """Return the folder of a stage with these settings, among which are the folders of the stages before it."""
-    digest = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:8]
-    return work.absolute() / f"{name}_seed{seed}_{digest}"
-
-
-def once(folder: Path, command: Sequence[str], run: Callable[..., measure.Usage] = measure.run) -> dict[str, Any]:
-    """Run a command unless its record is in the folder; return the record: ``run``, its own folder, and ``seconds``.
-
-    The seconds of a resumed command are those of its last part.
-    """
-    record = folder / RECORD
-    if record.is_file():
-        return dict(json.loads(record.read_text(encoding="utf-8")))
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {"run": str(folder)}
-
-    def read_line(line: str) -> None:
-        print(line, flush=True)
-        if "[INFO] output: " in line:
-            found["run"] = line.split("[INFO] output: ")[1].strip()
-
-    print(f"\n== {folder.name}", flush=True)
-    try:
-        usage = run(command, read_line)
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"tscir_ladder: {folder.name} ended with status {error.returncode}; its own message stands above.")
-    content = {**found, "seconds": usage.seconds, "command": list(command)}
-    part = record.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    part.replace(record)
-    return content
-
-
 def captions_file(options: Sequence[str]) -> Path:
     """Return the file of the captions that the CLIP stage was trained on; the pictures lie in images/ beside it."""
     from lavis_cir_plugin.datasets import cache_root
@@ -162,11 +111,6 @@ def captions_file(options: Sequence[str]) -> Path:
     config = OmegaConf.merge(OmegaConf.load(PROJECTS / "clip_demo.yaml"), OmegaConf.from_dotlist(list(options)))
     settings = OmegaConf.to_container(config.datasets.garments_caption.garments)
     return make_questions(cache_root(), QuestionsConfig(**settings)).absolute() / "caption_train.json"
-
-
-def commit() -> str:
-    command = ["git", "-C", str(PROJECTS), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 # -- tables and pictures ---------------------------------------------------------------------------------------------
@@ -199,12 +143,6 @@ def amounts_table(values: Mapping[int, Sequence[Values]], metrics: Mapping[str, 
     return "\n".join(lines)
 
 
-def spread(values: Sequence[float]) -> str:
-    """Return the mean, and of several values the least and the most: ``12.34 (11.90 - 12.80)``."""
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} - {max(values):.2f})"
-
-
 def draw_ladder(values: Sequence[Values], metrics: Mapping[str, str], path: Path) -> None:
     """Draw a group of bars for each benchmark, from the least to the most of the seeds a line, and chance dashed."""
     figure = Figure(figsize=(3.2 * len(metrics) + 1, 4), constrained_layout=True)
@@ -221,9 +159,9 @@ def draw_ladder(values: Sequence[Values], metrics: Mapping[str, str], path: Path
         panel.axhline(chance, color="black", linestyle="--", linewidth=0.8)
         panel.annotate("chance", (len(ROWS) - 0.5, chance), (0, 2), textcoords="offset points", ha="right", fontsize=8)
         panel.set_xticks(range(len(ROWS)), ROWS, rotation=35, ha="right")
-        _frame(panel, f"{name}, {metric}")
+        frame(panel, f"{name}, {metric}")
     panels[0].set_ylabel("percent")
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_amounts(values: Mapping[int, Sequence[Values]], metrics: Mapping[str, str], path: Path) -> None:
@@ -241,24 +179,10 @@ def draw_amounts(values: Mapping[int, Sequence[Values]], metrics: Mapping[str, s
         panel.set_xticks(amounts, [f"{amount:,}" for amount in amounts], rotation=35)
         panel.minorticks_off()
         panel.set_xlabel("synthetic triplets")
-        _frame(panel, f"{name}, {metric}")
+        frame(panel, f"{name}, {metric}")
     panels[0].set_ylabel("percent")
     panels[0].legend(frameon=False)
-    _save(figure, path)
-
-
-def _frame(panel: Axes, title: str) -> None:
-    panel.set_title(title)
-    panel.margins(y=0.12)
-    panel.set_ylim(bottom=0)
-    for side in ("top", "right"):
-        panel.spines[side].set_visible(False)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 if __name__ == "__main__":

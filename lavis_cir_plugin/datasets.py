@@ -30,6 +30,7 @@ from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Triplet, did_you_me
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.config import as_plain
 from lavis_cir_plugin.feature_cache import FeatureCache
+from lavis_cir_plugin.negatives import NegativeSets
 
 Processor = Callable[[Any], Any]
 
@@ -107,6 +108,9 @@ class TripletDataset(CirDataset):
 
     A triplet whose annotation has several texts gets one drawn by ``training_text`` each time it is read, from
     Python's global generator, which LAVIS seeds and torch seeds in each worker.
+
+    With :meth:`use_negatives`, also ``negatives`` ``(K, ...)``, drawn likewise, and ``negatives_present`` ``(K,)``:
+    where there are fewer, the target stands in.
     """
 
     def __init__(
@@ -121,6 +125,14 @@ class TripletDataset(CirDataset):
         self.triplets = triplets
         self.training_text = training_text
         self.has_reference_captions = any(triplet.reference_caption for triplet in triplets)
+        self.negatives: NegativeSets | None = None
+
+    def use_negatives(self, negatives: NegativeSets, count: int, with_scores: bool = False) -> None:
+        """Return ``count`` of these negatives with each triplet from now on.
+
+        With their scores, ``reference_scores`` ``(1 + K,)``, comes the text that they were computed with.
+        """
+        self.negatives, self.num_negatives, self.with_scores = negatives, count, with_scores
 
     def __len__(self) -> int:
         """Return the number of triplets."""
@@ -129,7 +141,7 @@ class TripletDataset(CirDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return one triplet in LAVIS's keys."""
         triplet = self.triplets[index]
-        sample = {
+        sample: dict[str, Any] = {
             "image": self.load_image(triplet.reference),
             "image_id": image_id(triplet.reference),
             "target": self.load_image(triplet.target),
@@ -138,7 +150,23 @@ class TripletDataset(CirDataset):
         }
         if self.has_reference_captions:
             sample["reference_caption"] = self.text_processor(triplet.reference_caption)
+        if self.negatives is not None:
+            sample.update(self._negatives_of(index, self.negatives, sample["target"]))
         return sample
+
+    def _negatives_of(self, index: int, sets: NegativeSets, target: torch.Tensor) -> dict[str, Any]:
+        columns = sets.draw(index, self.num_negatives)
+        lacking = self.num_negatives - len(columns)
+        pictures = [self.load_image(sets.names[sets.negatives[index, column]]) for column in columns]
+        found: dict[str, Any] = {
+            "negatives": torch.stack([*pictures, *[target] * lacking]),
+            "negatives_present": torch.tensor([True] * len(columns) + [False] * lacking),
+        }
+        if self.with_scores:
+            own = [sets.target_scores[index], *(sets.scores[index, column] for column in columns)]
+            found["reference_scores"] = torch.tensor([*own, *own[:1] * lacking], dtype=torch.float32)
+            found["text_input"] = self.text_processor(sets.texts[index])
+        return found
 
 
 class BenchmarkDataset(CirDataset):

@@ -70,8 +70,8 @@ def run(command: str, args: argparse.Namespace) -> None:
     task = tasks.setup_task(cfg)
     datasets = task.build_datasets(cfg)
     model = adapters.build_model(task, cfg)
-    if hasattr(task, "cache_features"):
-        task.cache_features(model, datasets, cfg)
+    if hasattr(task, "prepare"):
+        task.prepare(model, datasets, cfg)
     runner_class = resumable(registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base")))
     runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
     if command == "train":

@@ -201,6 +201,23 @@ class TextTower(nn.Module):
         """Of the hidden states."""
         return int(self._text.token_embedding.weight.shape[1])
 
+    def skip_projection(self) -> None:
+        """Leave out the last linear layer from now on, as the released code of Retrieval-DPO does.
+
+        Raises:
+            ValueError: If the tower's width is not that of the images' features, so that there would be no score.
+        """
+        projection = getattr(self._text, "text_projection", None)
+        if not isinstance(projection, Tensor) or projection.shape[0] != projection.shape[1]:
+            raise ValueError(
+                "model.text_projection: false needs a text tower whose last layer is a square matrix, got "
+                f"{tuple(projection.shape) if isinstance(projection, Tensor) else type(projection).__name__}; set it "
+                "to true."
+            )
+        del self._text.text_projection
+        identity = torch.eye(len(projection), dtype=projection.dtype)
+        self._text.register_buffer("text_projection", identity, persistent=False)
+
     def tokenize(self, sentences: Sequence[str]) -> Tensor:
         """Return token ids ``(B, L)``; ``*`` becomes the placeholder of the pseudo-word; longer sentences are cut.
 

@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query
+from lavis_cir_plugin.negatives import NegativeSets
 from lavis_cir_plugin.ranking import Ranking, padded
 from lavis_cir_plugin.tracking import EPOCHS, STEPS, read_epochs, read_steps
 
@@ -391,6 +392,67 @@ def contact_sheet(
     return replace_file(Path(path), buffer.getvalue())
 
 
+def negatives_sheet(sets: NegativeSets, path: str | Path, rows: int = 8, columns: int = 8, seed: int = 0) -> Path:
+    """Draw triplets with the negatives mined for them, as a PNG, and return ``path``.
+
+    One line per triplet: reference image, modification text, target, and its first ``columns`` negatives, hardest
+    first, each with its rank (from 1; in the mining's own ranking) and its score; random ones have neither. The
+    triplets are drawn at random with ``seed``.
+
+    Raises:
+        OSError: a picture cannot be read or the sheet cannot be written.
+    """
+    chosen = sorted(random.Random(seed).sample(range(len(sets.targets)), min(rows, len(sets.targets))))
+    columns = min(columns, sets.negatives.shape[1])
+    text_left = MARGIN + PICTURE[0] + GAP
+    target_left = text_left + TEXT_WIDTH + GAP
+    first_left = target_left + PICTURE[0] + SECTION_GAP
+    row_height = PICTURE[1] + LABEL_HEIGHT + GAP
+    width = first_left + columns * (PICTURE[0] + GAP) - GAP + MARGIN
+    about = sets.about
+    notes = [
+        f"Shown: {len(chosen)} of {len(sets.targets):,} triplets, chosen at random with seed {seed}; gallery of "
+        f"{len(sets.names):,} training images",
+        sets.summary(),
+    ]
+    lines = [line for note in notes for line in _wrap(note, 15, width - 2 * MARGIN)]
+    top = MARGIN + 42 + 22 * len(lines) + GAP
+    sheet = Image.new("RGB", (width, top + LABEL_HEIGHT + len(chosen) * row_height + MARGIN), WHITE)
+    draw = ImageDraw.Draw(sheet)
+    title = f"Negatives of {about.get('dataset', 'a data set')} from epoch {about.get('epoch', 0)} on"
+    draw.text((MARGIN, MARGIN), title, BLACK, _font(26))
+    for number, line in enumerate(lines):
+        draw.text((MARGIN, MARGIN + 42 + 22 * number), line, GREY, _font(15))
+    titles = {MARGIN: "reference", text_left: "modification text", target_left: "target", first_left: "negatives"}
+    for x, word in titles.items():
+        draw.text((x, top), word, GREY, _font(13))
+    for row, index in enumerate(chosen):
+        y = top + LABEL_HEIGHT + row * row_height
+        reference, target = int(sets.references[index]), int(sets.targets[index])
+        _draw_picture(sheet, (MARGIN, y), Path(sets.paths[reference]))
+        _draw_text(draw, (text_left, y), sets.texts[index])
+        own = _rank_and_score(int(sets.target_ranks[index]), float(sets.target_scores[index]))
+        _draw_picture(sheet, (target_left, y), Path(sets.paths[target]), own, GREEN)
+        for column in range(columns):
+            image = int(sets.negatives[index, column])
+            if image < 0:
+                continue
+            label = _rank_and_score(int(sets.ranks[index, column]), float(sets.scores[index, column]))
+            label += " (reference)" if image == reference else ""
+            place = (first_left + column * (PICTURE[0] + GAP), y)
+            _draw_picture(sheet, place, Path(sets.paths[image]), label)
+        if sets.negatives[index].max() < 0:
+            draw.text((first_left, y + PICTURE[1] / 2), "no negative is left", ORANGE, _font(TEXT_SIZE))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return replace_file(Path(path), buffer.getvalue())
+
+
+def _rank_and_score(rank: int, score: float) -> str:
+    place = f"{rank + 1}: " if rank >= 0 else ""
+    return f"{place}{score:.3f}" if math.isfinite(score) else place
+
+
 def drawn_queries(group: Group, rows: int, seed: int = 0) -> list[int]:
     """Draw the positions of ``min(rows, Q)`` queries, by the seed alone and not by any result, in the group's order."""
     return sorted(random.Random(seed).sample(range(len(group.queries)), min(rows, len(group.queries))))
@@ -585,8 +647,9 @@ def training_curve(folder: str | Path, png_path: str | Path, metric: str) -> Pat
     r"""Draw how a run went, from its ``epochs.csv`` and ``steps.csv``, as a PNG, and return its path.
 
     The panels, each where there is something to show: the loss, per batch and as the mean of each epoch; ``metric`` on
-    ``val`` and, with the gap between them shaded, on ``seen``; the learning rate; :math:`\lVert\delta\rVert`, the
-    length of the weight perturbation; and the cosine between its direction and the gradient that was applied.
+    ``val`` and, with the gap between them shaded, on ``seen``; what Retrieval-DPO measures, in shares and in cosines;
+    the learning rate; :math:`\lVert\delta\rVert`, the length of the weight perturbation; and the cosine between its
+    direction and the gradient that was applied.
 
     metric: a key of ``benchmark.metrics``, in percent. A dashed line marks the epoch that LAVIS keeps as
     ``checkpoint_best``: the first with the largest ``agg_metrics`` of ``val``. Epochs are counted from 0, as LAVIS
@@ -607,6 +670,7 @@ def training_curve(folder: str | Path, png_path: str | Path, metric: str) -> Pat
     panels = {"training loss": _loss_curves(losses, steps.get("loss", {}))}
     if val:
         panels[f"{metric} in percent"] = _metric_curves(epochs, metric, folder / EPOCHS)
+    panels.update(_preference_curves(epochs.get("train", {})))
     measured = (("lr", "learning rate"), ("perturbation_norm", "‖δ‖"), ("cosine", "cos(g, g')"))
     for name, label in measured:
         values = steps.get(name, {})  # the perturbation is measured now and then, in a short run once
@@ -634,6 +698,24 @@ def training_curve(folder: str | Path, png_path: str | Path, metric: str) -> Pat
     bottom.set_xlim(-0.03 * last - (1 if steps else 0.3), 1.03 * last + 0.3)
     bottom.xaxis.set_major_locator(FixedLocator(MaxNLocator(integer=True, min_n_ticks=1).tick_values(0, last)))
     return save_figure(figure, png_path)
+
+
+def _preference_curves(train: Mapping[str, Mapping[int, float]]) -> dict[str, list[Curve]]:
+    """Return the panels of a run that learnt from preferences: in shares, and in cosines."""
+    panels = {
+        "share": {
+            "reward_accuracy": ("h > 0 (reward accuracy)", BLUE),
+            "without_negative": ("queries without a negative", GREY),
+        },
+        "cosine": {
+            "reward_margin": ("h (reward margin)", BLUE),
+            "positive_drift": ("drift of the right image's score", ORANGE),
+        },
+    }
+    return {
+        panel: [Curve(train[name], label, colour) for name, (label, colour) in curves.items() if name in train]
+        for panel, curves in panels.items()
+    }
 
 
 def best_epoch(val: Mapping[str, Mapping[int, float]], metric: str) -> int:

@@ -236,7 +236,7 @@ def test_synthetic_triplets_are_timed(script, tmp_path, capsys):
 
 def test_a_finished_stage_is_not_run_again_and_a_failed_one_is(script, tmp_path):
     """The record is written last: a stage that failed has none. Its run's folder is the one that LAVIS logs."""
-    ladder, calls = script("tscir_ladder"), []
+    stages, calls = script("stages"), []
 
     def run(command, on_line):
         calls.append(command)
@@ -246,15 +246,15 @@ def test_a_finished_stage_is_not_run_again_and_a_failed_one_is(script, tmp_path)
         return script("measure").Usage(seconds=7.0, cpu_seconds=9.0, peak_bytes=1)
 
     folder = tmp_path / "clip_seed0"
-    with pytest.raises(SystemExit, match="tscir_ladder: clip_seed0 ended with status 3"):
-        ladder.once(folder, ["train"], run)
-    assert ladder.once(folder, ["train"], run)["run"] == "/runs/20260101-1"
-    assert ladder.once(folder, ["train"], run)["seconds"] == 7.0
+    with pytest.raises(SystemExit, match=": clip_seed0 ended with status 3"):
+        stages.once(folder, ["train"], run)
+    assert stages.once(folder, ["train"], run)["run"] == "/runs/20260101-1"
+    assert stages.once(folder, ["train"], run)["seconds"] == 7.0
     assert len(calls) == 2
 
 
 def test_stages_with_other_settings_or_seeds_have_folders_of_their_own(script, tmp_path):
-    stage_folder = script("tscir_ladder").stage_folder
+    stage_folder = script("stages").stage_folder
     folders = {
         stage_folder(tmp_path, "clip", seed, [f"run.seed={seed}", *more]) for seed in (0, 1) for more in ([], ["a=1"])
     }
@@ -266,13 +266,13 @@ NAMES = ("image only", "text only", "image + text", "stage I alone", "stage I + 
 LADDER = [{"circo": dict(zip(NAMES, values))} for values in ((4, 2, 9, 12, 15, 1), (6, 2, 14, 13, 14.5, 1))]
 
 
-def test_the_ladder_shows_means_and_the_least_gain_within_a_seed(script):
+def test_the_ladder_shows_means_and_the_gain_within_a_seed(script):
     """Means 5 and 14.75; gains over the best other row of the same seed: 15 - 12 = 3 and 14.5 - 14 = 0.5."""
     lines = script("tscir_ladder").ladder_table(LADDER, {"circo": "mAP@5"}).splitlines()
     assert lines[0].split() == ["circo", "mAP@5"]
     assert lines[1].split() == ["image", "only", "5.00", "(4.00", "-", "6.00)"]
     assert lines[5].split() == ["stage", "I", "+", "II", "14.75", "(14.50", "-", "15.00)"]
-    assert lines[-1].split() == ["least", "gain", "+0.50"]
+    assert lines[-1].split() == ["gain", "1.75", "(0.50", "-", "3.00)"]
 
 
 def test_amounts_begin_with_stage_one_alone(script):

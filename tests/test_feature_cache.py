@@ -419,10 +419,10 @@ def test_what_cannot_be_cached_is_refused_with_the_key_to_change(small_model):
     with pytest.raises(
         ValueError, match=r"tensors of the image tower are trained \(first: cls_token\).*freeze_vit: true"
     ):
-        task.cache_features(small_model(), {}, cfg(feature_cache=True))
+        task.prepare(small_model(), {}, cfg(feature_cache=True))
     with pytest.raises(ValueError, match=r"Linear offers no image_tower and image_features"):
         check_tower(nn.Linear(1, 1))
-    task.cache_features(nn.Linear(1, 1), {}, cfg(feature_cache=False))  # nothing is asked for, nothing is refused
+    task.prepare(nn.Linear(1, 1), {}, cfg(feature_cache=False))  # nothing is asked for, nothing is refused
 
 
 def test_pictures_are_not_preloaded_and_the_config_stays_as_it_was(project):

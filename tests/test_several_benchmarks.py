@@ -228,7 +228,7 @@ def test_a_cache_of_features_says_whose_pictures_it_leaves_out(small_model, tmp_
     for splits in datasets.values():
         for dataset in splits.values():
             dataset.vis_processor = TargetPadProcessor(16)
-    task.cache_features(small_model(freeze_vit=True), datasets, cfg)
+    task.prepare(small_model(freeze_vit=True), datasets, cfg)
     assert (
         "run.feature_cache: no features of datasets.garments_caption are kept, each step computes them" in caplog.text
     )

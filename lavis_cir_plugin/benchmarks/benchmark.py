@@ -38,6 +38,8 @@ class Triplet:
         category: FashionIQ's; empty elsewhere.
         reference_caption: What the reference shows, for losses that need it; empty where the data do not say, which
             they do for all triplets of a data set or for none.
+        also_right: What the annotation lists besides the target as a right answer (CIRR's soft labels above 0).
+        members: Of the image set that the triplet was written for, without the reference (CIRR).
     """
 
     reference: str
@@ -45,6 +47,8 @@ class Triplet:
     captions: tuple[str, ...]
     category: str = ""
     reference_caption: str = ""
+    also_right: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:
     """Read the training triplets, in file order, and the paths of their images.
 
-    ``pairid``, ``target_soft`` and ``img_set`` are not needed.
+    ``pairid``, ``target_soft`` and ``img_set`` are not needed; the last two say which images are no or hard negatives.
 
     Raises:
         ValueError: a key, value or record of the configuration or an annotation file is wrong.
@@ -122,7 +122,16 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
     """
     settings = CIRRConfig.from_mapping(config)
     queries, split = _read_split(settings, "train")
-    triplets = [Triplet(query.reference, str(query.target), query.texts) for query in queries]
+    triplets = [
+        Triplet(
+            query.reference,
+            str(query.target),
+            query.texts,
+            also_right=tuple(name for name, weight in query.relevance if weight > 0 and name != query.target),
+            members=query.members,
+        )
+        for query in queries
+    ]
     used = dict.fromkeys(name for t in triplets for name in (t.reference, t.target))
     paths, _ = _find_images(settings, {name: split[name] for name in used})
     return complete_triplets(triplets, paths, "cirr"), paths
@@ -372,7 +381,15 @@ def _query(item: Mapping[str, Any], path: Path, number: int, split: str, labels:
         raise record_error(path, number, "has an empty caption; it must say how the target differs")
     query = Query(reference, (caption,), target, identifier=str(number if pair is None else pair))
     if split == "train":
-        return query
+        # Reduced shapes lack these, and no metric reads them, so that what is odd in them is left out.
+        image_set = item.get("img_set")
+        members = image_set.get("members") if isinstance(image_set, dict) else None
+        soft = item.get("target_soft")
+        return replace(
+            query,
+            members=tuple(name for name in members if name != reference) if isinstance(members, list) else (),
+            relevance=tuple(soft.items()) if isinstance(soft, dict) else (),
+        )
     if labels == "soft" and target is not None:
         query = replace(query, relevance=_soft_labels(item, path, number))
     if split == "seen" and "img_set" not in item:

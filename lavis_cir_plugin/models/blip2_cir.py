@@ -290,14 +290,27 @@ class Blip2Cir(Blip2Base):
         check_choice("mode", mode, ("multimodal", "text", "image"))
         if mode == "image":
             return F.normalize(self.encode_target(samples["image"]).mean(dim=1), dim=-1)
-        ids, mask = self._tokenize(samples["text_input"])
         if mode == "text":
-            return self._project_text(ids, mask)
-        return self._project_query(self._fuse(self._embed_images(samples["image"]), ids, mask), ids, mask)
+            return self._project_text(*self._tokenize(samples["text_input"]))
+        return self.query_features(samples)
 
     @torch.no_grad()
     def encode_target(self, image: Tensor) -> Tensor:
         """Return unit-length target vectors ``(B, K, embed_dim)`` of images ``(B, 3, H, W)``."""
+        return self.target_features(image)
+
+    @property
+    def temperature(self) -> Tensor:
+        """What divides scores."""
+        return self.temp
+
+    def query_features(self, samples: Mapping[str, Any]) -> Tensor:
+        """Return :meth:`encode_query` of ``image`` and ``text_input``, with gradients."""
+        ids, mask = self._tokenize(samples["text_input"])
+        return self._project_query(self._fuse(self._embed_images(samples["image"]), ids, mask), ids, mask)
+
+    def target_features(self, image: Tensor) -> Tensor:
+        """Return :meth:`encode_target`, with gradients."""
         return self._project_target(self._embed_images(image))
 
     @torch.no_grad()

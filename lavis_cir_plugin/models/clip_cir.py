@@ -55,6 +55,10 @@ class ClipCir(BaseModel):  # type: ignore[misc]
             ``inception`` (0.5). The data sets always hand over CLIP's; the tower converts.
         freeze_vit: Whether the image tower stays as loaded, in eval mode.
         freeze_text: Whether the text tower does, and the temperature.
+        fusion: ``sum``; or ``text``, a query that is the text's feature alone, as in the seed paper's Retrieval-DPO.
+        text_projection: Whether the text tower's last linear layer brings its features into the space of the images'.
+            The released code of Retrieval-DPO leaves it out (``false``), so that scores say nothing; it can where
+            both spaces happen to be of one width.
 
     Raises:
         ValueError: If a choice is unknown or impossible, with what is allowed.
@@ -64,6 +68,7 @@ class ClipCir(BaseModel):  # type: ignore[misc]
     PRETRAINED_MODEL_CONFIG_DICT = TYPES
     row_label = "image + text"
     """What to call the model itself in a report."""
+    fusion = "sum"
     baselines: Mapping[str, str] = {"image": "image only", "text": "text only"}
     """Modes of :meth:`encode_query` that are reported beside the model itself, and what to call them."""
 
@@ -77,9 +82,16 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         pixels: str = "auto",
         freeze_vit: bool = True,
         freeze_text: bool = False,
+        fusion: str = "sum",
+        text_projection: bool = True,
     ) -> None:
         super().__init__()
         self._build_towers(clip_model, pretrained, image_size, tokenizer, pixels, with_patches=False)
+        self.fusion = fusion
+        if fusion == "text":
+            self.row_label = "text as query"
+        if not text_projection:
+            self.text_tower.skip_projection()
         self._freeze(freeze_vit, freeze_text)
 
     def _build_towers(
@@ -129,9 +141,11 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         check_choice("pixels", values["pixels"], ("auto", *PIXELS))
         if values["image_size"] is not None:
             check_whole("image_size", values["image_size"])
-        for key in ("freeze_vit", "freeze_text"):
+        for key in ("freeze_vit", "freeze_text", "text_projection"):
             if key in values:
                 check_flag(key, values[key])
+        if "fusion" in values:
+            check_choice("fusion", values["fusion"], ("sum", "text"))
         is_frozen = values.get("freeze_vit", True) or values.get("freeze_text", True)
         if is_frozen and not values["pretrained"]:
             raise ValueError(
@@ -182,13 +196,25 @@ class ClipCir(BaseModel):  # type: ignore[misc]
                 optionally ``target_id`` ``(B,)``, triplets; without, captions of the images, and optionally
                 ``image_id`` ``(B,)``, equal for the same image.
         """
-        images, texts = self._unit_image(samples["image"]), self._unit_text(samples["text_input"])
-        temperature = 1 / self.text_tower.clip.logit_scale.exp().clamp(max=_LARGEST_LOGIT_SCALE)
         if "target" not in samples:
-            return {"loss": symmetric_contrastive_loss(images, texts, temperature, image_ids(samples))}
-        targets = self._unit_image(samples["target"])
-        query = F.normalize(images + texts, dim=-1)
-        return {"loss": contrastive_loss(query, targets, temperature, samples.get("target_id"))}
+            images, texts = self._unit_image(samples["image"]), self._unit_text(samples["text_input"])
+            return {"loss": symmetric_contrastive_loss(images, texts, self.temperature, image_ids(samples))}
+        query, targets = self.query_features(samples), self.target_features(samples["target"])
+        return {"loss": contrastive_loss(query, targets, self.temperature, samples.get("target_id"))}
+
+    @property
+    def temperature(self) -> Tensor:
+        """What divides scores: CLIP's learned one."""
+        return 1 / self.text_tower.clip.logit_scale.exp().clamp(max=_LARGEST_LOGIT_SCALE)
+
+    def query_features(self, samples: Mapping[str, Any]) -> Tensor:
+        """Return :meth:`encode_query` of ``image`` and ``text_input``, with gradients."""
+        text = self._unit_text(samples["text_input"])
+        return text if self.fusion == "text" else F.normalize(self._unit_image(samples["image"]) + text, dim=-1)
+
+    def target_features(self, image: Tensor) -> Tensor:
+        """Return :meth:`encode_target`, with gradients."""
+        return self._unit_image(image)
 
     @torch.no_grad()
     def encode_query(self, samples: Mapping[str, Any], mode: str = "multimodal") -> Tensor:
@@ -204,13 +230,12 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         check_choice("mode", mode, ("multimodal", *self.baselines))
         if mode == "image":
             return self._unit_image(samples["image"])
-        text = self._unit_text(samples["text_input"])
-        return text if mode == "text" else F.normalize(self._unit_image(samples["image"]) + text, dim=-1)
+        return self._unit_text(samples["text_input"]) if mode == "text" else self.query_features(samples)
 
     @torch.no_grad()
     def encode_target(self, image: Tensor) -> Tensor:
         """Return unit-length target vectors ``(B, D)`` of images ``(B, 3, H, W)``: CLIP's image features."""
-        return self._unit_image(image)
+        return self.target_features(image)
 
     @torch.no_grad()
     def extract_features(self, samples: Mapping[str, Any], mode: str = "multimodal") -> BlipOutputFeatures:

@@ -91,7 +91,7 @@ class TscirMapping(ClipCir):
     ) -> None:
         super(ClipCir, self).__init__()
         self._build_towers(clip_model, pretrained, image_size, tokenizer, pixels, with_patches=bool(injection_blocks))
-        self.template, self.temperature = template, float(temperature)
+        self.template, self._temperature = template, float(temperature)
         if int(self.text_tower.tokenize([template.replace("{}", "")]).eq(self.text_tower.placeholder_id).sum()) != 1:
             raise ValueError(
                 f"model.template: {template!r} does not hold the image as one word once the tokenizer of {clip_model} "
@@ -270,8 +270,15 @@ class TscirMapping(ClipCir):
             ValueError: If the mode is unknown.
         """
         check_choice("mode", mode, ("multimodal", *self.baselines))
-        if mode in ("image", "text", "sum"):
-            return super().encode_query(samples, "multimodal" if mode == "sum" else mode)
+        return super().query_features(samples) if mode == "sum" else super().encode_query(samples, mode)
+
+    @property
+    def temperature(self) -> float:  # type: ignore[override]
+        """What divides scores in training; fixed."""
+        return self._temperature
+
+    def query_features(self, samples: Mapping[str, Any]) -> Tensor:
+        """Return the feature of the composed sentence, with gradients."""
         return self._read(self._sentences(samples["text_input"]), self._tokens(samples["image"]))
 
     @property

@@ -190,7 +190,7 @@ class ResumableRunner(PortableRunner):
         finally:
             delattr(self.task, name)
             part.bar.close()
-        return {**stats, **part.stats()} if part.skipped else stats
+        return {**stats, **part.stats()} if part.skipped or part.has_outputs else stats
 
     def _own(self, resumed: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a checkpoint holds of this process alone."""
@@ -378,6 +378,7 @@ class _Part:
             self.random_state = own["random_state"]
             self.meters.update({name: tuple(meter) for name, meter in own["meters"].items()})
         self.loss: Tensor | None = None
+        self.outputs: dict[str, Tensor] = {}  # what else the model returned as numbers
         self.not_finite = 0  # losses in a row
 
     def arguments(self, stock: Mapping[str, Any]) -> dict[str, Any]:
@@ -421,22 +422,33 @@ class _Part:
                 "training batches; this runner works with tasks whose train_step calls model(samples)."
             )
 
+    @property
+    def has_outputs(self) -> bool:
+        """Whether the model returned numbers besides the loss, which LAVIS's loop drops."""
+        return len(self.meters) > 2
+
     def stats(self) -> dict[str, str]:
         """Return LAVIS's averages over the whole epoch and all processes, in its format."""
         sums = torch.tensor(list(self.meters.values()), dtype=torch.float64, device=self.runner.device)
         if get_world_size() > 1:
             dist.all_reduce(sums)
-        return {name: f"{total / count:.3f}" for name, (count, total) in zip(self.meters, sums.tolist())}
+        means = {name: total / max(count, 1) for name, (count, total) in zip(self.meters, sums.tolist())}
+        return {name: f"{mean:.3f}" if name in ("lr", "loss") else f"{mean:.5f}" for name, mean in means.items()}
 
     def _finish_batch(self, loss: Tensor) -> None:
-        values = {"lr": self.optimizer.param_groups[0]["lr"], "loss": loss.item()}
+        numbers = torch.stack([loss.float(), *(value.float() for value in self.outputs.values())]).tolist()
+        values = {"lr": self.optimizer.param_groups[0]["lr"], "loss": numbers[0]}
         self.not_finite = 0 if math.isfinite(values["loss"]) else self.not_finite + 1
         if self.not_finite > (_NOT_FINITE_WITH_SCALER if self.runner.scaler else 0):
             raise ValueError(
                 f"the training loss is {values['loss']} in epoch {self.epoch}, batch {self.done}; lower run.init_lr, "
                 f"or set run.amp: false. {LAST} in {self.runner.output_dir} is from before."
             )
-        self.meters = {name: (count + 1, total + values[name]) for name, (count, total) in self.meters.items()}
+        for name, value in {**values, **dict(zip(self.outputs, numbers[1:]))}.items():
+            count, total = self.meters.get(name, (0, 0.0))
+            # Shares of an empty part of a batch are nan; a loss that is not finite belongs in the average.
+            if name in values or math.isfinite(value):
+                self.meters[name] = (count + 1, total + value)
         if self.runner._run_log is not None:
             measured = getattr(self.optimizer, "measured", {})
             self.runner._run_log.log_step(self.first + self.done, self.epoch, {**values, **measured})
@@ -470,6 +482,11 @@ class _Batches:
         self.part.before_batch()
         return next(self.part.loader)
 
+    def renew(self) -> None:
+        """Let the loader's workers see the data sets as they are now; the order stays."""
+        for loader in self.part.runner._epoch_loaders():
+            loader.seek(loader.taken)
+
 
 class _Model:
     def __init__(self, part: _Part) -> None:
@@ -482,6 +499,12 @@ class _Model:
             samples["num_iters_per_epoch"] = part.total
         output = part.model(samples)
         part.loss = output["loss"].detach()
+        items = output.items() if isinstance(output, Mapping) else ()
+        part.outputs = {
+            name: value.detach()
+            for name, value in items
+            if name != "loss" and isinstance(value, Tensor) and value.dim() == 0
+        }
         return output
 
     def __getattr__(self, name: str) -> Any:

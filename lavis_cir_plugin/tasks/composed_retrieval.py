@@ -71,7 +71,7 @@ class ComposedRetrievalTask(BaseTask):
       a file in the run's folder.
     """
 
-    RUN_KEYS = ("feature_cache", "gallery_dtype")
+    RUN_KEYS: tuple[str, ...] = ("feature_cache", "gallery_dtype")
     evaluates_benchmarks = True
     """Each by itself, and nothing else: see :func:`~lavis_cir_plugin.config.choose_splits`."""
 
@@ -140,8 +140,10 @@ class ComposedRetrievalTask(BaseTask):
                     self.validation_metric = dataset.benchmark.selection_metric
         return datasets
 
-    def cache_features(self, model: nn.Module, datasets: Mapping[str, Mapping[str, Any]], cfg: Any) -> None:
+    def prepare(self, model: nn.Module, datasets: Mapping[str, Mapping[str, Any]], cfg: Any) -> None:
         """Let the data sets return cached features of a frozen image tower, if ``run.feature_cache`` says so.
+
+        The launcher calls it once everything is built and before any checkpoint of a resumed run is read.
 
         Args:
             model: As it will be trained or evaluated; moved to ``run.device``.
@@ -297,7 +299,7 @@ class Evaluation:
     def rankings(self, mode: str = "multimodal", top_k: int = 0) -> dict[str, Ranking]:
         """Return each group's ranking by queries of ``mode``: ``multimodal``, ``text`` or what else the model has."""
         if self.gallery is None:
-            self.gallery = self._encode_gallery()
+            self.gallery = self.encode_gallery()
         groups = self.dataset.benchmark.groups
         own: dict[str, Ranking] = {}
         with together():
@@ -327,7 +329,7 @@ class Evaluation:
         """Rank this process's share of each group's queries; a group without any is left out."""
         groups = self.dataset.benchmark.groups
         parts = [[group.queries[index] for index in share(len(group.queries))] for group in groups]
-        rows = self._encode_queries(mode, parts)
+        rows = self.encode_queries(mode, parts)
         position = {name: index for index, name in enumerate(self.dataset.names)}
         own = {}
         for group, queries in zip(groups, parts):
@@ -339,7 +341,7 @@ class Evaluation:
             rows = rows[count:]
         return own
 
-    def _encode_gallery(self) -> Tensor:
+    def encode_gallery(self) -> Tensor:
         """Encode every image of the data set once, each process its share: ``(G, ...)``."""
         place = Path(registry.get_path("output_dir")) / GALLERY_FILE
         batches = self._encode(
@@ -350,7 +352,7 @@ class Evaluation:
         )
         return shared_rows(place, len(self.dataset), batches, self.gallery_dtype)
 
-    def _encode_queries(self, mode: str, parts: Iterable[Iterable[Query]]) -> Tensor:
+    def encode_queries(self, mode: str, parts: Iterable[Iterable[Query]]) -> Tensor:
         """Encode the texts of these parts of the groups, one row each: ``(R, D)`` float32."""
         rows = self.dataset.texts if mode == "text" else self.dataset.queries
         indices: list[int] = []

@@ -1,0 +1,393 @@
+"""The LAVIS task of Retrieval-DPO: composed retrieval trained by preferences between right and mined wrong images."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
+from lavis.common.dist_utils import is_main_process
+from lavis.common.registry import registry
+from lavis.datasets.data_utils import prepare_sample
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lavis_cir_plugin import report
+from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query, did_you_mean, no_metrics
+from lavis_cir_plugin.config import as_plain
+from lavis_cir_plugin.datasets import BenchmarkDataset, TripletDataset
+from lavis_cir_plugin.index import build_index
+from lavis_cir_plugin.negatives import (
+    LARGE_GALLERY,
+    Mined,
+    Mining,
+    NegativeSets,
+    forbidden,
+    load_negatives,
+    mine,
+    negatives_path,
+    random_negatives,
+)
+from lavis_cir_plugin.preference import Preference
+from lavis_cir_plugin.preference_model import (
+    ReferencePolicy,
+    candidate_features,
+    learn_preferences,
+    paired_scores,
+)
+from lavis_cir_plugin.processes import gather, share, together
+from lavis_cir_plugin.random_state import get_random_state, set_random_state
+from lavis_cir_plugin.ranking import padded
+from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask, Evaluation
+
+_SAME = 0.01
+"""Cosine by which scores of one policy may differ: half precision, another device."""
+_COMPARED = 64
+
+
+@registry.register_task("retrieval_dpo")
+class RetrievalDpoTask(ComposedRetrievalTask):
+    r"""Trains any model that scores queries against images by preferences; evaluates as ``composed_retrieval``.
+
+    .. math:: L = L_\mathrm{DPO} + a L_\mathrm{InfoNCE}
+
+    ``run.dpo`` holds the fields of :class:`~lavis_cir_plugin.preference.Preference`, ``run.negatives`` those of
+    :class:`~lavis_cir_plugin.negatives.Mining`. The model is a :class:`~lavis_cir_plugin.preference_model.HasScores`:
+    ``blip2_cir``, ``clip_cir``, ``tscir_mapping``, ``tscir_composing``, or any other.
+
+    At the beginning of an epoch the negatives are mined, if it is time, among the training images of each data set and
+    written to ``<run>/negatives/``, from where a resumed run takes them. A frozen image tower runs once per step, for
+    policy and reference policy.
+    """
+
+    RUN_KEYS = (*ComposedRetrievalTask.RUN_KEYS, "dpo", "negatives")
+
+    @classmethod
+    def setup_task(cls, cfg: Any, **_: Any) -> RetrievalDpoTask:
+        """Return the task as LAVIS asks for it."""
+        task: RetrievalDpoTask = super().setup_task(cfg)  # type: ignore[assignment]
+        task.preference = Preference(**as_plain(cfg.run_cfg.get("dpo")))
+        task.mining = Mining(**as_plain(cfg.run_cfg.get("negatives")))
+        return task
+
+    @staticmethod
+    def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what is wrong with the keys of ``run`` that this task reads."""
+        yield from ComposedRetrievalTask.run_problems(run)
+        problems = list(_setting_problems(run))
+        yield from problems
+        if problems:
+            return
+        preference, mining = Preference(**as_plain(run.get("dpo"))), Mining(**as_plain(run.get("negatives")))
+        if preference.reference == "mined" and mining.file is None:
+            yield (
+                "run.dpo.reference: mined are the scores in run.negatives.file, which is empty; name the file of a run "
+                "that started from the same weights, or set run.dpo.reference: start."
+            )
+
+    def prepare(self, model: nn.Module, datasets: Mapping[str, Mapping[str, Any]], cfg: Any) -> None:
+        """Cache features, then give the model Retrieval-DPO's loss and its reference policy; not in an evaluation.
+
+        Raises:
+            ValueError: If the model offers no scores or nothing of it is trained, the data are no triplets, or policy
+                and reference policy differ before the first step.
+        """
+        super().prepare(model, datasets, cfg)
+        self.training = {name: splits["train"] for name, splits in datasets.items() if "train" in splits}
+        if not self.training:
+            return
+        _check_data(self.training)
+        _check_model(model)
+        run = cfg.run_cfg
+        self.device, self.seed = torch.device(run.device), int(run.seed)
+        self.loader_options = {"batch_size": int(run.batch_size_eval), "num_workers": int(run.num_workers)}
+        self.in_use: dict[str, int] = {}
+        self.model: Any = model.to(self.device)
+        learn_preferences(model, self.preference)
+        samples = self._first_samples(2)
+        others = samples["target"].roll(1, dims=0)
+        samples.update(negatives=others[:, None], negatives_present=torch.ones(2, 1, dtype=torch.bool).to(self.device))
+        freeze_unread(model, samples)
+        self.reference = ReferencePolicy(model) if self.preference.reference == "start" else None
+        if self.reference is not None:
+            difference = (self.reference.scores(samples) - self._policy_scores(samples)).abs().max()
+            if difference > _SAME:
+                raise ValueError(
+                    f"run.dpo.reference: the scores of policy and reference policy differ by {difference:.3f} before "
+                    f"the first step, although their weights are equal: {type(model).__name__}'s are random or depend "
+                    "on more than its weights; such a model has no reference policy (run.dpo.reference: none)."
+                )
+        if self.mining.file is not None:
+            for name, dataset in self.training.items():
+                self._use(dataset, self._from_file(name, dataset, self.mining.file))
+                self.in_use[name] = 0
+
+    def train_epoch(self, epoch: int, **arguments: Any) -> Any:
+        """Mine negatives if it is time, then train an epoch of LAVIS's loop."""
+        self._begin_epoch(epoch, arguments["data_loader"])
+        return super().train_epoch(epoch=epoch, **arguments)
+
+    def train_iters(self, epoch: int, start_iters: int, iters_per_inner_epoch: int, **arguments: Any) -> Any:
+        """Mine negatives if it is time, then train an inner epoch of LAVIS's loop."""
+        self._begin_epoch(start_iters // iters_per_inner_epoch, arguments["data_loader"])
+        return super().train_iters(
+            epoch=epoch, start_iters=start_iters, iters_per_inner_epoch=iters_per_inner_epoch, **arguments
+        )
+
+    def train_step(self, model: Callable[[dict[str, Any]], Any], samples: dict[str, Any]) -> Tensor:
+        """Return the loss of a batch; what needs no gradient is computed once, before the model is called."""
+        samples = self._with_features(samples)
+        if self.reference is not None:
+            samples["reference_scores"] = self.reference.scores(samples, self.preference.positive)
+        loss: Tensor = super().train_step(model=model, samples=samples)
+        return loss
+
+    def _with_features(self, samples: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the samples with the features of a frozen image tower in place of pictures."""
+        result = dict(samples)
+        tower = getattr(self.model, "image_tower", None)
+        if samples["image"].dim() != 4 or tower is None or any(weight.requires_grad for weight in tower.parameters()):
+            return result
+        pictures = [samples["image"], samples["target"], samples["negatives"].flatten(0, 1)]
+        with torch.no_grad():
+            tokens = self.model.image_features(torch.cat(pictures)).split([len(part) for part in pictures])
+        wrong = tokens[2].unflatten(0, samples["negatives"].shape[:2])
+        return {**result, "image": tokens[0], "target": tokens[1], "negatives": wrong}
+
+    def _report_run(self, run: Path, curve_metric: str) -> list[Path]:
+        """Also draw the negatives that the last epoch had."""
+        sheets = [
+            report.negatives_sheet(dataset.negatives, run / f"negatives_{name}.png")
+            for name, dataset in self.training.items()
+            if dataset.negatives is not None
+        ]
+        return [*super()._report_run(run, curve_metric), *sheets]
+
+    # Negatives.
+
+    def _begin_epoch(self, epoch: int, data_loader: Any) -> None:
+        """Let the data sets return the negatives of this epoch."""
+        at = self.mining.mined_at(epoch)
+        for name, dataset in self.training.items():
+            if self.in_use.get(name) == at or self.mining.file is not None:
+                continue
+            path = negatives_path(Path(registry.get_path("output_dir")), name, at)
+            is_kept = gather(path.is_file())[0]
+            if is_kept:
+                sets = load_negatives(path)
+                self._check_gallery(sets, name, dataset, str(path))
+            else:
+                if at < epoch:
+                    logging.warning("%s is not there: negatives are mined with the weights as they are now", path)
+                sets = self._mine(name, dataset, at)
+                with together():
+                    if is_main_process():
+                        sets.save(path)
+            logging.info("negatives of %s for epoch %d: %s", name, epoch, sets.summary())
+            self._use(dataset, sets)
+            self.in_use[name] = at
+            if hasattr(data_loader, "renew"):
+                data_loader.renew()
+
+    def _use(self, dataset: TripletDataset, sets: NegativeSets) -> None:
+        if not sets.counts.any():
+            raise ValueError(
+                f"run.negatives leaves none of {len(sets.targets):,} triplets a negative; widen run.negatives.window "
+                f"({list(self.mining.window)}), raise run.negatives.cap ({self.mining.cap}) or lower "
+                f"run.negatives.margin ({self.mining.margin})."
+            )
+        dataset.use_negatives(sets, self.mining.count, with_scores=self.preference.reference == "mined")
+
+    def _mine(self, name: str, dataset: TripletDataset, epoch: int) -> NegativeSets:
+        """Mine a data set's negatives, each process its share of the triplets."""
+        benchmark = training_benchmark(name, dataset, self.seed, epoch)
+        (group,) = benchmark.groups
+        place = {image: number for number, image in enumerate(group.gallery)}
+        targets = torch.tensor([place[triplet.target] for triplet in dataset.triplets])
+        banned = [{place[image] for image in own if image in place} for own in forbidden(dataset.triplets)]
+        if epoch < self.mining.warmup_epochs:
+            found = _unscored(random_negatives(targets, banned, len(place), self.mining.pool, self.seed))
+        else:
+            found = self._search(benchmark, dataset, targets, banned, place)
+        arrays = {field.name: getattr(found, field.name).numpy() for field in dataclasses.fields(Mined)}
+        settings = {**dataclasses.asdict(self.mining), "window": list(self.mining.window)}
+        return NegativeSets(
+            names=list(group.gallery),
+            references=torch.tensor([place[triplet.reference] for triplet in dataset.triplets]).numpy(),
+            targets=targets.numpy(),
+            texts=[query.texts[0] for query in group.queries],
+            about={"dataset": name, "epoch": epoch, "seed": self.seed, "negatives": settings},
+            paths=[str(dataset.image_paths[image]) for image in group.gallery],
+            **arrays,
+        )
+
+    def _search(
+        self,
+        benchmark: Benchmark,
+        dataset: TripletDataset,
+        targets: Tensor,
+        banned: Sequence[set[int]],
+        place: Mapping[str, int],
+    ) -> Mined:
+        images = BenchmarkDataset(benchmark, dataset.vis_processor, dataset.text_processor)
+        images.features, images.preloaded = dataset.features, dataset.preloaded
+        images.queries.features, images.queries.preloaded = images.features, images.preloaded
+        loader = DataLoader(images, **self.loader_options)
+        evaluation = Evaluation(self.model, loader, self.device.type == "cuda", self.gallery_dtype)
+        gallery = evaluation.encode_gallery()
+        own = share(len(targets))
+        kind = self.mining.index
+        if kind == "auto":
+            kind = "ivf" if len(gallery) >= LARGE_GALLERY else "exact"
+        index = build_index(kind, gallery)
+        parts: list[Mined] = []
+        with together():
+            if len(own):
+                (group,) = benchmark.groups
+                if self.mining.source == "positive":
+                    query = gallery[targets[list(own)]].float()
+                    query = F.normalize(query.mean(dim=1) if query.dim() == 3 else query, dim=-1)
+                else:
+                    query = evaluation.encode_queries("multimodal", [[group.queries[row] for row in own]])
+                candidates = None
+                if self.mining.source == "image_set":
+                    triplets = [dataset.triplets[row] for row in own]
+                    candidates = padded([[place[m] for m in t.members if m in place] for t in triplets], width=1)
+                rows = padded([sorted(banned[row]) for row in own], width=1)
+                parts = [mine(query, index, targets[list(own)], rows, self.mining, candidates)]
+        found = [part for of_process in gather(parts) for part in of_process]
+        fields = [field.name for field in dataclasses.fields(Mined)]
+        return Mined(**{name: torch.cat([getattr(part, name) for part in found]) for name in fields})
+
+    def _from_file(self, name: str, dataset: TripletDataset, path: str) -> NegativeSets:
+        """Return the negatives of an earlier run, after comparing them with data and starting weights."""
+        sets = load_negatives(path)
+        self._check_gallery(sets, name, dataset, f"run.negatives.file: {path}")
+        if self.preference.reference != "mined":
+            return sets
+        dataset.use_negatives(sets, self.mining.count, with_scores=True)
+        samples = self._with_features(self._first_samples(min(_COMPARED, len(dataset)), dataset))
+        difference = (samples["reference_scores"] - self._policy_scores(samples)).abs()
+        if not difference.max() <= _SAME:  # nan: drawn at random
+            raise ValueError(
+                f"run.negatives.file: the scores in {path} differ by up to {difference.max():.3f} from those of the "
+                "starting weights, so they are another policy's; mine with these weights, or set run.dpo.reference: "
+                "start."
+            )
+        return sets
+
+    def _check_gallery(self, sets: NegativeSets, name: str, dataset: TripletDataset, source: str) -> None:
+        names = sets.names
+        theirs = [(names[reference], names[target]) for reference, target in zip(sets.references, sets.targets)]
+        ours = [(triplet.reference, triplet.target) for triplet in dataset.triplets]
+        if theirs != ours or set(names) != set(dataset.image_paths):
+            raise ValueError(
+                f"{source} belongs to other training data: {len(theirs):,} triplets over {len(names):,} images, and "
+                f"{name} has {len(ours):,} over {len(dataset.image_paths):,}; mine them anew for these data."
+            )
+
+    def _first_samples(self, count: int, dataset: TripletDataset | None = None) -> dict[str, Any]:
+        """Return the first triplets as a batch on the device; no generator moves."""
+        dataset = dataset or next(iter(self.training.values()))
+        state = get_random_state()
+        random.seed(0)
+        samples = dataset.collater([dataset[index % len(dataset)] for index in range(count)])
+        set_random_state(state)
+        return dict(prepare_sample(samples, self.device.type == "cuda"))
+
+    @torch.no_grad()
+    def _policy_scores(self, samples: Mapping[str, Any]) -> Tensor:
+        return paired_scores(self.model.query_features(samples), candidate_features(self.model, samples))
+
+
+def training_benchmark(name: str, dataset: TripletDataset, seed: int, epoch: int) -> Benchmark:
+    """Return the training triplets as queries against all training images, each with one drawn text."""
+    queries = tuple(
+        Query(
+            triplet.reference,
+            (dataset.training_text(triplet.captions, random.Random(f"{seed} {epoch} {number}")),),
+            triplet.target,
+        )
+        for number, triplet in enumerate(dataset.triplets)
+    )
+    group = Group(name, tuple(dataset.image_paths), queries, reference_removed=False)
+    return Benchmark(name, "train", (group,), dataset.image_paths, f"{name} train", no_metrics, "")
+
+
+def freeze_unread(model: nn.Module, samples: Mapping[str, Any]) -> None:
+    """Freeze the weights that the loss does not depend on; DistributedDataParallel would wait for their gradients.
+
+    Args:
+        model: A :class:`~lavis_cir_plugin.preference_model.PreferenceModel`.
+        samples: A batch.
+
+    Raises:
+        ValueError: If the model trains nothing.
+    """
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    if not trained:
+        raise ValueError(
+            f"retrieval_dpo has nothing to train: all weights of {type(model).__name__} are frozen; set one of its "
+            "freeze_ keys to false, or add adapters (run.lora)."
+        )
+    count = 1 + samples["negatives"].shape[1]
+    zeros = samples["image"].new_zeros(len(samples["image"]), count, dtype=torch.float32)
+    loss = model({**samples, "reference_scores": zeros})["loss"]
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    unread = [name for name, gradient in zip(trained, gradients) if gradient is None]
+    for name in unread:
+        trained[name].requires_grad_(False)
+    if unread:
+        logging.info("%d tensors are frozen, because no score depends on them (first: %s)", len(unread), unread[0])
+
+
+def _unscored(negatives: Tensor) -> Mined:
+    unknown = torch.full((len(negatives),), -1)
+    nan = torch.full(negatives.shape, torch.nan, dtype=torch.float64)
+    return Mined(negatives, nan, nan[:, 0], torch.full_like(negatives, -1), unknown)
+
+
+def _setting_problems(run: Mapping[str, Any]) -> Iterator[str]:
+    for key, settings in {"dpo": Preference, "negatives": Mining}.items():
+        given = run.get(key)
+        if given is None:
+            continue
+        if not isinstance(given, Mapping):
+            yield f"run.{key} must be a mapping, got {given!r}."
+            continue
+        known = [field.name for field in dataclasses.fields(settings)]
+        unknown = [name for name in given if name not in known]
+        yield from (f"run.{key}.{name} is not a known key{did_you_mean(name, known)}" for name in unknown)
+        try:
+            settings(**{name: value for name, value in as_plain(given).items() if name in known})
+        except ValueError as error:
+            yield str(error)
+
+
+def _check_data(training: Mapping[str, Any]) -> None:
+    for name, dataset in training.items():
+        if not isinstance(dataset, TripletDataset):
+            raise ValueError(
+                f"retrieval_dpo trains on triplets, and datasets.{name} is {type(dataset).__name__}; leave its train "
+                f"split out (datasets.{name}.splits)."
+            )
+        if not dataset.is_deterministic:
+            raise ValueError(
+                f"retrieval_dpo mines with the training pictures, and datasets.{name}.vis_processor.train is "
+                f"{type(dataset.vis_processor).__name__}, which may return something else each time; set its name to "
+                "target_pad."
+            )
+
+
+def _check_model(model: nn.Module) -> None:
+    lacking = [name for name in ("query_features", "target_features", "temperature") if not hasattr(model, name)]
+    if lacking:
+        raise ValueError(
+            f"retrieval_dpo needs a model that scores queries against images, and {type(model).__name__} has no "
+            f"{' and no '.join(lacking)}; choose model.arch: blip2_cir, clip_cir, tscir_mapping or tscir_composing."
+        )
