@@ -1,4 +1,4 @@
-# make install | demo | demo-tscir | test | lint | bench; PYTHON=python3.12 chooses the interpreter, VENV=folder where it is installed,
+# make install | demo | demo-tscir | demo-dpo | test | lint | bench; PYTHON=python3.12 chooses the interpreter, VENV=folder where it is installed,
 # CIR_DATA=folder that holds fashionIQ_dataset/ with the real annotation files, for bench.
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ STATE := $(shell { echo "$(CURDIR)"; cat setup.cfg setup.py pyproject.toml; } | 
 INSTALLED := $(VENV)/.installed-$(STATE)
 TESTABLE := $(VENV)/.testable-$(STATE)
 
-.PHONY: install demo demo-tscir test lint format bench
+.PHONY: install demo demo-tscir demo-dpo test lint format bench
 
 install: $(INSTALLED)
 
@@ -21,6 +21,9 @@ demo: install
 
 demo-tscir: install
 	$(BIN)/python benchmarks/tscir_ladder.py --work output/tscir/demo
+
+demo-dpo: install
+	$(BIN)/python benchmarks/dpo_ladder.py --work output/retrieval_dpo/demo
 
 test: $(TESTABLE)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
