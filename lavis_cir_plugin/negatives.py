@@ -6,11 +6,14 @@ import argparse
 import json
 import os
 import random
+import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,17 +30,21 @@ SOURCES = ("query", "positive", "image_set")
 LARGE_GALLERY = 10_000
 """From so many images on ``index: auto`` is an inverted file; below, exact search takes seconds."""
 TWIN = 0.999
-"""Cosine of mean features from which two images count as the same picture."""
+"""Two images count as the same picture if the cosine of each feature of one with that of the other is as much."""
 
 _FORMAT = 1
+_RANKS = (0, 5, 10, 25, 50, 100, 250, 500, 1000)
+_SCORES_OF_TWINS = 0.05
+"""Unit features with a cosine of 0.999 are sqrt(0.002) = 0.045 apart, so that scores of twins differ by no more."""
+_TWINS_FORESEEN = 8
 
 
 @dataclass(frozen=True)
 class Mining:
     """Which training images are negatives of a triplet, as it stands under ``run.negatives``.
 
-    Images are ranked for each triplet; those that may not be negatives (see :func:`forbidden`) are left out and do not
-    count. What passes every rule below is kept, best first.
+    Images are ranked for each triplet; those that may not be negatives (:func:`forbidden`, and twins of the right
+    image) are left out and do not count. What passes every rule below is kept, best first.
 
     Attributes:
         source: What ranks the images: ``query``, the fused query of the triplet; ``positive``, the embedding of the
@@ -46,16 +53,18 @@ class Mining:
         pool: How many are kept of each triplet, >= count.
         window: Ranks ``[first, last]`` from 0 that may be negatives, last excluded.
         cap: Share of the right image's score that a negative's must stay below (positive-aware mining, NV-Retriever,
-            arXiv 2407.15831), > 0 and <= 1; ``null``: no limit. Of a negative score, as far below it.
-        margin: Cosines that a negative must stay below the right image, >= 0; ``null``: no limit.
-        steep_drop: Keep only what lies between the two largest drops of the score below the right image within the
-            window (QuRe, arXiv 2507.12416).
+            arXiv 2407.15831), > 0 and <= 1; ``null``: no limit. Where the right image's score s is negative, below
+            s - (1 - cap) |s|.
+        margin: Cosines by which a negative must stay below the right image, >= 0 and <= 2; ``null``: no limit.
+        steep_drop: Keep only what lies between the two steepest drops of the score (:func:`between_drops`) among what
+            scores less than the right image within the window. QuRe (arXiv 2507.12416) has no window; where the right
+            image ranks below ours, nothing is kept.
         warmup_epochs: Epochs with random negatives before the first mining, >= 0.
         refresh: Mine again every so many epochs with the weights as they are then; 0: never.
         index: One of lavis_cir_plugin.index.KINDS, or ``auto``: exact below `LARGE_GALLERY` images, ivf from there on.
             All but ``hnsw`` find the same each time.
-        file: Negatives of an earlier run, ``<run>/negatives/<data set>_<epoch>.npz``, in place of mining; of several
-            training sets, a mapping by name.
+        file: Negatives of an earlier run, ``<run>/negatives/<data set>_<epoch>.npz``, in place of mining; needs
+            ``refresh`` and ``warmup_epochs`` 0.
 
     Raises:
         ValueError: One sentence per impossible value, all at once.
@@ -119,7 +128,7 @@ class Mining:
 
 @dataclass
 class NegativeSets:
-    """The negatives of N triplets over a gallery of G training images.
+    """The negatives of N triplets over a gallery of G training images; arrays are of int32 and float32.
 
     Attributes:
         names: Of the gallery, G.
@@ -128,9 +137,9 @@ class NegativeSets:
         negatives: ``(N, P)`` gallery indices, hardest first, -1 pads.
         scores: ``(N, P)`` of the negatives by the source's ranking, cosines; nan for random ones.
         target_scores: ``(N,)`` of the right images, likewise.
-        ranks: ``(N, P)`` of the negatives, from 0, before any rule; -1 where unknown.
-        target_ranks: ``(N,)`` of the right images among what was searched; -1: below that.
-        about: What they were made of: epoch, ``run.negatives``, and a fingerprint of the weights.
+        ranks: ``(N, P)`` of the negatives, from 0, among all images that the source ranks; -1 where unknown.
+        target_ranks: ``(N,)`` of the right images, likewise; -1 where unknown, or below what was searched.
+        about: What they were made of: data set, epoch, seed, and ``run.negatives``.
         paths: Of the gallery's pictures, G, to look at them later.
     """
 
@@ -153,19 +162,18 @@ class NegativeSets:
         return counts
 
     def draw(self, index: int, count: int, rng: Any = random) -> list[int]:
-        """Return up to ``count`` distinct columns of a triplet's negatives."""
+        """Return up to ``count`` distinct columns of a triplet's negatives, in order."""
         available = int((self.negatives[index] >= 0).sum())
         return sorted(rng.sample(range(available), min(count, available)))
 
     def summary(self) -> str:
-        """Return one line: how many triplets have no negative, and at which ranks the negatives are."""
+        """Return one line: how many triplets have no negative, and at which ranks the negatives are, from 1."""
         empty = float((self.counts == 0).mean())
-        known = self.ranks[(self.negatives >= 0) & (self.ranks >= 0)]
-        text = f"{len(self.targets):,} triplets, {100 * empty:.1f} % without a negative, {self.counts.mean():.1f} each"
-        if not len(known):
-            return text + ", drawn at random"
-        shares = ", ".join(f"{label} {share:.0f} %" for label, share in rank_histogram(self).items() if share >= 0.5)
-        return f"{text}, at ranks {shares}"
+        text = (
+            f"{len(self.targets):,} triplets, {self.counts.mean():.1f} negatives each, {100 * empty:.1f} % without one"
+        )
+        shares = [f"{label} {share:.0f} %" for label, share in rank_histogram(self).items() if share >= 0.5]
+        return f"{text}; ranks {', '.join(shares)}" if shares else f"{text}; drawn at random"
 
     def save(self, path: Path) -> Path:
         """Write them to a file, whole or not at all.
@@ -173,18 +181,14 @@ class NegativeSets:
         Raises:
             OSError: It cannot be written; an older file is then left as it was.
         """
+        texts = {"format": _FORMAT, **{name: getattr(self, name) for name in _TEXTS}}
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
-                np.savez_compressed(
-                    file,
-                    names=np.array(self.names),
-                    texts=np.array(self.texts),
-                    paths=np.array(self.paths, dtype=str),
-                    about=np.array(json.dumps({"format": _FORMAT, **self.about}, sort_keys=True)),
-                    **{name: getattr(self, name) for name in _ARRAYS},
-                )
+                # As an array of strings, each would take as much as the longest.
+                content = np.frombuffer(json.dumps(texts).encode(), np.uint8)
+                np.savez_compressed(file, texts=content, **{name: getattr(self, name) for name in _ARRAYS})
             os.replace(part, path)
         except OSError as error:
             raise OSError(
@@ -202,6 +206,20 @@ def negatives_path(run: Path, dataset: str, epoch: int) -> Path:
 
 
 _ARRAYS = ("references", "targets", "negatives", "scores", "target_scores", "ranks", "target_ranks")
+_TEXTS = ("names", "texts", "paths", "about")
+_DAMAGES = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+"""What numpy and zipfile raise on files that are damaged, or of another kind."""
 
 
 def load_negatives(path: str | Path) -> NegativeSets:
@@ -209,22 +227,22 @@ def load_negatives(path: str | Path) -> NegativeSets:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is damaged or another kind of file.
+        ValueError: It is damaged, of another version, or another kind of file.
     """
     path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise FileNotFoundError(f"negatives {path} does not exist; a retrieval_dpo run writes <run>/negatives/*.npz.")
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is not None:  # before numpy takes memory for what a damaged header asks for
+                raise ValueError("wrong check sum")
         with np.load(path, allow_pickle=False) as content:
-            about = json.loads(str(content["about"]))
-            if about.pop("format") != _FORMAT:
-                raise ValueError("of another version")
-            lists: dict[str, Any] = {
-                name: [str(item) for item in content[name]] for name in ("names", "texts", "paths")
-            }
+            texts: dict[str, Any] = json.loads(content["texts"].tobytes())
+            if texts.pop("format") != _FORMAT:
+                raise ValueError("another version's")
             arrays: dict[str, Any] = {name: content[name] for name in _ARRAYS}
-            return NegativeSets(about=about, **lists, **arrays)
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+            return NegativeSets(**texts, **arrays)
+    except _DAMAGES as error:
         raise ValueError(f"negatives {path} is damaged or no file of negatives ({error}); mine them again.") from error
 
 
@@ -240,8 +258,7 @@ def forbidden(triplets: Sequence[Triplet]) -> list[set[str]]:
     return [answers[triplet.reference, triplet.captions] for triplet in triplets]
 
 
-@dataclass(frozen=True)
-class Mined:
+class Mined(NamedTuple):
     """What :func:`mine` found for Q queries; see :class:`NegativeSets`."""
 
     negatives: Tensor
@@ -249,6 +266,11 @@ class Mined:
     target_scores: Tensor
     ranks: Tensor
     target_ranks: Tensor
+
+
+def joined(parts: Sequence[Mined]) -> Mined:
+    """Put what was found for some queries after each other."""
+    return Mined(*(torch.cat(rows) for rows in zip(*parts)))
 
 
 def mine(
@@ -262,68 +284,143 @@ def mine(
     """Mine the negatives of Q queries.
 
     Args:
-        query: ``(Q, D)``: fused queries, or the right images' own embeddings.
-        index: Over the gallery, ``(G, D)`` or ``(G, T, D)``.
-        targets: ``(Q,)`` gallery indices.
-        banned: ``(Q, F)`` gallery indices that may not be negatives, padded with -1.
+        query: ``(Q, D)``, unit length: fused queries, or the right images' own embeddings.
+        index: Over the gallery, ``(G, D)`` or ``(G, K, D)``, unit length.
+        targets: ``(Q,)`` gallery indices of the right images.
+        banned: ``(Q, F)`` gallery indices that may not be negatives besides the right image, padded with -1.
         settings: The rules.
-        candidates: ``(Q, C)`` gallery indices to choose from, padded with -1; by default the index searches the whole
-            gallery.
+        candidates: ``(Q, C)`` distinct gallery indices to choose from, padded with -1; by default the index searches
+            the whole gallery.
 
     Returns:
         The negatives ``(Q, pool)``, best first, padded with -1.
     """
-    size = len(index.gallery)
-    # What is left out must not shorten the window; of twins, which are known later, a few are foreseen.
-    depth = min(size, settings.window[1] + banned.shape[1] + 8)
-    if candidates is None:
-        scores, found = index.search(query, depth)
-    else:
-        scores, found = rerank(query, index.gallery, candidates, candidates.shape[1], longest=index.longest)
-    own, _ = rerank(query, index.gallery, targets[:, None], 1, longest=index.longest)
-    means = F.normalize(index.gallery.float().mean(dim=1), dim=-1) if index.gallery.dim() == 3 else index.gallery
-    allowed = (found >= 0) & ~(found[:, :, None] == banned[:, None, :]).any(dim=2) & (found != targets[:, None])
-    for part in split(len(query), fixed_point.WORKING_BYTES, 4 * found.shape[1] * means.shape[1]):
-        alike = torch.einsum("qcd,qd->qc", means[found[part].clamp(min=0)].float(), means[targets[part]].float())
-        allowed[part] &= alike < TWIN
+    # What is left out must not shorten the window.
+    depth = settings.window[1] + 1 + banned.shape[1] + _TWINS_FORESEEN
+    depth = min(len(index.gallery), depth) if candidates is None else candidates.shape[1]
+    parts = []
+    for part in split(len(query), fixed_point.WORKING_BYTES, depth * (64 + banned.shape[1])):
+        if candidates is None:
+            scores, found = index.search(query[part], depth)
+        else:
+            scores, found = rerank(query[part], index.gallery, candidates[part], depth, longest=index.longest)
+        own, _ = rerank(query[part], index.gallery, targets[part, None], 1, longest=index.longest)
+        parts.append(_chosen(scores, found, own, targets[part], banned[part], index.gallery, settings))
+    return joined(parts)
+
+
+def _chosen(
+    scores: Tensor,
+    found: Tensor,
+    own: Tensor,
+    targets: Tensor,
+    banned: Tensor,
+    gallery: Tensor,
+    settings: Mining,
+) -> Mined:
+    """Apply the rules to a ranking.
+
+    Args:
+        scores: ``(Q, C)``, descending.
+        found: ``(Q, C)`` the ranked images, -1 pads at the end.
+        own: ``(Q, 1)`` scores of the right images.
+        targets: As the next two, see :func:`mine`.
+        banned: ``(Q, F)``.
+        gallery: ``(G, D)`` or ``(G, K, D)``.
+        settings: The rules.
+    """
+    is_target = found == targets[:, None]
+    allowed = (found >= 0) & ~is_target & ~(found[:, :, None] == banned[:, None, :]).any(dim=2)
+    row, column = (allowed & ((scores - own).abs() <= _SCORES_OF_TWINS)).nonzero(as_tuple=True)
+    allowed[row, column] = ~_are_twins(gallery, found[row, column], targets[row])
     place = allowed.cumsum(dim=1) - 1  # the rank among what is allowed
-    kept = allowed & (place >= settings.window[0]) & (place < settings.window[1])
+    in_window = allowed & (place >= settings.window[0]) & (place < settings.window[1])
+    kept = in_window.clone()
     if settings.cap is not None:
         kept &= scores < own - (1 - settings.cap) * own.abs()
     if settings.margin is not None:
         kept &= scores < own - settings.margin
     if settings.steep_drop:
-        kept &= _between_drops(scores, kept & (scores < own))
+        kept &= between_drops(scores, in_window & (scores < own))
     order = (~kept).int().argsort(dim=1, stable=True)[:, : settings.pool]
-    chosen = kept.gather(1, order)
-    target_ranks = _first_place(found == targets[:, None])
+    is_kept = kept.gather(1, order)
+
+    def filled(rows: Tensor, fill: float) -> Tensor:
+        return F.pad(rows.masked_fill(~is_kept, fill), (0, settings.pool - rows.shape[1]), value=fill)
+
     return Mined(
-        negatives=_wide(found.gather(1, order).masked_fill(~chosen, -1), settings.pool, -1),
-        scores=_wide(scores.gather(1, order).masked_fill(~chosen, torch.nan), settings.pool, torch.nan),
-        target_scores=own[:, 0],
-        ranks=_wide(order.masked_fill(~chosen, -1), settings.pool, -1),
-        target_ranks=target_ranks,
+        negatives=filled(found.gather(1, order).int(), -1),
+        scores=filled(scores.gather(1, order).float(), torch.nan),
+        target_scores=own[:, 0].float(),
+        ranks=filled(order.int(), -1),
+        target_ranks=torch.where(is_target.any(dim=1), is_target.int().argmax(dim=1), -1).int(),
     )
+
+
+def between_drops(scores: Tensor, counted: Tensor) -> Tensor:
+    """Return what lies between the two steepest drops of a ranking's score.
+
+    A drop is that from one counted image to the next. Where the two steepest are next to each other, so that a single
+    image lies between them, the second and the third steepest are taken, and so on, as QuRe's released code does
+    (arXiv 2507.12416). Of equal drops the first counts as the steeper.
+
+    Args:
+        scores: ``(Q, C)``, descending.
+        counted: ``(Q, C)`` bool, the images below the right one.
+
+    Returns:
+        ``(Q, C)`` bool; nothing of a query where no two drops are apart, as with fewer than four images.
+    """
+    between = torch.zeros_like(counted)
+    for row, is_counted in enumerate(counted):
+        places = is_counted.nonzero().squeeze(1)
+        values = scores[row, places]
+        steepest = (values[:-1] - values[1:]).argsort(descending=True, stable=True).tolist()
+        for drops in zip(steepest, steepest[1:]):
+            if max(drops) - min(drops) > 1:
+                between[row, places[min(drops) + 1 : max(drops) + 1]] = True
+                break
+    return between
+
+
+def mean_features(gallery: Tensor) -> Tensor:
+    """Return the mean direction of each image's features: ``(G, D)`` float32 of ``(G, D)`` or ``(G, K, D)``."""
+    features = gallery if gallery.dim() == 3 else gallery.unsqueeze(1)
+    means = torch.empty(len(gallery), gallery.shape[-1])
+    for part in split(len(gallery), fixed_point.WORKING_BYTES, 4 * features[0].numel()):
+        means[part] = F.normalize(features[part].float().mean(dim=1), dim=-1)
+    return means
+
+
+def _are_twins(gallery: Tensor, images: Tensor, others: Tensor) -> Tensor:
+    """Return for pairs of images, both ``(n,)``, whether they are the same picture."""
+    result = torch.empty(len(images), dtype=torch.bool)
+    for part in split(len(images), fixed_point.CACHE_BYTES, 8 * gallery[0].numel()):
+        cosines = F.cosine_similarity(gallery[images[part]].float(), gallery[others[part]].float(), dim=-1)
+        result[part] = (cosines >= TWIN).reshape(len(cosines), -1).all(dim=1)
+    return result
 
 
 def random_negatives(targets: Tensor, banned: Sequence[set[int]], size: int, pool: int, seed: int) -> Tensor:
     """Draw negatives uniformly among the images that are not banned: ``(N, pool)``, distinct, padded with -1."""
+    rng = random.Random(seed)
     rows = []
-    for number, (target, own) in enumerate(zip(targets.tolist(), banned)):
-        rng = random.Random(f"{seed} {number}")
+    for target, own in zip(targets.tolist(), banned):
         drawn = rng.sample(range(size), min(size, pool + len(own) + 1))
         rows.append([image for image in drawn if image not in own and image != target][:pool])
-    return padded(rows, pool)
+    return padded(rows, pool).int()
 
 
 def rank_histogram(sets: NegativeSets) -> dict[str, float]:
-    """Return the share of negatives by rank, in percent: ``0-4``, ``5-9``, ``10-24`` ..."""
-    known = sets.ranks[(sets.negatives >= 0) & (sets.ranks >= 0)]
-    edges = (0, 5, 10, 25, 50, 100, 250, 500, 1000)
-    last = int(known.max()) + 1 if len(known) else 1
-    bounds = [*(edge for edge in edges if edge < last), last]
+    """Return the share of negatives by rank, counted from 1, in percent: ``1-5``, ``6-10``, ``11-25`` ...
+
+    The last range ends with the largest rank; there is none where no rank is known.
+    """
+    known = sets.ranks[sets.ranks >= 0]
+    last = int(known.max()) + 1 if len(known) else 0
+    bounds = [*(bound for bound in _RANKS if bound < last), last]
     return {
-        f"{low}-{high - 1}": 100.0 * float(((known >= low) & (known < high)).mean()) if len(known) else 0.0
+        f"{low + 1}-{high}": 100.0 * float(((known >= low) & (known < high)).mean())
         for low, high in zip(bounds, bounds[1:])
     }
 
@@ -335,9 +432,9 @@ def add_command(subparsers: Any) -> None:
     """Add ``lavis-cir negatives``."""
     parser = subparsers.add_parser("negatives", help="look at the negatives that a retrieval_dpo run has mined")
     parser.add_argument("of", metavar="RUN", help="output folder of a run, or one of its negatives/*.npz")
-    parser.add_argument("--epoch", type=int, help="whose negatives; by default the last that were mined")
-    parser.add_argument("--rows", type=int, default=8, help="triplets on the sheet, drawn at random")
-    parser.add_argument("--seed", type=int, default=0, help="of that draw")
+    parser.add_argument("--epoch", type=int, help="at whose beginning they were mined; by default the last")
+    parser.add_argument("--rows", type=int, default=8, help="triplets on the sheet, drawn at random (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of that draw (default: 0)")
     parser.add_argument("--output", help="picture (PNG); by default beside the run's files")
     parser.set_defaults(run=_show)
 
@@ -347,27 +444,41 @@ def _show(args: argparse.Namespace) -> None:
 
     if args.rows < 1:
         raise ValueError(f"--rows must be a whole number >= 1, got {args.rows}.")
-    for path in _files_of(Path(os.path.expanduser(args.of)), args.epoch):
+    paths = _files_of(Path(os.path.expanduser(args.of)), args.epoch)
+    output = args.output and Path(os.path.expanduser(args.output))
+    if output and output.suffix != ".png":
+        raise ValueError(f"--output {output}: the picture is a PNG; choose a name that ends in .png.")
+    if output and len(paths) > 1:
+        raise ValueError(
+            f"--output {output} is one picture, and {args.of} has negatives of {len(paths)} data sets; name one of "
+            f"{', '.join(map(str, paths))} in place of the run."
+        )
+    for path in paths:
         sets = load_negatives(path)
-        output = Path(os.path.expanduser(args.output)) if args.output else path.with_suffix(".png")
-        if output.suffix != ".png":
-            raise ValueError(f"--output {output}: the picture is a PNG; choose a name that ends in .png.")
         print(f"{path}\n  {sets.summary()}")
         for label, share in rank_histogram(sets).items():
-            print(f"  ranks {label:>9}  {share:5.1f} %  {'#' * round(share / 2)}")
-        print(f"  written: {report.negatives_sheet(sets, output, args.rows, seed=args.seed)}")
+            print(f"  {'ranks ' + label:<14}{share:6.1f} %  {'#' * round(share / 2)}".rstrip())
+        print(
+            f"  written: {report.negatives_sheet(sets, output or path.with_suffix('.png'), args.rows, seed=args.seed)}"
+        )
 
 
 def _files_of(run: Path, epoch: int | None) -> list[Path]:
-    """Return one file per data set of a run, or the file itself."""
+    """Return the file of each of a run's data sets, or the file itself."""
+    if run.is_file() and epoch is not None:
+        raise ValueError(f"--epoch {epoch} chooses among the files of a run, and {run} is a file; leave it out.")
     if run.is_file():
         return [run]
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run} does not exist; name the output folder of a retrieval_dpo run.")
     found: dict[str, dict[int, Path]] = {}
-    for path in sorted((run / "negatives").glob("*_[0-9][0-9][0-9].npz")):
-        found.setdefault(path.stem[:-4], {})[int(path.stem[-3:])] = path
+    for path in sorted((run / "negatives").glob("*.npz")):
+        name = re.fullmatch(r"(.+)_(\d{3,})", path.stem)
+        if name:
+            found.setdefault(name[1], {})[int(name[2])] = path
     if not found:
-        inside = sorted(path.parent.parent.name for path in run.glob("*/negatives/*.npz"))
-        hint = f"; it holds runs that have: {', '.join(dict.fromkeys(inside))}" if inside else ""
+        inside = sorted({path.parent.parent.name for path in run.glob("*/negatives/*.npz")})
+        hint = f"; name one of the runs in it that have ({', '.join(inside)})" if inside else ""
         raise FileNotFoundError(f"{run} has no negatives/*.npz, which a run of the task retrieval_dpo writes{hint}.")
     if epoch is None:
         return [by_epoch[max(by_epoch)] for by_epoch in found.values()]
@@ -375,27 +486,6 @@ def _files_of(run: Path, epoch: int | None) -> list[Path]:
     if epoch not in known:
         raise ValueError(f"--epoch {epoch}: {run} mined at the beginning of epochs {', '.join(map(str, known))}.")
     return [by_epoch[epoch] for by_epoch in found.values() if epoch in by_epoch]
-
-
-def _between_drops(scores: Tensor, below: Tensor) -> Tensor:
-    """Return what lies between the two largest drops from one allowed score to the next below the right image's."""
-    result = torch.zeros_like(below)
-    for row, columns in enumerate(below):
-        places = columns.nonzero().squeeze(1)
-        if len(places) < 3:
-            continue
-        values = scores[row, places]
-        first, second = sorted((values[:-1] - values[1:]).topk(2).indices.tolist())
-        result[row, places[first + 1 : second + 1]] = True
-    return result
-
-
-def _first_place(hits: Tensor) -> Tensor:
-    return torch.where(hits.any(dim=1), hits.int().argmax(dim=1), -1)
-
-
-def _wide(rows: Tensor, width: int, fill: float) -> Tensor:
-    return F.pad(rows, (0, width - rows.shape[1]), value=fill)
 
 
 def _is_whole(value: Any, least: int) -> bool:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
@@ -28,7 +27,9 @@ from lavis_cir_plugin.negatives import (
     Mining,
     NegativeSets,
     forbidden,
+    joined,
     load_negatives,
+    mean_features,
     mine,
     negatives_path,
     random_negatives,
@@ -214,15 +215,15 @@ class RetrievalDpoTask(ComposedRetrievalTask):
             found = _unscored(random_negatives(targets, banned, len(place), self.mining.pool, self.seed))
         else:
             found = self._search(benchmark, dataset, targets, banned, place)
-        arrays = {field.name: getattr(found, field.name).numpy() for field in dataclasses.fields(Mined)}
+        arrays = {field: rows.numpy() for field, rows in found._asdict().items()}
         settings = {**dataclasses.asdict(self.mining), "window": list(self.mining.window)}
         return NegativeSets(
             names=list(group.gallery),
-            references=torch.tensor([place[triplet.reference] for triplet in dataset.triplets]).numpy(),
-            targets=targets.numpy(),
+            references=torch.tensor([place[triplet.reference] for triplet in dataset.triplets]).int().numpy(),
+            targets=targets.int().numpy(),
             texts=[query.texts[0] for query in group.queries],
             about={"dataset": name, "epoch": epoch, "seed": self.seed, "negatives": settings},
-            paths=[str(dataset.image_paths[image]) for image in group.gallery],
+            paths=[str(dataset.image_paths[image].absolute()) for image in group.gallery],
             **arrays,
         )
 
@@ -250,8 +251,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
             if len(own):
                 (group,) = benchmark.groups
                 if self.mining.source == "positive":
-                    query = gallery[targets[list(own)]].float()
-                    query = F.normalize(query.mean(dim=1) if query.dim() == 3 else query, dim=-1)
+                    query = mean_features(gallery)[targets[list(own)]]
                 else:
                     query = evaluation.encode_queries("multimodal", [[group.queries[row] for row in own]])
                 candidates = None
@@ -260,9 +260,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
                     candidates = padded([[place[m] for m in t.members if m in place] for t in triplets], width=1)
                 rows = padded([sorted(banned[row]) for row in own], width=1)
                 parts = [mine(query, index, targets[list(own)], rows, self.mining, candidates)]
-        found = [part for of_process in gather(parts) for part in of_process]
-        fields = [field.name for field in dataclasses.fields(Mined)]
-        return Mined(**{name: torch.cat([getattr(part, name) for part in found]) for name in fields})
+        return joined([part for of_process in gather(parts) for part in of_process])
 
     def _from_file(self, name: str, dataset: TripletDataset, path: str) -> NegativeSets:
         """Return the negatives of an earlier run, after comparing them with data and starting weights."""
@@ -347,9 +345,8 @@ def freeze_unread(model: nn.Module, samples: Mapping[str, Any]) -> None:
 
 
 def _unscored(negatives: Tensor) -> Mined:
-    unknown = torch.full((len(negatives),), -1)
-    nan = torch.full(negatives.shape, torch.nan, dtype=torch.float64)
-    return Mined(negatives, nan, nan[:, 0], torch.full_like(negatives, -1), unknown)
+    unknown, nan = torch.full_like(negatives, -1), torch.full(negatives.shape, torch.nan)
+    return Mined(negatives, nan, nan[:, 0], unknown, unknown[:, 0])
 
 
 def _setting_problems(run: Mapping[str, Any]) -> Iterator[str]:
