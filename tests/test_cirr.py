@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import random
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +118,39 @@ def test_training(tmp_path: Path, shape: str):
         (images[1], images[2], ("caption 1.",)),
     ]
     assert training_text(triplets[0].captions, random.Random(0)) == "caption 0."
-    assert paths == {name: tmp_path / "train" / "34" / f"{name}.png" for name in images[:3]}
+    used = images[: 6 if shape == "official" else 3]
+    assert paths == {name: tmp_path / "train" / "34" / f"{name}.png" for name in used}
+
+
+def test_training_records_say_which_images_are_negatives(tmp_path: Path):
+    """Right besides the target: what has a weight above 0. Negatives: the rest of the set, here images 3 to 5."""
+    images = names("train")
+    first, second = records("train")
+    first["target_soft"] = {images[1]: 1.0, images[2]: 0.5, images[3]: -1.0, images[6]: 0, images[7]: 0.2}
+    second["target_soft"] = {images[2]: 1.0, images[1]: 1.0}
+    triplets, paths = read_train(write_world(tmp_path, {"train": [first, second]}))
+    assert [t.also_right for t in triplets] == [(images[2], images[7]), (images[1],)]
+    assert [t.members for t in triplets] == [tuple(images[1:6]), (images[0], *images[2:6])]
+    assert set(paths) == set(images[:6])
+
+
+@pytest.mark.parametrize(
+    ("change", "also_right", "members"),
+    [
+        ({"target_soft": {1: "x"}, "img_set": None}, (), ()),
+        ({"target_soft": {names("train")[5]: "1.0", names("train")[4]: True, "stranger": 1.0}, "img_set": {}}, (), ()),
+        ({"target_soft": [1], "img_set": {"members": "abc"}}, (), ()),
+        ({"target_soft": None, "img_set": {"members": [[1], None, "stranger", *names("train")[2:4] * 2]}}, (), (2, 3)),
+    ],
+)
+def test_what_is_odd_in_the_optional_fields_of_training_records_is_left_out(
+    tmp_path: Path, change: dict[str, Any], also_right: tuple[int, ...], members: tuple[int, ...]
+):
+    first, second = records("train")
+    first.update(change)
+    (triplet, _), _ = read_train(write_world(tmp_path, {"train": [first, second]}))
+    assert triplet.also_right == also_right
+    assert triplet.members == tuple(names("train")[number] for number in members)
 
 
 def test_metrics_by_hand(tmp_path: Path):
@@ -371,7 +405,7 @@ def test_annotations_and_images_apart_and_train_images_without_sub_folders(tmp_p
         "annotations": str(tmp_path / "annotation"),
         "images": str(tmp_path / "pictures"),
     }
-    assert len(read_train(config)[1]) == 3
+    assert len(read_train(config)[1]) == 6
 
 
 # -- missing and broken ----------------------------------------------------------------------------------------------
@@ -641,11 +675,43 @@ def test_real_training_files(real: dict[str, str], tmp_path: Path):
     for shape in ("reconstructed", "excerpt"):
         captions.symlink_to(REAL / "derived" / "cirr" / f"cap.rc2.train.{shape}.json")
         read[shape], paths = read_train({**real, "annotations": str(tmp_path)})
-        assert set(paths) == {name for t in read[shape] for name in (t.reference, t.target)}
+        assert set(paths) == {name for t in read[shape] for name in (t.reference, t.target, *t.members)}
         captions.unlink()
     assert (len(read["reconstructed"]), len(read["excerpt"])) == (28_225, 12)
     assert len({t.reference for t in read["reconstructed"]}) == 16_080
-    assert set(read["excerpt"]) <= set(read["reconstructed"])
+    plain = {replace(triplet, also_right=(), members=()) for triplet in read["excerpt"]}
+    assert plain <= set(read["reconstructed"])
+
+
+def test_real_training_records_say_which_images_are_negatives(real: dict[str, str], tmp_path: Path):
+    """The excerpt's 12 records have whole image sets and one soft label above 0, of weight 0.5 (by eye)."""
+    split = REAL / "cirr_dataset" / "cirr" / "image_splits" / "split.rc2.train.json"
+    (tmp_path / split.name).symlink_to(split)
+    (tmp_path / "cap.rc2.train.json").symlink_to(REAL / "derived" / "cirr" / "cap.rc2.train.excerpt.json")
+    triplets, paths = read_train({**real, "annotations": str(tmp_path)})
+    assert [len(t.members) for t in triplets] == [5] * 12
+    assert all(t.target in t.members and t.reference not in t.members for t in triplets)
+    assert [(t.target, t.also_right) for t in triplets if t.also_right] == [
+        ("train-12423-2-img1", ("train-8649-1-img0",))
+    ]
+    assert set(paths) == {name for t in triplets for name in (t.reference, *t.members)}
+
+
+def test_real_records_of_val_in_the_place_of_train(real: dict[str, str], tmp_path: Path):
+    """The full shape in number (the training file as such is not there): 96 of 4,181 records list 143 right images.
+
+    In 37 of them one is the reference. 4, 3 or 2 members are left to be negatives.
+    """
+    folder = REAL / "cirr_dataset" / "cirr"
+    (tmp_path / "split.rc2.train.json").symlink_to(folder / "image_splits" / "split.rc2.val.json")
+    (tmp_path / "cap.rc2.train.json").symlink_to(folder / "captions" / "cap.rc2.val.json")
+    triplets, paths = read_train({**real, "annotations": str(tmp_path)})
+    assert (len(triplets), len(paths)) == (4_181, 2_297)
+    assert sum(bool(t.also_right) for t in triplets) == 96
+    assert sum(len(t.also_right) for t in triplets) == 143
+    assert sum(t.reference in t.also_right for t in triplets) == 37
+    left = Counter(len({*t.members} - {t.target, *t.also_right}) for t in triplets)
+    assert left == {4: 4_118, 3: 57, 2: 6}
 
 
 def test_random_scores_reach_chance_level():

@@ -114,7 +114,9 @@ def check_config(config: Mapping[str, Any]) -> None:
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:
     """Read the training triplets, in file order, and the paths of their images.
 
-    ``pairid``, ``target_soft`` and ``img_set`` are not needed; the last two say which images are no or hard negatives.
+    ``pairid``, ``target_soft`` and ``img_set`` are not needed. The last two say which images are no negatives of a
+    triplet (``also_right``) and which are hard ones (``members``, whose paths are then returned as well); what they
+    hold besides weights of images of the split file is left out.
 
     Raises:
         ValueError: a key, value or record of the configuration or an annotation file is wrong.
@@ -132,7 +134,7 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
         )
         for query in queries
     ]
-    used = dict.fromkeys(name for t in triplets for name in (t.reference, t.target))
+    used = dict.fromkeys(name for t in triplets for name in (t.reference, t.target, *t.members))
     paths, _ = _find_images(settings, {name: split[name] for name in used})
     return complete_triplets(triplets, paths, "cirr"), paths
 
@@ -334,6 +336,15 @@ def _read_split(settings: CIRRConfig, split: str) -> tuple[list[Query], dict[str
     blank = [query.identifier for query in queries if not query.texts[0]]
     if blank:
         logger.warning("cirr test1: %d of %d captions are blank (pairid, %s).", len(blank), len(queries), listed(blank))
+    if split == "train":
+        queries = [
+            replace(
+                query,
+                members=tuple(name for name in query.members if name in places),
+                relevance=tuple((name, weight) for name, weight in query.relevance if name in places),
+            )
+            for query in queries
+        ]
     uses = ((number, *use) for number, query in enumerate(queries) for use in _uses(query))
     require_listed(uses, places, path, split_path)
     return queries, places
@@ -381,14 +392,13 @@ def _query(item: Mapping[str, Any], path: Path, number: int, split: str, labels:
         raise record_error(path, number, "has an empty caption; it must say how the target differs")
     query = Query(reference, (caption,), target, identifier=str(number if pair is None else pair))
     if split == "train":
-        # Reduced shapes lack these, and no metric reads them, so that what is odd in them is left out.
-        image_set = item.get("img_set")
-        members = image_set.get("members") if isinstance(image_set, dict) else None
-        soft = item.get("target_soft")
+        members, soft = _members(item), item.get("target_soft")
         return replace(
             query,
-            members=tuple(name for name in members if name != reference) if isinstance(members, list) else (),
-            relevance=tuple(soft.items()) if isinstance(soft, dict) else (),
+            members=tuple(dict.fromkeys(name for name in members or () if is_text(name) and name != reference)),
+            relevance=tuple((name, weight) for name, weight in soft.items() if type(weight) in (int, float))
+            if isinstance(soft, dict)
+            else (),
         )
     if labels == "soft" and target is not None:
         query = replace(query, relevance=_soft_labels(item, path, number))
@@ -397,10 +407,15 @@ def _query(item: Mapping[str, Any], path: Path, number: int, split: str, labels:
     return replace(query, members=_other_members(item, query, path, number))
 
 
-def _other_members(item: Mapping[str, Any], query: Query, path: Path, number: int) -> tuple[str, ...]:
+def _members(item: Mapping[str, Any]) -> list[Any] | None:
     image_set = item.get("img_set")
     members = image_set.get("members") if isinstance(image_set, dict) else None
-    if not isinstance(members, list) or not all(isinstance(name, str) for name in members):
+    return members if isinstance(members, list) else None
+
+
+def _other_members(item: Mapping[str, Any], query: Query, path: Path, number: int) -> tuple[str, ...]:
+    members = _members(item)
+    if members is None or not all(isinstance(name, str) for name in members):
         raise record_error(path, number, "needs 'img_set' with 'members', a list of image names")
     for name in members:
         image_name(name, "members", path, number)
