@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 from stages import evaluate, frame, provenance, save, spread, train
 
 PROJECTS = Path(__file__).parents[1] / "projects"
@@ -88,11 +89,11 @@ def run_rungs(work: Path, seed: int, options: Mapping[str, Sequence[str]]) -> di
         records[row] = train(work, paper, seed, [*base, *every])
     records[CLIP_ANCHOR] = train(work, paper, seed, [*base, *every, *WITHOUT_PREFERENCES])
 
-    worlds = ["datasets.fashioniq.garments.val_queries=600", "datasets.fashioniq.garments.val_images=800"]
-    once_an_end = ["run.valid_splits=[]"]
-    first = PROJECTS / "blip2_cir" / "fiq_demo.yaml"
-    records[START] = train(work, first, seed, [*worlds, *once_an_end, *options["stage_one"]], name="stage_one")
-    fused = PROJECTS / "retrieval_dpo" / "fused_demo.yaml"
+    first, fused = PROJECTS / "blip2_cir" / "fiq_demo.yaml", PROJECTS / "retrieval_dpo" / "fused_demo.yaml"
+    world = OmegaConf.load(fused).datasets.fashioniq.garments
+    same_world = [f"datasets.fashioniq.garments.{key}={value}" for key, value in world.items()]
+    start = [*same_world, "run.valid_splits=[]", *options["stage_one"]]
+    records[START] = train(work, first, seed, start, name="stage_one")
     base = [f"model.finetuned={records[START]['run']}/checkpoint_last.pth", *options["fused"]]
     records[ANCHOR] = train(work, fused, seed, [*base, *WITHOUT_PREFERENCES])
     records[FUSED] = train(work, fused, seed, base)
