@@ -7,6 +7,7 @@ checkpoints, evaluation, adapters and processes stay what they are.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -102,9 +103,9 @@ class PreferenceModel(nn.Module):
 
         Returns:
             ``loss``; ``loss_dpo``, the mean over the queries with a negative, of all processes; ``loss_itc`` where the
-            anchor has weight; and, in shares and cosines, over these queries: ``reward_accuracy`` (h > 0),
-            ``reward_margin`` (h), ``positive_drift`` (the right image's score less its reference), and
-            ``without_negative``, the share of queries that have none.
+            anchor has weight; and, in shares and cosines: ``reward_accuracy`` (h > 0) and ``reward_margin`` (h), over
+            all negatives and nan without any; ``positive_drift`` (the right image's score less its reference), over all
+            queries; ``without_negative``, the share of queries that have none.
         """
         settings = self.preference
         query = self.query_features(samples)  # type: ignore[operator]
@@ -139,6 +140,38 @@ def learn_preferences(model: nn.Module, settings: Preference) -> None:
     model.__class__ = type(own.__name__, (PreferenceModel, own), attributes)
     model.preference = settings  # type: ignore[assignment]
     model.eval()
+
+
+def hold_unread(model: nn.Module, samples: Mapping[str, Any]) -> None:
+    """Turn the trained weights that the loss does not depend on into buffers, in place.
+
+    DistributedDataParallel would wait for their gradients, and as frozen parameters they would be missing in
+    checkpoints.
+
+    Args:
+        model: A :class:`PreferenceModel`.
+        samples: A batch.
+
+    Raises:
+        ValueError: If the model trains nothing.
+    """
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    if not trained:
+        raise ValueError(
+            f"retrieval_dpo has nothing to train: all weights of {type(model).__name__} are frozen; set one of its "
+            "freeze_ keys to false, or add adapters (run.lora)."
+        )
+    zeros = samples["image"].new_zeros(len(samples["image"]), 1 + samples["negatives"].shape[1], dtype=torch.float32)
+    loss = model({**samples, "reference_scores": zeros})["loss"]
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    unread = {id(trained[name]): name for name, gradient in zip(trained, gradients) if gradient is None}
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if id(weight) in unread:
+                del module._parameters[name]
+                module.register_buffer(name, weight.detach())
+    if unread:
+        logging.info("not trained, because no score depends on them: %s", ", ".join(unread.values()))
 
 
 def _mean_over_all(values: Tensor, counted: Tensor) -> Tensor:

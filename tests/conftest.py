@@ -60,6 +60,43 @@ def make_triplets(size: int, seed: int = 1) -> dict[str, Any]:
     }
 
 
+SMALL_CLIP = {"clip_model": "small_clip"}
+SMALL_TSCIR = {**SMALL_CLIP, "hidden_width": 10, "injection_width": 8, "injection_heads": 2, "injection_blocks": [0, 1]}
+SCORING_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "joint": ("blip2_cir", SMALL),
+    "mean_queries": ("blip2_cir", {**SMALL, "pooling": "mean_queries"}),
+    "sentence_prompt": ("blip2_cir", {**SMALL, "fusion": "sentence_prompt"}),
+    "frozen tower": ("blip2_cir", {**SMALL, "freeze_vit": True}),
+    "clip": ("clip_cir", {**SMALL_CLIP, "freeze_vit": False}),
+    "clip text": ("clip_cir", {**SMALL_CLIP, "fusion": "text"}),
+    "mapping": ("tscir_mapping", SMALL_TSCIR),
+    "composing": ("tscir_composing", {**SMALL_TSCIR, "adapter_blocks": [0, 2], "adapter_rank": 3}),
+}
+"""Small real models of every kind that scores queries against images: ``model.arch`` and its arguments."""
+
+
+def make_scoring_model(name: str, seed: int = 0, **changes: Any) -> Any:
+    """Return one of `SCORING_MODELS` with random weights."""
+    from lavis.common.registry import registry
+
+    import lavis_cir_plugin  # noqa: F401 (registers the models)
+
+    arch, settings = SCORING_MODELS[name]
+    torch.manual_seed(seed)
+    return registry.get_model_class(arch)(**{**settings, **changes})
+
+
+def make_preferences(size: int, count: int = 1, seed: int = 1) -> dict[str, Any]:
+    """Return a random batch of triplets with ``count`` negatives each, all there."""
+    generator = torch.Generator().manual_seed(seed + 100)
+    return {
+        **make_triplets(size, seed),
+        "image_id": torch.arange(size) + 1000,
+        "negatives": torch.randn(size, count, 3, 16, 16, generator=generator),
+        "negatives_present": torch.ones(size, count, dtype=torch.bool),
+    }
+
+
 @pytest.fixture
 def triplets():
     """Return the factory of random batches."""

@@ -26,6 +26,7 @@ from lavis_cir_plugin.checkpoints import load_strictly, read_state
 from lavis_cir_plugin.config import check_choice, check_flag, check_whole
 from lavis_cir_plugin.losses import LOSSES, TrainingOutputs
 from lavis_cir_plugin.models.fused_attention import fuse_attention
+from lavis_cir_plugin.pseudo_word import keep_as_buffers
 
 _CHOICES = {
     "fusion": ("joint", "sentence_prompt"),
@@ -156,9 +157,10 @@ class Blip2Cir(Blip2Base):
         self.text_proj = nn.Linear(config.hidden_size, embed_dim)
         self.temp = nn.Parameter(torch.tensor(0.07))
         if fusion == "joint" and pooling == "mean_queries":
-            # The text positions of the last layer feed nothing then; without a gradient they would stop DDP.
-            self.Qformer["bert"].encoder.layer[-1].intermediate.requires_grad_(False)
-            self.Qformer["bert"].encoder.layer[-1].output.requires_grad_(False)
+            # The text positions of the last layer feed no loss then; without a gradient they would stop DDP, and frozen
+            # parameters would be missing in checkpoints.
+            keep_as_buffers(self.Qformer["bert"].encoder.layer[-1].intermediate)
+            keep_as_buffers(self.Qformer["bert"].encoder.layer[-1].output)
 
     @classmethod
     def _arguments(cls) -> dict[str, Any]:

@@ -432,7 +432,7 @@ class _Part:
         sums = torch.tensor(list(self.meters.values()), dtype=torch.float64, device=self.runner.device)
         if get_world_size() > 1:
             dist.all_reduce(sums)
-        means = {name: total / max(count, 1) for name, (count, total) in zip(self.meters, sums.tolist())}
+        means = {name: total / count for name, (count, total) in zip(self.meters, sums.tolist()) if count}
         return {name: f"{mean:.3f}" if name in ("lr", "loss") else f"{mean:.5f}" for name, mean in means.items()}
 
     def _finish_batch(self, loss: Tensor) -> None:
@@ -447,8 +447,8 @@ class _Part:
         for name, value in {**values, **dict(zip(self.outputs, numbers[1:]))}.items():
             count, total = self.meters.get(name, (0, 0.0))
             # Shares of an empty part of a batch are nan; a loss that is not finite belongs in the average.
-            if name in values or math.isfinite(value):
-                self.meters[name] = (count + 1, total + value)
+            is_counted = name in values or math.isfinite(value)
+            self.meters[name] = (count + 1, total + value) if is_counted else (count, total)
         if self.runner._run_log is not None:
             measured = getattr(self.optimizer, "measured", {})
             self.runner._run_log.log_step(self.first + self.done, self.epoch, {**values, **measured})

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
@@ -38,6 +39,7 @@ from lavis_cir_plugin.preference import Preference
 from lavis_cir_plugin.preference_model import (
     ReferencePolicy,
     candidate_features,
+    hold_unread,
     learn_preferences,
     paired_scores,
 )
@@ -84,11 +86,16 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         yield from problems
         if problems:
             return
-        preference, mining = Preference(**as_plain(run.get("dpo"))), Mining(**as_plain(run.get("negatives")))
+        preference, mining = Preference(**(run.get("dpo") or {})), Mining(**(run.get("negatives") or {}))
         if preference.reference == "mined" and mining.file is None:
             yield (
                 "run.dpo.reference: mined are the scores in run.negatives.file, which is empty; name the file of a run "
                 "that started from the same weights, or set run.dpo.reference: start."
+            )
+        if preference.reference == "mined" and preference.positive != "target":
+            yield (
+                f"run.dpo.positive: {preference.positive} has no scores in run.negatives.file, which holds those of "
+                "targets; set it to target, or set run.dpo.reference: start."
             )
 
     def prepare(self, model: nn.Module, datasets: Mapping[str, Mapping[str, Any]], cfg: Any) -> None:
@@ -98,12 +105,13 @@ class RetrievalDpoTask(ComposedRetrievalTask):
             ValueError: If the model offers no scores or nothing of it is trained, the data are no triplets, or policy
                 and reference policy differ before the first step.
         """
-        super().prepare(model, datasets, cfg)
         self.training = {name: splits["train"] for name, splits in datasets.items() if "train" in splits}
+        if self.training:
+            _check_data(self.training)
+            _check_model(model)
+        super().prepare(model, datasets, cfg)
         if not self.training:
             return
-        _check_data(self.training)
-        _check_model(model)
         run = cfg.run_cfg
         self.device, self.seed = torch.device(run.device), int(run.seed)
         self.loader_options = {"batch_size": int(run.batch_size_eval), "num_workers": int(run.num_workers)}
@@ -113,11 +121,11 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         samples = self._first_samples(2)
         others = samples["target"].roll(1, dims=0)
         samples.update(negatives=others[:, None], negatives_present=torch.ones(2, 1, dtype=torch.bool).to(self.device))
-        freeze_unread(model, samples)
+        hold_unread(model, samples)
         self.reference = ReferencePolicy(model) if self.preference.reference == "start" else None
         if self.reference is not None:
             difference = (self.reference.scores(samples) - self._policy_scores(samples)).abs().max()
-            if difference > _SAME:
+            if not difference <= _SAME:  # nan, too
                 raise ValueError(
                     f"run.dpo.reference: the scores of policy and reference policy differ by {difference:.3f} before "
                     f"the first step, although their weights are equal: {type(model).__name__}'s are random or depend "
@@ -185,7 +193,9 @@ class RetrievalDpoTask(ComposedRetrievalTask):
             else:
                 if at < epoch:
                     logging.warning("%s is not there: negatives are mined with the weights as they are now", path)
+                state = get_random_state(self.device)
                 sets = self._mine(name, dataset, at)
+                set_random_state(state, self.device)  # a resumed run, which finds the file, draws nothing here
                 with together():
                     if is_main_process():
                         sets.save(path)
@@ -237,7 +247,6 @@ class RetrievalDpoTask(ComposedRetrievalTask):
     ) -> Mined:
         images = BenchmarkDataset(benchmark, dataset.vis_processor, dataset.text_processor)
         images.features, images.preloaded = dataset.features, dataset.preloaded
-        images.queries.features, images.queries.preloaded = images.features, images.preloaded
         loader = DataLoader(images, **self.loader_options)
         evaluation = Evaluation(self.model, loader, self.device.type == "cuda", self.gallery_dtype)
         gallery = evaluation.encode_gallery()
@@ -268,10 +277,15 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         self._check_gallery(sets, name, dataset, f"run.negatives.file: {path}")
         if self.preference.reference != "mined":
             return sets
+        if np.isnan(sets.target_scores).any():
+            raise ValueError(
+                f"run.negatives.file: {path} holds negatives that were drawn at random, without scores; name those of "
+                "a later epoch, or set run.dpo.reference: start."
+            )
         dataset.use_negatives(sets, self.mining.count, with_scores=True)
         samples = self._with_features(self._first_samples(min(_COMPARED, len(dataset)), dataset))
         difference = (samples["reference_scores"] - self._policy_scores(samples)).abs()
-        if not difference.max() <= _SAME:  # nan: drawn at random
+        if difference.max() > _SAME:
             raise ValueError(
                 f"run.negatives.file: the scores in {path} differ by up to {difference.max():.3f} from those of the "
                 "starting weights, so they are another policy's; mine with these weights, or set run.dpo.reference: "
@@ -317,33 +331,6 @@ def training_benchmark(name: str, dataset: TripletDataset, seed: int, epoch: int
     return Benchmark(name, "train", (group,), dataset.image_paths, f"{name} train", no_metrics, "")
 
 
-def freeze_unread(model: nn.Module, samples: Mapping[str, Any]) -> None:
-    """Freeze the weights that the loss does not depend on; DistributedDataParallel would wait for their gradients.
-
-    Args:
-        model: A :class:`~lavis_cir_plugin.preference_model.PreferenceModel`.
-        samples: A batch.
-
-    Raises:
-        ValueError: If the model trains nothing.
-    """
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    if not trained:
-        raise ValueError(
-            f"retrieval_dpo has nothing to train: all weights of {type(model).__name__} are frozen; set one of its "
-            "freeze_ keys to false, or add adapters (run.lora)."
-        )
-    count = 1 + samples["negatives"].shape[1]
-    zeros = samples["image"].new_zeros(len(samples["image"]), count, dtype=torch.float32)
-    loss = model({**samples, "reference_scores": zeros})["loss"]
-    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    unread = [name for name, gradient in zip(trained, gradients) if gradient is None]
-    for name in unread:
-        trained[name].requires_grad_(False)
-    if unread:
-        logging.info("%d tensors are frozen, because no score depends on them (first: %s)", len(unread), unread[0])
-
-
 def _unscored(negatives: Tensor) -> Mined:
     unknown, nan = torch.full_like(negatives, -1), torch.full(negatives.shape, torch.nan)
     return Mined(negatives, nan, nan[:, 0], unknown, unknown[:, 0])
@@ -361,7 +348,7 @@ def _setting_problems(run: Mapping[str, Any]) -> Iterator[str]:
         unknown = [name for name in given if name not in known]
         yield from (f"run.{key}.{name} is not a known key{did_you_mean(name, known)}" for name in unknown)
         try:
-            settings(**{name: value for name, value in as_plain(given).items() if name in known})
+            settings(**{name: value for name, value in given.items() if name in known})
         except ValueError as error:
             yield str(error)
 
