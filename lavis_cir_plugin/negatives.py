@@ -420,7 +420,7 @@ def rank_histogram(sets: NegativeSets) -> dict[str, float]:
     last = int(known.max()) + 1 if len(known) else 0
     bounds = [*(bound for bound in _RANKS if bound < last), last]
     return {
-        f"{low + 1}-{high}": 100.0 * float(((known >= low) & (known < high)).mean())
+        f"{low + 1}-{high}" if high > low + 1 else f"{high}": 100.0 * float(((known >= low) & (known < high)).mean())
         for low, high in zip(bounds, bounds[1:])
     }
 
@@ -457,7 +457,7 @@ def _show(args: argparse.Namespace) -> None:
         sets = load_negatives(path)
         print(f"{path}\n  {sets.summary()}")
         for label, share in rank_histogram(sets).items():
-            print(f"  {'ranks ' + label:<14}{share:6.1f} %  {'#' * round(share / 2)}".rstrip())
+            print(f"  {'rank ' + label:<13}{share:6.1f} %  {'#' * round(share / 2)}".rstrip())
         print(
             f"  written: {report.negatives_sheet(sets, output or path.with_suffix('.png'), args.rows, seed=args.seed)}"
         )

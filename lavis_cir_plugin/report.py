@@ -358,7 +358,8 @@ def contact_sheet(
     row_height = PICTURE[1] + LABEL_HEIGHT + GAP
     width = answer_left + PICTURE[0] + MARGIN
     colours = {GREEN: f"right answer among the first {columns}", ORANGE: "right answer ranked lower"}
-    header = _header(benchmark, group, len(chosen), seed, width, colours=colours if benchmark.has_targets else {})
+    title, notes = _title(benchmark, group), _protocol(benchmark, group, len(chosen), seed)
+    header = _header(title, notes, width, colours if benchmark.has_targets else {})
     sheet = Image.new("RGB", (width, header.height + LABEL_HEIGHT + len(chosen) * row_height + MARGIN - GAP), WHITE)
     sheet.paste(header, (0, 0))
     draw = ImageDraw.Draw(sheet)
@@ -395,62 +396,73 @@ def contact_sheet(
 def negatives_sheet(sets: NegativeSets, path: str | Path, rows: int = 8, columns: int = 8, seed: int = 0) -> Path:
     """Draw triplets with the negatives mined for them, as a PNG, and return ``path``.
 
-    One line per triplet: reference image, modification text, target, and its first ``columns`` negatives, hardest
-    first, each with its rank (from 1; in the mining's own ranking) and its score; random ones have neither. The
-    triplets are drawn at random with ``seed``.
+    One line per triplet: reference image, modification text, target in a green frame, and its first ``columns``
+    negatives, hardest first. Below each picture stand its rank in the mining's own ranking, from 1, and its score,
+    where they are known: of random negatives neither is. The ``min(rows, N)`` triplets are drawn at random with
+    ``seed``.
 
     Raises:
-        OSError: a picture cannot be read or the sheet cannot be written.
+        FileNotFoundError: pictures to be drawn are no longer where they were mined.
+        OSError: one of them cannot be read or the sheet cannot be written.
     """
     chosen = sorted(random.Random(seed).sample(range(len(sets.targets)), min(rows, len(sets.targets))))
     columns = min(columns, sets.negatives.shape[1])
+    _check_pictures(sets, chosen, columns)
     text_left = MARGIN + PICTURE[0] + GAP
     target_left = text_left + TEXT_WIDTH + GAP
     first_left = target_left + PICTURE[0] + SECTION_GAP
     row_height = PICTURE[1] + LABEL_HEIGHT + GAP
     width = first_left + columns * (PICTURE[0] + GAP) - GAP + MARGIN
-    about = sets.about
+    settings = ", ".join(f"{key} {json.dumps(value)}" for key, value in sets.about.get("negatives", {}).items())
     notes = [
-        f"Shown: {len(chosen)} of {len(sets.targets):,} triplets, chosen at random with seed {seed}; gallery of "
-        f"{len(sets.names):,} training images",
-        sets.summary(),
+        f"Shown: {len(chosen)} of {len(sets.targets):,} triplets, chosen at random with seed {seed}, with the hardest "
+        f"{columns} of up to {sets.negatives.shape[1]} negatives; gallery of {len(sets.names):,} training images",
+        f"In all: {sets.summary()}",
+        *([f"run.negatives: {settings}".replace('"', "")] if settings else []),
+        "Below each picture: its rank among all that was ranked, from 1 (none: lower than was searched), and its score",
     ]
-    lines = [line for note in notes for line in _wrap(note, 15, width - 2 * MARGIN)]
-    top = MARGIN + 42 + 22 * len(lines) + GAP
-    sheet = Image.new("RGB", (width, top + LABEL_HEIGHT + len(chosen) * row_height + MARGIN), WHITE)
+    title = f"Negatives of {sets.about.get('dataset', 'a data set')}, mined at the beginning of epoch "
+    header = _header(f"{title}{sets.about.get('epoch', 0)}", notes, width)
+    sheet = Image.new("RGB", (width, header.height + LABEL_HEIGHT + len(chosen) * row_height + MARGIN - GAP), WHITE)
+    sheet.paste(header, (0, 0))
     draw = ImageDraw.Draw(sheet)
-    title = f"Negatives of {about.get('dataset', 'a data set')} from epoch {about.get('epoch', 0)} on"
-    draw.text((MARGIN, MARGIN), title, BLACK, _font(26))
-    for number, line in enumerate(lines):
-        draw.text((MARGIN, MARGIN + 42 + 22 * number), line, GREY, _font(15))
     titles = {MARGIN: "reference", text_left: "modification text", target_left: "target", first_left: "negatives"}
     for x, word in titles.items():
-        draw.text((x, top), word, GREY, _font(13))
+        draw.text((x, header.height - 4), word, GREY, _font(13))
     for row, index in enumerate(chosen):
-        y = top + LABEL_HEIGHT + row * row_height
+        y = header.height + LABEL_HEIGHT + row * row_height
         reference, target = int(sets.references[index]), int(sets.targets[index])
         _draw_picture(sheet, (MARGIN, y), Path(sets.paths[reference]))
         _draw_text(draw, (text_left, y), sets.texts[index])
         own = _rank_and_score(int(sets.target_ranks[index]), float(sets.target_scores[index]))
         _draw_picture(sheet, (target_left, y), Path(sets.paths[target]), own, GREEN)
-        for column in range(columns):
-            image = int(sets.negatives[index, column])
+        for column, image in enumerate(sets.negatives[index, :columns].tolist()):
             if image < 0:
-                continue
+                break
             label = _rank_and_score(int(sets.ranks[index, column]), float(sets.scores[index, column]))
             label += " (reference)" if image == reference else ""
             place = (first_left + column * (PICTURE[0] + GAP), y)
             _draw_picture(sheet, place, Path(sets.paths[image]), label)
-        if sets.negatives[index].max() < 0:
-            draw.text((first_left, y + PICTURE[1] / 2), "no negative is left", ORANGE, _font(TEXT_SIZE))
+        if sets.counts[index] == 0:
+            draw.text((first_left, y + PICTURE[1] / 2), "none passes the rules", ORANGE, _font(TEXT_SIZE), anchor="lm")
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return replace_file(Path(path), buffer.getvalue())
 
 
+def _check_pictures(sets: NegativeSets, triplets: Sequence[int], columns: int) -> None:
+    images = {int(image) for rows in (sets.references, sets.targets) for image in rows[triplets]}
+    images.update(image for image in sets.negatives[triplets, :columns].flatten().tolist() if image >= 0)
+    moved = [sets.paths[image] for image in sorted(images) if not Path(sets.paths[image]).is_file()]
+    if moved:
+        raise FileNotFoundError(
+            f"{len(moved)} of {len(images)} pictures are not where they were when the negatives were mined (first: "
+            f"{moved[0]}); put them back, or mine again."
+        )
+
+
 def _rank_and_score(rank: int, score: float) -> str:
-    place = f"{rank + 1}: " if rank >= 0 else ""
-    return f"{place}{score:.3f}" if math.isfinite(score) else place
+    return ", ".join([*([f"{rank + 1:,}"] if rank >= 0 else []), *([f"{score:.3f}"] if math.isfinite(score) else [])])
 
 
 def drawn_queries(group: Group, rows: int, seed: int = 0) -> list[int]:
@@ -496,8 +508,9 @@ def attention_sheet(
     map_left = text_left + TEXT_WIDTH + SECTION_GAP
     row_height = ATTENTION_SIDE + 2 * LABEL_HEIGHT + GAP
     width = max(map_left + len(labels) * (ATTENTION_SIDE + GAP) - GAP + MARGIN, 1000)
-    notes = ("Colours: from 0 to the largest weight of each map, whose multiple of the average weight stands below it",)
-    header = _header(benchmark, group, len(rows), seed, width, notes)
+    meaning = "Colours: from 0 to the largest weight of each map, whose multiple of the average weight stands below it"
+    notes = (*_protocol(benchmark, group, len(rows), seed), meaning)
+    header = _header(_title(benchmark, group), notes, width)
     sheet = Image.new("RGB", (width, header.height + LABEL_HEIGHT + len(rows) * row_height + MARGIN - GAP), WHITE)
     sheet.paste(header, (0, 0))
     draw = ImageDraw.Draw(sheet)
@@ -549,27 +562,27 @@ def _verdict(rank: int, columns: int, num_answers: int, num_shown: int) -> tuple
     return f"right answer at rank {rank + 1:,}", GREEN if rank < columns else ORANGE
 
 
-def _header(
-    benchmark: Benchmark,
-    group: Group,
-    num_shown: int,
-    seed: int,
-    width: int,
-    notes: Sequence[str] = (),
-    colours: Mapping[str, str] | None = None,
-) -> Image.Image:
-    """Draw the title, the protocol, how the queries were chosen, and the meaning of colours."""
+def _title(benchmark: Benchmark, group: Group) -> str:
+    return f"{benchmark.name} {benchmark.split}: {group.name}"
+
+
+def _protocol(benchmark: Benchmark, group: Group, num_shown: int, seed: int) -> tuple[str, str]:
+    """Say by which protocol the numbers are, and how the queries shown were chosen."""
     num_queries = len(group.queries)
     choice = (
         f"all {num_queries:,} queries"
         if num_shown == num_queries
         else f"{num_shown} of {num_queries:,} queries, chosen at random with seed {seed} and not by their result"
     )
-    shown = (f"Protocol: {benchmark.protocol}", f"Shown: {choice}; gallery of {len(group.gallery):,} images")
-    lines = [line for note in (*shown, *notes) for line in _wrap(note, 15, width - 2 * MARGIN)]
+    return f"Protocol: {benchmark.protocol}", f"Shown: {choice}; gallery of {len(group.gallery):,} images"
+
+
+def _header(title: str, notes: Sequence[str], width: int, colours: Mapping[str, str] | None = None) -> Image.Image:
+    """Draw the title, lines below it, and the meaning of colours."""
+    lines = [line for note in notes for line in _wrap(note, 15, width - 2 * MARGIN)]
     header = Image.new("RGB", (width, MARGIN + 42 + 22 * (len(lines) + 1) + 2 * GAP), WHITE)
     draw = ImageDraw.Draw(header)
-    draw.text((MARGIN, MARGIN), f"{benchmark.name} {benchmark.split}: {group.name}", BLACK, _font(26))
+    draw.text((MARGIN, MARGIN), title, BLACK, _font(26))
     y = MARGIN + 42
     for line in lines:
         draw.text((MARGIN, y), line, GREY, _font(15))
