@@ -88,6 +88,12 @@ class Mining:
         if problems:
             raise ValueError(" ".join(problems))
 
+    def index_kind(self, size: int) -> str:
+        """Return the kind of index over a gallery of so many images."""
+        if self.index != "auto":
+            return self.index
+        return "ivf" if size >= LARGE_GALLERY else "exact"
+
     def mined_at(self, epoch: int) -> int:
         """Return the epoch at whose beginning the negatives of this one are found."""
         if epoch < self.warmup_epochs:

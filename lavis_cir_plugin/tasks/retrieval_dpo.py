@@ -23,7 +23,6 @@ from lavis_cir_plugin.config import as_plain
 from lavis_cir_plugin.datasets import BenchmarkDataset, TripletDataset
 from lavis_cir_plugin.index import build_index
 from lavis_cir_plugin.negatives import (
-    LARGE_GALLERY,
     Mined,
     Mining,
     NegativeSets,
@@ -251,10 +250,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         evaluation = Evaluation(self.model, loader, self.device.type == "cuda", self.gallery_dtype)
         gallery = evaluation.encode_gallery()
         own = share(len(targets))
-        kind = self.mining.index
-        if kind == "auto":
-            kind = "ivf" if len(gallery) >= LARGE_GALLERY else "exact"
-        index = build_index(kind, gallery)
+        index = build_index(self.mining.index_kind(len(gallery)), gallery)
         parts: list[Mined] = []
         with together():
             if len(own):
