@@ -214,6 +214,11 @@ class Blip2Cir(Blip2Base):
             )
         state = read_state(finetuned) if finetuned else {}
         is_whole = any(name.startswith("visual_encoder.") for name in state)
+        if "query_tokens" in state and not is_whole and not pretrained:
+            raise ValueError(
+                f"model.finetuned: {finetuned} leaves out the image tower, which was frozen in its training; set "
+                "model.pretrained to the checkpoint that this training started from."
+            )
         if pretrained and not is_whole:
             self.load_from_pretrained(pretrained, vit_pretrained=cfg.get("vit_pretrained"))
         if finetuned:

@@ -201,8 +201,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
             logging.info("negatives of %s for epoch %d: %s", name, epoch, sets.summary())
             self._use(dataset, sets)
             self.in_use[name] = at
-            if hasattr(data_loader, "renew"):
-                data_loader.renew()
+            data_loader.renew()
 
     def _use(self, dataset: TripletDataset, sets: NegativeSets) -> None:
         if not sets.counts.any():
@@ -218,17 +217,19 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         benchmark = training_benchmark(name, dataset, self.seed, epoch)
         (group,) = benchmark.groups
         place = {image: number for number, image in enumerate(group.gallery)}
+        references = torch.tensor([place[triplet.reference] for triplet in dataset.triplets])
         targets = torch.tensor([place[triplet.target] for triplet in dataset.triplets])
+        right = targets if self.preference.positive == "target" else references
         banned = [{place[image] for image in own if image in place} for own in forbidden(dataset.triplets)]
         if epoch < self.mining.warmup_epochs:
-            found = _unscored(random_negatives(targets, banned, len(place), self.mining.pool, self.seed))
+            found = _unscored(random_negatives(right, banned, len(place), self.mining.pool, self.seed))
         else:
-            found = self._search(benchmark, dataset, targets, banned, place)
+            found = self._search(benchmark, dataset, right, banned, place)
         arrays = {field: rows.numpy() for field, rows in found._asdict().items()}
         settings = {**dataclasses.asdict(self.mining), "window": list(self.mining.window)}
         return NegativeSets(
             names=list(group.gallery),
-            references=torch.tensor([place[triplet.reference] for triplet in dataset.triplets]).int().numpy(),
+            references=references.int().numpy(),
             targets=targets.int().numpy(),
             texts=[query.texts[0] for query in group.queries],
             about={"dataset": name, "epoch": epoch, "seed": self.seed, "negatives": settings},
@@ -240,7 +241,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         self,
         benchmark: Benchmark,
         dataset: TripletDataset,
-        targets: Tensor,
+        right: Tensor,
         banned: Sequence[set[int]],
         place: Mapping[str, int],
     ) -> Mined:
@@ -249,14 +250,14 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         loader = DataLoader(images, **self.loader_options)
         evaluation = Evaluation(self.model, loader, self.device.type == "cuda", self.gallery_dtype)
         gallery = evaluation.encode_gallery()
-        own = share(len(targets))
+        own = share(len(right))
         index = build_index(self.mining.index_kind(len(gallery)), gallery)
         parts: list[Mined] = []
         with together():
             if len(own):
                 (group,) = benchmark.groups
                 if self.mining.source == "positive":
-                    query = mean_features(gallery)[targets[list(own)]]
+                    query = mean_features(gallery)[right[list(own)]]
                 else:
                     query = evaluation.encode_queries("multimodal", [[group.queries[row] for row in own]])
                 candidates = None
@@ -264,7 +265,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
                     triplets = [dataset.triplets[row] for row in own]
                     candidates = padded([[place[m] for m in t.members if m in place] for t in triplets], width=1)
                 rows = padded([sorted(banned[row]) for row in own], width=1)
-                parts = [mine(query, index, targets[list(own)], rows, self.mining, candidates)]
+                parts = [mine(query, index, right[list(own)], rows, self.mining, candidates)]
         return joined([part for of_process in gather(parts) for part in of_process])
 
     def _from_file(self, name: str, dataset: TripletDataset, path: str) -> NegativeSets:
