@@ -114,9 +114,14 @@ class Scores:
     def exact_pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the exact scores of pairs of a query and an image: all three ``(n,)``, the scores float64."""
         scores = self.unit.new_empty(len(rows))
-        for part in split(len(rows), self._block_bytes, 8 * self.num_features * self.width):
-            vectors = self._fixed(self._take(columns[part]))
-            scores[part] = vectors.mul_(self._fixed_query[rows[part]].unsqueeze(1)).sum(dim=2).amax(dim=1)
+        for part in split(len(rows), self._block_bytes, 4 * self.num_features * self.width):
+            vectors = self._take(columns[part])
+            approximate = (self._float32(vectors) @ self._query[rows[part]].unsqueeze(2)).squeeze(2).double()
+            # Of an image's features only those can be the best whose approximate scores are that close to the best one.
+            close = approximate >= approximate.amax(dim=1, keepdim=True) - 2 * self.bound[rows[part]]
+            pair, feature = close.nonzero(as_tuple=True)
+            exact = self._fixed(vectors[pair, feature]).mul_(self._fixed_query[rows[part][pair]]).sum(dim=1)
+            scores[part] = torch.full_like(scores[part], -math.inf).scatter_reduce(0, pair, exact, "amax")
         return scores.mul_(self._integer_unit)
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor
 from lavis_cir_plugin import fixed_point
 from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
 from lavis_cir_plugin.fixed_point import longest_feature, split
-from lavis_cir_plugin.ranking import rank, rerank
+from lavis_cir_plugin.ranking import SPARE, rank, rerank
 
 KINDS = ("exact", "flat", "ivf", "hnsw")
 
@@ -118,15 +118,16 @@ class Index:
         return 1 if self.gallery.dim() == 2 else self.gallery.shape[1]
 
     def _candidates(self, query: Tensor, k: int, excluded: Tensor, hits: int, most: int) -> Tensor:
-        """Return distinct images ``(Q, C)``, padded with -1; k or more per query where FAISS finds so many."""
+        """Return distinct images ``(Q, C)``, best first, -1 at the end; k to k + SPARE where FAISS finds so many."""
         while True:
             vectors = self._nearest(query, hits)
             images = torch.where(vectors >= 0, vectors // self._per_image, -1)
-            images = images.masked_fill_(images == excluded.unsqueeze(1), -1).sort(dim=1).values
-            images[:, 1:].masked_fill_(images[:, 1:] == images[:, :-1], -1)
-            counts = (images >= 0).sum(dim=1)
+            images.masked_fill_(images == excluded.unsqueeze(1), -1)
+            is_new = _first_occurrences(images) & (images >= 0)
+            counts = is_new.sum(dim=1)
             if hits >= most or not ((counts < k) & (vectors[:, -1] >= 0)).any():  # -1: FAISS has no more
-                return images.sort(dim=1, descending=True).values[:, : max(k, int(counts.max()))]
+                best = (~is_new).int().argsort(dim=1, stable=True)[:, : max(k, min(int(counts.max()), k + SPARE))]
+                return images.masked_fill_(~is_new, -1).gather(1, best)
             hits = min(2 * hits, most)
 
     def _nearest(self, query: Tensor, hits: int) -> Tensor:
@@ -287,6 +288,14 @@ def _on_gpu(faiss: ModuleType, kind: str, vectors: Any) -> Any:
     copy = faiss.index_cpu_to_gpu(resources, 0, vectors)
     copy.resources = resources  # it does not keep them alive itself
     return copy
+
+
+def _first_occurrences(rows: Tensor) -> Tensor:
+    """Return where a row holds a value for the first time: ``(Q, C)`` bool."""
+    values, order = rows.sort(dim=1, stable=True)
+    is_new = torch.ones_like(values, dtype=torch.bool)
+    is_new[:, 1:] = values[:, 1:] != values[:, :-1]
+    return torch.empty_like(is_new).scatter_(1, order, is_new)
 
 
 def _rows(features: Tensor, scale: float = 1.0) -> np.ndarray[Any, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from lavis_cir_plugin import fixed_point
 from lavis_cir_plugin.benchmarks.benchmark import Triplet, did_you_mean
 from lavis_cir_plugin.fixed_point import split
-from lavis_cir_plugin.index import KINDS, Index
+from lavis_cir_plugin.index import KINDS, Index, build_index
 from lavis_cir_plugin.ranking import padded, rerank
 
 SOURCES = ("query", "positive", "image_set")
@@ -37,6 +37,7 @@ _RANKS = (0, 5, 10, 25, 50, 100, 250, 500, 1000)
 _SCORES_OF_TWINS = 0.05
 """Unit features with a cosine of 0.999 are sqrt(0.002) = 0.045 apart, so that scores of twins differ by no more."""
 _TWINS_FORESEEN = 8
+_PROBES = 8
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,6 @@ class Mining:
         problems = list(self._problems())
         if problems:
             raise ValueError(" ".join(problems))
-
-    def index_kind(self, size: int) -> str:
-        """Return the kind of index over a gallery of so many images."""
-        if self.index != "auto":
-            return self.index
-        return "ivf" if size >= LARGE_GALLERY else "exact"
 
     def mined_at(self, epoch: int) -> int:
         """Return the epoch at whose beginning the negatives of this one are found."""
@@ -279,6 +274,17 @@ def joined(parts: Sequence[Mined]) -> Mined:
     return Mined(*(torch.cat(rows) for rows in zip(*parts)))
 
 
+def mining_index(gallery: Tensor, settings: Mining) -> Index:
+    """Index a gallery, ``(G, D)`` or ``(G, K, D)`` of unit length, to be mined.
+
+    An inverted file looks into fewer lists than for retrieval: a hard negative that is missed leaves others.
+    """
+    kind = settings.index
+    if kind == "auto":
+        kind = "ivf" if len(gallery) >= LARGE_GALLERY else "exact"
+    return build_index(kind, gallery, probes=_PROBES)
+
+
 def mine(
     query: Tensor,
     index: Index,
@@ -307,7 +313,8 @@ def mine(
     parts = []
     for part in split(len(query), fixed_point.WORKING_BYTES, depth * (64 + banned.shape[1])):
         if candidates is None:
-            scores, found = index.search(query[part], depth)
+            # So many vectors belong to as many images even where all of an image's are alike.
+            scores, found = index.search(query[part], depth, hits=depth * index.gallery[0].numel() // query.shape[1])
         else:
             scores, found = rerank(query[part], index.gallery, candidates[part], depth, longest=index.longest)
         own, _ = rerank(query[part], index.gallery, targets[part, None], 1, longest=index.longest)

@@ -21,7 +21,6 @@ from lavis_cir_plugin import report
 from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query, did_you_mean, no_metrics
 from lavis_cir_plugin.config import as_plain
 from lavis_cir_plugin.datasets import BenchmarkDataset, TripletDataset
-from lavis_cir_plugin.index import build_index
 from lavis_cir_plugin.negatives import (
     Mined,
     Mining,
@@ -31,6 +30,7 @@ from lavis_cir_plugin.negatives import (
     load_negatives,
     mean_features,
     mine,
+    mining_index,
     negatives_path,
     random_negatives,
 )
@@ -251,7 +251,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         evaluation = Evaluation(self.model, loader, self.device.type == "cuda", self.gallery_dtype)
         gallery = evaluation.encode_gallery()
         own = share(len(right))
-        index = build_index(self.mining.index_kind(len(gallery)), gallery)
+        index = mining_index(gallery, self.mining)
         parts: list[Mined] = []
         with together():
             if len(own):
