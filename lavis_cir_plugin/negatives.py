@@ -186,18 +186,19 @@ class NegativeSets:
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                # As an array of strings, each would take as much as the longest.
-                content = np.frombuffer(json.dumps(texts).encode(), np.uint8)
-                np.savez_compressed(file, texts=content, **{name: getattr(self, name) for name in _ARRAYS})
-            os.replace(part, path)
+            try:
+                with part.open("wb") as file:
+                    # As an array of strings, each would take as much as the longest.
+                    content = np.frombuffer(json.dumps(texts).encode(), np.uint8)
+                    np.savez_compressed(file, texts=content, **{name: getattr(self, name) for name in _ARRAYS})
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
         except OSError as error:
             raise OSError(
                 f"the mined negatives cannot be written to {path} ({error.strerror or error}); free some space or set "
                 "run.output_dir to another disk."
             ) from error
-        finally:
-            part.unlink(missing_ok=True)
         return path
 
 
