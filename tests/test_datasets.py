@@ -15,6 +15,7 @@ from torchvision.transforms import InterpolationMode
 from lavis_cir_plugin.benchmarks import fashioniq
 from lavis_cir_plugin.benchmarks.benchmark import Triplet
 from lavis_cir_plugin.datasets import BenchmarkDataset, TripletDataset, image_id
+from lavis_cir_plugin.negatives import NegativeSets
 from lavis_cir_plugin.processors import TargetPadProcessor, pad_to_ratio
 
 SIZES = {"train_triplets": 8, "train_images": 12, "val_queries": 4, "val_images": 8, "test_queries": 2}
@@ -78,6 +79,73 @@ def test_a_reference_caption_goes_through_the_text_processor(tmp_path):
         dataset = TripletDataset([triplet], {"a": path}, np.asarray, str.lower, lambda texts, rng: texts[0])
         assert set(dataset[0]) - {"image", "image_id", "target", "text_input", "target_id"} == keys
         assert dataset[0].get("reference_caption") == (caption.lower() or None)
+
+
+@pytest.fixture
+def with_negatives(tmp_path):
+    """Three triplets over pictures whose every pixel is their number; negatives 2, 3 and 4; 5; and none."""
+    paths = {}
+    for number in range(6):
+        paths[str(number)] = tmp_path / f"{number}.png"
+        Image.new("L", (2, 2), number).convert("RGB").save(paths[str(number)])
+    triplets = [Triplet("0", "1", ("red", "blue")), Triplet("1", "2", ("red",)), Triplet("2", "3", ("red",))]
+
+    def picture(image):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+    dataset = TripletDataset(triplets, paths, picture, str.upper, lambda texts, rng: rng.choice(texts))
+    nan = float("nan")
+    sets = NegativeSets(
+        names=list(paths),
+        references=np.array([0, 1, 2]),
+        targets=np.array([1, 2, 3]),
+        texts=["mined text", "red", "red"],
+        negatives=np.array([[2, 3, 4], [5, -1, -1], [-1, -1, -1]]),
+        scores=np.array([[0.5, 0.25, 0.125], [0.75, nan, nan], [nan] * 3], dtype=np.float32),
+        target_scores=np.array([0.875, 0.625, 0.375], dtype=np.float32),
+        ranks=np.array([[0, 1, 2], [0, -1, -1], [-1] * 3]),
+        target_ranks=np.array([3, 1, 0]),
+    )
+    return dataset, sets
+
+
+def numbers(pictures):
+    assert (pictures == pictures[:, :1, :1, :1]).all()
+    return pictures[:, 0, 0, 0].int().tolist()
+
+
+def test_negatives_are_drawn_without_repetition_and_the_target_stands_in(with_negatives):
+    dataset, sets = with_negatives
+    assert "negatives" not in dataset[0]
+    dataset.use_negatives(sets, 2)
+    random.seed(0)
+    drawn = [numbers(dataset[0]["negatives"]) for _ in range(60)]
+    assert {tuple(row) for row in drawn} == {(2, 3), (2, 4), (3, 4)}
+    assert dataset[0]["negatives_present"].tolist() == [True, True]
+    assert numbers(dataset[1]["negatives"]) == [5, 2]
+    assert dataset[1]["negatives_present"].tolist() == [True, False]
+    assert numbers(dataset[2]["negatives"]) == [3, 3]
+    assert dataset[2]["negatives_present"].tolist() == [False, False]
+    batch = dataset.collater([dataset[index] for index in range(3)])
+    assert batch["negatives"].shape == (3, 2, 3, 2, 2)
+    assert batch["negatives_present"].shape == (3, 2)
+    assert "reference_scores" not in batch
+    assert {dataset[0]["text_input"] for _ in range(30)} == {"RED", "BLUE"}
+
+
+def test_the_scores_of_negatives_come_with_the_text_that_they_belong_to(with_negatives):
+    """First the right image's, then those of the negatives drawn; of a missing one, the right image's again."""
+    dataset, sets = with_negatives
+    dataset.use_negatives(sets, 2, with_scores=True)
+    score_of = {2: 0.5, 3: 0.25, 4: 0.125}
+    for _ in range(10):
+        sample = dataset[0]
+        assert sample["text_input"] == "MINED TEXT"
+        expected = [0.875, *(score_of[number] for number in numbers(sample["negatives"]))]
+        assert sample["reference_scores"].tolist() == expected
+    assert dataset[1]["reference_scores"].tolist() == [0.625, 0.75, 0.625]
+    assert dataset[2]["reference_scores"].tolist() == [0.375, 0.375, 0.375]
+    assert dataset[2]["reference_scores"].dtype == torch.float32
 
 
 def test_image_ids_are_stable_and_fit_a_signed_integer():

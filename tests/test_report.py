@@ -14,6 +14,7 @@ from PIL import Image, ImageColor, ImageDraw
 
 from lavis_cir_plugin import report
 from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query
+from lavis_cir_plugin.negatives import NegativeSets
 from lavis_cir_plugin.ranking import Ranking, average_precision_at, recall_at
 from lavis_cir_plugin.tracking import RunLog
 
@@ -425,6 +426,92 @@ def test_text_wraps_at_blanks_and_breaks_a_word_that_is_too_wide():
     assert report._wrap("  ", 16, 120) == []
 
 
+# -- negatives -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mined(tmp_path):
+    """Two triplets over six pictures in one colour each: reference 0, target 1, negatives 2 and 3; and one without."""
+    paths = []
+    for number, colour in enumerate(("red", "lime", "blue", "yellow", "black", "white")):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.new("RGB", (40, 50), colour).save(paths[-1])
+    return NegativeSets(
+        names=list("abcdef"),
+        references=np.array([0, 4], dtype=np.int32),
+        targets=np.array([1, 5], dtype=np.int32),
+        texts=["is red", "is blue"],
+        negatives=np.array([[2, 0, 3], [-1, -1, -1]], dtype=np.int32),
+        scores=np.array([[0.75, 0.5, 0.25], [np.nan] * 3], dtype=np.float32),
+        target_scores=np.array([0.875, 0.5], dtype=np.float32),
+        ranks=np.array([[4, 5, 1200], [-1, -1, -1]], dtype=np.int32),
+        target_ranks=np.array([0, -1], dtype=np.int32),
+        about={"dataset": "cirr", "epoch": 3, "negatives": {"source": "query", "cap": None, "window": [0, 50]}},
+        paths=paths,
+    )
+
+
+def colours_of(path, row):
+    """Return the colours in the middle of each place of a line of pictures, left to right."""
+    with Image.open(path) as image:
+        sheet = np.asarray(image.convert("RGB"))
+    lines = np.nonzero((sheet == ImageColor.getrgb(report.GREEN)).all(axis=2).sum(axis=1) >= report.PICTURE[0])[0]
+    tops = lines[:: 2 * report.FRAME]  # a frame has so many lines above and so many below
+    y = tops[row] + report.PICTURE[1] // 2
+    first = report.MARGIN + report.PICTURE[0] + report.GAP + report.TEXT_WIDTH + report.GAP
+    after = first + report.PICTURE[0] + report.SECTION_GAP
+    lefts = [report.MARGIN, first, *range(after, sheet.shape[1] - report.MARGIN, report.PICTURE[0] + report.GAP)]
+    return [tuple(int(value) for value in sheet[y, left + report.PICTURE[0] // 2]) for left in lefts]
+
+
+def test_the_sheet_of_negatives_shows_each_picture_in_its_place(tmp_path, mined):
+    report.negatives_sheet(mined, tmp_path / "sheet.png")
+    red, lime, blue, yellow = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))
+    assert colours_of(tmp_path / "sheet.png", 0) == [red, lime, blue, red, yellow]
+    assert colours_of(tmp_path / "sheet.png", 1)[:2] == [(0, 0, 0), (255, 255, 255)]
+    report.negatives_sheet(mined, tmp_path / "narrow.png", columns=1)
+    assert colours_of(tmp_path / "narrow.png", 0) == [red, lime, blue]
+
+
+def test_the_sheet_of_negatives_tells_ranks_scores_and_settings(tmp_path, mined, monkeypatch):
+    """Ranks from 1; the reference is named; where nothing is left it says so; two triplets are all there are."""
+    written = []
+    plain = ImageDraw.ImageDraw.text
+
+    def recorded(self, place, text, *args, **kwargs):
+        written.append(text)
+        plain(self, place, text, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", recorded)
+    report.negatives_sheet(mined, tmp_path / "sheet.png")
+    assert {"1, 0.875", "5, 0.750", "6, 0.500 (reference)", "1,201, 0.250", "0.500", "none passes the rules"} <= {
+        *written
+    }
+    assert {"is red", "is blue", "Negatives of cirr, mined at the beginning of epoch 3"} <= {*written}
+    assert "run.negatives: source query, cap null, window [0, 50]" in written
+    lines = " ".join(written)
+    assert "Shown: 2 of 2 triplets, chosen at random with seed 0, with the hardest 3 of up to 3 negatives" in lines
+    assert "50.0 % without one" in lines
+
+
+def test_the_sheet_of_negatives_draws_by_the_seed(tmp_path, mined):
+    sheets = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1), ("d", 2), ("e", 3)):
+        report.negatives_sheet(mined, tmp_path / f"{name}.png", rows=1, seed=seed)
+        sheets.append(colours_of(tmp_path / f"{name}.png", 0)[0])
+    assert sheets[0] == sheets[1]
+    assert set(sheets) == {(255, 0, 0), (0, 0, 0)}
+
+
+def test_pictures_of_negatives_that_have_moved_are_named(tmp_path, mined):
+    Path(mined.paths[3]).unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"1 of 6 pictures are not where they were .*3.png\); put them back, or"
+    ):
+        report.negatives_sheet(mined, tmp_path / "sheet.png")
+    report.negatives_sheet(mined, tmp_path / "sheet.png", columns=2)  # it is not shown then
+
+
 # -- training curve --------------------------------------------------------------------------------------------------
 
 
@@ -441,6 +528,10 @@ class Log:
         for index, values in enumerate(batches):
             self.log.log_step(self.epoch * len(batches) + index, self.epoch, values)
         self.log.log_epoch(0, self.epoch, "train", {"loss": loss, "lr": "0.000"})
+        return self
+
+    def preferences(self, **values):
+        self.log.log_epoch(0, self.epoch, "train", values)
         return self
 
     def val(self, percent, agg=None, split="val"):
@@ -531,6 +622,29 @@ def test_curve_shows_every_batch_and_the_perturbation(run, figures):
 def test_curve_of_a_run_without_perturbation_has_no_panel_for_it(run, figures):
     curve(run.train(2.5, [{"loss": 3.0, "lr": 1e-4}]))
     assert [axes.get_ylabel() for axes in figures[0].axes] == ["training loss", "learning rate"]
+
+
+def test_curve_of_preferences_has_a_panel_of_shares_and_one_of_cosines(run, figures):
+    for epoch in range(2):
+        run.train(2.0 - epoch).preferences(
+            reward_accuracy=0.5 + 0.2 * epoch, without_negative=0.1, reward_margin=0.02 * epoch, positive_drift=-0.01
+        )
+        run.val(30.0)
+    curve(run)
+    labels = [axes.get_ylabel() for axes in figures[0].axes]
+    assert labels == ["training loss", "mean in percent", "share", "cosine"]
+    share, cosine = figures[0].axes[2:4]
+    assert legend(share) == ["h > 0 (reward accuracy)", "queries without a negative"]
+    assert points(share) == [(0, 0.5), (1, 0.7)]
+    assert points(share, 1) == [(0, 0.1), (1, 0.1)]
+    assert legend(cosine) == ["h (reward margin)", "drift of the right image's score"]
+    assert points(cosine) == [(0, 0.0), (1, 0.02)]
+    assert points(cosine, 1) == [(0, -0.01), (1, -0.01)]
+
+
+def test_curve_without_a_reference_policy_has_no_drift(run, figures):
+    curve(run.train(2.0).preferences(reward_margin=0.1, reward_accuracy=1.0, without_negative=0.0).val(30.0))
+    assert legend(figures[0].axes[3]) == ["h (reward margin)"]
 
 
 def test_curve_of_an_evaluation_alone_has_one_panel(run, figures):

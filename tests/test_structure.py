@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "lavis_cir_plugin"
 WITHOUT_LAVIS = [
     PACKAGE / "feature_cache.py",
     PACKAGE / "losses.py",
+    PACKAGE / "negatives.py",
     PACKAGE / "open_clip_towers.py",
     PACKAGE / "pseudo_word.py",
     PACKAGE / "shards.py",
@@ -24,6 +25,7 @@ WITHOUT_LAVIS = [
     PACKAGE / "data_order.py",
     PACKAGE / "perturbation.py",
     PACKAGE / "perturbed_model.py",
+    PACKAGE / "preference.py",
     PACKAGE / "random_state.py",
     PACKAGE / "recomputation.py",
     PACKAGE / "ranking.py",
