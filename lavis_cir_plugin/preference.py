@@ -123,10 +123,8 @@ def preference_losses(margins: Tensor, present: Tensor, scores: Tensor, settings
     """
     exponent = (settings.beta * margins).masked_fill(~present, 0)
     if settings.variant == "sdpo":
-        # Where nothing is present, -inf alone would make the gradient NaN.
-        has_some = present.any(dim=1)
-        masked = (-exponent).masked_fill(~present & has_some[:, None], -torch.inf)
-        return F.softplus(torch.logsumexp(masked, dim=1)) * has_some
+        # Without a wrong image the sum is 0 and its logarithm -inf, of which softplus is 0.
+        return F.softplus(torch.logsumexp((-exponent).masked_fill(~present, -torch.inf), dim=1))
     epsilon = settings.epsilon
     right, wrong = F.softplus(-exponent), F.softplus(exponent)  # -log sigma(x), -log sigma(-x)
     by_pair = {

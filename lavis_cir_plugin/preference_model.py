@@ -19,9 +19,6 @@ from lavis_cir_plugin.losses import contrastive_loss
 from lavis_cir_plugin.preference import Preference, preference_losses, reward_margins
 from lavis_cir_plugin.processes import rank_and_world
 
-STATISTICS = ("reward_accuracy", "reward_margin", "positive_drift", "without_negative")
-"""What a training step returns besides losses; averaged over an epoch in the logs."""
-
 
 class HasScores(Protocol):
     """What a model offers to be trained by Retrieval-DPO: features with gradients, whose products are scores."""

@@ -18,13 +18,14 @@ from lavis_cir_plugin.datasets import TripletDataset
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.negatives import load_negatives
 from lavis_cir_plugin.open_clip_towers import load_clip
-from lavis_cir_plugin.preference_model import STATISTICS, PreferenceModel
+from lavis_cir_plugin.preference_model import PreferenceModel
 from lavis_cir_plugin.tasks.retrieval_dpo import RetrievalDpoTask
 
 WORLD = {
     "train_triplets": 8, "train_images": 12, "val_queries": 8, "val_images": 14, "test_queries": 1, "test_images": 2,
     "image_width": 48, "image_height": 60,
 }  # fmt: skip
+STATISTICS = ("loss_dpo", "loss_itc", "reward_accuracy", "reward_margin", "positive_drift", "without_negative")
 BLIP = {**SMALL, "arch": "blip2_cir", "model_type": "tiny", "load_finetuned": True, "freeze_vit": True}
 CLIP = {"arch": "clip_cir", "model_type": "tiny", "clip_model": "small_clip_square", "image_size": 16}
 
@@ -170,7 +171,7 @@ def test_the_working_recipe_logs_what_it_learns_and_its_checkpoint_is_a_plain_on
     for epoch in range(2):
         steps = [out for out in outputs if out["epoch"] == epoch]
         assert len(steps) == 24 // 6
-        for name in ("loss_dpo", "loss_itc", *STATISTICS):
+        for name in STATISTICS:
             values = [out[name] for out in steps if math.isfinite(out[name])]
             assert logged[epoch, name] == pytest.approx(sum(values) / len(values), abs=6e-6), name
     lines = [json.loads(line) for line in log_of(made).strip().splitlines()]
