@@ -43,6 +43,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/triplets_full_size.py
 	$(BIN)/python benchmarks/validation_metrics.py
 	$(BIN)/python benchmarks/circo_full_size.py
+	$(BIN)/python benchmarks/negatives_full_size.py
 	$(BIN)/python benchmarks/check_full_size.py
 	@if [ -d "$(CIR_DATA)/fashionIQ_dataset/captions" ]; then set -x; \
 		$(BIN)/python benchmarks/fashioniq_full_size.py --annotations "$(CIR_DATA)/fashionIQ_dataset"; \

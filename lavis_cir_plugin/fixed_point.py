@@ -102,15 +102,6 @@ class Scores:
         )
         return scores.mul_(self._integer_unit)
 
-    def approximate_some(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Return the approximate scores of each query with images of its own: ``columns`` and result ``(n, C)``."""
-        query, scores = self._query[rows], torch.empty(columns.shape, device=self.device)
-        for part in split(len(rows), self._block_bytes, 4 * columns.shape[1] * self.num_features * self.width):
-            vectors = self._float32(self._take(columns[part].flatten())).flatten(0, 1)
-            products = vectors.view(len(rows[part]), -1, self.width) @ query[part].unsqueeze(2)
-            scores[part] = products.view(-1, columns.shape[1], self.num_features).amax(dim=2)
-        return scores
-
     def exact_pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the exact scores of pairs of a query and an image: all three ``(n,)``, the scores float64."""
         scores = self.unit.new_empty(len(rows))

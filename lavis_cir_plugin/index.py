@@ -19,12 +19,15 @@ from torch import Tensor
 from lavis_cir_plugin import fixed_point
 from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
 from lavis_cir_plugin.fixed_point import longest_feature, split
-from lavis_cir_plugin.ranking import SPARE, rank, rerank
+from lavis_cir_plugin.ranking import rank, rerank
 
 KINDS = ("exact", "flat", "ivf", "hnsw")
 
 HITS_PER_RESULT = 4
 """How many feature vectors FAISS is asked for per image that is wanted, at least."""
+
+SPARE = 16
+"""How many images beyond the best k are scored again, because FAISS may have a few of them in a wrong order."""
 
 VECTORS_PER_LIST, SAMPLE_PER_LIST = 39, 64
 """Vectors that a list of an inverted file needs, so that FAISS trains it without a warning, and is trained on."""

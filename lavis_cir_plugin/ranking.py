@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
 from lavis_cir_plugin import fixed_point
-from lavis_cir_plugin.fixed_point import Scores, similarity, split
+from lavis_cir_plugin.fixed_point import Scores, similarity
 
 __all__ = ["Ranking", "average_precision_at", "padded", "rank", "recall_at", "rerank", "similarity"]
 
@@ -129,15 +129,13 @@ def rerank(
     """
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         scores = Scores(query, gallery, longest)
-        top = candidates.new_full((len(query), k), -1)
-        for part in split(len(query), fixed_point.WORKING_BYTES, 8 * candidates.shape[1]):
-            rows, columns = torch.arange(len(query), device=query.device)[part], candidates[part]
-            approximate = scores.approximate_some(rows, columns.clamp(min=0)).masked_fill_(columns < 0, -math.inf)
-            top[part] = _best_of(scores, rows, columns, approximate)[:, :k]
-        row, place = (top >= 0).nonzero(as_tuple=True)
-        exact = torch.full(top.shape, -math.inf, dtype=torch.float64, device=query.device)
-        exact[row, place] = scores.exact_pairs(row, top[row, place])
-        return exact * scores.unit, top
+        columns = candidates.sort(dim=1).values  # a stable sort by score then puts equal ones in order of their index
+        exact = torch.full(columns.shape, -math.inf, dtype=torch.float64, device=query.device)
+        row, place = (columns >= 0).nonzero(as_tuple=True)
+        exact[row, place] = scores.exact_pairs(row, columns[row, place])
+        best, order = exact.sort(dim=1, descending=True, stable=True)
+        top = columns.gather(1, order[:, :k]).masked_fill_(best[:, :k] == -math.inf, -1)
+        return best[:, :k] * scores.unit, top
 
 
 def padded(rows: Iterable[Sequence[int]], width: int = 0) -> Tensor:

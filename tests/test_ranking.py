@@ -287,7 +287,19 @@ def test_the_bound_holds(kind: str, width: int):
     columns = torch.randint(200, (30, 7), generator=generator)
     pairs = scores.exact_pairs(rows.repeat_interleave(7), columns.flatten()).view(30, 7)
     assert torch.equal(pairs, scores.exact(rows).gather(1, columns))
-    assert ((scores.approximate_some(rows, columns).double() - pairs).abs() <= scores.bound).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_scores_of_pairs_are_those_of_whole_rows(kind: str):
+    """Of images with several features, some of them equal, or too close for approximate scores to tell the best."""
+    generator = torch.Generator().manual_seed(5)
+    query, gallery = features(generator, kind, 20, 16), features(generator, kind, 200, 16).view(50, 4, 16)
+    gallery[:, 1] = gallery[:, 0]
+    gallery[:, 2] = gallery[:, 0] * (1 + 2.0**-22)
+    scores = Scores(query, gallery)
+    columns = torch.randint(50, (20, 9), generator=generator)
+    pairs = scores.exact_pairs(torch.arange(20).repeat_interleave(9), columns.flatten()).view(20, 9)
+    assert torch.equal(pairs, scores.exact(torch.arange(20)).gather(1, columns))
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError])

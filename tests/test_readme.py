@@ -14,7 +14,17 @@ import yaml
 from lavis.common.config import Config
 from omegaconf import OmegaConf
 
-from lavis_cir_plugin import adapters, check, command_line, config, gap, garments, submission, synthetic_triplets
+from lavis_cir_plugin import (
+    adapters,
+    check,
+    command_line,
+    config,
+    gap,
+    garments,
+    negatives,
+    submission,
+    synthetic_triplets,
+)
 from lavis_cir_plugin.adapters import Lora
 from lavis_cir_plugin.benchmarks import cirr, fashioniq, triplets
 from lavis_cir_plugin.benchmarks.captions import CaptionsConfig
@@ -30,11 +40,13 @@ from lavis_cir_plugin.models.blip2_cir import Blip2Cir
 from lavis_cir_plugin.models.clip_cir import ClipCir
 from lavis_cir_plugin.models.tscir_composing import TscirComposing
 from lavis_cir_plugin.models.tscir_mapping import TscirMapping
+from lavis_cir_plugin.negatives import Mining
 from lavis_cir_plugin.perturbation import WeightPerturbation
+from lavis_cir_plugin.preference import Preference
 from lavis_cir_plugin.runners.resumable import LAST, PREVIOUS
 from lavis_cir_plugin.runners.wrf4cir import RunnerWrf4Cir
 from lavis_cir_plugin.shards import ShardsConfig
-from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask
+from lavis_cir_plugin.tasks.retrieval_dpo import RetrievalDpoTask
 from lavis_cir_plugin.tracking import EPOCHS, STEPS
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +100,8 @@ def blocks(language: str) -> list[str]:
         ("`datasets.garments_vqa.garments` and `datasets.garments_caption.garments`", QuestionsConfig),
         ("`run.wrf`", WeightPerturbation),
         ("`run.lora`", Lora),
+        ("`run.dpo`", Preference),
+        ("`run.negatives`", Mining),
     ],
 )
 def test_a_table_has_every_field_and_its_default(heading, cls):
@@ -136,12 +150,12 @@ def test_the_data_set_table_has_every_key():
 
 def test_the_run_table_has_every_default_and_no_unknown_key():
     written = table("`run`")
-    readers = (RunnerWrf4Cir, ComposedRetrievalTask, *config._RUN_KEY_READERS)
+    readers = (RunnerWrf4Cir, RetrievalDpoTask, *config._RUN_KEY_READERS)
     assert set(written) >= {*config.RUN_DEFAULTS, *config._TRAINING_KEYS, *(k for r in readers for k in r.RUN_KEYS)}
     stated = {key: default for key, default in config.RUN_DEFAULTS.items() if written[key] != "set"}
     assert {key: yaml.safe_load(written[key]) for key in stated} == stated
     run = {key: yaml.safe_load(written[key]) for reader in readers for key in reader.RUN_KEYS if key != "adam_eps"}
-    run = {**dict.fromkeys(written), **config.RUN_DEFAULTS, **run, "task": "composed_retrieval"}
+    run = {**dict.fromkeys(written), **config.RUN_DEFAULTS, **run, "task": "retrieval_dpo"}
     assert list(config._run_names(OmegaConf.create({**run, "runner": "runner_wrf4cir"}))) == []
 
 
@@ -197,6 +211,7 @@ def test_every_lavis_cir_command_is_understood(monkeypatch):
     monkeypatch.setattr(check, "_check", understood.append)
     monkeypatch.setattr(submission, "_check", understood.append)
     monkeypatch.setattr(synthetic_triplets, "_run", understood.append)
+    monkeypatch.setattr(negatives, "_show", understood.append)
     joined = [re.sub(r"\\\n\s*", " ", block) for block in blocks("bash")]
     lines = [line for block in joined for line in block.splitlines() if line.startswith("lavis-cir ")]
     for line in lines:
