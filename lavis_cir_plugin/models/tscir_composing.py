@@ -111,6 +111,12 @@ class TscirComposing(TscirMapping):
         self.frozen += [self.mapping, self.injections]
         self.train(self.training)
 
+    @classmethod
+    def _values(cls, cfg: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the constructor would be given; a checkpoint of this model holds the mapping already."""
+        values = super()._values(cfg)
+        return {**values, "mapping_checkpoint": None} if cfg.get("load_finetuned") else values
+
     def _load_mapping(self, path: str) -> None:
         """Load a checkpoint of stage I, and nothing that this model's own checkpoints would not hold."""
         content = read_checkpoint(path)

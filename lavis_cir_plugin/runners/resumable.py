@@ -74,6 +74,7 @@ class ResumableRunner(PortableRunner):
         self._validation_metric = 0.0
         self._has_trained = False
         self._run_log: RunLog | None = None  # on the main process
+        self._train_means: dict[str, float] = {}  # of the last epoch
         self._epoch = 0  # of the part that was trained last, and the batches done since the run began
         self._batches_done = 0
         self._next_place = 0  # where the run goes on once that part is done
@@ -110,6 +111,14 @@ class ResumableRunner(PortableRunner):
             raise ValueError(
                 f"the training data gives no batch of run.batch_size_train: {self.config.run_cfg.batch_size_train} in "
                 "each process (LAVIS drops an incomplete one); choose a smaller batch."
+            )
+        if self._counts_iterations and self.max_iters % self.iters_per_inner_epoch:
+            logging.warning(
+                "run.max_iters: %d is no multiple of run.iters_per_inner_epoch: %d; LAVIS trains inner epochs whole, "
+                "%d batches in all",
+                self.max_iters,
+                self.iters_per_inner_epoch,
+                math.ceil(self.max_iters / self.iters_per_inner_epoch) * self.iters_per_inner_epoch,
             )
         is_writing = is_main_process() and not self.evaluate_only
         with lock_run(Path(self.output_dir)) if is_writing else nullcontext():
@@ -162,6 +171,8 @@ class ResumableRunner(PortableRunner):
         super().log_stats(stats, split_name)
         if self._run_log is not None and isinstance(stats, dict):
             values = {key: value for key, value in stats.items() if not key.startswith("best_")}
+            if split_name == "train":
+                values.update(self._train_means)  # LAVIS's have three decimals, which leaves nothing of a learning rate
             self._run_log.log_epoch(max(self._batches_done - 1, 0), self._epoch, split_name, values)
 
     def log_config(self) -> None:
@@ -187,6 +198,7 @@ class ResumableRunner(PortableRunner):
         try:
             stats = run()
             part.finish()
+            self._train_means = part.means()
         finally:
             delattr(self.task, name)
             part.bar.close()
@@ -428,12 +440,16 @@ class _Part:
         return len(self.meters) > 2
 
     def stats(self) -> dict[str, str]:
-        """Return LAVIS's averages over the whole epoch and all processes, in its format."""
+        """Return the averages in LAVIS's format."""
+        means = self.runner._train_means
+        return {name: f"{mean:.3f}" if name in ("lr", "loss") else f"{mean:.5f}" for name, mean in means.items()}
+
+    def means(self) -> dict[str, float]:
+        """Return LAVIS's averages over the whole epoch and all processes."""
         sums = torch.tensor(list(self.meters.values()), dtype=torch.float64, device=self.runner.device)
         if get_world_size() > 1:
             dist.all_reduce(sums)
-        means = {name: total / count for name, (count, total) in zip(self.meters, sums.tolist()) if count}
-        return {name: f"{mean:.3f}" if name in ("lr", "loss") else f"{mean:.5f}" for name, mean in means.items()}
+        return {name: total / count for name, (count, total) in zip(self.meters, sums.tolist()) if count}
 
     def _finish_batch(self, loss: Tensor) -> None:
         numbers = torch.stack([loss.float(), *(value.float() for value in self.outputs.values())]).tolist()
