@@ -37,6 +37,8 @@ _RANKS = (0, 5, 10, 25, 50, 100, 250, 500, 1000)
 _SCORES_OF_TWINS = 0.05
 """Unit features with a cosine of 0.999 are sqrt(0.002) = 0.045 apart, so that scores of twins differ by no more."""
 _TWINS_FORESEEN = 8
+DEEPEST = 1000
+"""How many images of a ranking are looked at, at most, unless a window ends later."""
 _PROBES = 8
 
 
@@ -44,22 +46,24 @@ _PROBES = 8
 class Mining:
     """Which training images are negatives of a triplet, as it stands under ``run.negatives``.
 
-    Images are ranked for each triplet; those that may not be negatives (:func:`forbidden`, and twins of the right
-    image) are left out and do not count. What passes every rule below is kept, best first.
+    Images are ranked for each triplet. Those that may not be negatives (:func:`forbidden`, and twins of the right
+    image) and those that score too much (``cap``, ``margin``) are left out; of the rest, ``window`` chooses by rank, so
+    that a right image that is far down has negatives too: those below it. They are kept best first.
 
     Attributes:
         source: What ranks the images: ``query``, the fused query of the triplet; ``positive``, the embedding of the
             right image itself, as the seed paper does; or ``image_set``, the query, within CIRR's set of six.
         count: Negatives in each step, >= 1, drawn without repetition from those kept; a triplet may have fewer.
         pool: How many are kept of each triplet, >= count.
-        window: Ranks ``[first, last]`` from 0 that may be negatives, last excluded.
+        window: Ranks ``[first, last]`` from 0 among what is not left out, last excluded. Below the first `DEEPEST` of
+            the whole ranking nothing is looked for.
         cap: Share of the right image's score that a negative's must stay below (positive-aware mining, NV-Retriever,
             arXiv 2407.15831), > 0 and <= 1; ``null``: no limit. Where the right image's score s is negative, below
             s - (1 - cap) |s|.
         margin: Cosines by which a negative must stay below the right image, >= 0 and <= 2; ``null``: no limit.
-        steep_drop: Keep only what lies between the two steepest drops of the score (:func:`between_drops`) among what
-            scores less than the right image within the window. QuRe (arXiv 2507.12416) has no window; where the right
-            image ranks below ours, nothing is kept.
+        steep_drop: Leave out what scores as much as the right image or more, and of the window keep only what lies
+            between its two steepest drops of the score (:func:`between_drops`). QuRe (arXiv 2507.12416), with
+            ``cap: null`` and without a window.
         warmup_epochs: Epochs with random negatives before the first mining, >= 0.
         refresh: Mine again every so many epochs with the weights as they are then; 0: never.
         index: One of lavis_cir_plugin.index.KINDS, or ``auto``: exact below `LARGE_GALLERY` images, ivf from there on.
@@ -308,19 +312,33 @@ def mine(
     Returns:
         The negatives ``(Q, pool)``, best first, padded with -1.
     """
-    # What is left out must not shorten the window.
+    # What is banned must not shorten the window.
     depth = settings.window[1] + 1 + banned.shape[1] + _TWINS_FORESEEN
-    depth = min(len(index.gallery), depth) if candidates is None else candidates.shape[1]
     parts = []
     for part in split(len(query), fixed_point.WORKING_BYTES, depth * (64 + banned.shape[1])):
+        own = rerank(query[part], index.gallery, targets[part, None], 1, longest=index.longest)[0]
         if candidates is None:
-            # So many vectors belong to as many images even where all of an image's are alike.
-            scores, found = index.search(query[part], depth, hits=depth * index.gallery[0].numel() // query.shape[1])
-        else:
-            scores, found = rerank(query[part], index.gallery, candidates[part], depth, longest=index.longest)
-        own, _ = rerank(query[part], index.gallery, targets[part, None], 1, longest=index.longest)
-        parts.append(_chosen(scores, found, own, targets[part], banned[part], index.gallery, settings))
+            parts.append(_search(query[part], index, own, targets[part], banned[part], settings, depth))
+            continue
+        width = candidates.shape[1]
+        scores, found = rerank(query[part], index.gallery, candidates[part], width, longest=index.longest)
+        parts.append(_chosen(scores, found, own, targets[part], banned[part], index.gallery, settings)[0])
     return joined(parts)
+
+
+def _search(
+    query: Tensor, index: Index, own: Tensor, targets: Tensor, banned: Tensor, settings: Mining, depth: int
+) -> Mined:
+    """Choose among the best ``depth`` of the gallery, and again among more for the queries whose window is not full."""
+    depth = min(depth, len(index.gallery))
+    # So many vectors belong to as many images even where all of an image's are alike.
+    scores, found = index.search(query, depth, hits=depth * index.gallery[0].numel() // query.shape[1])
+    mined, is_full = _chosen(scores, found, own, targets, banned, index.gallery, settings)
+    short = (~is_full).nonzero().squeeze(1)
+    if not len(short) or depth >= min(DEEPEST, len(index.gallery)):
+        return mined
+    some = query[short], index, own[short], targets[short], banned[short], settings, min(4 * depth, DEEPEST)
+    return Mined(*(rows.index_copy(0, short, deeper) for rows, deeper in zip(mined, _search(*some))))
 
 
 def _chosen(
@@ -331,8 +349,8 @@ def _chosen(
     banned: Tensor,
     gallery: Tensor,
     settings: Mining,
-) -> Mined:
-    """Apply the rules to a ranking.
+) -> tuple[Mined, Tensor]:
+    """Apply the rules to a ranking; return also whether it fills each window, ``(Q,)``.
 
     Args:
         scores: ``(Q, C)``, descending.
@@ -347,28 +365,30 @@ def _chosen(
     allowed = (found >= 0) & ~is_target & ~(found[:, :, None] == banned[:, None, :]).any(dim=2)
     row, column = (allowed & ((scores - own).abs() <= _SCORES_OF_TWINS)).nonzero(as_tuple=True)
     allowed[row, column] = ~_are_twins(gallery, found[row, column], targets[row])
-    place = allowed.cumsum(dim=1) - 1  # the rank among what is allowed
-    in_window = allowed & (place >= settings.window[0]) & (place < settings.window[1])
-    kept = in_window.clone()
     if settings.cap is not None:
-        kept &= scores < own - (1 - settings.cap) * own.abs()
+        allowed &= scores < own - (1 - settings.cap) * own.abs()
     if settings.margin is not None:
-        kept &= scores < own - settings.margin
+        allowed &= scores < own - settings.margin
     if settings.steep_drop:
-        kept &= between_drops(scores, in_window & (scores < own))
+        allowed &= scores < own
+    place = allowed.cumsum(dim=1) - 1  # the rank among what is allowed
+    kept = allowed & (place >= settings.window[0]) & (place < settings.window[1])
+    if settings.steep_drop:
+        kept = between_drops(scores, kept)
     order = (~kept).int().argsort(dim=1, stable=True)[:, : settings.pool]
     is_kept = kept.gather(1, order)
 
     def filled(rows: Tensor, fill: float) -> Tensor:
         return F.pad(rows.masked_fill(~is_kept, fill), (0, settings.pool - rows.shape[1]), value=fill)
 
-    return Mined(
+    mined = Mined(
         negatives=filled(found.gather(1, order).int(), -1),
         scores=filled(scores.gather(1, order).float(), torch.nan),
         target_scores=own[:, 0].float(),
         ranks=filled(order.int(), -1),
         target_ranks=torch.where(is_target.any(dim=1), is_target.int().argmax(dim=1), -1).int(),
     )
+    return mined, allowed.sum(dim=1) >= settings.window[1]
 
 
 def between_drops(scores: Tensor, counted: Tensor) -> Tensor:

@@ -59,17 +59,18 @@ def naive(query: Tensor, gallery: Tensor, targets: Tensor, banned: Tensor, rules
         ranked = range(len(scores)) if candidates is None else [c for c in candidates[row].tolist() if c >= 0]
         order = sorted(ranked, key=lambda image: (-scores[image], image))
         own, never = scores[target], {target, *banned[row].tolist()}
-        allowed = [image for image in order if image not in never and not is_twin(image, target)]
-        window = allowed[rules.window[0] : rules.window[1]]
-        below = [image for image in window if scores[image] < own]
-        between = {below[place] for place in naive_between([scores[image] for image in below])}
-        kept = [
+        allowed = [
             image
-            for image in window
-            if (rules.cap is None or scores[image] < own - (1 - rules.cap) * abs(own))
+            for image in order
+            if image not in never
+            and not is_twin(image, target)
+            and (rules.cap is None or scores[image] < own - (1 - rules.cap) * abs(own))
             and (rules.margin is None or scores[image] < own - rules.margin)
-            and (not rules.steep_drop or image in between)
-        ][: rules.pool]
+            and (not rules.steep_drop or scores[image] < own)
+        ]
+        window = allowed[rules.window[0] : rules.window[1]]
+        between = {window[place] for place in naive_between([scores[image] for image in window])}
+        kept = [image for image in window if not rules.steep_drop or image in between][: rules.pool]
         yield kept, [order.index(image) for image in kept], [scores[image] for image in kept], own
 
 
@@ -209,7 +210,7 @@ FALLING = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
         ({"cap": None, "margin": 0.25}, [4, 5]),  # below 0.55
         ({"cap": None, "pool": 2}, [0, 2]),
         ({"cap": None, "window": [1, 3]}, [2, 3]),
-        ({"cap": 0.85, "window": [1, 3]}, [3]),
+        ({"cap": 0.85, "window": [1, 3]}, [4, 5]),  # the second and third of those below 0.68
     ],
 )
 def test_rules_by_hand(rules, expected):
@@ -220,6 +221,14 @@ def test_rules_by_hand(rules, expected):
 def test_the_cap_of_a_negative_score():
     """-0.40 - 0.05 * 0.40 = -0.42: -0.41 is not below it, -0.43 is."""
     assert mined_by_hand([-0.40, -0.41, -0.43, 0.1], 0, pool=4) == [2]
+
+
+def test_a_right_image_far_down_has_the_negatives_below_it(monkeypatch):
+    """It is the 400th of 600; the first search sees 60. Deeper than DEEPEST nothing is looked for."""
+    scores = [0.9 - 0.001 * number for number in range(600)]
+    assert mined_by_hand(scores, 399, cap=1.0, window=[0, 3], pool=3) == [400, 401, 402]
+    monkeypatch.setattr(negatives, "DEEPEST", 401)
+    assert mined_by_hand(scores, 399, cap=1.0, window=[0, 3], pool=3) == [400]
 
 
 def test_the_window_counts_ranks_among_allowed_images():
@@ -276,13 +285,14 @@ def test_steep_drops_are_those_below_the_right_image_within_the_window():
 
     Of 0.80 .79 .71 .70 .62 .61 the steepest drops are the 2nd and the 4th: images 4 and 5 (0.71, 0.70) are between.
     With the window's end after 0.70 drops are 1 8 1, and no two are apart but the 1st and the 3rd, neighbours of the
-    2nd: 2nd (8) and 1st (1) are next to each other, then 1st and 3rd (1 and 1): images 3 and 4.
+    2nd: 2nd (8) and 1st (1) are next to each other, then 1st and 3rd (1 and 1): images 3 and 4. Below a cap of 0.7055
+    there are three images, and two drops are always neighbours.
     """
     scores = [0.98, 0.85, 0.80, 0.79, 0.71, 0.70, 0.62, 0.61]
     rules: dict[str, Any] = {"cap": None, "steep_drop": True}
     assert mined_by_hand(scores, 1, **rules) == [4, 5]
-    assert mined_by_hand(scores, 1, window=[0, 5], **rules) == [3, 4]
-    assert mined_by_hand(scores, 1, cap=0.83, steep_drop=True) == [5]  # below 0.7055; the drops stay where they are
+    assert mined_by_hand(scores, 1, window=[0, 4], **rules) == [3, 4]
+    assert mined_by_hand(scores, 1, cap=0.83, steep_drop=True) == []
     assert mined_by_hand(scores, 7, **rules) == []  # nothing is below the right image
 
 
