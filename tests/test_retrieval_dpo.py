@@ -20,6 +20,7 @@ from lavis_cir_plugin.negatives import load_negatives
 from lavis_cir_plugin.open_clip_towers import load_clip
 from lavis_cir_plugin.preference_model import PreferenceModel
 from lavis_cir_plugin.tasks.retrieval_dpo import RetrievalDpoTask
+from lavis_cir_plugin.tracking import read_steps
 
 WORLD = {
     "train_triplets": 8, "train_images": 12, "val_queries": 8, "val_images": 14, "test_queries": 1, "test_images": 2,
@@ -175,7 +176,11 @@ def test_the_working_recipe_logs_what_it_learns_and_its_checkpoint_is_a_plain_on
             values = [out[name] for out in steps if math.isfinite(out[name])]
             assert logged[epoch, name] == pytest.approx(sum(values) / len(values), abs=6e-6), name
     lines = [json.loads(line) for line in log_of(made).strip().splitlines()]
-    assert float(lines[0]["train_reward_margin"]) == logged[0, "reward_margin"]
+    assert float(lines[0]["train_reward_margin"]) == pytest.approx(logged[0, "reward_margin"], abs=6e-6)  # 5 decimals
+    steps = read_steps(made / "steps.csv")
+    for name in ("lr", "loss"):  # of which LAVIS's log keeps 3
+        own = [value for value, epoch in zip(steps[name], steps["epoch"]) if epoch == 0]
+        assert logged[0, name] == pytest.approx(sum(own) / len(own), rel=1e-6)
     assert [path.name for path in sorted((made / "negatives").glob("*"))] == ["fashioniq_000.npz", "fashioniq_001.npz"]
     assert (made / "negatives_fashioniq.png").is_file()
 

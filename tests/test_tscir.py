@@ -485,3 +485,15 @@ def test_impossible_values_name_key_value_and_remedy(model_class, change, proble
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the sentence is compared below)
         model_class.check_config({**base, **change})
     assert problem in str(caught.value)
+
+
+def test_a_checkpoint_of_stage_two_needs_no_file_of_stage_one(make, tmp_path):
+    """It holds stage I, so that ``mapping_checkpoint``, which a training's config names, is not read."""
+    one = saved(make(TscirMapping), tmp_path / "one.pth")
+    two = make(TscirComposing, mapping_checkpoint=one).eval()
+    path = saved(two, tmp_path / "two.pth")
+    gone = {"mapping_checkpoint": str(tmp_path / "gone.pth")}
+    config = {**BASE, **gone, "load_finetuned": True, "finetuned": path}
+    TscirComposing.check_config(config)
+    assert TscirComposing._values(config)["mapping_checkpoint"] is None
+    assert TscirComposing._values({**BASE, **gone})["mapping_checkpoint"] == gone["mapping_checkpoint"]

@@ -441,8 +441,8 @@ class _Part:
 
     def stats(self) -> dict[str, str]:
         """Return the averages in LAVIS's format."""
-        means = self.runner._train_means
-        return {name: f"{mean:.3f}" if name in ("lr", "loss") else f"{mean:.5f}" for name, mean in means.items()}
+        decimals = {"lr": 3, "loss": 3}
+        return {name: f"{mean:.{decimals.get(name, 5)}f}" for name, mean in self.means().items()}
 
     def means(self) -> dict[str, float]:
         """Return LAVIS's averages over the whole epoch and all processes."""
