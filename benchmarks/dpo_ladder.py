@@ -1,7 +1,7 @@
 """Repair the seed paper's Retrieval-DPO one fault at a time on drawn garments, and show what each repair is worth.
 
 Two starts: a small CLIP trained on captions, which goes from the paper's recipe up to the repaired one rung by rung,
-and a small BLIP-2 Q-Former trained for composed retrieval, which the working recipe has to improve. Beside both stands
+and a small BLIP-2 Q-Former trained for composed retrieval, which the repaired recipe has to improve. Beside both stands
 InfoNCE alone for as many steps, because going on to train improves a model without any preference. A finished run is
 not repeated and an interrupted one is resumed; with other settings it is one of its own.
 """
@@ -113,7 +113,7 @@ def metrics(record: Mapping[str, Any]) -> Values:
 
 
 def ladder_table(values: Sequence[Values]) -> str:
-    """Return a line per row, and what the working recipe gains over its start and over InfoNCE alone, seed by seed."""
+    """Return a line per row, and what the repaired recipe gains over its start and over InfoNCE alone, seed by seed."""
     lines = [f"{row:<32}{spread([own[row] for own in values]):>26}" for row in (*ROWS, CHANCE)]
     for other in (START, ANCHOR):
         gains = [own[FUSED] - own[other] for own in values]
