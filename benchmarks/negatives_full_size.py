@@ -19,8 +19,9 @@ import circo_full_size
 import measure
 
 IMAGES, QUERIES, EXACT = 46_609, 10_000, 500
+UNITS = ("seconds", "CPU seconds")
 LIMIT = 60.0
-"""Seconds of processor time for 10,000 queries."""
+"""Seconds for 10,000 queries on 2 cores."""
 
 
 def main() -> int:
@@ -42,10 +43,11 @@ def main() -> int:
             way = ["--step", step, *common, "--exact", str(arguments.exact)]
             (results[step],) = measure.run_ways(__file__, [way], 1)[0]
             print(circo_full_size.line(step, results[step]), flush=True)
-    seconds = results["auto"]["build CPU seconds"] + results["auto"]["mine CPU seconds"]
+    wall, cpu = (sum(results["auto"][f"{part} {kind}"] for part in ("build", "mine")) for kind in UNITS)
     allowed = LIMIT * arguments.queries / QUERIES
-    print(f"index and negatives: {seconds:.1f} CPU seconds, {'within' if seconds < allowed else 'ABOVE'} {allowed:.0f}")
-    return int(seconds >= allowed)
+    verdict = "within" if wall < allowed else "ABOVE"
+    print(f"index and negatives: {wall:.1f} s, {verdict} {allowed:.0f}; {cpu:.1f} s of processor time")
+    return int(wall >= allowed)
 
 
 def run_here(arguments: argparse.Namespace) -> dict[str, float]:
