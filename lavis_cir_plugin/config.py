@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_cir_plugin import adapters
-from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
+from lavis_cir_plugin.benchmarks.benchmark import did_you_mean, is_number
 from lavis_cir_plugin.runners.resumable import ResumableRunner
 
 # What a project file need not repeat.
@@ -470,11 +469,6 @@ def check_flag(key: str, value: Any) -> None:
     """Raise ValueError unless a value of ``model`` is true or false."""
     if not isinstance(value, bool):
         raise ValueError(f"model.{key} must be true or false, got {value!r}.")
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a value of a config is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def as_plain(section: Any) -> Mapping[str, Any]:

@@ -13,16 +13,14 @@ Source: DPO (arXiv 2305.18290); the variants name theirs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
-from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
+from lavis_cir_plugin.benchmarks.benchmark import did_you_mean, is_number
 
 VARIANTS = ("sigmoid", "label_smoothed", "robust", "hinge", "ipo", "sdpo", "listwise")
 REFERENCES = ("start", "mined", "none")
@@ -67,11 +65,11 @@ class Preference:
             value = getattr(self, key)
             if value not in allowed:
                 yield f"run.dpo.{key} must be one of {', '.join(allowed)}, got {value!r}{did_you_mean(value, allowed)}"
-        if not _is_number(self.beta) or self.beta <= 0:
+        if not is_number(self.beta) or self.beta <= 0:
             yield f"run.dpo.beta must be a number > 0 (slope per cosine; 10 to 20 is usual), got {self.beta!r}."
-        if not _is_number(self.epsilon) or not 0 <= self.epsilon < 0.5:
+        if not is_number(self.epsilon) or not 0 <= self.epsilon < 0.5:
             yield f"run.dpo.epsilon must be a number >= 0 and < 0.5, got {self.epsilon!r}."
-        if not _is_number(self.anchor) or self.anchor < 0:
+        if not is_number(self.anchor) or self.anchor < 0:
             yield f"run.dpo.anchor must be a number >= 0, got {self.anchor!r}."
 
 
@@ -145,7 +143,3 @@ def _rank_weights(scores: Tensor, present: Tensor) -> Tensor:
     ranks = known.argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
     gains = 1 / torch.log2(1 + ranks.double())
     return ((gains[:, :1] - gains[:, 1:]).abs() * present).float()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

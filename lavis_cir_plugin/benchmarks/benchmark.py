@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import math
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -535,6 +536,32 @@ def _problem(kind: Any, metadata: Mapping[str, Any], value: Any) -> str:
     if value is None and kind.endswith("None"):
         return ""
     return "" if isinstance(value, str) and value else f"the path of a folder, got {shown(value)}."
+
+
+def setting_problems(key: str, settings: type, given: Any, example: str = "") -> Iterator[str]:
+    """Yield what is wrong with a config section that holds the fields of a dataclass, which refuses impossible values.
+
+    Args:
+        key: Of the section, for the messages.
+        settings: The dataclass.
+        given: The section.
+        example: For the message where it is no mapping.
+    """
+    if not isinstance(given, Mapping):
+        yield f"{key} must be a mapping{example}, got {given!r}."
+        return
+    known = [field.name for field in fields(settings)]
+    unknown = [name for name in given if name not in known]
+    yield from (f"{key}.{name} is not a known key{did_you_mean(name, known)}" for name in unknown)
+    try:
+        settings(**{name: value for name, value in given.items() if name in known})
+    except ValueError as error:
+        yield str(error)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value of a config is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:

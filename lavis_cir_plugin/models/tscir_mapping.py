@@ -13,9 +13,9 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from lavis.common.registry import registry
 from torch import Tensor, nn
 
-from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
+from lavis_cir_plugin.benchmarks.benchmark import did_you_mean, is_number
 from lavis_cir_plugin.checkpoints import load_strictly, read_checkpoint, state_in
-from lavis_cir_plugin.config import check_choice, check_whole, is_number
+from lavis_cir_plugin.config import check_choice, check_whole
 from lavis_cir_plugin.losses import soft_text_alignment_loss, symmetric_contrastive_loss
 from lavis_cir_plugin.models.clip_cir import ClipCir, image_ids
 from lavis_cir_plugin.open_clip_towers import PIXELS, PSEUDO_WORD, Edit, count_blocks, pixel_normalisation

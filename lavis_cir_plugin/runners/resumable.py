@@ -9,7 +9,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -198,7 +198,7 @@ class ResumableRunner(PortableRunner):
         try:
             stats = run()
             part.finish()
-            self._train_means = part.means()
+            self._train_means = part.means
         finally:
             delattr(self.task, name)
             part.bar.close()
@@ -442,10 +442,11 @@ class _Part:
     def stats(self) -> dict[str, str]:
         """Return the averages in LAVIS's format."""
         decimals = {"lr": 3, "loss": 3}
-        return {name: f"{mean:.{decimals.get(name, 5)}f}" for name, mean in self.means().items()}
+        return {name: f"{mean:.{decimals.get(name, 5)}f}" for name, mean in self.means.items()}
 
+    @cached_property
     def means(self) -> dict[str, float]:
-        """Return LAVIS's averages over the whole epoch and all processes."""
+        """LAVIS's averages over the whole epoch and all processes, once all its batches are done."""
         sums = torch.tensor(list(self.meters.values()), dtype=torch.float64, device=self.runner.device)
         if get_world_size() > 1:
             dist.all_reduce(sums)

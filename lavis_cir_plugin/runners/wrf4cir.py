@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +11,7 @@ from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 from lavis.runners.runner_iter import RunnerIter
 
-from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
+from lavis_cir_plugin.benchmarks.benchmark import is_number, setting_problems
 from lavis_cir_plugin.perturbation import WeightPerturbation
 from lavis_cir_plugin.perturbed_model import PerturbingOptimizer
 from lavis_cir_plugin.runners.resumable import ResumableRunner
@@ -33,21 +32,10 @@ class PerturbingRunner(ResumableRunner):
     @staticmethod
     def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
         """Yield what is wrong with these keys, one sentence each."""
-        known = [field.name for field in dataclasses.fields(WeightPerturbation)]
-        wrf = run.get("wrf", {})
-        if not isinstance(wrf, Mapping):
-            yield f"run.wrf must be a mapping such as {{gamma: 0.001}}, got {wrf!r}."
-            return
-        unknown = [key for key in wrf if key not in known]
-        yield from (f"run.wrf.{key} is not a known key{did_you_mean(key, known)}" for key in unknown)
-        try:
-            WeightPerturbation(**{key: value for key, value in wrf.items() if key in known})
-        except ValueError as error:
-            yield str(error)
+        yield from setting_problems("run.wrf", WeightPerturbation, run.get("wrf", {}), " such as {gamma: 0.001}")
         for key in ("adam_eps", "max_grad_norm"):
             value = run.get(key)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if value is not None and not (is_number and value > 0):
+            if value is not None and not (is_number(value) and value > 0):
                 yield f"run.{key} must be a number > 0, got {value!r}."
 
     @property

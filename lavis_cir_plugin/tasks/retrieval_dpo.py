@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lavis_cir_plugin import report
-from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query, did_you_mean, no_metrics
+from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query, no_metrics, setting_problems
 from lavis_cir_plugin.config import as_plain
 from lavis_cir_plugin.datasets import BenchmarkDataset, TripletDataset
 from lavis_cir_plugin.negatives import (
@@ -335,19 +335,8 @@ def _unscored(negatives: Tensor) -> Mined:
 
 def _setting_problems(run: Mapping[str, Any]) -> Iterator[str]:
     for key, settings in {"dpo": Preference, "negatives": Mining}.items():
-        given = run.get(key)
-        if given is None:
-            continue
-        if not isinstance(given, Mapping):
-            yield f"run.{key} must be a mapping, got {given!r}."
-            continue
-        known = [field.name for field in dataclasses.fields(settings)]
-        unknown = [name for name in given if name not in known]
-        yield from (f"run.{key}.{name} is not a known key{did_you_mean(name, known)}" for name in unknown)
-        try:
-            settings(**{name: value for name, value in given.items() if name in known})
-        except ValueError as error:
-            yield str(error)
+        if run.get(key) is not None:
+            yield from setting_problems(f"run.{key}", settings, run[key])
 
 
 def _check_data(training: Mapping[str, Any]) -> None:
