@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -23,7 +24,7 @@ from torch import Tensor
 from lavis_cir_plugin import fixed_point
 from lavis_cir_plugin.benchmarks.benchmark import Triplet, did_you_mean
 from lavis_cir_plugin.fixed_point import split
-from lavis_cir_plugin.index import KINDS, Index, build_index
+from lavis_cir_plugin.index import KINDS, VECTORS_PER_LIST, Index, build_index
 from lavis_cir_plugin.ranking import padded, rerank
 
 SOURCES = ("query", "positive", "image_set")
@@ -39,7 +40,7 @@ _SCORES_OF_TWINS = 0.05
 _TWINS_FORESEEN = 8
 DEEPEST = 1000
 """How many images of a ranking are looked at, at most, unless a window ends later."""
-_PROBES = 8
+_PROBES = 4
 
 
 @dataclass(frozen=True)
@@ -282,12 +283,15 @@ def joined(parts: Sequence[Mined]) -> Mined:
 def mining_index(gallery: Tensor, settings: Mining) -> Index:
     """Index a gallery, ``(G, D)`` or ``(G, K, D)`` of unit length, to be mined.
 
-    An inverted file looks into fewer lists than for retrieval: a hard negative that is missed leaves others.
+    An inverted file has half as many lists as for retrieval, because it is built at each mining, and looks into fewer: a
+    hard negative that is missed leaves others.
     """
     kind = settings.index
     if kind == "auto":
         kind = "ivf" if len(gallery) >= LARGE_GALLERY else "exact"
-    return build_index(kind, gallery, probes=_PROBES)
+    vectors = gallery.numel() // gallery.shape[-1]
+    lists = max(1, min(math.isqrt(vectors) // 2, vectors // VECTORS_PER_LIST))
+    return build_index(kind, gallery, lists=lists, probes=_PROBES)
 
 
 def mine(

@@ -417,6 +417,21 @@ def test_settings_that_cannot_be_are_refused(changes, message, project, tmp_path
     refused(project, tmp_path / "out", message, **changes)
 
 
+def test_data_without_image_sets_are_refused(project, tmp_path):
+    message = r"source: image_set mines in the image sets that CIRR's annotation names, and the triplets of datasets\.fas"
+    refused(project, tmp_path / "sets", message, negatives={"source": "image_set"})
+
+
+def test_a_run_resumed_with_other_weights_to_train_is_refused(project, run, tmp_path):
+    """The anchor alone reads the temperature."""
+    made = run(max_epoch=1)
+    message = (
+        r"checkpoint_last\.pth was written by a run that trained (\d+) weights and biases, and this one trains \d+; set "
+    )
+    changes = {"dpo": {"anchor": 0.0}, "resume_ckpt_path": str(made / "checkpoint_last.pth")}
+    refused(project, tmp_path / "other", message, **changes)
+
+
 def test_data_without_triplets_or_with_random_pictures_are_refused(project, world, tmp_path):
     captions = {"garments_caption": {"splits": ["train"], "vis_processor": on(world)["fashioniq"]["vis_processor"]}}
     captions["garments_caption"]["garments"] = {

@@ -296,6 +296,7 @@ class ResumableRunner(PortableRunner):
             )
         model = self.unwrap_dist_model(self.model)
         load_strictly(model, saved["model"], path, may_lack=frozen_names(model))
+        self._check_optimizer(saved["optimizer"], path)
         asked = [{key: group[key] for key in _GROUP_KEYS if key in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, own in zip(self.optimizer.param_groups, asked):
@@ -311,6 +312,18 @@ class ResumableRunner(PortableRunner):
             raise ValueError(
                 f"run.resume_ckpt_path: {path} was written after {counts} {saved[counts]} (counted from "
                 f"0), so nothing is left of run.max_{counts}: {self._end}; choose a larger one."
+            )
+
+    def _check_optimizer(self, saved: Mapping[str, Any], path: str) -> None:
+        """Refuse the state of an optimizer that trained other weights, which torch finds by counting them, too."""
+        before, now = (
+            [len(group["params"]) for group in groups] for groups in (saved["param_groups"], self.optimizer.param_groups)
+        )
+        if before != now:
+            raise ValueError(
+                f"run.resume_ckpt_path: {path} was written by a run that trained {sum(before)} weights and biases, and "
+                f"this one trains {sum(now)}; set back what decides about that (model, run.lora, run.dpo.anchor), or "
+                "start a new run from these weights (model.finetuned)."
             )
 
     def _continue(self, saved: Mapping[str, Any], path: str) -> None:

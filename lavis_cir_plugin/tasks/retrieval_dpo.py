@@ -106,7 +106,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         """
         self.training = {name: splits["train"] for name, splits in datasets.items() if "train" in splits}
         if self.training:
-            _check_data(self.training)
+            _check_data(self.training, self.mining)
             _check_model(model)
         super().prepare(model, datasets, cfg)
         if not self.training:
@@ -339,7 +339,7 @@ def _setting_problems(run: Mapping[str, Any]) -> Iterator[str]:
             yield from setting_problems(f"run.{key}", settings, run[key])
 
 
-def _check_data(training: Mapping[str, Any]) -> None:
+def _check_data(training: Mapping[str, Any], mining: Mining) -> None:
     for name, dataset in training.items():
         if not isinstance(dataset, TripletDataset):
             raise ValueError(
@@ -351,6 +351,11 @@ def _check_data(training: Mapping[str, Any]) -> None:
                 f"retrieval_dpo mines with the training pictures, and datasets.{name}.vis_processor.train is "
                 f"{type(dataset.vis_processor).__name__}, which may return something else each time; set its name to "
                 "target_pad."
+            )
+        if mining.source == "image_set" and not any(triplet.members for triplet in dataset.triplets):
+            raise ValueError(
+                f"run.negatives.source: image_set mines in the image sets that CIRR's annotation names, and the triplets "
+                f"of datasets.{name} have none; choose query or positive."
             )
 
 
