@@ -33,7 +33,6 @@ REPAIRS: dict[str, tuple[str, ...]] = {
     "+ negatives of the query": (
         "run.negatives.source=query",
         "run.negatives.window=[0,50]",
-        "run.negatives.pool=16",
         "run.negatives.cap=0.95",
     ),
     "+ mined in each epoch": ("run.negatives.refresh=1",),

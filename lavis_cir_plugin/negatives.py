@@ -49,13 +49,12 @@ class Mining:
 
     Images are ranked for each triplet. Those that may not be negatives (:func:`forbidden`, and twins of the right
     image) and those that score too much (``cap``, ``margin``) are left out; of the rest, ``window`` chooses by rank, so
-    that a right image that is far down has negatives too: those below it. They are kept best first.
+    that a right image that is far down has negatives too: those below it.
 
     Attributes:
         source: What ranks the images: ``query``, the fused query of the triplet; ``positive``, the embedding of the
             right image itself, as the seed paper does; or ``image_set``, the query, within CIRR's set of six.
-        count: Negatives in each step, >= 1, drawn without repetition from those kept; a triplet may have fewer.
-        pool: How many are kept of each triplet, >= count.
+        count: Negatives in each step, >= 1, drawn without repetition from the window; a triplet may have fewer.
         window: Ranks ``[first, last]`` from 0 among what is not left out, last excluded. Below the first `DEEPEST` of
             the whole ranking nothing is looked for.
         cap: Share of the right image's score that a negative's must stay below (positive-aware mining, NV-Retriever,
@@ -78,7 +77,6 @@ class Mining:
 
     source: str = "query"
     count: int = 1
-    pool: int = 16
     window: Sequence[int] = (0, 50)
     cap: float | None = 0.95
     margin: float | None = None
@@ -94,6 +92,10 @@ class Mining:
         if problems:
             raise ValueError(" ".join(problems))
 
+    def width(self, size: int) -> int:
+        """Return how many negatives a triplet has at most, over a gallery of so many images."""
+        return min(self.window[1] - self.window[0], size)
+
     def mined_at(self, epoch: int) -> int:
         """Return the epoch at whose beginning the negatives of this one are found."""
         if epoch < self.warmup_epochs:
@@ -108,16 +110,19 @@ class Mining:
                 yield f"run.negatives.{key} must be one of {', '.join(allowed)}, got {value!r}" + did_you_mean(
                     value, allowed
                 )
-        for key, least in {"count": 1, "pool": 1, "warmup_epochs": 0, "refresh": 0}.items():
+        for key, least in {"count": 1, "warmup_epochs": 0, "refresh": 0}.items():
             if not _is_whole(getattr(self, key), least):
                 yield f"run.negatives.{key} must be a whole number >= {least}, got {getattr(self, key)!r}."
-        if _is_whole(self.count, 1) and _is_whole(self.pool, 1) and self.pool < self.count:
-            yield f"run.negatives.pool: {self.pool} is less than run.negatives.count: {self.count}."
         window = self.window
         is_pair = isinstance(window, Sequence) and not isinstance(window, str) and len(window) == 2
         if not (is_pair and _is_whole(window[0], 0) and _is_whole(window[1], 1) and window[0] < window[1]):
             shown = window if isinstance(window, str) or not isinstance(window, Sequence) else list(window)
             yield f"run.negatives.window must be two ranks [first, last] with 0 <= first < last, got {shown!r}."
+        elif _is_whole(self.count, 1) and self.count > window[1] - window[0]:
+            yield (
+                f"run.negatives.count: {self.count} is more than run.negatives.window: {list(window)} has "
+                f"({window[1] - window[0]}); widen the window or lower count."
+            )
         for key, most in {"cap": 1.0, "margin": 2.0}.items():
             value = getattr(self, key)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -314,7 +319,7 @@ def mine(
             the whole gallery.
 
     Returns:
-        The negatives ``(Q, pool)``, best first, padded with -1.
+        The negatives ``(Q, P)`` with P = ``settings.width(G)``, best first, padded with -1.
     """
     # What is banned must not shorten the window.
     depth = settings.window[1] + 1 + banned.shape[1] + _TWINS_FORESEEN
@@ -379,11 +384,12 @@ def _chosen(
     kept = allowed & (place >= settings.window[0]) & (place < settings.window[1])
     if settings.steep_drop:
         kept = between_drops(scores, kept)
-    order = (~kept).int().argsort(dim=1, stable=True)[:, : settings.pool]
+    width = settings.width(len(gallery))
+    order = (~kept).int().argsort(dim=1, stable=True)[:, :width]
     is_kept = kept.gather(1, order)
 
     def filled(rows: Tensor, fill: float) -> Tensor:
-        return F.pad(rows.masked_fill(~is_kept, fill), (0, settings.pool - rows.shape[1]), value=fill)
+        return F.pad(rows.masked_fill(~is_kept, fill), (0, width - rows.shape[1]), value=fill)
 
     mined = Mined(
         negatives=filled(found.gather(1, order).int(), -1),
@@ -439,14 +445,14 @@ def _are_twins(gallery: Tensor, images: Tensor, others: Tensor) -> Tensor:
     return result
 
 
-def random_negatives(targets: Tensor, banned: Sequence[set[int]], size: int, pool: int, seed: int) -> Tensor:
-    """Draw negatives uniformly among the images that are not banned: ``(N, pool)``, distinct, padded with -1."""
+def random_negatives(targets: Tensor, banned: Sequence[set[int]], size: int, width: int, seed: int) -> Tensor:
+    """Draw negatives uniformly among the images that are not banned: ``(N, width)``, distinct, padded with -1."""
     rng = random.Random(seed)
     rows = []
     for target, own in zip(targets.tolist(), banned):
-        drawn = rng.sample(range(size), min(size, pool + len(own) + 1))
-        rows.append([image for image in drawn if image not in own and image != target][:pool])
-    return padded(rows, pool).int()
+        drawn = rng.sample(range(size), min(size, width + len(own) + 1))
+        rows.append([image for image in drawn if image not in own and image != target][:width])
+    return padded(rows, width).int()
 
 
 def rank_histogram(sets: NegativeSets) -> dict[str, float]:

@@ -70,7 +70,7 @@ def naive(query: Tensor, gallery: Tensor, targets: Tensor, banned: Tensor, rules
         ]
         window = allowed[rules.window[0] : rules.window[1]]
         between = {window[place] for place in naive_between([scores[image] for image in window])}
-        kept = [image for image in window if not rules.steep_drop or image in between][: rules.pool]
+        kept = [image for image in window if not rules.steep_drop or image in between]
         yield kept, [order.index(image) for image in kept], [scores[image] for image in kept], own
 
 
@@ -110,9 +110,9 @@ RULES: dict[str, dict[str, Any]] = {
     "small cap": {"cap": 0.5},
     "margin": {"cap": None, "margin": 0.2},
     "both": {"margin": 0.1},
-    "window": {"cap": None, "window": (3, 17), "pool": 20},
-    "steep drop": {"cap": None, "steep_drop": True, "window": (0, 90), "pool": 90},
-    "all": {"window": (2, 60), "pool": 5, "cap": 0.9, "margin": 0.05, "steep_drop": True},
+    "window": {"cap": None, "window": (3, 17)},
+    "steep drop": {"cap": None, "steep_drop": True, "window": (0, 90)},
+    "all": {"window": (2, 60), "cap": 0.9, "margin": 0.05, "steep_drop": True},
 }
 
 
@@ -133,7 +133,7 @@ def test_mining_is_the_naive_loop(tokens, source, rules):
     found = 0
     for row, (images, ranks, scores, own) in enumerate(naive(query, gallery, targets, banned, mining, candidates)):
         count = len(images)
-        padding = [-1] * (mining.pool - count)
+        padding = [-1] * (mining.width(IMAGES) - count)
         assert mined.negatives[row].tolist() == images + padding
         assert mined.ranks[row].tolist() == ranks + padding
         assert mined.scores[row, :count].tolist() == pytest.approx(scores, abs=1e-6)
@@ -148,7 +148,7 @@ def test_faiss_finds_what_the_exact_search_finds(kind, monkeypatch):
     """An inverted file that looks into every list, whose vectors are half precision, scored again exactly."""
     monkeypatch.setattr(negatives, "_PROBES", 1000)
     query, gallery, targets, banned = world()
-    rules = Mining(cap=None, window=(0, 30), pool=30)
+    rules = Mining(cap=None, window=(0, 30))
     exact = mine(query, mining_index(gallery, Mining(index="exact")), targets, banned, rules)
     index = mining_index(gallery, Mining(index=kind))
     assert index.kind == kind
@@ -208,40 +208,40 @@ FALLING = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
         ({"cap": 0.85}, [3, 4, 5]),  # below 0.68
         ({"cap": None, "margin": 0.0}, [2, 3, 4, 5]),  # below 0.8
         ({"cap": None, "margin": 0.25}, [4, 5]),  # below 0.55
-        ({"cap": None, "pool": 2}, [0, 2]),
+        ({"cap": None, "window": [0, 2]}, [0, 2]),
         ({"cap": None, "window": [1, 3]}, [2, 3]),
         ({"cap": 0.85, "window": [1, 3]}, [4, 5]),  # the second and third of those below 0.68
     ],
 )
 def test_rules_by_hand(rules, expected):
     """The right image is the second, with 0.8."""
-    assert mined_by_hand(FALLING, 1, **{"pool": 9, **rules}) == expected
+    assert mined_by_hand(FALLING, 1, **rules) == expected
 
 
 def test_the_cap_of_a_negative_score():
     """-0.40 - 0.05 * 0.40 = -0.42: -0.41 is not below it, -0.43 is."""
-    assert mined_by_hand([-0.40, -0.41, -0.43, 0.1], 0, pool=4) == [2]
+    assert mined_by_hand([-0.40, -0.41, -0.43, 0.1], 0) == [2]
 
 
 def test_a_right_image_far_down_has_the_negatives_below_it(monkeypatch):
     """It is the 400th of 600; the first search sees 60. Deeper than DEEPEST nothing is looked for."""
     scores = [0.9 - 0.001 * number for number in range(600)]
-    assert mined_by_hand(scores, 399, cap=1.0, window=[0, 3], pool=3) == [400, 401, 402]
+    assert mined_by_hand(scores, 399, cap=1.0, window=[0, 3]) == [400, 401, 402]
     monkeypatch.setattr(negatives, "DEEPEST", 401)
-    assert mined_by_hand(scores, 399, cap=1.0, window=[0, 3], pool=3) == [400]
+    assert mined_by_hand(scores, 399, cap=1.0, window=[0, 3]) == [400]
 
 
 def test_the_window_counts_ranks_among_allowed_images():
     """Without the right image 2 and the banned 0 and 3 there are 1, 4, 5; ranks 0 and 1 of these are 1 and 4."""
-    assert mined_by_hand(FALLING, 2, banned=(0, 3), cap=None, window=[0, 2], pool=2) == [1, 4]
-    assert mined_by_hand(FALLING, 2, banned=(0, 3), cap=None, window=[1, 9], pool=2) == [4, 5]
+    assert mined_by_hand(FALLING, 2, banned=(0, 3), cap=None, window=[0, 2]) == [1, 4]
+    assert mined_by_hand(FALLING, 2, banned=(0, 3), cap=None, window=[1, 3]) == [4, 5]
 
 
 def test_what_is_banned_does_not_shorten_the_window():
     """The window of 2 is searched deep enough for the 30 banned images before it."""
     scores = [0.99 - 0.01 * number for number in range(60)]
     banned = tuple(range(1, 31))
-    assert mined_by_hand(scores, 0, banned=banned, cap=None, window=[0, 2], pool=2) == [31, 32]
+    assert mined_by_hand(scores, 0, banned=banned, cap=None, window=[0, 2]) == [31, 32]
 
 
 def test_twins_are_no_negatives_and_do_not_count():
@@ -257,7 +257,7 @@ def test_twins_are_no_negatives_and_do_not_count():
     first = mine(
         query, build_index("exact", gallery), torch.tensor([1]), torch.tensor([[-1]]), Mining(cap=None, window=[0, 1])
     )
-    assert first.negatives[0].tolist() == [5] + [-1] * 15
+    assert first.negatives[0].tolist() == [5]
 
 
 @pytest.mark.parametrize(
@@ -300,12 +300,11 @@ def test_steep_drops_are_those_below_the_right_image_within_the_window():
 @given(
     seed=st.integers(0, 10_000),
     tokens=st.integers(1, 3),
-    pool=st.integers(1, 12),
     window=st.tuples(st.integers(0, 10), st.integers(11, 40)),
     cap=st.sampled_from([None, 0.5, 0.95, 1.0]),
     steep_drop=st.booleans(),
 )
-def test_nothing_banned_is_ever_mined(seed, tokens, pool, window, cap, steep_drop):
+def test_nothing_banned_is_ever_mined(seed, tokens, window, cap, steep_drop):
     """Neither the right image nor its copies nor what is banned; the rest is distinct, best first, below the cap."""
     gallery = draw(30, tokens, 6, seed=seed)
     gallery[20:] = gallery[:10]
@@ -313,9 +312,9 @@ def test_nothing_banned_is_ever_mined(seed, tokens, pool, window, cap, steep_dro
     generator = torch.Generator().manual_seed(seed)
     banned = torch.randint(-1, 30, (5, 6), generator=generator)
     query = draw(5, 6, seed=seed + 1)
-    rules = Mining(cap=cap, pool=pool, window=window, steep_drop=steep_drop)
+    rules = Mining(cap=cap, window=window, steep_drop=steep_drop)
     mined = mine(query, build_index("exact", gallery), targets, banned, rules)
-    assert mined.negatives.shape == mined.scores.shape == mined.ranks.shape == (5, pool)
+    assert mined.negatives.shape == mined.scores.shape == mined.ranks.shape == (5, rules.width(30))
     for row in range(5):
         images = [image for image in mined.negatives[row].tolist() if image >= 0]
         target = int(targets[row])
@@ -393,8 +392,8 @@ def test_when_negatives_are_mined(changes, epochs):
         ({"index": "faiss"}, "index must be one of auto, exact, flat, ivf, hnsw, got 'faiss'"),
         ({"count": 0}, "count must be a whole number >= 1, got 0"),
         ({"count": True}, "count must be a whole number >= 1, got True"),
-        ({"pool": 2.0}, "pool must be a whole number >= 1, got 2.0"),
-        ({"pool": 1, "count": 2}, "pool: 1 is less than run.negatives.count: 2"),
+        ({"count": 2.0}, "count must be a whole number >= 1, got 2.0"),
+        ({"window": [3, 4], "count": 2}, r"count: 2 is more than run\.negatives\.window: \[3, 4\] has \(1\); widen"),
         ({"window": [5, 5]}, r"window must be two ranks \[first, last\] with 0 <= first < last, got \[5, 5\]"),
         ({"window": [-1, 5]}, r"got \[-1, 5\]"),
         ({"window": "0,5"}, "got '0,5'"),

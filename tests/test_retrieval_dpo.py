@@ -350,7 +350,7 @@ def test_cached_features_train_the_same_weights(run, fused):
 
 def test_scores_that_were_mined_with_the_starting_weights_stand_for_the_reference(run, outputs, monkeypatch):
     """As with a copy of the weights, up to rounding, if both draw the same negatives and texts."""
-    once = {"refresh": 0, "pool": 2, "count": 2}
+    once = {"refresh": 0, "window": [0, 2], "count": 2}
     first = run("first", negatives=once)
     file = str(first / "negatives/fashioniq_000.npz")
     texts = load_negatives(file).texts
@@ -386,7 +386,7 @@ def refused(project, folder, message, **changes):
         ({"dpo": {"variant": "orpo"}}, r"run\.dpo\.variant must be one of sigmoid, .*, got 'orpo'"),
         ({"dpo": "sigmoid"}, r"run\.dpo must be a mapping, got 'sigmoid'"),
         ({"negatives": {"windw": [0, 1]}}, r"run\.negatives\.windw is not a known key; did you mean 'window'\?"),
-        ({"negatives": {"count": 99}}, r"run\.negatives\.pool: 16 is less than run\.negatives\.count: 99"),
+        ({"negatives": {"count": 99}}, r"run\.negatives\.count: 99 is more than run\.negatives\.window: \[0, 50\]"),
         (
             {"dpo": {"reference": "mined"}},
             r"run\.dpo\.reference: mined are the scores in run\.negatives\.file, which is",

@@ -91,7 +91,7 @@ def mined(folder, source):
     registry.mapping["paths"].pop("output_dir", None)
     registry.register_path("output_dir", str(folder))
     task = RetrievalDpoTask()
-    task.preference, task.mining = Preference(), Mining(source=source, window=(0, 6), pool=4, cap=None)
+    task.preference, task.mining = Preference(), Mining(source=source, window=(0, 6), cap=None)
     cfg = SimpleNamespace(run_cfg=OmegaConf.create(run))
     task.prepare(make_scoring_model("joint"), {"drawn": {"train": dataset}}, cfg)
     sets = task._mine("drawn", dataset, 0)

@@ -222,7 +222,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         right = targets if self.preference.positive == "target" else references
         banned = [{place[image] for image in own if image in place} for own in forbidden(dataset.triplets)]
         if epoch < self.mining.warmup_epochs:
-            found = _unscored(random_negatives(right, banned, len(place), self.mining.pool, self.seed))
+            found = _unscored(random_negatives(right, banned, len(place), self.mining.width(len(place)), self.seed))
         else:
             found = self._search(benchmark, dataset, right, banned, place)
         arrays = {field: rows.numpy() for field, rows in found._asdict().items()}
