@@ -11,7 +11,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,15 +55,17 @@ class Mining:
         source: What ranks the images: ``query``, the fused query of the triplet; ``positive``, the embedding of the
             right image itself, as the seed paper does; or ``image_set``, the query, within CIRR's set of six.
         count: Negatives in each step, >= 1, drawn without repetition from the window; a triplet may have fewer.
-        window: Ranks ``[first, last]`` from 0 among what is not left out, last excluded. Below the first `DEEPEST` of
-            the whole ranking nothing is looked for.
+        window: Ranks ``[first, last]`` from 0 among what is not left out, last excluded, at most `DEEPEST` of them.
+            Below the first `DEEPEST` of the whole ranking nothing is looked for, unless the window ends later.
+        within_category: Rank a triplet that has a category (FashionIQ) among the images of its category's triplets
+            alone, as its evaluation does. A dress is no hard negative of a shirt, and a top may be a right one.
         cap: Share of the right image's score that a negative's must stay below (positive-aware mining, NV-Retriever,
             arXiv 2407.15831), > 0 and <= 1; ``null``: no limit. Where the right image's score s is negative, below
             s - (1 - cap) |s|.
         margin: Cosines by which a negative must stay below the right image, >= 0 and <= 2; ``null``: no limit.
         steep_drop: Leave out what scores as much as the right image or more, and of the window keep only what lies
             between its two steepest drops of the score (:func:`between_drops`). QuRe (arXiv 2507.12416), with
-            ``cap: null`` and without a window.
+            ``cap: null`` and a window of 1,000.
         warmup_epochs: Epochs with random negatives before the first mining, >= 0.
         refresh: Mine again every so many epochs with the weights as they are then; 0: never.
         index: One of lavis_cir_plugin.index.KINDS, or ``auto``: exact below `LARGE_GALLERY` images, ivf from there on.
@@ -78,6 +80,7 @@ class Mining:
     source: str = "query"
     count: int = 1
     window: Sequence[int] = (0, 50)
+    within_category: bool = True
     cap: float | None = 0.95
     margin: float | None = None
     steep_drop: bool = False
@@ -92,9 +95,10 @@ class Mining:
         if problems:
             raise ValueError(" ".join(problems))
 
-    def width(self, size: int) -> int:
-        """Return how many negatives a triplet has at most, over a gallery of so many images."""
-        return min(self.window[1] - self.window[0], size)
+    @property
+    def width(self) -> int:
+        """How many negatives a triplet has at most."""
+        return self.window[1] - self.window[0]
 
     def mined_at(self, epoch: int) -> int:
         """Return the epoch at whose beginning the negatives of this one are found."""
@@ -118,10 +122,12 @@ class Mining:
         if not (is_pair and _is_whole(window[0], 0) and _is_whole(window[1], 1) and window[0] < window[1]):
             shown = window if isinstance(window, str) or not isinstance(window, Sequence) else list(window)
             yield f"run.negatives.window must be two ranks [first, last] with 0 <= first < last, got {shown!r}."
-        elif _is_whole(self.count, 1) and self.count > window[1] - window[0]:
+        elif self.width > DEEPEST:
+            yield f"run.negatives.window must span at most {DEEPEST:,} ranks, got {list(window)}."
+        elif _is_whole(self.count, 1) and self.count > self.width:
             yield (
                 f"run.negatives.count: {self.count} is more than run.negatives.window: {list(window)} has "
-                f"({window[1] - window[0]}); widen the window or lower count."
+                f"({self.width}); widen the window or lower count."
             )
         for key, most in {"cap": 1.0, "margin": 2.0}.items():
             value = getattr(self, key)
@@ -129,8 +135,9 @@ class Mining:
             if value is not None and not (is_number and (value > 0 if key == "cap" else value >= 0) and value <= most):
                 bound = "> 0" if key == "cap" else ">= 0"
                 yield f"run.negatives.{key} must be a number {bound} and <= {most:g}, or null, got {value!r}."
-        if not isinstance(self.steep_drop, bool):
-            yield f"run.negatives.steep_drop must be true or false, got {self.steep_drop!r}."
+        for key in ("within_category", "steep_drop"):
+            if not isinstance(getattr(self, key), bool):
+                yield f"run.negatives.{key} must be true or false, got {getattr(self, key)!r}."
         if self.file is not None and not (isinstance(self.file, str) and self.file):
             yield f"run.negatives.file must be the path of a file, or null, got {self.file!r}."
         elif self.file is not None and (self.refresh or self.warmup_epochs):
@@ -280,16 +287,60 @@ class Mined(NamedTuple):
     target_ranks: Tensor
 
 
-def joined(parts: Sequence[Mined]) -> Mined:
-    """Put what was found for some queries after each other."""
-    return Mined(*(torch.cat(rows) for rows in zip(*parts)))
+@dataclass(frozen=True)
+class MiningGroup:
+    """Triplets that are mined among the same images.
+
+    Attributes:
+        numbers: Of the triplets.
+        images: ``(g,)`` ascending gallery indices.
+    """
+
+    numbers: list[int]
+    images: Tensor
+
+    def places(self, images: Tensor) -> Tensor:
+        """Return where gallery indices, of any shape, are among the group's images; -1 where they are not."""
+        found = torch.searchsorted(self.images, images.long()).clamp(max=len(self.images) - 1)
+        return torch.where(self.images[found] == images, found, -1)
+
+    def indices(self, places: Tensor) -> Tensor:
+        """Return the gallery indices at these places, int32; -1 of -1."""
+        return torch.where(places >= 0, self.images[places.clamp(min=0).long()], -1).int()
+
+
+def mining_groups(triplets: Sequence[Triplet], place: Mapping[str, int], within_category: bool) -> list[MiningGroup]:
+    """Divide triplets by category where there are several; otherwise all are mined among all images.
+
+    Args:
+        triplets: In order.
+        place: Gallery index of every image.
+        within_category: Whether to divide.
+    """
+    by_category: dict[str, list[int]] = {}
+    for number, triplet in enumerate(triplets):
+        by_category.setdefault(triplet.category, []).append(number)
+    if not within_category or len(by_category) == 1:
+        return [MiningGroup(list(range(len(triplets))), torch.arange(len(place)))]
+    groups = []
+    for numbers in by_category.values():
+        own = [triplets[number] for number in numbers]
+        images = {place[name] for triplet in own for name in (triplet.reference, triplet.target)}
+        groups.append(MiningGroup(numbers, torch.tensor(sorted(images))))
+    return groups
+
+
+def joined(parts: Sequence[Mined], order: Sequence[int] | None = None) -> Mined:
+    """Put what was found for some queries after each other, or in ascending order of their numbers."""
+    found = Mined(*(torch.cat(rows) for rows in zip(*parts)))
+    return found if order is None else Mined(*(rows[torch.tensor(order).argsort()] for rows in found))
 
 
 def mining_index(gallery: Tensor, settings: Mining) -> Index:
     """Index a gallery, ``(G, D)`` or ``(G, K, D)`` of unit length, to be mined.
 
-    An inverted file has half as many lists as for retrieval, because it is built at each mining, and looks into fewer: a
-    hard negative that is missed leaves others.
+    An inverted file has half as many lists as for retrieval, because it is built at each mining, and looks into fewer:
+    a hard negative that is missed leaves others.
     """
     kind = settings.index
     if kind == "auto":
@@ -319,7 +370,7 @@ def mine(
             the whole gallery.
 
     Returns:
-        The negatives ``(Q, P)`` with P = ``settings.width(G)``, best first, padded with -1.
+        The negatives ``(Q, P)`` with P = ``settings.width``, best first, padded with -1.
     """
     # What is banned must not shorten the window.
     depth = settings.window[1] + 1 + banned.shape[1] + _TWINS_FORESEEN
@@ -384,12 +435,11 @@ def _chosen(
     kept = allowed & (place >= settings.window[0]) & (place < settings.window[1])
     if settings.steep_drop:
         kept = between_drops(scores, kept)
-    width = settings.width(len(gallery))
-    order = (~kept).int().argsort(dim=1, stable=True)[:, :width]
+    order = (~kept).int().argsort(dim=1, stable=True)[:, : settings.width]
     is_kept = kept.gather(1, order)
 
     def filled(rows: Tensor, fill: float) -> Tensor:
-        return F.pad(rows.masked_fill(~is_kept, fill), (0, width - rows.shape[1]), value=fill)
+        return F.pad(rows.masked_fill(~is_kept, fill), (0, settings.width - rows.shape[1]), value=fill)
 
     mined = Mined(
         negatives=filled(found.gather(1, order).int(), -1),
@@ -445,14 +495,16 @@ def _are_twins(gallery: Tensor, images: Tensor, others: Tensor) -> Tensor:
     return result
 
 
-def random_negatives(targets: Tensor, banned: Sequence[set[int]], size: int, width: int, seed: int) -> Tensor:
-    """Draw negatives uniformly among the images that are not banned: ``(N, width)``, distinct, padded with -1."""
+def random_negatives(targets: Tensor, banned: Tensor, size: int, width: int, seed: int) -> Mined:
+    """Draw up to ``width`` negatives of each target uniformly among ``size`` images, never those banned."""
     rng = random.Random(seed)
     rows = []
-    for target, own in zip(targets.tolist(), banned):
-        drawn = rng.sample(range(size), min(size, width + len(own) + 1))
-        rows.append([image for image in drawn if image not in own and image != target][:width])
-    return padded(rows, width).int()
+    for target, own in zip(targets.tolist(), map(set, banned.tolist())):
+        some = rng.sample(range(size), min(size, width + len(own) + 1))
+        rows.append([image for image in some if image not in own and image != target][:width])
+    drawn = padded(rows, width).int()
+    unknown, nan = torch.full_like(drawn, -1), torch.full(drawn.shape, torch.nan)
+    return Mined(drawn, nan, nan[:, 0], unknown, unknown[:, 0])
 
 
 def rank_histogram(sets: NegativeSets) -> dict[str, float]:

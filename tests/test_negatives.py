@@ -30,6 +30,7 @@ from lavis_cir_plugin.negatives import (
     load_negatives,
     mean_features,
     mine,
+    mining_groups,
     mining_index,
     negatives_path,
     random_negatives,
@@ -133,7 +134,7 @@ def test_mining_is_the_naive_loop(tokens, source, rules):
     found = 0
     for row, (images, ranks, scores, own) in enumerate(naive(query, gallery, targets, banned, mining, candidates)):
         count = len(images)
-        padding = [-1] * (mining.width(IMAGES) - count)
+        padding = [-1] * (mining.width - count)
         assert mined.negatives[row].tolist() == images + padding
         assert mined.ranks[row].tolist() == ranks + padding
         assert mined.scores[row, :count].tolist() == pytest.approx(scores, abs=1e-6)
@@ -314,7 +315,7 @@ def test_nothing_banned_is_ever_mined(seed, tokens, window, cap, steep_drop):
     query = draw(5, 6, seed=seed + 1)
     rules = Mining(cap=cap, window=window, steep_drop=steep_drop)
     mined = mine(query, build_index("exact", gallery), targets, banned, rules)
-    assert mined.negatives.shape == mined.scores.shape == mined.ranks.shape == (5, rules.width(30))
+    assert mined.negatives.shape == mined.scores.shape == mined.ranks.shape == (5, rules.width)
     for row in range(5):
         images = [image for image in mined.negatives[row].tolist() if image >= 0]
         target = int(targets[row])
@@ -352,16 +353,33 @@ def test_forbidden_by_hand():
 
 def test_random_negatives_are_uniform_among_what_is_allowed():
     """600 triplets, 2 of images 2 to 5 each: every image is drawn 300 times, and 4 standard deviations are 49."""
-    drawn = random_negatives(torch.zeros(600, dtype=torch.int64), [{1}] * 600, 6, 2, seed=0)
+    drawn = random_negatives(
+        torch.zeros(600, dtype=torch.int64), torch.ones(600, 1, dtype=torch.int64), 6, 2, seed=0
+    ).negatives
     assert drawn.shape == (600, 2)
     assert (drawn[:, 0] != drawn[:, 1]).all()
     assert sorted(drawn.unique().tolist()) == [2, 3, 4, 5]
     assert all(abs(int((drawn == image).sum()) - 300) < 49 for image in range(2, 6))
 
 
+def test_triplets_of_a_category_are_mined_among_its_images():
+    """b is of both categories, d of none."""
+    place = {name: number for number, name in enumerate("abcde")}
+    triplets = [Triplet("c", "b", (), "dress"), Triplet("a", "b", (), "shirt"), Triplet("b", "c", (), "dress")]
+    dress, shirt = mining_groups(triplets, place, within_category=True)
+    assert (dress.numbers, dress.images.tolist()) == ([0, 2], [1, 2])
+    assert (shirt.numbers, shirt.images.tolist()) == ([1], [0, 1])
+    assert dress.places(torch.tensor([[0, 1], [2, -1]])).tolist() == [[-1, 0], [1, -1]]
+    assert dress.indices(torch.tensor([[1, -1], [0, 0]])).tolist() == [[2, -1], [1, 1]]
+    whole = [(group.numbers, group.images.tolist()) for group in mining_groups(triplets, place, within_category=False)]
+    assert whole == [([0, 1, 2], [0, 1, 2, 3, 4])]
+    (alone,) = mining_groups(triplets[::2], place, within_category=True)
+    assert alone.images.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_random_negatives_follow_from_the_seed_and_are_padded():
-    targets, banned = torch.tensor([0, 1]), [{0, 1, 2}, set[int]()]
-    first, again, other = (random_negatives(targets, banned, 5, 4, seed) for seed in (1, 1, 2))
+    targets, banned = torch.tensor([0, 1]), torch.tensor([[0, 1, 2], [-1, -1, -1]])
+    first, again, other = (random_negatives(targets, banned, 5, 4, seed).negatives for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert sorted(first[0].tolist()) == [-1, -1, 3, 4]

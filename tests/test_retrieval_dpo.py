@@ -199,6 +199,22 @@ def test_the_working_recipe_logs_what_it_learns_and_its_checkpoint_is_a_plain_on
     assert again["metrics"] == metrics["metrics"]
 
 
+def test_negatives_are_of_the_triplets_category(fused, world):
+    sets = load_negatives(fused[0] / "negatives/fashioniq_001.npz")
+    counted = set()
+    for category in ("dress", "shirt", "toptee"):
+        own = json.loads((world / f"captions/cap.{category}.train.json").read_text())
+        pairs = {(record["candidate"], record["target"]) for record in own}
+        images = {name for pair in pairs for name in pair}
+        for row, pair in enumerate(zip(sets.references, sets.targets)):
+            if tuple(sets.names[index] for index in pair) in pairs:
+                found = {sets.names[index] for index in sets.negatives[row] if index >= 0}
+                assert found < images, "the window of 50 holds all but the target and what is as right"
+                assert len(found) > len(images) / 2
+                counted.add(row)
+    assert len(counted) == len(sets.targets)
+
+
 def test_the_papers_recipe_trains_text_against_the_reference_and_can_be_loaded(run, outputs, clip):
     """Its anchor is 0, so that nothing reads CLIP's temperature, which the checkpoint keeps all the same."""
     made = run(recipe="paper_demo", test_splits=["val"])
@@ -418,7 +434,7 @@ def test_settings_that_cannot_be_are_refused(changes, message, project, tmp_path
 
 
 def test_data_without_image_sets_are_refused(project, tmp_path):
-    message = r"source: image_set mines in the image sets that CIRR's annotation names, and the triplets of datasets\.fas"
+    message = r"source: image_set mines in the image sets that CIRR's annotation names, and the triplets of dat"
     refused(project, tmp_path / "sets", message, negatives={"source": "image_set"})
 
 
@@ -426,7 +442,7 @@ def test_a_run_resumed_with_other_weights_to_train_is_refused(project, run, tmp_
     """The anchor alone reads the temperature."""
     made = run(max_epoch=1)
     message = (
-        r"checkpoint_last\.pth was written by a run that trained (\d+) weights and biases, and this one trains \d+; set "
+        r"checkpoint_last\.pth was written by a run that trained \d+ weights and biases, and this one t"
     )
     changes = {"dpo": {"anchor": 0.0}, "resume_ckpt_path": str(made / "checkpoint_last.pth")}
     refused(project, tmp_path / "other", message, **changes)

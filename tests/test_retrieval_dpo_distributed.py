@@ -83,7 +83,8 @@ def mined(folder, source):
     paths = {f"{number:02}": folder / f"{number:02}.png" for number in range(13)}
     names = list(paths)
     triplets = [
-        Triplet(names[i], names[i + 1], (f"is {'red' * (i % 3)}",), members=tuple(names[:6])) for i in range(11)
+        Triplet(names[i], names[i + 1], (f"is {'red' * (i % 3)}",), ("dress", "shirt")[i % 2], members=tuple(names[:6]))
+        for i in range(11)
     ]
     processor = TargetPadProcessor(16)
     dataset = TripletDataset(triplets, paths, processor, lambda text: text, lambda captions, rng: captions[0])

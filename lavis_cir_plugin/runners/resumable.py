@@ -317,7 +317,8 @@ class ResumableRunner(PortableRunner):
     def _check_optimizer(self, saved: Mapping[str, Any], path: str) -> None:
         """Refuse the state of an optimizer that trained other weights, which torch finds by counting them, too."""
         before, now = (
-            [len(group["params"]) for group in groups] for groups in (saved["param_groups"], self.optimizer.param_groups)
+            [len(group["params"]) for group in groups]
+            for groups in (saved["param_groups"], self.optimizer.param_groups)
         )
         if before != now:
             raise ValueError(

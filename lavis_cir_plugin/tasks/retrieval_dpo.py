@@ -24,12 +24,14 @@ from lavis_cir_plugin.datasets import BenchmarkDataset, TripletDataset
 from lavis_cir_plugin.negatives import (
     Mined,
     Mining,
+    MiningGroup,
     NegativeSets,
     forbidden,
     joined,
     load_negatives,
     mean_features,
     mine,
+    mining_groups,
     mining_index,
     negatives_path,
     random_negatives,
@@ -220,11 +222,12 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         references = torch.tensor([place[triplet.reference] for triplet in dataset.triplets])
         targets = torch.tensor([place[triplet.target] for triplet in dataset.triplets])
         right = targets if self.preference.positive == "target" else references
-        banned = [{place[image] for image in own if image in place} for own in forbidden(dataset.triplets)]
+        banned = padded([[place[image] for image in own if image in place] for own in forbidden(dataset.triplets)], 1)
+        groups = mining_groups(dataset.triplets, place, self.mining.within_category)
         if epoch < self.mining.warmup_epochs:
-            found = _unscored(random_negatives(right, banned, len(place), self.mining.width(len(place)), self.seed))
+            found = self._drawn(groups, right, banned)
         else:
-            found = self._search(benchmark, dataset, right, banned, place)
+            found = self._search(benchmark, dataset, groups, right, banned)
         arrays = {field: rows.numpy() for field, rows in found._asdict().items()}
         settings = {**dataclasses.asdict(self.mining), "window": list(self.mining.window)}
         return NegativeSets(
@@ -237,35 +240,57 @@ class RetrievalDpoTask(ComposedRetrievalTask):
             **arrays,
         )
 
+    def _drawn(self, groups: Sequence[MiningGroup], right: Tensor, banned: Tensor) -> Mined:
+        """Return random negatives of all triplets."""
+        parts, numbers = [], []
+        for group in groups:
+            rows = group.numbers
+            places = group.places(right[rows]), group.places(banned[rows])
+            found = random_negatives(*places, len(group.images), self.mining.width, self.seed)
+            parts.append(found._replace(negatives=group.indices(found.negatives)))
+            numbers += rows
+        return joined(parts, numbers)
+
     def _search(
         self,
         benchmark: Benchmark,
         dataset: TripletDataset,
+        groups: Sequence[MiningGroup],
         right: Tensor,
-        banned: Sequence[set[int]],
-        place: Mapping[str, int],
+        banned: Tensor,
     ) -> Mined:
+        """Return the negatives of all triplets by the weights as they are, each process searching for its share."""
         images = BenchmarkDataset(benchmark, dataset.vis_processor, dataset.text_processor)
         images.features, images.preloaded = dataset.features, dataset.preloaded
         loader = DataLoader(images, **self.loader_options)
         evaluation = Evaluation(self.model, loader, self.device.type == "cuda", self.gallery_dtype)
         gallery = evaluation.encode_gallery()
         own = share(len(right))
-        index = mining_index(gallery, self.mining)
         parts: list[Mined] = []
         with together():
             if len(own):
-                (group,) = benchmark.groups
+                (everything,) = benchmark.groups
                 if self.mining.source == "positive":
                     query = mean_features(gallery)[right[list(own)]]
                 else:
-                    query = evaluation.encode_queries("multimodal", [[group.queries[row] for row in own]])
+                    query = evaluation.encode_queries("multimodal", [[everything.queries[row] for row in own]])
                 candidates = None
                 if self.mining.source == "image_set":
-                    triplets = [dataset.triplets[row] for row in own]
-                    candidates = padded([[place[m] for m in t.members if m in place] for t in triplets], width=1)
-                rows = padded([sorted(banned[row]) for row in own], width=1)
-                parts = [mine(query, index, right[list(own)], rows, self.mining, candidates)]
+                    place = {name: number for number, name in enumerate(everything.gallery)}
+                    sets = [[place[name] for name in t.members if name in place] for t in dataset.triplets]
+                    candidates = padded(sets, width=1)
+                found, numbers = [], []
+                for group in groups:
+                    rows = [number for number in group.numbers if number in own]
+                    if not rows:
+                        continue
+                    index = mining_index(gallery if len(groups) == 1 else gallery[group.images], self.mining)
+                    places = group.places(right[rows]), group.places(banned[rows])
+                    some = None if candidates is None else group.places(candidates[rows])
+                    mined = mine(query[[row - own.start for row in rows]], index, *places, self.mining, some)
+                    found.append(mined._replace(negatives=group.indices(mined.negatives)))
+                    numbers += rows
+                parts = [joined(found, numbers)]
         return joined([part for of_process in gather(parts) for part in of_process])
 
     def _from_file(self, name: str, dataset: TripletDataset, path: str) -> NegativeSets:
@@ -328,11 +353,6 @@ def training_benchmark(name: str, dataset: TripletDataset, seed: int, epoch: int
     return Benchmark(name, "train", (group,), dataset.image_paths, f"{name} train", no_metrics, "")
 
 
-def _unscored(negatives: Tensor) -> Mined:
-    unknown, nan = torch.full_like(negatives, -1), torch.full(negatives.shape, torch.nan)
-    return Mined(negatives, nan, nan[:, 0], unknown, unknown[:, 0])
-
-
 def _setting_problems(run: Mapping[str, Any]) -> Iterator[str]:
     for key, settings in {"dpo": Preference, "negatives": Mining}.items():
         if run.get(key) is not None:
@@ -354,8 +374,8 @@ def _check_data(training: Mapping[str, Any], mining: Mining) -> None:
             )
         if mining.source == "image_set" and not any(triplet.members for triplet in dataset.triplets):
             raise ValueError(
-                f"run.negatives.source: image_set mines in the image sets that CIRR's annotation names, and the triplets "
-                f"of datasets.{name} have none; choose query or positive."
+                f"run.negatives.source: image_set mines in the image sets that CIRR's annotation names, and the "
+                f"triplets of datasets.{name} have none; choose query or positive."
             )
 
 
