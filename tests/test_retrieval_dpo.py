@@ -441,9 +441,7 @@ def test_data_without_image_sets_are_refused(project, tmp_path):
 def test_a_run_resumed_with_other_weights_to_train_is_refused(project, run, tmp_path):
     """The anchor alone reads the temperature."""
     made = run(max_epoch=1)
-    message = (
-        r"checkpoint_last\.pth was written by a run that trained \d+ weights and biases, and this one t"
-    )
+    message = r"checkpoint_last\.pth was written by a run that trained \d+ weights and biases, and this one t"
     changes = {"dpo": {"anchor": 0.0}, "resume_ckpt_path": str(made / "checkpoint_last.pth")}
     refused(project, tmp_path / "other", message, **changes)
 
