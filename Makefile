@@ -23,7 +23,8 @@ demo-tscir: install
 	$(BIN)/python benchmarks/tscir_ladder.py --work output/tscir/demo
 
 demo-dpo: install
-	$(BIN)/python benchmarks/dpo_ladder.py --work output/retrieval_dpo/demo
+	$(BIN)/python benchmarks/dpo_ladder.py --work output/retrieval_dpo/demo --clip run.max_iters=300 \
+		--stage-one run.max_epoch=5 --fused run.max_epoch=2
 
 test: $(TESTABLE)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

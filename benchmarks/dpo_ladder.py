@@ -21,7 +21,7 @@ from stages import evaluate, frame, provenance, save, spread, train
 
 PROJECTS = Path(__file__).parents[1] / "projects"
 METRICS = ("R@10", "R@50")
-"""FashionIQ's; the first is drawn."""
+"""FashionIQ's."""
 CHANCE = "random (expected)"
 
 # Each rung keeps what those before it repaired.
@@ -136,25 +136,27 @@ def ladder_table(values: Sequence[Values]) -> str:
 
 
 def draw_ladder(values: Sequence[Values], path: Path) -> None:
-    """Draw a bar per row, from the least to the most of the seeds a line, chance dashed."""
-    figure = Figure(figsize=(9, 0.34 * len(ROWS) + 1.2), constrained_layout=True)
-    panel = figure.subplots()
-    for place, row in enumerate(ROWS):
-        own = [of_seed[row][METRICS[0]] for of_seed in values]
-        mean = statistics.mean(own)
-        colour = "#8fbbe0" if row in REPAIRS else "#1f5fa8" if row == FUSED else "#bdbdbd"
-        panel.barh(place, mean, 0.75, color=colour)
-        if len(own) > 1:
-            panel.plot([min(own), max(own)], [place, place], color="black", linewidth=1.5)
-        panel.annotate(f"{mean:.1f}", (max(own), place), (4, 0), textcoords="offset points", va="center")
-    chance = statistics.mean(of_seed[CHANCE][METRICS[0]] for of_seed in values)
-    panel.axvline(chance, color="black", linestyle="--", linewidth=0.9)
-    panel.annotate(f"chance, {chance:.1f}", (chance, -0.9), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    panel.set_yticks(range(len(ROWS)), ROWS)
-    panel.set_xlabel("percent")
-    frame(panel, f"FashionIQ's {METRICS[0]} on drawn garments")
-    panel.set_ylim(len(ROWS) - 0.4, -1.4)
-    panel.set_xlim(left=0)
+    """Draw per metric a bar per row, from the least to the most of the seeds a line, chance dashed."""
+    figure = Figure(figsize=(12, 0.34 * len(ROWS) + 1.2), constrained_layout=True)
+    for panel, metric in zip(figure.subplots(1, len(METRICS), sharey=True), METRICS):
+        for place, row in enumerate(ROWS):
+            own = [of_seed[row][metric] for of_seed in values]
+            mean = statistics.mean(own)
+            colour = "#8fbbe0" if row in REPAIRS else "#1f5fa8" if row == FUSED else "#bdbdbd"
+            panel.barh(place, mean, 0.75, color=colour)
+            if len(own) > 1:
+                panel.plot([min(own), max(own)], [place, place], color="black", linewidth=1.5)
+            panel.annotate(f"{mean:.1f}", (max(own), place), (4, 0), textcoords="offset points", va="center")
+        chance = statistics.mean(of_seed[CHANCE][metric] for of_seed in values)
+        panel.axvline(chance, color="black", linestyle="--", linewidth=0.9)
+        label = f"chance, {chance:.2f}"
+        panel.annotate(label, (chance, -0.9), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        panel.set_yticks(range(len(ROWS)), ROWS)
+        panel.set_xlabel("percent")
+        panel.margins(x=0.12)
+        frame(panel, f"FashionIQ's {metric} on drawn garments")
+        panel.set_ylim(len(ROWS) - 0.4, -1.4)
+        panel.set_xlim(left=0)
     save(figure, path)
 
 

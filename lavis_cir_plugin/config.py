@@ -22,7 +22,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_cir_plugin import adapters
-from lavis_cir_plugin.benchmarks.benchmark import did_you_mean, is_number
+from lavis_cir_plugin.benchmarks.benchmark import did_you_mean, is_number, unknown_key
 from lavis_cir_plugin.runners.resumable import ResumableRunner
 
 # What a project file need not repeat.
@@ -219,12 +219,9 @@ def _known_keys(where: str, given: Iterable[str], known: Iterable[str], is_compl
     """Name unknown keys; of a list that LAVIS does not state completely, only those that are a letter or two off."""
     known = sorted(known)
     for key in given:
-        hint = did_you_mean(key, known)
-        has_hint = hint != "."
         is_slip = bool(difflib.get_close_matches(key, known, n=1, cutoff=0.9))
         if key not in known and (is_complete or is_slip):
-            allowed = "" if has_hint else f" Known: {', '.join(known)}."
-            yield f"{where}.{key} is not a known key{hint}{allowed}"
+            yield unknown_key(where, key, known)
 
 
 def _is_ours(entry: type) -> bool:

@@ -41,6 +41,7 @@ _TWINS_FORESEEN = 8
 DEEPEST = 1000
 """How many images of a ranking are looked at, at most, unless a window ends later."""
 _PROBES = 4
+_STEEP_LEAST = 4
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Mining:
         index: One of lavis_cir_plugin.index.KINDS, or ``auto``: exact below `LARGE_GALLERY` images, ivf from there on.
             All but ``hnsw`` find the same each time.
         file: Negatives of an earlier run, ``<run>/negatives/<data set>_<epoch>.npz``, in place of mining; needs
-            ``refresh`` and ``warmup_epochs`` 0.
+            ``refresh`` and ``warmup_epochs`` 0. What chooses images has no effect then.
 
     Raises:
         ValueError: One sentence per impossible value, all at once.
@@ -124,7 +125,12 @@ class Mining:
             yield f"run.negatives.window must be two ranks [first, last] with 0 <= first < last, got {shown!r}."
         elif self.width > DEEPEST:
             yield f"run.negatives.window must span at most {DEEPEST:,} ranks, got {list(window)}."
-        elif _is_whole(self.count, 1) and self.count > self.width:
+        elif self.steep_drop is True and self.width < _STEEP_LEAST:
+            yield (
+                f"run.negatives.window: {list(window)} has no image between two drops for run.negatives.steep_drop; it "
+                f"needs at least {_STEEP_LEAST} ranks."
+            )
+        elif _is_whole(self.count, 1) and self.count > self.width and self.file is None:
             yield (
                 f"run.negatives.count: {self.count} is more than run.negatives.window: {list(window)} has "
                 f"({self.width}); widen the window or lower count."
@@ -154,10 +160,10 @@ class NegativeSets:
         texts: N, with which the query was made.
         negatives: ``(N, P)`` gallery indices, hardest first, -1 pads.
         scores: ``(N, P)`` of the negatives by the source's ranking, cosines; nan for random ones.
-        target_scores: ``(N,)`` of the right images, likewise.
+        target_scores: ``(N,)`` of the right images, likewise; nan for random negatives.
         ranks: ``(N, P)`` of the negatives, from 0, among all images that the source ranks; -1 where unknown.
         target_ranks: ``(N,)`` of the right images, likewise; -1 where unknown, or below what was searched.
-        about: What they were made of: data set, epoch, seed, and ``run.negatives``.
+        about: What they were made of: data set, epoch, seed, ``run.dpo.positive`` and ``run.negatives``.
         paths: Of the gallery's pictures, G, to look at them later.
     """
 
@@ -179,6 +185,11 @@ class NegativeSets:
         counts: np.ndarray[Any, Any] = (self.negatives >= 0).sum(axis=1)
         return counts
 
+    @property
+    def is_mined(self) -> bool:
+        """Whether they were mined, not drawn at random."""
+        return not bool(np.isnan(self.target_scores).all())
+
     def draw(self, index: int, count: int, rng: Any = random) -> list[int]:
         """Return up to ``count`` distinct columns of a triplet's negatives, in order."""
         available = int((self.negatives[index] >= 0).sum())
@@ -191,7 +202,9 @@ class NegativeSets:
             f"{len(self.targets):,} triplets, {self.counts.mean():.1f} negatives each, {100 * empty:.1f} % without one"
         )
         shares = [f"{label} {share:.0f} %" for label, share in rank_histogram(self).items() if share >= 0.5]
-        return f"{text}; ranks {', '.join(shares)}" if shares else f"{text}; drawn at random"
+        if not self.is_mined:
+            return f"{text}; drawn at random"
+        return f"{text}; ranks {', '.join(shares)}" if shares else text
 
     def save(self, path: Path) -> Path:
         """Write them to a file, whole or not at all.
@@ -372,18 +385,13 @@ def mine(
     Returns:
         The negatives ``(Q, P)`` with P = ``settings.width``, best first, padded with -1.
     """
-    # What is banned must not shorten the window.
-    depth = settings.window[1] + 1 + banned.shape[1] + _TWINS_FORESEEN
-    parts = []
-    for part in split(len(query), fixed_point.WORKING_BYTES, depth * (64 + banned.shape[1])):
-        own = rerank(query[part], index.gallery, targets[part, None], 1, longest=index.longest)[0]
-        if candidates is None:
-            parts.append(_search(query[part], index, own, targets[part], banned[part], settings, depth))
-            continue
-        width = candidates.shape[1]
-        scores, found = rerank(query[part], index.gallery, candidates[part], width, longest=index.longest)
-        parts.append(_chosen(scores, found, own, targets[part], banned[part], index.gallery, settings)[0])
-    return joined(parts)
+    own = rerank(query, index.gallery, targets[:, None], 1, longest=index.longest)[0]
+    if candidates is None:
+        # What is banned must not shorten the window.
+        depth = settings.window[1] + 1 + banned.shape[1] + _TWINS_FORESEEN
+        return _search(query, index, own, targets, banned, settings, depth)
+    scores, found = rerank(query, index.gallery, candidates, candidates.shape[1], longest=index.longest)
+    return _chosen(scores, found, own, targets, banned, index.gallery, settings)[0]
 
 
 def _search(
@@ -392,13 +400,19 @@ def _search(
     """Choose among the best ``depth`` of the gallery, and again among more for the queries whose window is not full."""
     depth = min(depth, len(index.gallery))
     # So many vectors belong to as many images even where all of an image's are alike.
-    scores, found = index.search(query, depth, hits=depth * index.gallery[0].numel() // query.shape[1])
-    mined, is_full = _chosen(scores, found, own, targets, banned, index.gallery, settings)
-    short = (~is_full).nonzero().squeeze(1)
+    hits = depth * index.gallery[0].numel() // query.shape[1]
+    parts, full = [], []
+    for part in split(len(query), fixed_point.WORKING_BYTES, depth * (64 + banned.shape[1])):
+        scores, found = index.search(query[part], depth, hits=hits)
+        mined, is_full = _chosen(scores, found, own[part], targets[part], banned[part], index.gallery, settings)
+        parts.append(mined)
+        full.append(is_full)
+    mined, short = joined(parts), (~torch.cat(full)).nonzero().squeeze(1)
     if not len(short) or depth >= min(DEEPEST, len(index.gallery)):
         return mined
-    some = query[short], index, own[short], targets[short], banned[short], settings, min(4 * depth, DEEPEST)
-    return Mined(*(rows.index_copy(0, short, deeper) for rows, deeper in zip(mined, _search(*some))))
+    deeper = 4 * depth if 8 * depth <= DEEPEST else DEEPEST
+    again = _search(query[short], index, own[short], targets[short], banned[short], settings, deeper)
+    return Mined(*(rows.index_copy(0, short, found) for rows, found in zip(mined, again)))
 
 
 def _chosen(
@@ -423,14 +437,14 @@ def _chosen(
     """
     is_target = found == targets[:, None]
     allowed = (found >= 0) & ~is_target & ~(found[:, :, None] == banned[:, None, :]).any(dim=2)
-    row, column = (allowed & ((scores - own).abs() <= _SCORES_OF_TWINS)).nonzero(as_tuple=True)
-    allowed[row, column] = ~_are_twins(gallery, found[row, column], targets[row])
     if settings.cap is not None:
         allowed &= scores < own - (1 - settings.cap) * own.abs()
     if settings.margin is not None:
         allowed &= scores < own - settings.margin
     if settings.steep_drop:
         allowed &= scores < own
+    row, column = (allowed & ((scores - own).abs() <= _SCORES_OF_TWINS)).nonzero(as_tuple=True)
+    allowed[row, column] = ~_are_twins(gallery, found[row, column], targets[row])
     place = allowed.cumsum(dim=1) - 1  # the rank among what is allowed
     kept = allowed & (place >= settings.window[0]) & (place < settings.window[1])
     if settings.steep_drop:

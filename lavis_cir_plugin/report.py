@@ -421,21 +421,29 @@ def negatives_sheet(sets: NegativeSets, path: str | Path, rows: int = 8, columns
         *([f"run.negatives: {settings}".replace('"', "")] if settings else []),
         "Below each picture: its rank among all that was ranked, from 1 (none: lower than was searched), and its score",
     ]
-    title = f"Negatives of {sets.about.get('dataset', 'a data set')}, mined at the beginning of epoch "
-    header = _header(f"{title}{sets.about.get('epoch', 0)}", notes, width)
+    name, way = sets.about.get("dataset", "a data set"), "mined" if sets.is_mined else "drawn"
+    title = f"Negatives of {name}, {way} at the beginning of epoch {sets.about.get('epoch', 0)}"
+    header = _header(title, notes, width)
     sheet = Image.new("RGB", (width, header.height + LABEL_HEIGHT + len(chosen) * row_height + MARGIN - GAP), WHITE)
     sheet.paste(header, (0, 0))
     draw = ImageDraw.Draw(sheet)
-    titles = {MARGIN: "reference", text_left: "modification text", target_left: "target", first_left: "negatives"}
+    right_is_reference = sets.about.get("positive") == "image"
+    titles = {
+        MARGIN: "reference = positive" if right_is_reference else "reference",
+        text_left: "modification text",
+        target_left: "target",
+        first_left: "negatives",
+    }
     for x, word in titles.items():
         draw.text((x, header.height - 4), word, GREY, _font(13))
     for row, index in enumerate(chosen):
         y = header.height + LABEL_HEIGHT + row * row_height
         reference, target = int(sets.references[index]), int(sets.targets[index])
-        _draw_picture(sheet, (MARGIN, y), Path(sets.paths[reference]))
         _draw_text(draw, (text_left, y), sets.texts[index])
         own = _rank_and_score(int(sets.target_ranks[index]), float(sets.target_scores[index]))
-        _draw_picture(sheet, (target_left, y), Path(sets.paths[target]), own, GREEN)
+        labels = (own, "") if right_is_reference else ("", own)
+        _draw_picture(sheet, (MARGIN, y), Path(sets.paths[reference]), labels[0])
+        _draw_picture(sheet, (target_left, y), Path(sets.paths[target]), labels[1], GREEN)
         for column, image in enumerate(sets.negatives[index, :columns].tolist()):
             if image < 0:
                 break

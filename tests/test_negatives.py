@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lavis_cir_plugin import command_line, fixed_point, negatives
 from lavis_cir_plugin.benchmarks.benchmark import Triplet
-from lavis_cir_plugin.index import build_index
+from lavis_cir_plugin.index import build_index, recall_against_exact
 from lavis_cir_plugin.negatives import (
     TWIN,
     Mined,
@@ -155,6 +155,16 @@ def test_faiss_finds_what_the_exact_search_finds(kind, monkeypatch):
     assert index.kind == kind
     for a, b in zip(mine(query, index, targets, banned, rules), exact):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_graph_finds_nearly_what_the_exact_search_finds():
+    query, gallery, targets, banned = world()
+    rules = Mining(cap=None, window=(0, 30))
+    exact, found = (
+        mine(query, mining_index(gallery, Mining(index=kind)), targets, banned, rules).negatives
+        for kind in ("exact", "hnsw")
+    )
+    assert recall_against_exact(found, exact) > 95
 
 
 def test_the_index_is_exact_for_small_galleries_alone(monkeypatch):
@@ -301,7 +311,7 @@ def test_steep_drops_are_those_below_the_right_image_within_the_window():
 @given(
     seed=st.integers(0, 10_000),
     tokens=st.integers(1, 3),
-    window=st.tuples(st.integers(0, 10), st.integers(11, 40)),
+    window=st.tuples(st.integers(0, 10), st.integers(14, 40)),
     cap=st.sampled_from([None, 0.5, 0.95, 1.0]),
     steep_drop=st.booleans(),
 )
@@ -414,6 +424,12 @@ def test_when_negatives_are_mined(changes, epochs):
         ({"window": [3, 4], "count": 2}, r"count: 2 is more than run\.negatives\.window: \[3, 4\] has \(1\); widen"),
         ({"window": [5, 5]}, r"window must be two ranks \[first, last\] with 0 <= first < last, got \[5, 5\]"),
         ({"window": [-1, 5]}, r"got \[-1, 5\]"),
+        ({"window": [0, 1001]}, r"window must span at most 1,000 ranks, got \[0, 1001\]"),
+        (
+            {"window": [2, 5], "steep_drop": True},
+            r"window: \[2, 5\] has no image between two drops .* at least 4 ranks",
+        ),
+        ({"within_category": "yes"}, "within_category must be true or false, got 'yes'"),
         ({"window": "0,5"}, "got '0,5'"),
         ({"window": 50}, "got 50"),
         ({"cap": 0}, "cap must be a number > 0 and <= 1, or null, got 0"),
@@ -606,6 +622,8 @@ def test_the_histogram_and_the_summary_by_hand():
     )
     sets.ranks[:] = -1
     assert rank_histogram(sets) == {}
+    assert sets.summary().endswith("33.3 % without one")
+    sets.target_scores[:] = math.nan
     assert sets.summary().endswith("33.3 % without one; drawn at random")
     sets.ranks[0, 0] = 0
     assert rank_histogram(sets) == {"1": 100.0}

@@ -16,10 +16,10 @@ from lavis_cir_plugin import PROJECTS, launcher
 from lavis_cir_plugin.checkpoints import read_checkpoint
 from lavis_cir_plugin.datasets import TripletDataset
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
-from lavis_cir_plugin.negatives import load_negatives
+from lavis_cir_plugin.negatives import Mining, load_negatives
 from lavis_cir_plugin.open_clip_towers import load_clip
 from lavis_cir_plugin.preference_model import PreferenceModel
-from lavis_cir_plugin.tasks.retrieval_dpo import RetrievalDpoTask
+from lavis_cir_plugin.tasks.retrieval_dpo import RetrievalDpoTask, _check_data
 from lavis_cir_plugin.tracking import read_steps
 
 WORLD = {
@@ -73,7 +73,7 @@ def project(world, start, clip):
         cfg.run = OmegaConf.merge(
             cfg.run,
             {"batch_size_train": 6, "max_epoch": 2, "output_dir": str(folder), "seed": 3, "test_splits": []},
-            {"negatives": {"cap": None}},
+            {"negatives": {"cap": None, "count": 2}, "dpo": {"variant": "sigmoid"}},
             run,
         )
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -417,7 +417,7 @@ def refused(project, folder, message, **changes):
         ),
         (
             {"negatives": {"file": "gone.npz", "refresh": 0}},
-            r"negatives gone\.npz does not exist; a retrieval_dpo run w",
+            r"run\.negatives\.file: gone\.npz does not exist; a retrieval_dpo run w",
         ),
         (
             {"task": "composed_retrieval"},
@@ -425,12 +425,42 @@ def refused(project, folder, message, **changes):
         ),
         (
             {"negatives": {"margin": 2.0}},
-            r"run\.negatives leaves none of 24 triplets a negative; widen run\.negatives\.",
+            r"leaves none of 24 triplets a negative; widen run\.negatives\.window: \[0, 50\], or lower run\.neg",
         ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message, project, tmp_path):
     refused(project, tmp_path / "out", message, **changes)
+
+
+def test_negatives_that_nobody_has_are_not_kept(project, tmp_path):
+    """A resumed run with wider rules would otherwise find them."""
+    refused(project, tmp_path / "none", r"leaves none of 24 triplets", negatives={"margin": 2.0})
+    assert not list((tmp_path / "none").glob("*/negatives/*"))
+
+
+def test_a_resumed_run_says_that_its_negatives_were_mined_by_other_rules(run, caplog):
+    made = run(max_epoch=1, negatives={"refresh": 0})
+    caplog.clear()
+    run(resume_ckpt_path=str(made / "checkpoint_last.pth"), negatives={"refresh": 0, "margin": 0.01})
+    assert "fashioniq_000.npz was mined by other run.negatives; they count from the next mining on" in caplog.text
+
+
+def test_a_file_serves_where_the_pictures_have_moved(run):
+    once = {"refresh": 0}
+    file = run("first", max_epoch=1, negatives=once) / "negatives/fashioniq_000.npz"
+    sets = load_negatives(file)
+    sets.paths = ["/gone/" + path for path in sets.paths]
+    sets.save(file)
+    made = run("moved", max_epoch=1, negatives={**once, "file": str(file)}, test_splits=["val"])
+    assert (made / "negatives_fashioniq.png").is_file()
+
+
+def test_a_file_is_of_one_data_set():
+    with pytest.raises(
+        ValueError, match=r"run\.negatives\.file is of one data set, and 2 are trained on \(a, b\); leave"
+    ):
+        _check_data({"a": None, "b": None}, Mining(file="x.npz", refresh=0))
 
 
 def test_data_without_image_sets_are_refused(project, tmp_path):
@@ -489,6 +519,19 @@ def test_files_of_others_are_refused(project, run, start, tmp_path):
     settings = {"dpo": {"reference": "mined"}, "negatives": {"refresh": 0, "file": drawn}}
     refused(project, tmp_path / "drawn", r"holds negatives that were drawn at random, without scores", **settings)
     settings["negatives"]["file"] = mined
+    many = {"negatives": {**settings["negatives"], "count": 80}}
+    refused(
+        project, tmp_path / "many", r"holds up to \d+ negatives of a triplet, fewer than .*count: 80; lower", **many
+    )
+    image = {"dpo": {"positive": "image"}, "negatives": settings["negatives"]}
+    refused(
+        project, tmp_path / "image", r"was mined for run\.dpo\.positive: target, and it is image now, which", **image
+    )
+    by_positive = run("by_positive", max_epoch=1, negatives={"refresh": 0, "source": "positive"})
+    of_images = {**settings, "negatives": {"refresh": 0, "file": str(by_positive / "negatives/fashioniq_000.npz")}}
+    refused(
+        project, tmp_path / "images", r"was mined by run\.negatives\.source: positive, so that its scores", **of_images
+    )
     other = tmp_path / "other.pth"
     torch.save({"model": make_scoring_model("joint", seed=1, freeze_vit=True).state_dict()}, other)
     message = (

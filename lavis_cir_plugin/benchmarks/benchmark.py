@@ -552,7 +552,7 @@ def setting_problems(key: str, settings: type, given: Any, example: str = "") ->
         return
     known = [field.name for field in fields(settings)]
     unknown = [name for name in given if name not in known]
-    yield from (f"{key}.{name} is not a known key{did_you_mean(name, known)}" for name in unknown)
+    yield from (unknown_key(key, name, known) for name in unknown)
     try:
         settings(**{name: value for name, value in given.items() if name in known})
     except ValueError as error:
@@ -562,6 +562,12 @@ def setting_problems(key: str, settings: type, given: Any, example: str = "") ->
 def is_number(value: Any) -> bool:
     """Return whether a value of a config is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def unknown_key(where: str, name: str, known: Sequence[str]) -> str:
+    """Return the sentence for a key that is not known: the nearest known one, or all."""
+    hint = did_you_mean(name, known)
+    return f"{where}.{name} is not a known key{hint}" + (f" Known: {', '.join(known)}." if hint == "." else "")
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:

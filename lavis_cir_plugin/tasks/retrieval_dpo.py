@@ -88,6 +88,8 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         if problems:
             return
         preference, mining = Preference(**(run.get("dpo") or {})), Mining(**(run.get("negatives") or {}))
+        if mining.file is not None and not Path(mining.file).expanduser().is_file():
+            yield f"run.negatives.file: {mining.file} does not exist; a retrieval_dpo run writes <run>/negatives/*.npz."
         if preference.reference == "mined" and mining.file is None:
             yield (
                 "run.dpo.reference: mined are the scores in run.negatives.file, which is empty; name the file of a run "
@@ -135,7 +137,6 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         if self.mining.file is not None:
             for name, dataset in self.training.items():
                 self._use(dataset, self._from_file(name, dataset, self.mining.file))
-                self.in_use[name] = 0
 
     def train_epoch(self, epoch: int, **arguments: Any) -> Any:
         """Mine negatives if it is time, then train an epoch of LAVIS's loop."""
@@ -171,11 +172,13 @@ class RetrievalDpoTask(ComposedRetrievalTask):
 
     def _report_run(self, run: Path, curve_metric: str) -> list[Path]:
         """Also draw the negatives that the last epoch had."""
-        sheets = [
-            report.negatives_sheet(dataset.negatives, run / f"negatives_{name}.png")
-            for name, dataset in self.training.items()
-            if dataset.negatives is not None
-        ]
+        sheets = []
+        for name, dataset in self.training.items():
+            if dataset.negatives is not None:
+                try:
+                    sheets.append(report.negatives_sheet(dataset.negatives, run / f"negatives_{name}.png"))
+                except OSError as error:
+                    logging.warning("no sheet of the negatives: %s", error)
         return [*super()._report_run(run, curve_metric), *sheets]
 
     # Negatives.
@@ -189,14 +192,18 @@ class RetrievalDpoTask(ComposedRetrievalTask):
             path = negatives_path(Path(registry.get_path("output_dir")), name, at)
             is_kept = gather(path.is_file())[0]
             if is_kept:
-                sets = load_negatives(path)
-                self._check_gallery(sets, name, dataset, str(path))
+                with together():
+                    sets = load_negatives(path)
+                    self._check_gallery(sets, name, dataset, str(path))
+                if sets.about.get("negatives") != self._mining_settings():
+                    logging.warning("%s was mined by other run.negatives; they count from the next mining on", path)
             else:
                 if at < epoch:
                     logging.warning("%s is not there: negatives are mined with the weights as they are now", path)
                 state = get_random_state(self.device)
                 sets = self._mine(name, dataset, at)
                 set_random_state(state, self.device)  # a resumed run, which finds the file, draws nothing here
+                self._check_any(sets)
                 with together():
                     if is_main_process():
                         sets.save(path)
@@ -205,13 +212,19 @@ class RetrievalDpoTask(ComposedRetrievalTask):
             self.in_use[name] = at
             data_loader.renew()
 
-    def _use(self, dataset: TripletDataset, sets: NegativeSets) -> None:
+    def _check_any(self, sets: NegativeSets) -> None:
         if not sets.counts.any():
+            asked = [f"widen run.negatives.window: {list(self.mining.window)}"]
+            if self.mining.cap is not None:
+                asked.append(f"raise run.negatives.cap: {self.mining.cap}")
+            if self.mining.margin is not None:
+                asked.append(f"lower run.negatives.margin: {self.mining.margin}")
             raise ValueError(
-                f"run.negatives leaves none of {len(sets.targets):,} triplets a negative; widen run.negatives.window "
-                f"({list(self.mining.window)}), raise run.negatives.cap ({self.mining.cap}) or lower "
-                f"run.negatives.margin ({self.mining.margin})."
+                f"run.negatives leaves none of {len(sets.targets):,} triplets a negative; {', or '.join(asked)}."
             )
+
+    def _use(self, dataset: TripletDataset, sets: NegativeSets) -> None:
+        sets.paths = self._paths(dataset, sets.names)  # a file's may be of another machine
         dataset.use_negatives(sets, self.mining.count, with_scores=self.preference.reference == "mined")
 
     def _mine(self, name: str, dataset: TripletDataset, epoch: int) -> NegativeSets:
@@ -229,16 +242,29 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         else:
             found = self._search(benchmark, dataset, groups, right, banned)
         arrays = {field: rows.numpy() for field, rows in found._asdict().items()}
-        settings = {**dataclasses.asdict(self.mining), "window": list(self.mining.window)}
         return NegativeSets(
             names=list(group.gallery),
             references=references.int().numpy(),
             targets=targets.int().numpy(),
             texts=[query.texts[0] for query in group.queries],
-            about={"dataset": name, "epoch": epoch, "seed": self.seed, "negatives": settings},
-            paths=[str(dataset.image_paths[image].absolute()) for image in group.gallery],
+            about={
+                "dataset": name,
+                "epoch": epoch,
+                "seed": self.seed,
+                "positive": self.preference.positive,
+                "negatives": self._mining_settings(),
+            },
+            paths=self._paths(dataset, group.gallery),
             **arrays,
         )
+
+    def _mining_settings(self) -> dict[str, Any]:
+        """Return ``run.negatives`` as a file of negatives holds it."""
+        return {**dataclasses.asdict(self.mining), "window": list(self.mining.window)}
+
+    @staticmethod
+    def _paths(dataset: TripletDataset, names: Sequence[str]) -> list[str]:
+        return [str(dataset.image_paths[name].absolute()) for name in names]
 
     def _drawn(self, groups: Sequence[MiningGroup], right: Tensor, banned: Tensor) -> Mined:
         """Return random negatives of all triplets."""
@@ -297,8 +323,18 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         """Return the negatives of an earlier run, after comparing them with data and starting weights."""
         sets = load_negatives(path)
         self._check_gallery(sets, name, dataset, f"run.negatives.file: {path}")
+        if sets.counts.max() < self.mining.count:
+            raise ValueError(
+                f"run.negatives.file: {path} holds up to {sets.counts.max()} negatives of a triplet, fewer than "
+                f"run.negatives.count: {self.mining.count}; lower count, or mine them anew with a wider window."
+            )
         if self.preference.reference != "mined":
             return sets
+        if sets.about.get("negatives", {}).get("source") == "positive":
+            raise ValueError(
+                f"run.negatives.file: {path} was mined by run.negatives.source: positive, so that its scores are those "
+                "of right images with others, not a policy's; mine with source: query, or set run.dpo.reference: start."
+            )
         if np.isnan(sets.target_scores).any():
             raise ValueError(
                 f"run.negatives.file: {path} holds negatives that were drawn at random, without scores; name those of "
@@ -307,7 +343,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         dataset.use_negatives(sets, self.mining.count, with_scores=True)
         samples = self._with_features(self._first_samples(min(_COMPARED, len(dataset)), dataset))
         difference = (samples["reference_scores"] - self._policy_scores(samples)).abs()
-        if difference.max() > _SAME:
+        if not difference.max() <= _SAME:  # nan, too
             raise ValueError(
                 f"run.negatives.file: the scores in {path} differ by up to {difference.max():.3f} from those of the "
                 "starting weights, so they are another policy's; mine with these weights, or set run.dpo.reference: "
@@ -323,6 +359,12 @@ class RetrievalDpoTask(ComposedRetrievalTask):
             raise ValueError(
                 f"{source} belongs to other training data: {len(theirs):,} triplets over {len(names):,} images, and "
                 f"{name} has {len(ours):,} over {len(dataset.image_paths):,}; mine them anew for these data."
+            )
+        before, now = sets.about.get("positive"), self.preference.positive
+        if before != now:
+            raise ValueError(
+                f"{source} was mined for run.dpo.positive: {before}, and it is {now} now, which may be among those "
+                "negatives; set it back, or mine them anew."
             )
 
     def _first_samples(self, count: int, dataset: TripletDataset | None = None) -> dict[str, Any]:
@@ -360,6 +402,11 @@ def _setting_problems(run: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_data(training: Mapping[str, Any], mining: Mining) -> None:
+    if mining.file is not None and len(training) > 1:
+        raise ValueError(
+            f"run.negatives.file is of one data set, and {len(training)} are trained on ({', '.join(training)}); leave "
+            "it out, or train on one."
+        )
     for name, dataset in training.items():
         if not isinstance(dataset, TripletDataset):
             raise ValueError(
