@@ -314,7 +314,7 @@ class MiningGroup:
 
     def places(self, images: Tensor) -> Tensor:
         """Return where gallery indices, of any shape, are among the group's images; -1 where they are not."""
-        found = torch.searchsorted(self.images, images.long()).clamp(max=len(self.images) - 1)
+        found = torch.searchsorted(self.images, images).clamp(max=len(self.images) - 1)
         return torch.where(self.images[found] == images, found, -1)
 
     def indices(self, places: Tensor) -> Tensor:
