@@ -73,7 +73,8 @@ def project(world, start, clip):
         cfg.run = OmegaConf.merge(
             cfg.run,
             {"batch_size_train": 6, "max_epoch": 2, "output_dir": str(folder), "seed": 3, "test_splits": []},
-            {"negatives": {"cap": None, "count": 2}, "dpo": {"variant": "sigmoid"}},
+            {"negatives": {"cap": None}},
+            {"negatives": {"count": 2}, "dpo": {"variant": "sigmoid"}} if recipe == "fused_demo" else {},
             run,
         )
         folder.parent.mkdir(parents=True, exist_ok=True)
