@@ -21,7 +21,7 @@ import measure
 IMAGES, QUERIES, EXACT = 46_609, 10_000, 500
 UNITS = ("seconds", "CPU seconds")
 LIMIT = 60.0
-"""Seconds for 10,000 queries on 2 cores."""
+"""Seconds of processor time for 10,000 queries."""
 
 
 def main() -> int:
@@ -45,9 +45,9 @@ def main() -> int:
             print(circo_full_size.line(step, results[step]), flush=True)
     wall, cpu = (sum(results["auto"][f"{part} {kind}"] for part in ("build", "mine")) for kind in UNITS)
     allowed = LIMIT * arguments.queries / QUERIES
-    verdict = "within" if wall < allowed else "ABOVE"
-    print(f"index and negatives: {wall:.1f} s, {verdict} {allowed:.0f}; {cpu:.1f} s of processor time")
-    return int(wall >= allowed)
+    verdict = "within" if cpu < allowed else "ABOVE"
+    print(f"index and negatives: {cpu:.1f} s of processor time, {verdict} {allowed:.0f}; {wall:.1f} s")
+    return int(cpu >= allowed)
 
 
 def run_here(arguments: argparse.Namespace) -> dict[str, float]:
