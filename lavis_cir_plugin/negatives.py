@@ -22,7 +22,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
 from lavis_cir_plugin import fixed_point
-from lavis_cir_plugin.benchmarks.benchmark import Triplet, did_you_mean
+from lavis_cir_plugin.benchmarks.benchmark import Triplet, did_you_mean, is_number
 from lavis_cir_plugin.fixed_point import split
 from lavis_cir_plugin.index import KINDS, VECTORS_PER_LIST, Index, build_index
 from lavis_cir_plugin.ranking import padded, rerank
@@ -137,8 +137,9 @@ class Mining:
             )
         for key, most in {"cap": 1.0, "margin": 2.0}.items():
             value = getattr(self, key)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (is_number and (value > 0 if key == "cap" else value >= 0) and value <= most):
+            if value is not None and not (
+                is_number(value) and (value > 0 if key == "cap" else value >= 0) and value <= most
+            ):
                 bound = "> 0" if key == "cap" else ">= 0"
                 yield f"run.negatives.{key} must be a number {bound} and <= {most:g}, or null, got {value!r}."
         for key in ("within_category", "steep_drop"):

@@ -457,6 +457,11 @@ def test_a_file_serves_where_the_pictures_have_moved(run):
     assert (made / "negatives_fashioniq.png").is_file()
 
 
+def test_an_evaluation_asks_for_no_file_of_negatives(run):
+    gone = {"file": "gone.npz", "refresh": 0}
+    assert (run("evaluated", "evaluate", negatives=gone, test_splits=["val"]) / "val/metrics.json").is_file()
+
+
 def test_a_file_is_of_one_data_set():
     with pytest.raises(
         ValueError, match=r"run\.negatives\.file is of one data set, and 2 are trained on \(a, b\); leave"

@@ -88,8 +88,6 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         if problems:
             return
         preference, mining = Preference(**(run.get("dpo") or {})), Mining(**(run.get("negatives") or {}))
-        if mining.file is not None and not Path(mining.file).expanduser().is_file():
-            yield f"run.negatives.file: {mining.file} does not exist; a retrieval_dpo run writes <run>/negatives/*.npz."
         if preference.reference == "mined" and mining.file is None:
             yield (
                 "run.dpo.reference: mined are the scores in run.negatives.file, which is empty; name the file of a run "
@@ -240,7 +238,11 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         if epoch < self.mining.warmup_epochs:
             found = self._drawn(groups, right, banned)
         else:
-            found = self._search(benchmark, dataset, groups, right, banned)
+            candidates = None
+            if self.mining.source == "image_set":
+                sets = [[place[name] for name in t.members if name in place] for t in dataset.triplets]
+                candidates = padded(sets, width=1)
+            found = self._search(benchmark, dataset, groups, right, banned, candidates)
         arrays = {field: rows.numpy() for field, rows in found._asdict().items()}
         return NegativeSets(
             names=list(group.gallery),
@@ -284,6 +286,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         groups: Sequence[MiningGroup],
         right: Tensor,
         banned: Tensor,
+        candidates: Tensor | None,
     ) -> Mined:
         """Return the negatives of all triplets by the weights as they are, each process searching for its share."""
         images = BenchmarkDataset(benchmark, dataset.vis_processor, dataset.text_processor)
@@ -300,11 +303,6 @@ class RetrievalDpoTask(ComposedRetrievalTask):
                     query = mean_features(gallery)[right[list(own)]]
                 else:
                     query = evaluation.encode_queries("multimodal", [[everything.queries[row] for row in own]])
-                candidates = None
-                if self.mining.source == "image_set":
-                    place = {name: number for number, name in enumerate(everything.gallery)}
-                    sets = [[place[name] for name in t.members if name in place] for t in dataset.triplets]
-                    candidates = padded(sets, width=1)
                 found, numbers = [], []
                 for group in groups:
                     rows = [number for number in group.numbers if number in own]
@@ -406,6 +404,10 @@ def _check_data(training: Mapping[str, Any], mining: Mining) -> None:
         raise ValueError(
             f"run.negatives.file is of one data set, and {len(training)} are trained on ({', '.join(training)}); leave "
             "it out, or train on one."
+        )
+    if mining.file is not None and not Path(mining.file).expanduser().is_file():
+        raise FileNotFoundError(
+            f"run.negatives.file: {mining.file} does not exist; a retrieval_dpo run writes <run>/negatives/*.npz."
         )
     for name, dataset in training.items():
         if not isinstance(dataset, TripletDataset):
