@@ -43,6 +43,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/tscir_step_cost.py
 	$(BIN)/python benchmarks/triplets_full_size.py
 	$(BIN)/python benchmarks/validation_metrics.py
+	$(BIN)/python benchmarks/validation_metrics.py --features 32 --rounds 1
 	$(BIN)/python benchmarks/circo_full_size.py
 	$(BIN)/python benchmarks/negatives_full_size.py
 	$(BIN)/python benchmarks/check_full_size.py

@@ -105,6 +105,11 @@ class Scores:
     def exact_pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the exact scores of pairs of a query and an image: all three ``(n,)``, the scores float64."""
         scores = self.unit.new_empty(len(rows))
+        if self.num_features == 1:
+            for part in split(len(rows), self._block_bytes, 32 * self.width):
+                vectors = self._fixed(self._take(columns[part]).squeeze(1))
+                scores[part] = vectors.mul_(self._fixed_query[rows[part]]).sum(dim=1)
+            return scores.mul_(self._integer_unit)
         for part in split(len(rows), self._block_bytes, 4 * self.num_features * self.width):
             vectors = self._take(columns[part])
             approximate = (self._float32(vectors) @ self._query[rows[part]].unsqueeze(2)).squeeze(2).double()
@@ -136,8 +141,8 @@ class Scores:
         return scores
 
     def _blocks(self, num_queries: int, item_bytes: int) -> Iterator[Tensor]:
-        """Yield the gallery in blocks that, like their products, stay under the size of a block."""
-        row_bytes = item_bytes * self.num_features * max(num_queries, self.width)
+        """Yield the gallery in blocks that stay under the size of a block, as do products of which the best is taken."""
+        row_bytes = item_bytes * self.num_features * max(num_queries * (self.num_features > 1), self.width)
         for part in split(self.size, self._block_bytes, row_bytes):
             yield self.gallery[part].squeeze(1).to(self.device)
 

@@ -92,15 +92,19 @@ def rank(
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         scores = Scores(query, gallery)
         top_k = min(top_k, scores.size)
-        ranks, subset_top = torch.full_like(labels, -1), torch.full_like(members, -1)
+        every = torch.arange(len(query), device=query.device)
+        labels = labels.masked_fill(labels == excluded.unsqueeze(1), -1)
+        own = _exact(scores, labels)
+        ranks, member_scores = torch.full_like(labels, -1), torch.empty_like(members, dtype=torch.float32)
         top = targets.new_full((len(targets), top_k), -1)
         is_open = torch.zeros_like(targets, dtype=torch.bool)
-        for rows in torch.arange(len(query), device=query.device).split(chunk or _queries_at_once(scores.size, top_k)):
+        for rows in every.split(chunk or _queries_at_once(scores.size, top_k)):
             approximate = _mask(scores.approximate(rows), excluded[rows])
-            subset_top[rows] = _best_of(scores, rows, members[rows], _pick(approximate, members[rows]))
-            ranks[rows], open_ranks = _fast_ranks(scores, rows, labels[rows], approximate)
+            member_scores[rows] = _pick(approximate, members[rows])
+            ranks[rows], open_ranks = _fast_ranks(scores, rows, labels[rows], own[rows], approximate)
             top[rows], open_top = _fast_top(scores, rows, top_k, approximate)
             is_open[rows] = open_ranks | open_top
+        subset_top = _best_of(scores, every, members, member_scores)
         for rows in _some(is_open, _exact_at_once(scores.size)):
             exact = _mask(scores.exact(rows), excluded[rows])
             ranks[rows] = torch.stack([_rank(exact, label) for label in labels[rows].unbind(1)], dim=1)
@@ -228,26 +232,34 @@ def _pick(scores: Tensor, columns: Tensor) -> Tensor:
     return scores.gather(1, columns.clamp(min=0)).masked_fill_(columns < 0, -math.inf)
 
 
-def _fast_ranks(scores: Scores, rows: Tensor, labels: Tensor, approximate: Tensor) -> tuple[Tensor, Tensor]:
+def _exact(scores: Scores, columns: Tensor) -> Tensor:
+    """Return the exact scores of some columns per query; inf in column -1."""
+    exact = torch.full_like(columns, math.inf, dtype=torch.float64)
+    row, place = (columns >= 0).nonzero(as_tuple=True)
+    exact[row, place] = scores.exact_pairs(row, columns[row, place])
+    return exact
+
+
+def _fast_ranks(
+    scores: Scores, rows: Tensor, labels: Tensor, exact: Tensor, approximate: Tensor
+) -> tuple[Tensor, Tensor]:
     """Rank labelled images by counting.
 
     Args:
         scores: Of all queries.
         rows: ``(n,)`` which queries.
         labels: ``(n, T)`` gallery indices, padded with -1.
-        approximate: ``(n, G)`` their approximate scores, -inf where excluded.
+        exact: ``(n, T)`` their exact scores.
+        approximate: ``(n, G)`` all approximate scores, -inf where excluded.
 
     Returns:
         The ranks ``(n, T)``, and ``(n,)`` whether those of a query are left open.
     """
     ranks, open_rows = torch.full_like(labels, -1), torch.zeros_like(rows, dtype=torch.bool)
-    ranked = _pick(approximate, labels) > -math.inf
     flags = torch.empty_like(approximate)  # 0 or 1; the sum of floats is the fastest count
     bound = scores.bound[rows].squeeze(1)
     for column in range(labels.shape[1]):
-        label, with_label = labels[:, column], ranked[:, column]
-        own = bound.new_full((len(rows),), math.inf)
-        own[with_label] = scores.exact_pairs(rows[with_label], label[with_label])
+        label, own = labels[:, column], exact[:, column]
         low, high = (own - bound).float().unsqueeze(1), (own + bound).float().unsqueeze(1)
         better = torch.gt(approximate, high, out=flags).sum(dim=1).long()
         near = torch.ge(approximate, low, out=flags).sum(dim=1).long() - better  # with the labelled image itself
@@ -256,10 +268,10 @@ def _fast_ranks(scores: Scores, rows: Tensor, labels: Tensor, approximate: Tenso
             values = approximate[some]
             row, candidate = _sparse_places((values >= low[some]) & (values <= high[some]))
             row = some[row]
-            exact = scores.exact_pairs(rows[row], candidate)
-            before = (exact > own[row]) | ((exact == own[row]) & (candidate < label[row]))
+            other = scores.exact_pairs(rows[row], candidate)
+            before = (other > own[row]) | ((other == own[row]) & (candidate < label[row]))
             better.index_add_(0, row, before.long())
-        ranks[:, column] = torch.where(with_label, better, -1)
+        ranks[:, column] = torch.where(label >= 0, better, -1)
         open_rows |= is_open
     return ranks, open_rows
 

@@ -112,22 +112,6 @@ def test_a_failed_command_is_an_error(script):
         script("measure").run([sys.executable, "-c", "raise SystemExit(3)"], print)
 
 
-def test_both_ways_of_ranking_agree(script, monkeypatch):
-    """Six queries among 50 images: the string matrix and chunked ranking give the same recall."""
-    import torch
-
-    ranking = script("ranking_full_size")
-    monkeypatch.setattr(ranking, "QUERIES", 6)
-    monkeypatch.setattr(ranking, "GALLERY", 50)
-    monkeypatch.setattr(ranking, "CUTOFFS", (1, 5, 25))
-    generator = torch.Generator().manual_seed(0)
-    gallery = torch.randn(50, 3, 8, generator=generator)
-    query, targets = gallery[:6, 0] + torch.randn(6, 8, generator=generator), torch.arange(6)
-    recalls = ranking.by_strings(query, gallery, targets)
-    assert recalls == pytest.approx(ranking.by_chunks(query, gallery, targets))
-    assert 0 < recalls[0] < 100
-
-
 def test_ways_run_in_turn_and_their_last_line_counts(script, tmp_path):
     (tmp_path / "way.py").write_text("import json, sys; print('first'); print(json.dumps({'way': sys.argv[1]}))")
     runs = script("measure").run_ways(str(tmp_path / "way.py"), [["a"], ["b"]], 2)
@@ -136,13 +120,14 @@ def test_ways_run_in_turn_and_their_last_line_counts(script, tmp_path):
     assert script("measure").median([{"x": 3}, {"x": 1}, {"x": 2}], "x") == 2
 
 
+@pytest.mark.parametrize("num_features", [1, 3])
 @pytest.mark.parametrize("dataset", ["cirr", "fashioniq"])
-def test_validation_metrics_of_both_ways_agree(script, dataset):
+def test_validation_metrics_of_both_ways_agree(script, dataset, num_features):
     """90 queries among 60 images: recalls by comparing strings and by ranking, hits and misses both."""
     import torch
 
     metrics = script("validation_metrics")
-    group = metrics.group(dataset, 90, 60, torch.Generator().manual_seed(0))
+    group = metrics.group(num_features, 90, 60, torch.Generator().manual_seed(0))
     recalls = metrics.by_strings(dataset, *group)
     assert len(recalls) == (7 if dataset == "cirr" else 2)
     assert recalls == pytest.approx(metrics.by_ranks(dataset, *group))
@@ -156,10 +141,10 @@ def test_validation_metrics_say_where_the_ways_differ(script):
     strings = [{"seconds": 10.0, "peak_bytes": 400e6, "recalls": [50.0], "threads": 1}]
     ours = [{"seconds": 2.0, "peak_bytes": 200e6, "recalls": [50.0], "threads": 1, "device": "CPU"}]
     product = [{"seconds": 1.0, "peak_bytes": 150e6, "recalls": [], "threads": 1}]
-    text = metrics.report("cirr", floor, product, strings, ours)
+    text = metrics.report("cirr", 1, floor, product, strings, ours)
     assert "5.0 x the time (9 x what comes on top of the product), 3.0 x the memory" in text
     assert "DIFFER" not in text
-    assert "DIFFER" in metrics.report("cirr", floor, product, strings, [{**ours[0], "recalls": [51.0]}])
+    assert "DIFFER" in metrics.report("cirr", 1, floor, product, strings, [{**ours[0], "recalls": [51.0]}])
 
 
 def test_circo_steps_on_a_small_gallery(script, tmp_path):
