@@ -141,7 +141,7 @@ class Scores:
         return scores
 
     def _blocks(self, num_queries: int, item_bytes: int) -> Iterator[Tensor]:
-        """Yield the gallery in blocks that stay under the size of a block, as do products of which the best is taken."""
+        """Yield the gallery in blocks under the size of a block, as are products of which only the best are kept."""
         row_bytes = item_bytes * self.num_features * max(num_queries * (self.num_features > 1), self.width)
         for part in split(self.size, self._block_bytes, row_bytes):
             yield self.gallery[part].squeeze(1).to(self.device)

@@ -123,11 +123,11 @@ def test_ways_run_in_turn_and_their_last_line_counts(script, tmp_path):
 @pytest.mark.parametrize("num_features", [1, 3])
 @pytest.mark.parametrize("dataset", ["cirr", "fashioniq"])
 def test_validation_metrics_of_both_ways_agree(script, dataset, num_features):
-    """90 queries among 60 images: recalls by comparing strings and by ranking, hits and misses both."""
+    """90 queries among 600 images: recalls by comparing strings and by ranking, hits and misses both."""
     import torch
 
     metrics = script("validation_metrics")
-    group = metrics.group(num_features, 90, 60, torch.Generator().manual_seed(0))
+    group = metrics.group(num_features, 90, 600, torch.Generator().manual_seed(0))
     recalls = metrics.by_strings(dataset, *group)
     assert len(recalls) == (7 if dataset == "cirr" else 2)
     assert recalls == pytest.approx(metrics.by_ranks(dataset, *group))
