@@ -40,13 +40,13 @@ from lavis_cir_plugin.report import (
     Curve,
     best_epoch,
     draw_curves,
-    replace_file,
     save_figure,
     shade_gap,
 )
 from lavis_cir_plugin.runners.portable import frozen_names, join_single_process
 from lavis_cir_plugin.runners.resumable import LAST
 from lavis_cir_plugin.tracking import EPOCHS, progress, read_epochs
+from lavis_cir_plugin.whole_files import replace_file
 
 GAMMA = 0.001
 """The paper's radius, relative to the weights; every run is probed in units of it, whatever it was trained with."""

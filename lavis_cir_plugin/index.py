@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from lavis_cir_plugin import fixed_point
 from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
 from lavis_cir_plugin.fixed_point import longest_feature, split
 from lavis_cir_plugin.ranking import rank, rerank
+from lavis_cir_plugin.whole_files import replacing
 
 KINDS = ("exact", "flat", "ivf", "hnsw")
 
@@ -104,16 +104,11 @@ class Index:
             OSError: it cannot be written; an older file is then left as it was.
         """
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(json.dumps(self._header()).encode() + b"\n")
-                if self.vectors is not None:
-                    faiss = _faiss(self.kind)
-                    faiss.write_index(self.vectors, faiss.PyCallbackIOWriter(file.write))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path, "choose another path") as file:
+            file.write(json.dumps(self._header()).encode() + b"\n")
+            if self.vectors is not None:
+                faiss = _faiss(self.kind)
+                faiss.write_index(self.vectors, faiss.PyCallbackIOWriter(file.write))
         return path
 
     @property

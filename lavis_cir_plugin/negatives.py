@@ -26,6 +26,7 @@ from lavis_cir_plugin.benchmarks.benchmark import Triplet, did_you_mean, is_numb
 from lavis_cir_plugin.fixed_point import split
 from lavis_cir_plugin.index import KINDS, VECTORS_PER_LIST, Index, build_index
 from lavis_cir_plugin.ranking import padded, rerank
+from lavis_cir_plugin.whole_files import replacing
 
 SOURCES = ("query", "positive", "image_set")
 LARGE_GALLERY = 10_000
@@ -214,22 +215,10 @@ class NegativeSets:
             OSError: It cannot be written; an older file is then left as it was.
         """
         texts = {"format": _FORMAT, **{name: getattr(self, name) for name in _TEXTS}}
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with part.open("wb") as file:
-                    # As an array of strings, each would take as much as the longest.
-                    content = np.frombuffer(json.dumps(texts).encode(), np.uint8)
-                    np.savez_compressed(file, texts=content, **{name: getattr(self, name) for name in _ARRAYS})
-                os.replace(part, path)
-            finally:
-                part.unlink(missing_ok=True)
-        except OSError as error:
-            raise OSError(
-                f"the mined negatives cannot be written to {path} ({error.strerror or error}); free some space or set "
-                "run.output_dir to another disk."
-            ) from error
+        # As an array of strings, each would take as much as the longest.
+        content = np.frombuffer(json.dumps(texts).encode(), np.uint8)
+        with replacing(path) as file:
+            np.savez_compressed(file, texts=content, **{name: getattr(self, name) for name in _ARRAYS})
         return path
 
 

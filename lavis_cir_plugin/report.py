@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import random
 import textwrap
 from collections import Counter, defaultdict
@@ -36,6 +35,7 @@ from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query
 from lavis_cir_plugin.negatives import NegativeSets
 from lavis_cir_plugin.ranking import Ranking, padded
 from lavis_cir_plugin.tracking import EPOCHS, STEPS, read_epochs, read_steps
+from lavis_cir_plugin.whole_files import replace_file
 
 TABLE_WIDTH = 120  # characters; the notes below a table are wrapped here
 
@@ -295,29 +295,6 @@ def write_submission(path: str | Path, content: Any) -> Path:
         OSError: the file cannot be written; an older one is then left as it was.
     """
     return replace_file(Path(path), json.dumps(content, separators=(",", ":")).encode())
-
-
-def replace_file(path: Path, content: bytes) -> Path:
-    """Put content at path in one step: readers see the old file or the new one, never a part. Returns ``path``.
-
-    Raises:
-        OSError: it cannot be written; an older file is then left as it was.
-    """
-    # One name per process, beside the target: os.replace is atomic within one file system only.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"{path} could not be written: {error.strerror or error}; "
-            "free some space there or set run.output_dir to another folder."
-        ) from error
-    return path
 
 
 def contact_sheet(

@@ -26,6 +26,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from lavis_cir_plugin.benchmarks.benchmark import at_least, config_from_mapping, listed, parse_json, shown, some
 from lavis_cir_plugin.benchmarks.images import SUFFIXES, decode_rgb
 from lavis_cir_plugin.benchmarks.json_lines import one_text, some_texts
+from lavis_cir_plugin.whole_files import replacing
 
 SPLITS = ("train",)
 
@@ -195,11 +196,8 @@ def _listing(path: Path, cache: Path | None, problems: list[str]) -> np.ndarray[
     before = len(problems)
     listing = np.array(list(_samples(path, problems)), dtype=np.int64).reshape(-1, 5)
     if kept is not None and len(problems) == before:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(f".{os.getpid()}.tmp")
-        with partial.open("wb") as file:
+        with replacing(kept) as file:  # another process may do the same
             np.save(file, listing)
-        partial.replace(kept)  # another process may do the same
     return listing
 
 

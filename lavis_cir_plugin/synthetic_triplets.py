@@ -30,6 +30,7 @@ from lavis_cir_plugin.benchmarks.captions import caption_records
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.caption_edits import Edit, Phrases, plain
 from lavis_cir_plugin.index import build_index
+from lavis_cir_plugin.whole_files import replace_file
 
 COUNT, CLIP_SIMILARITY, WORDS_SIMILARITY = 10_000, 0.9, 0.7
 """Triplets that are made, and least cosine of an edited caption and the target's, by CLIP and by words."""
@@ -412,9 +413,9 @@ def _run(args: argparse.Namespace) -> None:
             f"no triplet was made of {path}: give more captions, or several per image, or lower --similarity."
         )
     picture = contact_sheet(captions, made.triplets, images, args.seed) if sheet and images else b""
-    _replace(output, as_lines(captions, made.triplets).encode())
+    replace_file(output, as_lines(captions, made.triplets).encode(), "choose another --output")
     if sheet:
-        _replace(sheet, picture)
+        replace_file(sheet, picture, "choose another --contact-sheet")
     keys = f"datasets.triplets.build_info.root={output.parent}"
     if images is None or images.resolve() != (output.parent / "images").resolve():
         keys += f" and .images={images or 'the folder of the images'}"
@@ -436,18 +437,6 @@ def _check(args: argparse.Namespace, output: Path, images: Path | None, sheet: P
         raise ValueError("--contact-sheet needs --images, the folder of the images.")
     if sheet is not None and sheet.suffix != ".png":
         raise ValueError(f"--contact-sheet {sheet}: the picture is a PNG; choose a name that ends in .png.")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    from lavis_cir_plugin.report import replace_file
-
-    try:
-        replace_file(path, content)
-    except OSError as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        raise OSError(
-            f"{path} could not be written: {cause.strerror or cause}; free some space there or choose another folder."
-        ) from error
 
 
 def summary(captions: Captions, made: Made, count: int) -> str:

@@ -504,12 +504,12 @@ def test_negatives_are_saved_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "savez_compressed", full)
-    with pytest.raises(OSError, match=rf"cannot be written to {path} \(No space left on device\); free some space"):
+    with pytest.raises(OSError, match=rf"{path} could not be written: No space left on device; free some space"):
         some_sets().save(path)
     assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
     assert path.read_bytes() == before
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"set run\.output_dir to another disk"):
+    with pytest.raises(OSError, match=r"set run\.output_dir to another folder"):
         some_sets().save(tmp_path / "file" / "x.npz")
 
 
