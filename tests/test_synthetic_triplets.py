@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -337,10 +338,10 @@ def test_captions_that_share_nothing(world, capsys):
 
 
 def test_a_full_disk_is_named(world, monkeypatch):
-    def full(*_: object) -> int:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(
         SystemExit, match=r"train\.jsonl could not be written: No space left on device; free some space"
     ):
