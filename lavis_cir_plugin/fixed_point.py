@@ -106,6 +106,7 @@ class Scores:
         """Return the exact scores of pairs of a query and an image: all three ``(n,)``, the scores float64."""
         scores = self.unit.new_empty(len(rows))
         if self.num_features == 1:
+            # A part's float64 copies of both sides stay in the cache together.
             for part in split(len(rows), self._block_bytes, 32 * self.width):
                 vectors = self._fixed(self._take(columns[part]).squeeze(1))
                 scores[part] = vectors.mul_(self._fixed_query[rows[part]]).sum(dim=1)
@@ -141,9 +142,10 @@ class Scores:
         return scores
 
     def _blocks(self, num_queries: int, item_bytes: int) -> Iterator[Tensor]:
-        """Yield the gallery in blocks under the size of a block, as are products of which only the best are kept."""
-        row_bytes = item_bytes * self.num_features * max(num_queries * (self.num_features > 1), self.width)
-        for part in split(self.size, self._block_bytes, row_bytes):
+        """Yield the gallery in blocks that, like their products, stay under the size of a block."""
+        # With one feature per image a product is part of the result itself, whose size the caller bounds.
+        columns = self.width if self.num_features == 1 else max(num_queries, self.width)
+        for part in split(self.size, self._block_bytes, item_bytes * self.num_features * columns):
             yield self.gallery[part].squeeze(1).to(self.device)
 
     def _take(self, columns: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class Index:
             OSError: it cannot be written; an older file is then left as it was.
         """
         path = Path(path)
-        with replacing(path, "choose another path") as file:
+        with replacing(path) as file:
             file.write(json.dumps(self._header()).encode() + b"\n")
             if self.vectors is not None:
                 faiss = _faiss(self.kind)

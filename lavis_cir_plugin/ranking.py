@@ -64,7 +64,7 @@ def rank(
     and exact scores are computed only for those that it leaves open: for single pairs, or for the whole gallery where
     these are many (a collapsed model, whose features are nearly equal).
 
-    Memory is O(chunk x G), however many features K an image has; the gallery is read in blocks.
+    Memory is O(chunk x G + Q x (T + M)), however many features K an image has; the gallery is read in blocks.
 
     Args:
         query: ``(Q, D)``.
@@ -104,7 +104,9 @@ def rank(
             ranks[rows], open_ranks = _fast_ranks(scores, rows, labels[rows], own[rows], approximate)
             top[rows], open_top = _fast_top(scores, rows, top_k, approximate)
             is_open[rows] = open_ranks | open_top
-        subset_top = _best_of(scores, every, members, member_scores)
+        subset_top = torch.full_like(members, -1)
+        for rows in every.split(max(1, fixed_point.WORKING_BYTES // (8 * max(1, members.shape[1])))):
+            subset_top[rows] = _best_of(scores, rows, members[rows], member_scores[rows])
         for rows in _some(is_open, _exact_at_once(scores.size)):
             exact = _mask(scores.exact(rows), excluded[rows])
             ranks[rows] = torch.stack([_rank(exact, label) for label in labels[rows].unbind(1)], dim=1)

@@ -413,9 +413,9 @@ def _run(args: argparse.Namespace) -> None:
             f"no triplet was made of {path}: give more captions, or several per image, or lower --similarity."
         )
     picture = contact_sheet(captions, made.triplets, images, args.seed) if sheet and images else b""
-    replace_file(output, as_lines(captions, made.triplets).encode(), "choose another --output")
+    replace_file(output, as_lines(captions, made.triplets).encode())
     if sheet:
-        replace_file(sheet, picture, "choose another --contact-sheet")
+        replace_file(sheet, picture)
     keys = f"datasets.triplets.build_info.root={output.parent}"
     if images is None or images.resolve() != (output.parent / "images").resolve():
         keys += f" and .images={images or 'the folder of the images'}"

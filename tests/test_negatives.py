@@ -509,7 +509,7 @@ def test_negatives_are_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
     assert path.read_bytes() == before
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"set run\.output_dir to another folder"):
+    with pytest.raises(OSError, match=r"write elsewhere \(a run's folder is run\.output_dir"):
         some_sets().save(tmp_path / "file" / "x.npz")
 
 
