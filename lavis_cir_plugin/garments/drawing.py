@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ _LETTERS = {
     "E": ("111", "100", "110", "100", "111"),
 }
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 Points = Sequence[tuple[float, float]]
 
 
@@ -197,7 +198,7 @@ def _half_width(figure: _Figure, garment: Garment, y: Array) -> Array:
     blur = 0.05
     table = np.linspace(0, 1.5, 97)
     smooth = np.mean([np.interp(table + shift * blur, heights, widths) for shift in (-1, -0.5, 0, 0.5, 1)], axis=0)
-    return np.interp(y, table, smooth).astype(np.float32)
+    return np.asarray(np.interp(y, table, smooth), dtype=np.float32)
 
 
 def _neckline(figure: _Figure, garment: Garment) -> list[tuple[float, float]]:
@@ -300,7 +301,8 @@ def _pattern(name: str, p: Array, q: Array, cell: float, pixel: float, seed: int
     """Evaluate a pattern's coverage in [0, 1] at cloth coordinates (p across, q down); `pixel` is a pixel's width."""
 
     def inside(distance: Array) -> Array:
-        return np.clip(0.5 + distance / pixel, 0, 1)
+        coverage: Array = np.clip(0.5 + distance / pixel, 0, 1)
+        return coverage
 
     def bands(t: Array, period: float, width: float) -> Array:
         return inside(width / 2 - np.abs((t / period) % 1 - 0.5) * period)
