@@ -28,7 +28,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
+from lavis_cir_plugin.benchmarks.benchmark import did_you_mean, is_number
 from lavis_cir_plugin.checkpoints import load_strictly
 from lavis_cir_plugin.recomputation import recomputing_modules
 
@@ -114,9 +114,9 @@ class Lora:
             yield f"run.lora.also_train must be a regular expression of parameter names, got {self.also_train!r}."
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             yield f"run.lora.r must be a whole number >= 1, got {self.r!r}."
-        if not _is_number(self.lora_alpha) or not self.lora_alpha > 0:
+        if not is_number(self.lora_alpha) or not self.lora_alpha > 0:
             yield f"run.lora.lora_alpha must be a number > 0, got {self.lora_alpha!r}."
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             yield f"run.lora.lora_dropout must be a number >= 0 and < 1, got {self.lora_dropout!r}."
         if not isinstance(self.use_rslora, bool):
             yield f"run.lora.use_rslora must be true or false, got {self.use_rslora!r}."
@@ -553,7 +553,3 @@ def _nearest(pattern: str, names: list[str]) -> str:
     close = {end for word in words for end in difflib.get_close_matches(word, list(ends), n=2)}
     alike = [name for name in names if name.rpartition(".")[2] in close or any(word in name for word in words)]
     return ", ".join((alike or names)[:4])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -233,6 +233,7 @@ def test_checking_a_config_does_not_import_peft(monkeypatch, tmp_path):
         ({"target_modules": ["q"], "also_train": ["x"]}, r"also_train must be a regular expression"),
         ({"target_modules": ["q"], "r": 0}, r"run.lora.r must be a whole number >= 1, got 0"),
         ({"target_modules": ["q"], "lora_alpha": "8"}, r"run.lora.lora_alpha must be a number > 0, got '8'"),
+        ({"target_modules": ["q"], "lora_alpha": float("inf")}, r"run.lora.lora_alpha must be a number > 0, got inf"),
         ({"target_modules": ["q"], "lora_dropout": 1}, r"run.lora.lora_dropout must be a number >= 0 and < 1, got 1"),
         ({"target_modules": ["q"], "use_rslora": 1}, r"run.lora.use_rslora must be true or false, got 1"),
         ({"target_modules": ["q"], "init_lora_weights": "pissa"}, r"got 'pissa'; peft's others change the frozen"),
