@@ -74,13 +74,11 @@ def report(dataset: str, num_features: int, runs: dict[str, list[dict[str, Any]]
     ]
     least = measure.median(runs[FEATURES_ONLY], "peak_bytes")
     seconds, memory = {}, {}
-    for name in runs.keys() - {FEATURES_ONLY}:
-        seconds[name] = measure.median(runs[name], "seconds")
-        memory[name] = max(measure.median(runs[name], "peak_bytes") - least, 1)
-    for name in (way for way in runs if way in seconds):
+    for name in [way for way in runs if way != FEATURES_ONLY]:
+        seconds[name], peak = measure.median(runs[name], "seconds"), measure.median(runs[name], "peak_bytes")
+        memory[name] = max(peak - least, 1)
         recalls = " ".join(f"{recall:.2f}" for recall in runs[name][0]["recalls"])
-        peak = (memory[name] + least) / 1e6
-        lines.append(f"  {name:<14} {seconds[name]:>8.3f} {peak:>8,.0f} {memory[name] / 1e6:>15,.0f}  {recalls}")
+        lines.append(f"  {name:<14} {seconds[name]:>8.3f} {peak / 1e6:>8,.0f} {memory[name] / 1e6:>15,.0f}  {recalls}")
     lines.append(
         f"  {STRINGS} / {OURS}: {seconds[STRINGS] / seconds[OURS]:.1f} x the time, "
         f"{memory[STRINGS] / memory[OURS]:.1f} x the memory; the product alone takes "
@@ -107,19 +105,16 @@ def run_here(dataset: str, way: str, num_features: int) -> dict[str, Any]:
     groups = [[part.to(device) for part in group(num_features, *size, generator)] for size in SIZES[dataset].values()]
     functions = {PRODUCT: multiply, USUAL_PRODUCT: multiply_as_usual, STRINGS: by_strings, OURS: by_ranks}
     function = functions.get(way, lambda *_: [])
-    fastest, scale = float("inf"), 1.0
-    if way == USUAL_PRODUCT:
-        scale = sum(len(own[0]) * len(own[1]) for own in groups)
-        groups = [[own[0][:USUAL_QUERIES], *own[1:]] for own in groups]
-        scale /= sum(len(own[0]) * len(own[1]) for own in groups)
-    for _ in range(1 if way == USUAL_PRODUCT else REPEATS):
+    repeats, share = (1, usual_share(dataset)) if way == USUAL_PRODUCT else (REPEATS, 1.0)
+    fastest = float("inf")
+    for _ in range(repeats):
         start = time.perf_counter()
         recalls = [function(dataset, *own) for own in groups]
         if device == "cuda":
             torch.cuda.synchronize()
         fastest = min(fastest, time.perf_counter() - start)
     return {
-        "seconds": fastest * scale,
+        "seconds": fastest / share,
         "recalls": [sum(values) / len(recalls) for values in zip(*recalls)],
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
@@ -197,12 +192,19 @@ def by_strings(dataset: str, query: Any, gallery: Any, target: Any, reference: A
     return recalls
 
 
+def usual_share(dataset: str) -> float:
+    """Return which share of all pairs of a query and an image `multiply_as_usual` compares."""
+    sizes = SIZES[dataset].values()
+    measured = sum(min(queries, USUAL_QUERIES) * images for queries, images in sizes)
+    return measured / sum(queries * images for queries, images in sizes)
+
+
 def multiply_as_usual(dataset: str, query: Any, gallery: Any, *_: Any) -> list[float]:
-    """Multiply a batch of queries at a time with as many copies of the gallery, as `torch.matmul` takes it there."""
+    """Multiply the first queries, a batch at a time, with as many copies of the gallery, as `torch.matmul` takes it."""
     import torch
 
     features = gallery.permute(0, 2, 1)
-    for rows in query.split(USUAL_BATCH[dataset]):
+    for rows in query[:USUAL_QUERIES].split(USUAL_BATCH[dataset]):
         torch.matmul(rows[:, None, None], features).squeeze(2).amax(dim=-1)
     return []
 

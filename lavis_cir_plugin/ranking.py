@@ -94,7 +94,7 @@ def rank(
         top_k = min(top_k, scores.size)
         every = torch.arange(len(query), device=query.device)
         labels = labels.masked_fill(labels == excluded.unsqueeze(1), -1)
-        own = _exact(scores, labels)
+        own = _exact(scores, labels, math.inf)
         ranks, member_scores = torch.full_like(labels, -1), torch.empty_like(members, dtype=torch.float32)
         top = targets.new_full((len(targets), top_k), -1)
         is_open = torch.zeros_like(targets, dtype=torch.bool)
@@ -136,9 +136,7 @@ def rerank(
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         scores = Scores(query, gallery, longest)
         columns = candidates.sort(dim=1).values  # a stable sort by score then puts equal ones in order of their index
-        exact = torch.full(columns.shape, -math.inf, dtype=torch.float64, device=query.device)
-        row, place = (columns >= 0).nonzero(as_tuple=True)
-        exact[row, place] = scores.exact_pairs(row, columns[row, place])
+        exact = _exact(scores, columns, -math.inf)
         best, order = exact.sort(dim=1, descending=True, stable=True)
         top = columns.gather(1, order[:, :k]).masked_fill_(best[:, :k] == -math.inf, -1)
         return best[:, :k] * scores.unit, top
@@ -234,9 +232,9 @@ def _pick(scores: Tensor, columns: Tensor) -> Tensor:
     return scores.gather(1, columns.clamp(min=0)).masked_fill_(columns < 0, -math.inf)
 
 
-def _exact(scores: Scores, columns: Tensor) -> Tensor:
-    """Return the exact scores of some columns per query; inf in column -1."""
-    exact = torch.full_like(columns, math.inf, dtype=torch.float64)
+def _exact(scores: Scores, columns: Tensor, missing: float) -> Tensor:
+    """Return the exact scores of some columns per query; ``missing`` in column -1."""
+    exact = torch.full(columns.shape, missing, dtype=torch.float64, device=scores.device)
     row, place = (columns >= 0).nonzero(as_tuple=True)
     exact[row, place] = scores.exact_pairs(row, columns[row, place])
     return exact

@@ -160,6 +160,7 @@ def test_the_usual_product_is_told_apart_from_the_string_matrix(script):
     text = metrics.report("fashioniq", 32, runs)
     assert "5.0 x the time, 3.0 x the memory" in text
     assert "with the usual product in place of one: 55 x the time, 8 x the memory" in text
+    assert metrics.usual_share("cirr") == 512 / 4181  # the rest is scaled
 
 
 def test_circo_steps_on_a_small_gallery(script, tmp_path):

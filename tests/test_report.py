@@ -224,18 +224,23 @@ def test_metrics_file_holds_numbers_with_their_protocol(tmp_path, cirr):
     assert [file.name for file in path.parent.iterdir()] == ["metrics.json"]
 
 
-def test_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, cirr, monkeypatch):
+@pytest.mark.parametrize("failing", ["open", "replace"])
+def test_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, cirr, monkeypatch, failing):
     path = tmp_path / "metrics.json"
     path.write_text("old")
 
-    def full_disk(*_):
+    def full_disk(*arguments):
+        if failing == "open":
+            with open(arguments[0], "wb") as file:  # a full disk takes the first bytes
+                file.write(b"{\n")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "replace", full_disk)
+    monkeypatch.setattr(*{"open": (Path, "open"), "replace": (os, "replace")}[failing], full_disk)
     with pytest.raises(OSError, match=r"metrics\.json could not be written: No space left on device; free") as caught:
         report.write_metrics(path, {}, cirr, {})
     assert caught.value.__cause__.errno == errno.ENOSPC
     assert "\n" not in str(caught.value)
+    monkeypatch.undo()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
