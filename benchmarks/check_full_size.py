@@ -20,7 +20,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         write_circo(Path(folder), arguments.images)
-        command = [sys.executable, "-W", "ignore", "-m", "lavis_cir_plugin.command_line", "check", folder]
+        command = [sys.executable, "-W", "ignore", "-m", "lavis_cir_plugin.commands.main", "check", folder]
         usage = measure.run(command, print)
     print(f"in all {usage.seconds:.1f} s with the start of Python, {usage.peak_bytes / 2**20:,.0f} MiB")
 

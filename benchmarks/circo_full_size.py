@@ -107,7 +107,7 @@ def rank_all(folder: Path, query: Any, gallery: Any) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from lavis_cir_plugin.ranking import rank
+    from lavis_cir_plugin.ranking.ranks import rank
 
     start = time.perf_counter()
     top = rank(query, gallery, torch.full((len(query),), -1), top_k=min(TOP, len(gallery))).top
@@ -120,7 +120,7 @@ def search(kind: str, folder: Path, query: Any, gallery: Any) -> dict[str, float
     import numpy as np
     import torch
 
-    from lavis_cir_plugin.index import build_index, recall_against_exact
+    from lavis_cir_plugin.ranking.index import build_index, recall_against_exact
 
     exact = torch.from_numpy(np.load(folder / "exact.npy"))
     start = time.perf_counter()

@@ -63,8 +63,8 @@ def mine_all(kind: str, folder: Path, images: int, queries: int) -> dict[str, fl
     import torch
     import torch.nn.functional as F  # noqa: N812
 
-    from lavis_cir_plugin.index import recall_against_exact
-    from lavis_cir_plugin.negatives import Mining, mine, mining_index
+    from lavis_cir_plugin.methods.retrieval_dpo.mining import Mining, mine, mining_index
+    from lavis_cir_plugin.ranking.index import recall_against_exact
 
     noise, gallery = circo_full_size.read(folder, images)
     gallery = gallery.float()

@@ -15,11 +15,11 @@ import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from lavis_cir_plugin.data.negatives import NegativeSets, load_negatives
 from lavis_cir_plugin.garments.attributes import ATTRIBUTES, CATEGORIES, Garment
-from lavis_cir_plugin.garments.fashioniq import GarmentsConfig, plan_split
+from lavis_cir_plugin.garments.fashioniq import FashionIQGarments, plan_split
 from lavis_cir_plugin.garments.truth import is_answer
 from lavis_cir_plugin.garments.wording import Phrase, phrases
-from lavis_cir_plugin.negatives import NegativeSets, load_negatives
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
 def training_garments(run: Path) -> dict[str, Garment]:
     """Return every training image's garment by name, of the world that a run's config names."""
     config, _ = json.JSONDecoder().raw_decode((run / "log.txt").read_text(encoding="utf-8"))
-    world = GarmentsConfig(**(config["datasets"]["fashioniq"].get("garments") or {}))
+    world = FashionIQGarments(**(config["datasets"]["fashioniq"].get("garments") or {}))
     return {
         name: garment
         for category in CATEGORIES

@@ -24,12 +24,12 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
-from lavis_cir_plugin.data_order import EpochLoader, training_loader
+from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 from lavis_cir_plugin.garments import words
-from lavis_cir_plugin.models.blip2_cir import Blip2Cir
-from lavis_cir_plugin.perturbation import WeightPerturbation
-from lavis_cir_plugin.perturbed_model import PerturbingOptimizer
-from lavis_cir_plugin.runners.wrf4cir import RunnerWrf4Cir
+from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
+from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
+from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
+from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir
 
 PLAIN = "plain"
 EXACT = WeightPerturbation()

@@ -28,7 +28,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         path = Path(folder, "captions.jsonl")
         write_captions(path, arguments.images, arguments.captions)
-        command = [sys.executable, "-W", "ignore", "-m", "lavis_cir_plugin.command_line", "triplets", str(path)]
+        command = [sys.executable, "-W", "ignore", "-m", "lavis_cir_plugin.commands.main", "triplets", str(path)]
         usage = measure.run([*command, "--output", folder, "--count", str(arguments.count)], print)
     print(f"in all {usage.seconds:.0f} s ({usage.cpu_seconds:.0f} s of processors), {usage.peak_bytes / 2**30:.2f} GiB")
 

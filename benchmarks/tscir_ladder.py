@@ -96,7 +96,7 @@ def run_stages(work: Path, seed: int, amount: int, options: Mapping[str, Sequenc
 def make_triplets(work: Path, captions: Path, seed: int, amount: int) -> dict[str, Any]:
     """Make synthetic triplets of captions, unless they are there, and return the record."""
     folder = stage_folder(work, f"triplets_{amount}", seed, [str(captions), SIMILARITY])
-    command = [sys.executable, "-W", "ignore", "-m", "lavis_cir_plugin.command_line", "triplets", str(captions)]
+    command = [sys.executable, "-W", "ignore", "-m", "lavis_cir_plugin.commands.main", "triplets", str(captions)]
     command += ["--count", str(amount), "--seed", str(seed), "--output", str(folder), "--overwrite"]
     command += ["--similarity", SIMILARITY]
     images = ["--images", str(captions.parent / "images"), "--contact-sheet", str(folder / "triplets.png")]
@@ -105,12 +105,12 @@ def make_triplets(work: Path, captions: Path, seed: int, amount: int) -> dict[st
 
 def captions_file(options: Sequence[str]) -> Path:
     """Return the file of the captions that the CLIP stage was trained on; the pictures lie in images/ beside it."""
-    from lavis_cir_plugin.datasets import cache_root
-    from lavis_cir_plugin.garments.questions import QuestionsConfig, make_questions
+    from lavis_cir_plugin.data.benchmark_datasets import cache_root
+    from lavis_cir_plugin.garments.questions import QuestionGarments, make_questions
 
     config = OmegaConf.merge(OmegaConf.load(PROJECTS / "clip_demo.yaml"), OmegaConf.from_dotlist(list(options)))
     settings = OmegaConf.to_container(config.datasets.garments_caption.garments)
-    return make_questions(cache_root(), QuestionsConfig(**settings)).absolute() / "caption_train.json"
+    return make_questions(cache_root(), QuestionGarments(**settings)).absolute() / "caption_train.json"
 
 
 # -- tables and pictures ---------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ import torch
 from perturbation_cost import measure_in_turns, with_cached_features
 
 from lavis_cir_plugin.garments import words
-from lavis_cir_plugin.models.tscir_composing import TscirComposing
-from lavis_cir_plugin.models.tscir_mapping import PLAIN_SENTENCE, TscirMapping
+from lavis_cir_plugin.methods.tscir.composing import TscirComposing
+from lavis_cir_plugin.methods.tscir.mapping import PLAIN_SENTENCE, TscirMapping
 
 TEXT_TOWER = "text tower alone, forward and backward"
 Step = Callable[[], None]

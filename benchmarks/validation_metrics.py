@@ -146,7 +146,8 @@ def multiply(dataset: str, query: Any, gallery: Any, *_: Any) -> list[float]:
 
 
 def by_ranks(dataset: str, query: Any, gallery: Any, target: Any, reference: Any, members: Any) -> list[float]:
-    from lavis_cir_plugin.ranking import rank, recall_at
+    from lavis_cir_plugin.ranking.metrics import recall_at
+    from lavis_cir_plugin.ranking.ranks import rank
 
     if dataset == "cirr":
         ranking = rank(query, gallery, target, excluded=reference, members=members[:, 1:], top_k=0)
@@ -166,7 +167,7 @@ def by_strings(dataset: str, query: Any, gallery: Any, target: Any, reference: A
     import numpy as np
     import torch
 
-    from lavis_cir_plugin.ranking import similarity
+    from lavis_cir_plugin.ranking.scoring import similarity
 
     size = len(gallery)
     target, reference, members = target.cpu(), reference.cpu(), members.cpu()

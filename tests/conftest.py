@@ -39,7 +39,7 @@ SMALL: dict[str, Any] = {
 @pytest.fixture
 def small_model():
     """Return a factory of small real ``blip2_cir`` models, each from the same seed."""
-    from lavis_cir_plugin.models.blip2_cir import Blip2Cir
+    from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 
     def make(**changes: Any) -> Blip2Cir:
         torch.manual_seed(0)

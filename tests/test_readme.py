@@ -14,18 +14,7 @@ import yaml
 from lavis.common.config import Config
 from omegaconf import OmegaConf
 
-from lavis_cir_plugin import (
-    adapters,
-    check,
-    command_line,
-    config,
-    gap,
-    garments,
-    negatives,
-    submission,
-    synthetic_triplets,
-)
-from lavis_cir_plugin.adapters import Lora
+from lavis_cir_plugin import garments
 from lavis_cir_plugin.benchmarks import cirr, fashioniq, triplets
 from lavis_cir_plugin.benchmarks.captions import CaptionsConfig
 from lavis_cir_plugin.benchmarks.circo import CIRCOConfig
@@ -35,19 +24,22 @@ from lavis_cir_plugin.benchmarks.laion_cir import LaionCIRConfig
 from lavis_cir_plugin.benchmarks.lasco import LaSCoConfig
 from lavis_cir_plugin.benchmarks.synthtriplets18m import SynthTriplets18MConfig
 from lavis_cir_plugin.benchmarks.triplets import TripletsConfig
-from lavis_cir_plugin.garments.questions import QuestionsConfig
-from lavis_cir_plugin.models.blip2_cir import Blip2Cir
+from lavis_cir_plugin.commands import check, gap, lora, main, negatives, submission, triplets
+from lavis_cir_plugin.data.tar_shards import ShardsConfig
+from lavis_cir_plugin.garments.questions import QuestionGarments
+from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
+from lavis_cir_plugin.methods.retrieval_dpo.losses import Preference
+from lavis_cir_plugin.methods.retrieval_dpo.mining import Mining
+from lavis_cir_plugin.methods.retrieval_dpo.task import RetrievalDpoTask
+from lavis_cir_plugin.methods.tscir.composing import TscirComposing
+from lavis_cir_plugin.methods.tscir.mapping import TscirMapping
+from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
+from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir
 from lavis_cir_plugin.models.clip_cir import ClipCir
-from lavis_cir_plugin.models.tscir_composing import TscirComposing
-from lavis_cir_plugin.models.tscir_mapping import TscirMapping
-from lavis_cir_plugin.negatives import Mining
-from lavis_cir_plugin.perturbation import WeightPerturbation
-from lavis_cir_plugin.preference import Preference
-from lavis_cir_plugin.runners.resumable import LAST, PREVIOUS
-from lavis_cir_plugin.runners.wrf4cir import RunnerWrf4Cir
-from lavis_cir_plugin.shards import ShardsConfig
-from lavis_cir_plugin.tasks.retrieval_dpo import RetrievalDpoTask
-from lavis_cir_plugin.tracking import EPOCHS, STEPS
+from lavis_cir_plugin.report.run_log import EPOCHS, STEPS
+from lavis_cir_plugin.training import config
+from lavis_cir_plugin.training.lora import Lora
+from lavis_cir_plugin.training.resumable_runner import LAST, PREVIOUS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -97,7 +89,7 @@ def blocks(language: str) -> list[str]:
         ("`datasets.fashioniq.garments`", garments.fashioniq.GarmentsConfig),
         ("`datasets.cirr.garments`", garments.cirr.GarmentsConfig),
         ("`datasets.circo.garments`", garments.circo.GarmentsConfig),
-        ("`datasets.garments_vqa.garments` and `datasets.garments_caption.garments`", QuestionsConfig),
+        ("`datasets.garments_vqa.garments` and `datasets.garments_caption.garments`", QuestionGarments),
         ("`run.wrf`", WeightPerturbation),
         ("`run.lora`", Lora),
         ("`run.dpo`", Preference),
@@ -207,15 +199,15 @@ def test_there_are_commands():
 def test_every_lavis_cir_command_is_understood(monkeypatch):
     understood = []
     monkeypatch.setattr(gap, "_compare", understood.append)
-    monkeypatch.setattr(adapters, "_export", understood.append)
+    monkeypatch.setattr(lora, "_export", understood.append)
     monkeypatch.setattr(check, "_check", understood.append)
     monkeypatch.setattr(submission, "_check", understood.append)
-    monkeypatch.setattr(synthetic_triplets, "_run", understood.append)
+    monkeypatch.setattr(triplets, "_run", understood.append)
     monkeypatch.setattr(negatives, "_show", understood.append)
     joined = [re.sub(r"\\\n\s*", " ", block) for block in blocks("bash")]
     lines = [line for block in joined for line in block.splitlines() if line.startswith("lavis-cir ")]
     for line in lines:
-        command_line.main(shlex.split(line, comments=True)[1:])
+        main.main(shlex.split(line, comments=True)[1:])
     assert len(understood) == len(lines) >= 3
 
 

@@ -25,25 +25,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lavis_cir_plugin.benchmarks.benchmark import (
-    at_least,
-    config_from_mapping,
-    one_of,
-    only_complete,
-    read_records,
-    record_error,
-    some,
-)
+from lavis_cir_plugin.benchmarks.annotation_files import read_records, record_error
 from lavis_cir_plugin.benchmarks.images import image_folders, scan_tree, select_images
-from lavis_cir_plugin.benchmarks.json_lines import (
-    Refusal,
-    image_path,
-    line_error,
-    parse_line,
-    read_lines,
-    some_texts,
-)
+from lavis_cir_plugin.benchmarks.json_lines import Refusal, image_path, line_error, parse_line, read_lines, some_texts
 from lavis_cir_plugin.benchmarks.survey import listing
+from lavis_cir_plugin.benchmarks.types import first_or_drawn, only_complete
+from lavis_cir_plugin.core.settings import at_least, config_from_mapping, one_of
 
 SPLITS = ("train",)
 
@@ -111,7 +98,7 @@ def read_captions(config: Mapping[str, Any]) -> tuple[list[CaptionedImage], dict
         FileNotFoundError: the file or an image is missing.
     """
     settings = CaptionsConfig.from_mapping(config)
-    examples = some(list(caption_records(_file(settings))), settings.max_images, settings.seed)
+    examples = first_or_drawn(list(caption_records(_file(settings))), settings.max_images, settings.seed)
     guesses = [Path(settings.images) if settings.images else Path(settings.root) / "images"]
     scanned: dict[str, Path] = {}
     for folder in image_folders(guesses, "image_captions"):

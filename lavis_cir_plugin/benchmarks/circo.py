@@ -13,34 +13,34 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lavis_cir_plugin.benchmarks.benchmark import (
-    Benchmark,
-    Group,
-    Query,
-    Triplet,
-    check_split,
-    config_from_mapping,
-    coverage,
+from lavis_cir_plugin.benchmarks.annotation_files import (
     find_annotation,
     image_name,
-    is_text,
-    listed,
-    no_metrics,
-    no_submissions,
-    one_of,
     read_json,
     read_records,
     record_error,
     require_distinct,
     require_listed,
-    shown,
     text_field,
     whole_number_field,
-    without_missing,
 )
 from lavis_cir_plugin.benchmarks.images import find_images, image_folders
 from lavis_cir_plugin.benchmarks.submissions import Review, by_query, gallery_beside, ranks_in
-from lavis_cir_plugin.ranking import Ranking, average_precision_at, recall_at
+from lavis_cir_plugin.benchmarks.types import (
+    Benchmark,
+    Group,
+    Query,
+    Triplet,
+    check_split,
+    coverage,
+    no_metrics,
+    no_submissions,
+    without_missing,
+)
+from lavis_cir_plugin.core.sentences import listed, shown
+from lavis_cir_plugin.core.settings import config_from_mapping, is_text, one_of
+from lavis_cir_plugin.ranking.metrics import average_precision_at, recall_at
+from lavis_cir_plugin.ranking.ranks import Ranking
 
 SPLITS = ("val", "test")
 CUTOFFS = (5, 10, 25, 50)

@@ -31,7 +31,19 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lavis_cir_plugin.benchmarks.benchmark import (
+from lavis_cir_plugin.benchmarks.annotation_files import (
+    find_annotation,
+    image_name,
+    read_json,
+    read_records,
+    record_error,
+    require_listed,
+    text_field,
+)
+from lavis_cir_plugin.benchmarks.images import find_images, image_folders
+from lavis_cir_plugin.benchmarks.seen_split import drawn_like
+from lavis_cir_plugin.benchmarks.submissions import Review, by_query, gallery_beside, ranks_in
+from lavis_cir_plugin.benchmarks.types import (
     EVALUATION_SPLITS,
     Benchmark,
     Group,
@@ -39,27 +51,15 @@ from lavis_cir_plugin.benchmarks.benchmark import (
     Triplet,
     check_split,
     complete_triplets,
-    config_from_mapping,
     coverage,
-    drawn_like,
-    find_annotation,
-    image_name,
-    is_text,
     no_metrics,
     no_submissions,
-    one_of,
-    read_json,
-    read_records,
-    record_error,
-    require_listed,
-    shown,
-    some_of,
-    text_field,
     without_missing,
 )
-from lavis_cir_plugin.benchmarks.images import find_images, image_folders
-from lavis_cir_plugin.benchmarks.submissions import Review, by_query, gallery_beside, ranks_in
-from lavis_cir_plugin.ranking import Ranking, recall_at
+from lavis_cir_plugin.core.sentences import shown
+from lavis_cir_plugin.core.settings import config_from_mapping, is_text, one_of, some_of
+from lavis_cir_plugin.ranking.metrics import recall_at
+from lavis_cir_plugin.ranking.ranks import Ranking
 
 SPLITS = ("train", *EVALUATION_SPLITS)
 CUTOFFS = (10, 50)

@@ -14,8 +14,8 @@ from typing import TypeVar
 from PIL import Image, ImageFile
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lavis_cir_plugin.benchmarks.benchmark import listed
 from lavis_cir_plugin.benchmarks.survey import current_survey, listing
+from lavis_cir_plugin.core.sentences import listed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 """Accepted file suffixes (any case); the first wins where a name has several files.

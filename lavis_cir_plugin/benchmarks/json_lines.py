@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lavis_cir_plugin.benchmarks.benchmark import is_text, parse_json, shown
+from lavis_cir_plugin.benchmarks.annotation_files import parse_json
 from lavis_cir_plugin.benchmarks.survey import current_survey
+from lavis_cir_plugin.core.sentences import shown
+from lavis_cir_plugin.core.settings import is_text
 
 Refusal = Callable[[str], ValueError]
 """Makes the error of a record from what is wrong with it, such as ``has no 'text'``."""

@@ -32,22 +32,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lavis_cir_plugin.benchmarks.benchmark import (
-    Triplet,
-    at_least,
-    complete_triplets,
-    config_from_mapping,
-    find_annotation,
-    is_text,
-    listed,
-    one_of,
-    read_json,
-    record_error,
-    shown,
-    some,
-)
+from lavis_cir_plugin.benchmarks.annotation_files import find_annotation, read_json, record_error
 from lavis_cir_plugin.benchmarks.images import find_images, image_folders
 from lavis_cir_plugin.benchmarks.json_lines import Refusal, one_text
+from lavis_cir_plugin.benchmarks.types import Triplet, complete_triplets, first_or_drawn
+from lavis_cir_plugin.core.sentences import listed, shown
+from lavis_cir_plugin.core.settings import at_least, config_from_mapping, is_text, one_of
 
 SPLITS = ("train",)
 
@@ -107,7 +97,7 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
     bases = [Path(settings.annotations or settings.root)]
     path = find_annotation(bases, _ANNOTATION_FOLDERS, f"laion_{settings.variant}_info.json", "laion_cir")
     triplets = [_triplet(record, partial(record_error, path, number)) for number, record in enumerate(_records(path))]
-    triplets = some(triplets, settings.max_triplets, settings.seed)
+    triplets = first_or_drawn(triplets, settings.max_triplets, settings.seed)
     if settings.reference_captions:
         triplets = _with_captions(triplets, Path(settings.reference_captions))
     root = Path(settings.root)

@@ -24,31 +24,32 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lavis_cir_plugin.benchmarks.benchmark import (
+from lavis_cir_plugin.benchmarks.annotation_files import (
+    find_annotation,
+    image_name,
+    read_records,
+    record_error,
+    require_listed,
+    text_field,
+    whole_number_field,
+)
+from lavis_cir_plugin.benchmarks.images import find_images, image_folders
+from lavis_cir_plugin.benchmarks.json_lines import one_text
+from lavis_cir_plugin.benchmarks.types import (
     Benchmark,
     Group,
     Query,
     Triplet,
-    at_least,
     check_split,
     complete_triplets,
-    config_from_mapping,
     coverage,
-    find_annotation,
-    image_name,
-    one_of,
-    read_records,
-    record_error,
-    require_listed,
-    shown,
-    some,
-    text_field,
-    whole_number_field,
+    first_or_drawn,
     without_missing,
 )
-from lavis_cir_plugin.benchmarks.images import find_images, image_folders
-from lavis_cir_plugin.benchmarks.json_lines import one_text
-from lavis_cir_plugin.ranking import Ranking, recall_at
+from lavis_cir_plugin.core.sentences import shown
+from lavis_cir_plugin.core.settings import at_least, config_from_mapping, one_of
+from lavis_cir_plugin.ranking.metrics import recall_at
+from lavis_cir_plugin.ranking.ranks import Ranking
 
 SPLITS = ("train", "val")
 CUTOFFS = (1, 5, 10, 50)
@@ -119,7 +120,7 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
     records = _read_queries(_find(settings, "lasco_train.json"))
     triplets = [
         Triplet(record.reference, record.target, (record.text,))
-        for record in some(records, settings.max_triplets, settings.seed)
+        for record in first_or_drawn(records, settings.max_triplets, settings.seed)
     ]
     paths, _ = _find_images(settings, (name for item in triplets for name in (item.reference, item.target)))
     return complete_triplets(triplets, paths, "lasco"), paths

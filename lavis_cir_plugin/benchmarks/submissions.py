@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavis_cir_plugin.benchmarks.benchmark import Group, listed, shown
-from lavis_cir_plugin.ranking import Ranking, padded
+from lavis_cir_plugin.benchmarks.types import Group
+from lavis_cir_plugin.core.sentences import listed, shown
+from lavis_cir_plugin.ranking.ranks import Ranking, padded
 
 Row = list[Hashable]
 """The images of one query, best first, in the type in which the annotation names them."""

@@ -23,19 +23,13 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lavis_cir_plugin.benchmarks.benchmark import (
-    Triplet,
-    at_least,
-    complete_triplets,
-    config_from_mapping,
-    one_of,
-    read_json,
-    shown,
-    some,
-)
+from lavis_cir_plugin.benchmarks.annotation_files import read_json
 from lavis_cir_plugin.benchmarks.images import scan_images, select_images
 from lavis_cir_plugin.benchmarks.json_lines import image_path, line_error, one_text, read_lines
 from lavis_cir_plugin.benchmarks.survey import current_survey, listing
+from lavis_cir_plugin.benchmarks.types import Triplet, complete_triplets, first_or_drawn
+from lavis_cir_plugin.core.sentences import shown
+from lavis_cir_plugin.core.settings import at_least, config_from_mapping, one_of
 
 SPLITS = ("train",)
 
@@ -89,7 +83,7 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
     root = Path(settings.root)
     scanned = listing(scan_images, (root,)) if root.is_dir() else {}
     samples = _read_ids(Path(settings.ids)) if settings.ids else _samples(scanned, root)
-    samples = some(samples, settings.max_triplets, settings.seed)
+    samples = first_or_drawn(samples, settings.max_triplets, settings.seed)
     names = [sample + side for sample in samples for side in (_SOURCE, _TARGET)]
     remedy = f"unpack their shards (000010023{_SOURCE}.jpg)"
     paths, _ = select_images(

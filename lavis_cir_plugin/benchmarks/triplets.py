@@ -47,26 +47,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lavis_cir_plugin.benchmarks.benchmark import (
-    EVALUATION_SPLITS,
-    Benchmark,
-    Group,
-    Query,
-    Triplet,
-    at_least,
-    check_split,
-    complete_triplets,
-    config_from_mapping,
-    coverage,
-    drawn_like,
-    is_text,
-    no_metrics,
-    no_submissions,
-    one_of,
-    shown,
-    some,
-    without_missing,
-)
 from lavis_cir_plugin.benchmarks.images import image_folders, scan_tree, select_images
 from lavis_cir_plugin.benchmarks.json_lines import (
     Refusal,
@@ -77,9 +57,27 @@ from lavis_cir_plugin.benchmarks.json_lines import (
     read_lines,
     some_texts,
 )
+from lavis_cir_plugin.benchmarks.seen_split import drawn_like
 from lavis_cir_plugin.benchmarks.submissions import by_query
 from lavis_cir_plugin.benchmarks.survey import listing
-from lavis_cir_plugin.ranking import Ranking, average_precision_at, recall_at
+from lavis_cir_plugin.benchmarks.types import (
+    EVALUATION_SPLITS,
+    Benchmark,
+    Group,
+    Query,
+    Triplet,
+    check_split,
+    complete_triplets,
+    coverage,
+    first_or_drawn,
+    no_metrics,
+    no_submissions,
+    without_missing,
+)
+from lavis_cir_plugin.core.sentences import shown
+from lavis_cir_plugin.core.settings import at_least, config_from_mapping, is_text, one_of
+from lavis_cir_plugin.ranking.metrics import average_precision_at, recall_at
+from lavis_cir_plugin.ranking.ranks import Ranking
 
 SPLITS = ("train", *EVALUATION_SPLITS)
 CUTOFFS = (1, 5, 10, 50)
@@ -369,7 +367,7 @@ def _limited(records: Sequence[_Record], settings: TripletsConfig) -> list[_Reco
     """Keep as many triplets as the configuration says; a line loses those of its targets that are not kept."""
     triplets = [(index, target) for index, record in enumerate(records) for target in record.targets]
     targets: dict[int, list[str]] = {}
-    for index, target in some(triplets, settings.max_triplets, settings.seed):
+    for index, target in first_or_drawn(triplets, settings.max_triplets, settings.seed):
         targets.setdefault(index, []).append(target)
     return [replace(records[index], targets=tuple(kept)) for index, kept in targets.items()]
 

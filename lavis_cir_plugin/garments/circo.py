@@ -62,7 +62,7 @@ _ATTEMPTS_PER_QUERY = 200
 
 
 @dataclass(frozen=True)
-class GarmentsConfig:
+class CIRCOGarments:
     """Set a world's sizes.
 
     seed: everything follows from it. images: of the one gallery, more than the queries of either split. val_queries,
@@ -117,7 +117,7 @@ class Plan:
     questions: dict[str, tuple[Question, ...]]
 
 
-def plan_world(config: GarmentsConfig) -> Plan:
+def plan_world(config: CIRCOGarments) -> Plan:
     """Invent the gallery and the queries: pure, and equal for equal arguments.
 
     No two images show the same garment.
@@ -175,7 +175,7 @@ def _look(style: Garment, count: int, seen: set[tuple[str, ...]], rng: random.Ra
 
 
 def _questions(
-    config: GarmentsConfig,
+    config: CIRCOGarments,
     split: str,
     gallery: Gallery,
     families: Sequence[Sequence[Sequence[int]]],
@@ -264,7 +264,7 @@ def _record(plan: Plan, number: int, question: Question, with_targets: bool) -> 
     return row
 
 
-def write_circo(root: Path, config: GarmentsConfig, progress: bool = True, workers: int | None = None) -> Path:
+def write_circo(root: Path, config: CIRCOGarments, progress: bool = True, workers: int | None = None) -> Path:
     """Write annotations/ and COCO2017_unlabeled/ below `root` and return `root`.
 
     The files depend on `config` alone, not on `workers`, the number of drawing processes (default: one per core).
@@ -289,7 +289,7 @@ def write_circo(root: Path, config: GarmentsConfig, progress: bool = True, worke
     return root
 
 
-def make_garments(cache_root: Path, config: GarmentsConfig, progress: bool = True, workers: int | None = None) -> Path:
+def make_garments(cache_root: Path, config: CIRCOGarments, progress: bool = True, workers: int | None = None) -> Path:
     """Return the folder of a world in CIRCO's format below `cache_root`; draw it on the first call only.
 
     Raises:

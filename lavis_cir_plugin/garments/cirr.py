@@ -39,7 +39,7 @@ _WORDINGS = 4
 
 
 @dataclass(frozen=True)
-class GarmentsConfig:
+class CIRRGarments:
     """Set a world's sizes.
 
     seed: everything follows from it. train_sets, val_sets, test_sets: image sets, >= 1, of six images each.
@@ -114,7 +114,7 @@ def image_path(split: str, name: str) -> str:
     return f"./{folder}/{name}.png"
 
 
-def plan_split(config: GarmentsConfig, split: str) -> SplitPlan:
+def plan_split(config: CIRRGarments, split: str) -> SplitPlan:
     """Invent the garments and queries of a split: pure, and equal for equal arguments.
 
     No two images of a split show the same garment, and in training no held-out combination occurs. A caption tells
@@ -143,7 +143,7 @@ def plan_split(config: GarmentsConfig, split: str) -> SplitPlan:
     )
 
 
-def _image_sets(config: GarmentsConfig, split: str, rng: random.Random) -> Iterator[list[Garment]]:
+def _image_sets(config: CIRRGarments, split: str, rng: random.Random) -> Iterator[list[Garment]]:
     """Yield sets of six different garments, neighbourhood by neighbourhood."""
     seen: set[tuple[str, ...]] = set()
     held_out = config.held_out if split == "train" else 0
@@ -179,7 +179,7 @@ def _image_sets(config: GarmentsConfig, split: str, rng: random.Random) -> Itera
 
 
 def _pairs(
-    config: GarmentsConfig, number: int, members: Sequence[Garment], gallery: Gallery, rng: random.Random
+    config: CIRRGarments, number: int, members: Sequence[Garment], gallery: Gallery, rng: random.Random
 ) -> Iterator[Pair]:
     """Yield up to ``queries_per_set`` pairs of a set that a caption tells apart from everything in the gallery."""
     ordered = [(a, b) for a in range(SET_SIZE) for b in range(SET_SIZE) if a != b]
@@ -237,7 +237,7 @@ def _records(plan: SplitPlan, split: str, rng: random.Random) -> Iterator[dict[s
         yield {**row, "caption": pair.caption, "img_set": image_set}
 
 
-def write_cirr(root: Path, config: GarmentsConfig, progress: bool = True, workers: int | None = None) -> Path:
+def write_cirr(root: Path, config: CIRRGarments, progress: bool = True, workers: int | None = None) -> Path:
     """Write cirr/captions/, cirr/image_splits/, train/<n>/, dev/ and test1/ below `root` and return `root`.
 
     The files depend on `config` alone, not on `workers`, the number of drawing processes (default: one per core).
@@ -260,7 +260,7 @@ def write_cirr(root: Path, config: GarmentsConfig, progress: bool = True, worker
     return root
 
 
-def make_garments(cache_root: Path, config: GarmentsConfig, progress: bool = True, workers: int | None = None) -> Path:
+def make_garments(cache_root: Path, config: CIRRGarments, progress: bool = True, workers: int | None = None) -> Path:
     """Return the folder of a world in CIRR's format below `cache_root`; draw it on the first call only.
 
     Raises:

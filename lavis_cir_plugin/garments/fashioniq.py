@@ -27,7 +27,7 @@ _EDITS = {1: 3, 2: 5, 3: 2}
 
 
 @dataclass(frozen=True)
-class GarmentsConfig:
+class FashionIQGarments:
     """Set a world's sizes; all counts are per category (dress, shirt, toptee).
 
     seed: everything follows from it. train_triplets < train_images, and so for val and test: every target occurs once;
@@ -100,7 +100,7 @@ def image_name(seed: int, category: str, split: str, index: int) -> str:
     return "B0" + "".join(digits[number // 36**power % 36] for power in range(7, -1, -1))
 
 
-def plan_split(config: GarmentsConfig, category: str, split: str) -> SplitPlan:
+def plan_split(config: FashionIQGarments, category: str, split: str) -> SplitPlan:
     """Invent the garments and triplets of a split: pure, and equal for equal arguments.
 
     No two images of a split show the same garment, so a query has one right answer; in training no held-out combination
@@ -138,7 +138,7 @@ def plan_split(config: GarmentsConfig, category: str, split: str) -> SplitPlan:
 
 
 def _unseen(
-    config: GarmentsConfig,
+    config: FashionIQGarments,
     category: str,
     split: str,
     parent: Garment | None,
@@ -161,7 +161,7 @@ def _unseen(
     return garment
 
 
-def write_fashioniq(root: Path, config: GarmentsConfig, progress: bool = True, workers: int | None = None) -> Path:
+def write_fashioniq(root: Path, config: FashionIQGarments, progress: bool = True, workers: int | None = None) -> Path:
     """Write captions/, image_splits/ and images/ below `root`, in FashionIQ's format, and return `root`.
 
     The files depend on `config` alone, not on `workers`, the number of drawing processes (default: one per core).
@@ -189,7 +189,9 @@ def write_fashioniq(root: Path, config: GarmentsConfig, progress: bool = True, w
     return root
 
 
-def make_garments(cache_root: Path, config: GarmentsConfig, progress: bool = True, workers: int | None = None) -> Path:
+def make_garments(
+    cache_root: Path, config: FashionIQGarments, progress: bool = True, workers: int | None = None
+) -> Path:
     """Return the folder of a world in FashionIQ's format below `cache_root`; draw it on the first call only.
 
     Raises:

@@ -30,7 +30,7 @@ _ANNOTATORS = 10
 
 
 @dataclass(frozen=True)
-class QuestionsConfig:
+class QuestionGarments:
     """Set the sizes of a world of questions and captions.
 
     seed: everything follows from it. train_images, val_images: pictures, >= 1, of all categories together.
@@ -175,7 +175,7 @@ def image_id(file_name: str) -> int:
     return int(Path(file_name).stem.rpartition("_")[2])
 
 
-def plan_pictures(config: QuestionsConfig) -> dict[str, dict[str, Garment]]:
+def plan_pictures(config: QuestionGarments) -> dict[str, dict[str, Garment]]:
     """Invent the garments by split and file name: pure, and equal for equal arguments.
 
     No garment occurs twice, in one split or in both, and no held-out combination occurs in training.
@@ -198,7 +198,7 @@ def plan_pictures(config: QuestionsConfig) -> dict[str, dict[str, Garment]]:
     return plan
 
 
-def plan_questions(config: QuestionsConfig, split: str, pictures: Mapping[str, Garment]) -> list[Question]:
+def plan_questions(config: QuestionGarments, split: str, pictures: Mapping[str, Garment]) -> list[Question]:
     """Ask about a split's pictures: of each kind, as many questions for each answer as the rarest answer allows.
 
     Raises:
@@ -228,7 +228,7 @@ def _balanced(kind: Kind, pictures: Mapping[str, Garment], rng: random.Random) -
             yield Question(name, kind.name, text, answer)
 
 
-def plan_captions(config: QuestionsConfig, split: str, pictures: Mapping[str, Garment]) -> dict[str, list[str]]:
+def plan_captions(config: QuestionGarments, split: str, pictures: Mapping[str, Garment]) -> dict[str, list[str]]:
     """Describe a split's pictures, each ``captions_per_image`` times, by file name."""
     rng = random.Random(f"garments/captions/{config.seed}/{split}")
     return {
@@ -248,7 +248,7 @@ def guess_rate(questions: Sequence[Question]) -> float:
     return 100 * sum(1 / kinds[question.kind] for question in questions) / max(len(questions), 1)
 
 
-def write_questions(root: Path, config: QuestionsConfig, progress: bool = True, workers: int | None = None) -> Path:
+def write_questions(root: Path, config: QuestionGarments, progress: bool = True, workers: int | None = None) -> Path:
     """Write images/ and the annotation files of LAVIS's COCO-VQA and COCO-caption data sets below `root`; return it.
 
     ``vqa_train.json``, ``vqa_val.json``: the questions; ``answer_list.json``: the candidates; ``questions_val.json``
@@ -283,7 +283,7 @@ def write_questions(root: Path, config: QuestionsConfig, progress: bool = True, 
     return root
 
 
-def make_questions(cache_root: Path, config: QuestionsConfig) -> Path:
+def make_questions(cache_root: Path, config: QuestionGarments) -> Path:
     """Return the folder of a world of questions and captions below `cache_root`; draw it on the first call only.
 
     Raises:

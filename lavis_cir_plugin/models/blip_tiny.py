@@ -17,9 +17,9 @@ from lavis.models.vit import VisionTransformerEncoder
 from transformers import BertTokenizer
 
 from lavis_cir_plugin import CONFIGS
-from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
-from lavis_cir_plugin.checkpoints import load_strictly, read_state
-from lavis_cir_plugin.models.blip2_cir import load_tokenizer
+from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.models.tokenizer import load_tokenizer
 
 _VIT = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
 # What med_config.json adds to BERT's own settings.

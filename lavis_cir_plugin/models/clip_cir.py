@@ -14,10 +14,10 @@ from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
-from lavis_cir_plugin.checkpoints import load_strictly, read_state
-from lavis_cir_plugin.config import check_choice, check_flag, check_whole
-from lavis_cir_plugin.losses import contrastive_loss, symmetric_contrastive_loss
-from lavis_cir_plugin.open_clip_towers import (
+from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.core.settings import check_choice, check_flag, check_whole
+from lavis_cir_plugin.models.contrastive_losses import contrastive_loss, symmetric_contrastive_loss
+from lavis_cir_plugin.models.open_clip_towers import (
     PIXELS,
     ImageTower,
     TextTower,

@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm import tqdm
 
-from lavis_cir_plugin import report
-from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query
 from lavis_cir_plugin.benchmarks.images import open_rgb
-from lavis_cir_plugin.config import own_name
-from lavis_cir_plugin.datasets import BenchmarkDataset, CirDataset, cache_root
-from lavis_cir_plugin.feature_cache import FeatureCache, check_tower, fingerprint
-from lavis_cir_plugin.gallery_features import DTYPES, shared_rows
-from lavis_cir_plugin.processes import gather, share, together
-from lavis_cir_plugin.ranking import Ranking, padded, rank
-from lavis_cir_plugin.tracking import EPOCHS
+from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query
+from lavis_cir_plugin.core.processes import fail_together, gather, share
+from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, CirDataset, cache_root
+from lavis_cir_plugin.data.feature_cache import FeatureCache, check_tower, fingerprint
+from lavis_cir_plugin.ranking.gallery_features import DTYPES, shared_rows
+from lavis_cir_plugin.ranking.ranks import Ranking, padded, rank
+from lavis_cir_plugin.report import chance, contact_sheets, curves, files, tables
+from lavis_cir_plugin.report.run_log import EPOCHS
+from lavis_cir_plugin.training.config import own_name
 
 TOP = 50
 """How many images per query a submission and a contact sheet can show."""
@@ -221,7 +221,7 @@ class ComposedRetrievalTask(BaseTask):
             rows[getattr(model, "row_label", TRAINED)] = metrics
             for mode, label in getattr(model, "baselines", BASELINES).items():
                 rows[label] = benchmark.metrics(evaluation.rankings(mode))
-            rows[RANDOM] = report.expected_random(benchmark)
+            rows[RANDOM] = chance.expected_random(benchmark)
             self.results[folder_name(split)] = benchmark, rows
         if not is_main_process():
             return
@@ -230,7 +230,7 @@ class ComposedRetrievalTask(BaseTask):
         written = write_report(folder, benchmark, rows, rankings, {"gallery_dtype": str(self.gallery_dtype)})
         if getattr(model, "attention_labels", None):
             written += evaluation.draw_attention(folder)
-        print(report.metrics_table(rows, benchmark))
+        print(tables.metrics_table(rows, benchmark))
         if split in self.test_splits[-1:] or not self.test_splits:
             written += self._report_run(run, self.validation_metric or benchmark.selection_metric)
         print(f"\nWritten to {run}:\n  " + "\n  ".join(str(path.relative_to(run)) for path in written))
@@ -239,11 +239,11 @@ class ComposedRetrievalTask(BaseTask):
         """Write and print what belongs to all benchmarks of a run; return the files, with the checkpoints."""
         written = []
         if len(self.results) > 1:
-            print("\n" + report.summary_table(self.results))
-            written.append(report.write_summary(run / "summary.json", self.results))
+            print("\n" + tables.summary_table(self.results))
+            written.append(files.write_summary(run / "summary.json", self.results))
         if (run / EPOCHS).is_file():  # not in an evaluation run
             try:
-                written.append(report.training_curve(run, run / "training_curve.png", curve_metric))
+                written.append(curves.training_curve(run, run / "training_curve.png", curve_metric))
             except ValueError as error:
                 logging.warning("no training curve: %s", error)
         return written + sorted(run.glob("checkpoint_*.pth"))
@@ -302,24 +302,27 @@ class Evaluation:
             self.gallery = self.encode_gallery()
         groups = self.dataset.benchmark.groups
         own: dict[str, Ranking] = {}
-        with together():
+        with fail_together():
             own = self._own_rankings(mode, self.gallery, top_k)
         everybody = gather(own)
-        return {group.name: joined([part[group.name] for part in everybody if group.name in part]) for group in groups}
+        return {
+            group.name: rankings_of_all_processes([part[group.name] for part in everybody if group.name in part])
+            for group in groups
+        }
 
     def draw_attention(self, folder: Path) -> list[Path]:
         """Draw where the model looks in the references of some queries of each group, and return the files."""
         processors = self.dataset.vis_processor, self.dataset.text_processor
         written = []
         for group in self.dataset.benchmark.groups:
-            queries = [group.queries[index] for index in report.drawn_queries(group, ATTENTION_ROWS)]
+            queries = [group.queries[index] for index in contact_sheets.drawn_queries(group, ATTENTION_ROWS)]
             paths = [self.dataset.image_paths[query.reference] for query in queries]
             pictures = torch.stack([processors[0](open_rgb(path)) for path in paths])  # also where features are cached
             samples = {"image": pictures, "text_input": [processors[1](query.texts[0]) for query in queries]}
             maps = self.model.attention_maps(prepare_sample(samples, self.cuda_enabled)).float().cpu()
             sheet = folder / f"attention_{group.name}.png"
             written.append(
-                report.attention_sheet(
+                contact_sheets.attention_sheet(
                     self.dataset.benchmark, group, pictures, maps, self.model.attention_labels, sheet
                 )
             )
@@ -423,7 +426,7 @@ def rank_queries(
     return Ranking(**{field.name: getattr(ranking, field.name).cpu() for field in fields(Ranking)})
 
 
-def joined(rankings: Sequence[Ranking]) -> Ranking:
+def rankings_of_all_processes(rankings: Sequence[Ranking]) -> Ranking:
     """Put the rankings of consecutive queries together."""
     return Ranking(**{field.name: torch.cat([getattr(r, field.name) for r in rankings]) for field in fields(Ranking)})
 
@@ -446,11 +449,11 @@ def write_report(
     """
     written = []
     if rows:
-        written.append(report.write_metrics(folder / "metrics.json", rows, benchmark, extra))
+        written.append(files.write_metrics(folder / "metrics.json", rows, benchmark, extra))
     else:
         for name, content in benchmark.submissions(rankings).items():
-            written.append(report.write_submission(folder / name, content))
+            written.append(files.write_submission(folder / name, content))
     for group in benchmark.groups:
         sheet = folder / f"contact_sheet_{group.name}.png"
-        written.append(report.contact_sheet(benchmark, group, rankings[group.name], sheet))
+        written.append(contact_sheets.contact_sheet(benchmark, group, rankings[group.name], sheet))
     return written

@@ -1,0 +1,344 @@
+"""``lavis-cir check``: what of each data set is below a folder, what is missing and why, and what it is enough for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lavis_cir_plugin import benchmarks
+from lavis_cir_plugin.benchmarks import fashioniq
+from lavis_cir_plugin.benchmarks.images import image_problems
+from lavis_cir_plugin.benchmarks.survey import surveying
+from lavis_cir_plugin.benchmarks.types import Group, without_missing
+from lavis_cir_plugin.core.sentences import listed
+
+MANY_FOLDERS = 4
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One thing that a data set can be used for.
+
+    Attributes:
+        label: What it is called.
+        split: The split that it reads.
+        settings: Keys of ``build_info`` that make it.
+        is_submission: Whether it makes a test server's file, which needs every query.
+    """
+
+    label: str
+    split: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    is_submission: bool = False
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is looked for.
+
+    Attributes:
+        title: As its authors write it.
+        ways: What it can be used for.
+        published: Triplets or queries by split and part, of the published files; none for one's own data.
+        absent_files: What to know when annotation files are missing.
+        absent_images: What to know when images are missing.
+        parts: Settings by name of the parts that are read by themselves, FashionIQ's categories.
+    """
+
+    title: str
+    ways: tuple[Usage, ...]
+    published: Mapping[tuple[str, str], int]
+    absent_files: str
+    absent_images: str
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
+
+
+def _fashioniq_ways() -> tuple[Usage, ...]:
+    """Return one way of scoring per gallery: what else the protocols differ in needs no other files."""
+    by_gallery: dict[str, list[str]] = {}
+    for name, (gallery, *_) in fashioniq.PROTOCOLS.items():
+        by_gallery.setdefault(gallery, []).append(name)
+    scored = (Usage(f"val by {', '.join(names)}", "val", {"gallery": name}) for name, names in by_gallery.items())
+    return (Usage("training", "train"), *scored, Usage("test submission", "test", is_submission=True))
+
+
+DATA_SETS = {
+    "fashioniq": DataSet(
+        title="FashionIQ",
+        ways=_fashioniq_ways(),
+        published={
+            ("train", "dress"): 5_985, ("train", "shirt"): 5_988, ("train", "toptee"): 6_027,
+            ("val", "dress"): 2_017, ("val", "shirt"): 2_038, ("val", "toptee"): 1_961,
+            ("test", "dress"): 2_024, ("test", "shirt"): 2_038, ("test", "toptee"): 2_056,
+        },
+        absent_files="captions/ and image_splits/ are in the repository fashion-iq of its authors",
+        absent_images=(
+            "all of FashionIQ is 74,381 distinct images (77,683 counts those of two categories twice), and training "
+            "needs those of its triplets; many of the shop's links are dead, so most people use a re-upload, often as "
+            ".png, which is read as well"
+        ),
+        parts={name: {"categories": [name]} for name in ("dress", "shirt", "toptee")},
+    ),
+    "cirr": DataSet(
+        title="CIRR",
+        ways=(
+            Usage("training", "train"),
+            Usage("val, hard labels", "val"),
+            Usage("val, soft labels", "val", {"labels": "soft"}),
+            Usage("test1 submission", "test", is_submission=True),
+        ),
+        published={("train", ""): 28_225, ("val", ""): 4_181, ("test", ""): 4_148},
+        absent_files="captions/ and image_splits/ are on the branch cirr_dataset of CIRR's repository, not on main",
+        absent_images=(
+            "the images are NLVR2's: by its form, or by mail from CIRR's authors; fetched by their URLs many are gone, "
+            "and the sub-folders train/0 to train/99 with them"
+        ),
+    ),
+    "circo": DataSet(
+        title="CIRCO",
+        ways=(Usage("val", "val"), Usage("test submission", "test", is_submission=True)),
+        published={("val", ""): 220, ("test", ""): 800},
+        absent_files=(
+            "val.json and test.json are in CIRCO's repository, the list of the gallery is COCO's "
+            "image_info_unlabeled2017.zip, to be unpacked in COCO2017_unlabeled/"
+        ),
+        absent_images="the images are COCO's unlabeled2017.zip, 123,403 files, to be unpacked in COCO2017_unlabeled/",
+    ),
+    "lasco": DataSet(
+        title="LaSCo",
+        ways=(Usage("training", "train"), Usage("val", "val")),
+        published={},
+        absent_files="lasco_train.json, lasco_val.json and lasco_val_corpus.json are in downloads/ of its repository",
+        absent_images="the images are COCO's train2014.zip and val2014.zip",
+    ),
+    "laion_cir": DataSet(
+        title="Laion-CIR-Combined",
+        ways=(Usage("training", "train"),),
+        published={},
+        absent_files="laion_combined_info.json comes with the pictures, by the link in the repository ZS-CIR",
+        absent_images="image 306448 is the file 0306448.png of the authors' archive",
+    ),
+    "synthtriplets18m": DataSet(
+        title="SynthTriplets18M",
+        ways=(Usage("training", "train"),),
+        published={},
+        absent_files="unpack shards of it: samples of a .json, a .source_image.jpg and a .target_image.jpg",
+        absent_images="a sample has a .source_image.jpg and a .target_image.jpg",
+    ),
+    "triplets": DataSet(
+        title="Triplets of your own",
+        ways=(Usage("training", "train"), Usage("val", "val"), Usage("test", "test")),
+        published={},
+        absent_files=(
+            "give the folder itself that has train.jsonl, val.jsonl or test.jsonl; only those that a run reads are "
+            "needed"
+        ),
+        absent_images="an image is named by its path below images/ with its suffix, such as shoes/a.jpg",
+    ),
+}  # fmt: skip
+"""By registered name."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a reader said about one way and part.
+
+    Attributes:
+        count: Of triplets or queries.
+        usable: How many of these have all their images.
+        is_complete: Whether no image is missing, in the gallery neither.
+        problem: Why it could not be read; empty where it could.
+        absent: Annotation files that are missing.
+    """
+
+    count: int = 0
+    usable: int = 0
+    is_complete: bool = False
+    problem: str = ""
+    absent: tuple[str, ...] = ()
+
+
+@dataclass
+class Findings:
+    """What is there of one data set.
+
+    Attributes:
+        readings: By label of the way and part.
+        files: Annotation files.
+        paths: Images by name.
+        missing: Names of images that an annotation file asks for.
+    """
+
+    readings: dict[tuple[str, str], Reading] = field(default_factory=dict)
+    files: dict[Path, None] = field(default_factory=dict)
+    paths: dict[str, Path] = field(default_factory=dict)
+    missing: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether anything can be run, be it with missing images left out."""
+        return any(reading.usable for reading in self.readings.values())
+
+
+def add_command(subparsers: Any) -> None:
+    """Add ``lavis-cir check``."""
+    parser = subparsers.add_parser("check", help="say what of the data sets is in a folder and what can be run with it")
+    parser.add_argument("root", metavar="ROOT", help="folder of a data set, or of several; nothing is written")
+    parser.add_argument("--verify", action="store_true", help="open every image that is needed and found")
+    parser.set_defaults(run=_check)
+
+
+def _check(args: argparse.Namespace) -> None:
+    root = Path(os.path.expanduser(args.root))
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder; give the folder of a data set, or the one that holds several.")
+    start = time.perf_counter()
+    found = {name: survey(name, root) for name in DATA_SETS}
+    for name, findings in found.items():
+        print("\n".join(report(name, findings, root)) + "\n")
+    broken = _verify(found.values()) if args.verify else []
+    print(f"{root}: {time.perf_counter() - start:.1f} s" + ("" if args.verify else ", no image opened (--verify)"))
+    if broken or not any(findings.is_usable for findings in found.values()):
+        sys.exit(1)
+
+
+def _verify(found: Iterable[Findings]) -> list[str]:
+    """Open every image and print what is wrong with the first few; return all that is wrong."""
+    paths = sorted({path for findings in found for path in findings.paths.values()})
+    problems = [problem for problem in image_problems(paths) if problem]
+    print(f"verified: {len(paths) - len(problems):,} of {len(paths):,} images can be read")
+    print("".join(f"  {problem}\n" for problem in problems[:10]), end="")
+    return problems
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def survey(name: str, root: Path) -> Findings:
+    """Read all that a data set can be used for, with the reader that a run would use; write nothing."""
+    module = importlib.import_module(f"{benchmarks.__name__}.{name}")
+    findings = Findings()
+    scans: dict[Hashable, Any] = {}
+    for way in DATA_SETS[name].ways:
+        for part, settings in DATA_SETS[name].parts.items():
+            config = {"root": str(root), **way.settings, **settings}
+            with surveying(scans) as seen:
+                reading = _read(module, config, way.split, seen.paths)
+            findings.readings[way.label, part] = replace(reading, absent=tuple(seen.absent))
+            findings.files.update(dict.fromkeys(seen.files))
+            findings.paths.update(seen.paths)
+            findings.missing.update(seen.missing)
+    return findings
+
+
+def _read(module: ModuleType, config: Mapping[str, Any], split: str, found: Mapping[str, Path]) -> Reading:
+    """Read a split. ``found`` fills while it is read."""
+    try:
+        if split == "train":
+            triplets, _ = module.read_train(config)
+            usable = sum(triplet.reference in found and triplet.target in found for triplet in triplets)
+            return Reading(len(triplets), usable, usable == len(triplets))
+        groups = module.read_benchmark(config, split).groups
+    except (ValueError, OSError) as error:
+        return Reading(problem=str(error))
+    count = sum(len(group.queries) for group in groups)
+    usable = sum(_usable(group, found) for group in groups)
+    has_gallery = all(image in found for group in groups for image in group.gallery)
+    return Reading(count, usable, has_gallery and usable == count)
+
+
+def _usable(group: Group, found: Mapping[str, Path]) -> int:
+    try:
+        return len(without_missing(group, found).queries)
+    except ValueError:  # no query is left
+        return 0
+
+
+# -- words -----------------------------------------------------------------------------------------------------------
+
+
+def report(name: str, findings: Findings, root: Path) -> list[str]:
+    """Return what was found of one data set, a line each."""
+    data_set = DATA_SETS[name]
+    absent = sorted({file for reading in findings.readings.values() for file in reading.absent})
+    if not findings.files:
+        return [f"{data_set.title}: nothing found", f"  note: {data_set.absent_files}"]
+    lines = [data_set.title, f"  files    {_folders(findings.files, root)}"]
+    splits: dict[str, Usage] = {}
+    for way in data_set.ways:
+        splits.setdefault(way.split, way)
+    for split, way in splits.items():
+        counts = [_count(data_set, split, part, findings.readings[way.label, part]) for part in data_set.parts]
+        if any(counts):
+            unit = "triplets" if split == "train" else "records"
+            lines.append(f"  {split:<8} {', '.join(count for count in counts if count)} {unit}")
+    needed = len(findings.paths) + len(findings.missing)
+    if needed:
+        where = f" in {_folders(findings.paths.values(), root)}" if findings.paths else ""
+        lines.append(f"  images   {len(findings.paths):,} of {needed:,} that are needed{where}")
+    lines += [f"  {_verdict(way, data_set, findings)}" for way in data_set.ways]
+    if absent:
+        lines += [f"  missing files: {', '.join(absent)}", f"    note: {data_set.absent_files}"]
+    if findings.missing:
+        lines.append(f"  missing images: {len(findings.missing):,} ({listed(list(findings.missing))})")
+        lines.append(f"    note: {data_set.absent_images}")
+    return lines
+
+
+def _count(data_set: DataSet, split: str, part: str, reading: Reading) -> str:
+    """Write a number of triplets or queries, and the published one where that is another."""
+    if not reading.count:
+        return ""
+    published = data_set.published.get((split, part), reading.count)
+    differs = f" (published: {published:,})" if published != reading.count else ""
+    return f"{part} {reading.count:,}{differs}".strip()
+
+
+def _verdict(way: Usage, data_set: DataSet, findings: Findings) -> str:
+    """Say whether a data set can be used in a way: ``yes``, or ``partly`` or ``no`` and why."""
+    readings = {part: findings.readings[way.label, part] for part in data_set.parts}
+    if all(reading.is_complete for reading in readings.values()):
+        return f"{way.label}: yes"
+    reasons = [f"{file} is missing" for reading in readings.values() for file in reading.absent]
+    reasons += [reading.problem.rstrip(".") for reading in readings.values() if reading.problem and not reading.absent]
+    read = {part: reading for part, reading in readings.items() if not reading.problem}
+    count, usable = (sum(getattr(reading, key) for reading in read.values()) for key in ("count", "usable"))
+    if read and not all(reading.is_complete for reading in read.values()):
+        unit = "triplets" if way.split == "train" else "records"
+        each = ", ".join(f"{part} {reading.usable:,}" for part, reading in read.items() if part)
+        reasons.append(
+            f"{usable:,} of {count:,} {unit} have their images{f' ({each})' if each else ''}"
+            + (", the gallery lacks some" if usable == count else "")
+            + (", needs missing_images: skip" if usable else "")
+            + (", and a server refuses a file without all queries" if way.is_submission and 0 < usable < count else "")
+        )
+    elif read:
+        reasons.append(f"yes with categories: [{', '.join(read)}]")
+    return f"{way.label}: {'partly' if usable else 'no'}, {'; '.join(dict.fromkeys(reasons))}"
+
+
+def _folders(paths: Collection[Path], root: Path) -> str:
+    """Write where files are and how many of each suffix; more than `MANY_FOLDERS` side by side become ``*``."""
+    counts = Counter(os.path.split(path)[0] for path in paths)
+    siblings = Counter(os.path.dirname(folder) for folder in counts)
+    suffixes: dict[str, Counter[str]] = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        above = os.path.dirname(folder)
+        place = os.path.join(above, "*") if siblings[above] > MANY_FOLDERS else folder
+        suffixes.setdefault(place, Counter())[os.path.splitext(name)[1]] += 1
+    written = [
+        f"{os.path.relpath(place, root)}/ ({', '.join(f'{count:,} {suffix}' for suffix, count in found.most_common())})"
+        for place, found in suffixes.items()
+    ]
+    more = len(written) - MANY_FOLDERS
+    return ", ".join(written[:MANY_FOLDERS]) + (f" and {more:,} more folders" if more > 0 else "")

@@ -1,0 +1,60 @@
+"""``lavis-cir lora``: adapters as peft folder, or merged into the weights."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from lavis_cir_plugin.training.lora import (
+    Lora,
+    build_model,
+    checkpoint_of,
+    merged_state,
+    read_lora_checkpoint,
+    write_peft_folder,
+)
+
+
+def add_command(subparsers: Any) -> None:
+    """Add ``lavis-cir lora``."""
+    parser = subparsers.add_parser("lora", help="export the adapters of a LoRA run, for peft or merged into the model")
+    parser.add_argument("run_or_checkpoint", metavar="RUN", help="output folder of a run, or one of its checkpoints")
+    parser.add_argument("--output", required=True, help="a new or empty folder")
+    parser.add_argument(
+        "--merge", action="store_true", help="write a whole model that model.finetuned loads without run.lora"
+    )
+    parser.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> None:
+    """Write a peft folder, or with ``--merge`` a checkpoint of the whole model."""
+    path = checkpoint_of(Path(os.path.expanduser(args.run_or_checkpoint)))
+    output = Path(os.path.expanduser(args.output)).absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} exists and is not an empty folder; choose another.")
+    saved = read_lora_checkpoint(str(path))
+    if saved is None:
+        raise ValueError(f"{path} holds no LoRA adapters (or is no checkpoint); name one of a run with run.lora.")
+    from lavis.tasks.base_task import BaseTask
+
+    sections = saved["config"]
+    model_cfg = OmegaConf.create({**sections["model"], "load_finetuned": True, "finetuned": str(path)})
+    run_cfg = OmegaConf.create(sections["run"])
+    model = build_model(BaseTask(), SimpleNamespace(model_cfg=model_cfg, run_cfg=run_cfg))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as staging:
+        content = Path(staging) / "content"
+        content.mkdir()
+        if args.merge:
+            torch.save({"model": merged_state(model)}, content / "checkpoint_merged.pth")
+        else:
+            write_peft_folder(model, Lora(**sections["run"]["lora"]), content)
+        os.replace(content, output)
+    print(f"{output}: {', '.join(sorted(found.name for found in output.iterdir()))}")

@@ -1,0 +1,1 @@
+"""What every layer may use: files that are written whole, processes, random state, checkpoints, settings, sentences."""

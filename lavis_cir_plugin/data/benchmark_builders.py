@@ -1,0 +1,126 @@
+"""Register a LAVIS builder for every benchmark."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+from lavis.common.registry import registry
+from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+from torch.utils.data import Dataset
+
+from lavis_cir_plugin import CONFIGS, benchmarks, garments
+from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.settings import as_plain
+from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, Processor, TripletDataset, cache_root
+
+
+class BenchmarkBuilder(BaseDatasetBuilder):
+    """Builds the training and evaluation splits of one benchmark.
+
+    Keys of its config section, besides LAVIS's processors:
+
+    * ``splits``: which to build; the launcher fills in those that the run reads.
+    * ``preload``: keep every preprocessed image in memory, for small images or much memory.
+    * ``build_info``: passed to the benchmark's reader, which names its keys.
+    * ``garments``: settings of the embedded world; drawn into the cache on first use and read like a download.
+    """
+
+    benchmark_module: ModuleType
+    world_module: Any
+    """What draws the embedded world in the benchmark's files: ``GarmentsConfig`` and ``make_garments``; or ``None``."""
+
+    @classmethod
+    def known_splits(cls) -> tuple[str, ...]:
+        """Return the splits that the benchmark has."""
+        return tuple(cls.benchmark_module.SPLITS)
+
+    @classmethod
+    def section_problems(cls, name: str, section: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what is wrong with a config section's values, before anything is drawn or read."""
+        if not isinstance(section.get("preload", False), bool):
+            yield f"datasets.{name}.preload must be true or false, got {section['preload']!r}."
+        splits = section.get("splits")
+        if splits is not None and (isinstance(splits, str) or not set(splits) <= set(cls.known_splits())):
+            yield f"datasets.{name}.splits must be a list of {', '.join(cls.known_splits())}, got {splits!r}."
+        if section.get("garments") is not None:
+            yield from cls._world_problems(name, as_plain(section.garments))
+        try:
+            # The root may still come from the defaults or from the drawn world.
+            cls.benchmark_module.check_config({"root": "any", **as_plain(section.get("build_info"))})
+        except ValueError as error:
+            yield str(error)
+
+    @classmethod
+    def _world_problems(cls, name: str, settings: Mapping[str, Any]) -> Iterator[str]:
+        if cls.world_module is None:
+            yield f"datasets.{name}.garments has no effect: no world is drawn in {name}'s files."
+            return
+        known = [field.name for field in dataclasses.fields(cls.world_module.GarmentsConfig)]
+        unknown = [key for key in settings if key not in known]
+        yield from (f"datasets.{name}.garments.{key} is not a known key{did_you_mean(key, known)}" for key in unknown)
+        try:
+            cls.world_module.GarmentsConfig(**{key: value for key, value in settings.items() if key in known})
+        except (ValueError, TypeError) as error:
+            yield str(error)
+
+    def _download_data(self) -> None:
+        """Draw the embedded world if the config asks for it; real data sets are never downloaded."""
+        self._build_info()
+
+    def _build_info(self) -> dict[str, Any]:
+        build_info = dict(as_plain(self.config.get("build_info")))
+        if self.config.get("garments") is not None:
+            world = self.world_module.GarmentsConfig(**as_plain(self.config.garments))
+            build_info["root"] = str(self.world_module.make_garments(cache_root(), world))
+        return build_info
+
+    def build(self) -> dict[str, Dataset]:
+        """Return the data sets by split."""
+        self.build_processors()
+        build_info = self._build_info()
+        datasets: dict[str, Dataset] = {}
+        splits = self.config.get("splits")
+        for split in self.known_splits()[:2] if splits is None else splits:
+            stage = "train" if split == "train" else "eval"
+            processors = self.vis_processors[stage], self.text_processors[stage]
+            dataset = self.build_split(split, build_info, *processors)
+            if self.config.get("preload"):
+                dataset.preload()
+            datasets[split] = dataset
+        return datasets
+
+    def build_split(
+        self, split: str, build_info: Mapping[str, Any], vis_processor: Processor, text_processor: Processor
+    ) -> Any:
+        """Read one split with the benchmark's reader."""
+        if split == "train":
+            triplets, image_paths = self.benchmark_module.read_train(build_info)
+            text = self.benchmark_module.training_text
+            return TripletDataset(triplets, image_paths, vis_processor, text_processor, text)
+        return BenchmarkDataset(self.benchmark_module.read_benchmark(build_info, split), vis_processor, text_processor)
+
+
+def _register_builders() -> None:
+    worlds = {found.name for found in pkgutil.iter_modules(garments.__path__)}
+    for found in pkgutil.iter_modules(benchmarks.__path__):
+        module = importlib.import_module(f"{benchmarks.__name__}.{found.name}")
+        if not hasattr(module, "read_train"):
+            continue
+        configs = {path.stem: str(path) for path in (CONFIGS / "datasets" / found.name).glob("*.yaml")}
+        world = importlib.import_module(f"{garments.__name__}.{found.name}") if found.name in worlds else None
+        attributes = {
+            "benchmark_module": module,
+            "world_module": world,
+            "DATASET_CONFIG_DICT": configs,
+            "__doc__": module.__doc__,
+        }
+        builder = type(f"{found.name.title()}Builder", (BenchmarkBuilder,), {**attributes, "__module__": __name__})
+        registry.register_builder(found.name)(builder)
+
+
+_register_builders()

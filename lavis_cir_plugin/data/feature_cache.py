@@ -1,0 +1,480 @@
+"""Features of a frozen image tower: computed once per data set, memory-mapped from then on.
+
+A cache is one folder per tower and transform, ``<root>/<key>/``::
+
+    meta.json                 what the key is the hash of; shape and type of a row
+    <segment>.rows            the features of one picture after the other
+    <segment>.jsonl           a line per row: image (hash of the file's bytes), row, check (CRC-32 of both)
+    ../files/<segment>.jsonl  a line per file: path, size, mtime, image; so that no unchanged file is hashed again
+
+Nothing written is ever changed. Each process that computes writes segments of its own, and a row is on the disk before
+its line is. So a process may be killed at any moment and several may work at once: a row without a whole line does not
+exist, and one that exists twice does no harm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import secrets
+import shutil
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from enum import Enum
+from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from typing import Any, Callable, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from lavis_cir_plugin.benchmarks.images import open_rgb
+from lavis_cir_plugin.core.processes import fail_together, gather, rank_and_world
+
+# Part of every key: raise it when a shipped model or processor comes to return something else under the same name.
+_FORMAT = 1
+
+
+class HasImageTower(Protocol):
+    """What a model offers so that its image features can be cached.
+
+    Wherever it takes a batch of pictures it also takes a batch of what ``image_features`` returns.
+    """
+
+    @property
+    def image_tower(self) -> nn.Module:
+        """Everything that ``image_features`` depends on; frozen, and in evaluation while the model trains."""
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return one row of features, ``(B, P, width)`` say, for each picture of ``(B, 3, H, W)``."""
+
+
+def check_tower(model: Any) -> None:
+    """Refuse a model whose image features may differ from one step to the next.
+
+    Raises:
+        ValueError: If the model is no :class:`HasImageTower`, or its tower is trained.
+    """
+    tower = getattr(model, "image_tower", None)
+    if not isinstance(tower, nn.Module) or not hasattr(model, "image_features"):
+        raise ValueError(
+            f"run.feature_cache: {type(model).__name__} offers no image_tower and image_features to cache; set "
+            "run.feature_cache: false."
+        )
+    trained = [name for name, weight in tower.named_parameters() if weight.requires_grad]
+    if trained:
+        raise ValueError(
+            f"run.feature_cache: {len(trained)} tensors of the image tower are trained (first: {trained[0]}), so its "
+            "features change with every step; set model.freeze_vit: true and keep adapters out of the tower, or set "
+            "run.feature_cache: false."
+        )
+
+
+def fingerprint(thing: Any) -> str:
+    """Return a hash of whatever in an object could change what it computes; equal in every process and on every device.
+
+    A module counts with its class, settings, weights and buffers (name, type, shape, bytes), any other object with its
+    class and attributes, a function with its code; what cannot be looked into, with its class alone.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _describe(thing, ()):
+        digest.update(part)
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """Maps a picture's path to its features.
+
+    May be sent to other processes, DataLoader workers among them: each maps the files when it first reads.
+
+    Args:
+        root: Folder of all caches; this one lies below it in a folder that is named by its key.
+        model: The key takes its class and its tower; the model itself is not kept.
+        transform: From an RGB picture to ``(3, H, W)``, without randomness.
+
+    Raises:
+        ValueError: If the folder's ``meta.json`` does not describe what the folder is named after.
+    """
+
+    def __init__(self, root: Path, model: HasImageTower, transform: Callable[[Any], Tensor]) -> None:
+        self.identity = {
+            "format": _FORMAT,
+            "model": f"{type(model).__module__}.{type(model).__qualname__}",
+            "tower": fingerprint(model.image_tower),
+            "transform": fingerprint(transform),
+        }
+        self.folder = root / fingerprint(self.identity)
+        self.transform = transform
+        self._file_lines = root / "files"
+        self._rows: dict[str, tuple[str, int]] = {}  # path -> segment and row
+        self._maps: dict[str, np.ndarray[Any, Any]] = {}
+        self._shape: tuple[int, ...] = ()  # unknown until there is a row
+        self._dtype = torch.float32
+        self._read_meta()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    def __getitem__(self, path: Path) -> Tensor:
+        segment, row = self._rows[str(path)]
+        # A copy, because torch has no read-only tensors and the file must not change.
+        return torch.from_numpy(self._map(segment)[row].copy()).view(self._dtype).view(self._shape)
+
+    def fill(self, model: HasImageTower, paths: Iterable[Path], *, batch_size: int = 64, num_workers: int = 0) -> None:
+        """Make the features of these pictures readable; compute those that are not there yet.
+
+        In a distributed run every process calls it with the same arguments and computes its share.
+
+        Each row that is needed is read once and compared with its check sum, shared out as well. For 40,000 rows of
+        724 kB that is a sequential pass of seconds over a fast disk, which the first epoch would otherwise make in
+        random order; checking at each reading would cost a tenth of a second per batch of 128 for ever.
+
+        Args:
+            model: The one that this cache was made for, on the device that computes.
+            paths: Picture files; of files with the same content one is computed.
+            batch_size: Pictures per call of the tower.
+            num_workers: Processes that decode pictures.
+
+        Raises:
+            ValueError: If there is too little free space (nothing has been written then), a picture cannot be read, or
+                its features are not finite.
+            OSError: If a row cannot be written, as on a full disk; earlier ones stay and count.
+        """
+        rank, world = rank_and_world()
+        names = sorted({str(path) for path in paths})
+        with fail_together():
+            files = self._identify(names[rank::world])
+        image_of = {file["name"]: file["image"] for part in gather(files) for file in part}
+        source = {image_of[name]: name for name in reversed(names)}
+
+        rows = self._read_rows()
+        checked = gather(self._wrong(rows, list(source)[rank::world]))
+        wrong = {image: place for part in checked for image, place in part.items()}
+        # Processes may see different rows if an independent run is writing, so the first one decides.
+        missing = gather([image for image in source if image not in rows or image in wrong])[0]
+        with fail_together():
+            if missing and not self._shape:
+                probe = self._features(model, self._picture(source[missing[0]])[None])
+                self._shape, self._dtype = tuple(probe.shape[1:]), probe.dtype
+            self._announce(len(source), len(missing), len(wrong))
+        with fail_together():
+            self._remember(files)
+            if missing[rank::world]:
+                self._compute(model, missing[rank::world], source, wrong, batch_size, num_workers)
+
+        rows = self._read_rows()
+        lost = [image for image in source if image not in rows]
+        if lost:
+            raise ValueError(
+                f"run.feature_cache: {self.folder} lacks {len(lost):,} images after every process has written its "
+                "share; choose a folder that all processes see."
+            )
+        self._rows = {name: _place(rows[image]) for name, image in image_of.items()}
+
+    # Files and their hashes.
+
+    def _identify(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return a line for each file; the hash of an unchanged one is looked up rather than computed."""
+        lines = [line for path in self._file_lines.glob("*.jsonl") for line in _read_lines(path)]
+        known = {(line.get("path"), line.get("size"), line.get("mtime")): line.get("image") for line in lines}
+
+        def identify(name: str) -> dict[str, Any]:
+            path = os.path.abspath(name)
+            try:
+                stat = os.stat(path)
+                image = known.get((path, stat.st_size, stat.st_mtime_ns))
+                is_new = image is None
+                image = image or hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read ({error.strerror}).") from error
+            file = {"path": path, "size": stat.st_size, "mtime": stat.st_mtime_ns, "image": image}
+            return {"name": name, "is_new": is_new, "file": file, "image": image}
+
+        with ThreadPoolExecutor() as pool:
+            return list(_progress(pool.map(identify, names), "identify images", len(names)))
+
+    def _remember(self, files: Sequence[dict[str, Any]]) -> None:
+        new = [json.dumps(file["file"]) + "\n" for file in files if file["is_new"]]
+        # Only a shortcut: without it the files are hashed again, also where the folder cannot be written.
+        with suppress(OSError):
+            if new:
+                self._file_lines.mkdir(parents=True, exist_ok=True)
+                (self._file_lines / f"{_new_name()}.jsonl").write_text("".join(new))
+
+    # Rows.
+
+    @property
+    def _row_bytes(self) -> int:
+        return math.prod(self._shape) * self._dtype.itemsize
+
+    def _read_meta(self) -> None:
+        path = self.folder / "meta.json"
+        if not path.is_file():
+            return
+        try:
+            meta = json.loads(path.read_text())
+            shape, dtype = tuple(map(int, meta.pop("shape"))), getattr(torch, meta.pop("dtype"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            meta = None
+        if meta != self.identity:
+            raise ValueError(
+                f"run.feature_cache: {path} does not describe the tower and transform that its folder is named after; "
+                "delete the folder or choose another one."
+            )
+        self._shape, self._dtype = shape, dtype
+
+    def _write_meta(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "meta.json").is_file():
+            whole = self.folder / f"{_new_name()}.tmp"
+            meta = {**self.identity, "shape": list(self._shape), "dtype": str(self._dtype).partition(".")[2]}
+            whole.write_text(json.dumps(meta, indent=1))
+            whole.replace(self.folder / "meta.json")
+
+    def _read_rows(self) -> dict[str, dict[str, Any]]:
+        """Return the line of each image that has a whole row, with the segment's name."""
+        self._maps = {}
+        if not self._shape:
+            self._read_meta()
+        lines = []
+        for path in sorted(self.folder.glob("*.jsonl")) if self._shape else ():
+            rows = path.with_suffix(".rows")
+            whole = range(rows.stat().st_size // self._row_bytes if rows.is_file() else 0)
+            found = (line for line in _read_lines(path) if "image" in line and line.get("row") in whole)
+            lines += [{**line, "segment": path.stem} for line in found]
+        replaced = {tuple(line["instead_of"]) for line in lines if "instead_of" in line}
+        return {line["image"]: line for line in lines if _place(line) not in replaced}
+
+    def _map(self, segment: str) -> np.ndarray[Any, Any]:
+        if segment not in self._maps:
+            # Read-only and not torch.from_file, whose private mapping is refused where it exceeds the memory.
+            data = np.memmap(self.folder / f"{segment}.rows", np.uint8, mode="r")
+            count = len(data) // self._row_bytes
+            self._maps[segment] = data[: count * self._row_bytes].reshape(count, self._row_bytes)
+        return self._maps[segment]
+
+    def _wrong(self, rows: Mapping[str, Mapping[str, Any]], images: Iterable[str]) -> dict[str, tuple[str, int]]:
+        """Return which of these images have a row that is not what was written, and where it is."""
+
+        def is_wrong(line: Mapping[str, Any]) -> bool:
+            return line.get("check") != _check(line["image"], self._map(line["segment"])[line["row"]])
+
+        lines = sorted((rows[image] for image in images if image in rows), key=_place)
+        for segment in {line["segment"] for line in lines}:
+            self._map(segment)  # here rather than in several threads at once
+        with ThreadPoolExecutor() as pool:
+            checked = zip(lines, _progress(pool.map(is_wrong, lines), "check features", len(lines)))
+            return {line["image"]: _place(line) for line, wrong in checked if wrong}
+
+    def _announce(self, total: int, missing: int, wrong: int) -> None:
+        """Log what there is and what will be written where; refuse to start if it does not fit."""
+        existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.is_dir())
+        free = shutil.disk_usage(existing).free
+        size = self._row_bytes
+        again = f" ({wrong:,} of them again, for a wrong check sum)" if wrong else ""
+        logging.info(
+            f"feature cache: {total:,} images of {self._shape} {self._dtype}, {_size(size)}, in all "
+            f"{_size(total * size)}; {total - missing:,} are there, {missing:,} to compute{again}, "
+            f"{_size(missing * size)}; {self.folder}, {_size(free)} free"
+        )
+        line_size = 200
+        if missing * (size + line_size) > free:
+            raise ValueError(
+                f"run.feature_cache: {missing:,} images of {_size(size)} need {_size(missing * size)} and "
+                f"{existing} has {_size(free)} free; free some space, or set run.feature_cache to a folder on another "
+                "disk or to false."
+            )
+
+    def _compute(
+        self,
+        model: HasImageTower,
+        images: Sequence[str],
+        source: Mapping[str, str],
+        wrong: Mapping[str, tuple[str, int]],
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        """Write the rows of these images into a new segment; the lines name the ``wrong`` rows that they replace."""
+        names = [source[image] for image in images]
+        # A generator of its own, so that a run draws the same random numbers whether or not it computes features.
+        loader = DataLoader(
+            _Pictures(names, self._picture), batch_size, num_workers=num_workers, generator=torch.Generator()
+        )
+        with ExitStack() as stack:
+            with _explained(self.folder):
+                self._write_meta()
+                segment = stack.enter_context(_Segment(self.folder))
+            bar = stack.enter_context(_progress(None, "image features", len(images)))
+            start, done = time.monotonic(), 0
+            for pictures in loader:
+                features = self._features(model, pictures)
+                batch = images[done : done + len(features)]
+                is_finite = torch.isfinite(features).flatten(1).all(dim=1).tolist()
+                if not all(is_finite):
+                    name = source[batch[is_finite.index(False)]]
+                    raise ValueError(f"run.feature_cache: the features of {name} are not finite; check the weights.")
+                with _explained(self.folder):
+                    segment.append(batch, features, wrong)
+                before, done = done, done + len(batch)
+                bar.update(len(batch))
+                if bar.disable and 10 * done // len(images) > 10 * before // len(images):
+                    passed = time.monotonic() - start
+                    left = passed / done * (len(images) - done)
+                    logging.info(f"feature cache: {done:,} of {len(images):,} in {passed:.0f} s, {left:.0f} s to go")
+
+    def _picture(self, name: str) -> Tensor:
+        return self.transform(open_rgb(Path(name)))
+
+    @torch.no_grad()
+    def _features(self, model: HasImageTower, pictures: Tensor) -> Tensor:
+        tower = model.image_tower.eval()
+        features = model.image_features(pictures.to(next(tower.parameters()).device)).cpu().contiguous()
+        if self._shape and (tuple(features.shape[1:]), features.dtype) != (self._shape, self._dtype):
+            raise ValueError(
+                f"run.feature_cache: {self.folder} holds rows of {self._shape} {self._dtype} and the tower returns "
+                f"{tuple(features.shape[1:])} {features.dtype}; delete the folder or choose another one."
+            )
+        return features
+
+
+class _Segment:
+    """Rows that one process appends, and their lines; a row is on the disk before its line is written."""
+
+    def __init__(self, folder: Path) -> None:
+        name = _new_name()
+        self._rows = (folder / f"{name}.rows").open("xb")
+        self._lines = (folder / f"{name}.jsonl").open("xb")
+        self._count = 0
+
+    def __enter__(self) -> _Segment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self._rows, self._lines):
+            with suppress(OSError):  # what counts is on the disk; what a failed write left in the buffer does not
+                file.close()
+
+    def append(self, images: Sequence[str], features: Tensor, wrong: Mapping[str, tuple[str, int]]) -> None:
+        data = features.flatten(1).view(torch.uint8).numpy()
+        lines = []
+        for row, (image, content) in enumerate(zip(images, data), self._count):
+            line = {"image": image, "row": row, "check": _check(image, content)}
+            lines.append(json.dumps({**line, "instead_of": wrong[image]} if image in wrong else line) + "\n")
+        for file, content in ((self._rows, data.data), (self._lines, "".join(lines).encode())):
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        self._count += len(data)
+
+
+class _Pictures(Dataset[Tensor]):
+    def __init__(self, names: Sequence[str], read: Callable[[str], Tensor]) -> None:
+        self.names, self.read = names, read
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.read(self.names[index])
+
+
+def _describe(thing: Any, ancestors: tuple[int, ...]) -> Iterator[bytes | memoryview]:
+    """Yield what :func:`fingerprint` hashes, depth first."""
+    yield f"{type(thing).__module__}.{type(thing).__qualname__}".encode()
+    if thing is None or isinstance(thing, (bool, int, float, str, bytes, torch.dtype)):
+        yield repr(thing).encode()
+    elif isinstance(thing, Enum):
+        yield thing.name.encode()
+    elif isinstance(thing, Tensor):
+        yield f"{thing.dtype} {tuple(thing.shape)}".encode()
+        yield thing.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+    elif isinstance(thing, np.ndarray):
+        yield f"{thing.dtype} {thing.shape}".encode()
+        yield thing.tobytes()
+    elif id(thing) not in ancestors:
+        parts = list(_parts(thing))
+        yield str(len(parts)).encode()
+        for part in parts:
+            yield from _describe(part, (*ancestors, id(thing)))
+
+
+def _parts(thing: Any) -> Iterator[Any]:
+    if isinstance(thing, Mapping):
+        for item in thing.items():
+            yield from item
+    elif isinstance(thing, (list, tuple)):
+        yield from thing
+    elif isinstance(thing, (set, frozenset)):
+        yield sorted(fingerprint(part) for part in thing)
+    elif isinstance(thing, MethodType):
+        yield from (thing.__func__, thing.__self__)
+    elif isinstance(thing, FunctionType):
+        yield from (f"{thing.__module__}.{thing.__qualname__}", thing.__code__, thing.__defaults__)
+        yield from (cell.cell_contents for cell in thing.__closure__ or ())
+    elif isinstance(thing, CodeType):
+        yield from (thing.co_code, thing.co_consts, thing.co_names)
+    elif isinstance(thing, (type, BuiltinFunctionType)):
+        yield f"{thing.__module__}.{thing.__qualname__}"
+    elif isinstance(thing, nn.Module):
+        # Public settings and what is registered; the rest is torch's own bookkeeping.
+        registered = ("_parameters", "_buffers", "_modules")
+        for name, value in vars(thing).items():
+            if name in registered or not (name.startswith("_") or name == "training"):
+                yield from (name, value)
+    elif hasattr(thing, "__dict__"):
+        yield vars(thing)
+
+
+def _check(image: str, row: np.ndarray[Any, Any]) -> int:
+    return zlib.crc32(row.data, zlib.crc32(image.encode()))
+
+
+def _place(line: Mapping[str, Any]) -> tuple[str, int]:
+    return line["segment"], line["row"]
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of the whole lines of a file; what is torn or damaged is left out."""
+    *whole, _torn = path.read_bytes().split(b"\n")
+    for line in whole:
+        with suppress(ValueError):
+            content = json.loads(line)
+            if isinstance(content, dict):
+                yield content
+
+
+def _new_name() -> str:
+    return secrets.token_hex(8)
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if count >= factor:
+            return f"{count / factor:,.1f} {unit}"
+    return f"{count / 1e3:,.1f} kB"
+
+
+def _progress(items: Iterable[Any] | None, label: str, total: int) -> tqdm:
+    """Return a bar of the first process, shown on a terminal."""
+    return tqdm(items, label, total, unit="image", leave=False, disable=True if rank_and_world()[0] else None)
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"run.feature_cache: {folder} cannot be written ({error.strerror}); the features that are there are whole "
+            "and the next run goes on from them. Free some space or choose another folder."
+        ) from error

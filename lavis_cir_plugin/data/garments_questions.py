@@ -1,0 +1,97 @@
+"""LAVIS builders over drawn garments for LAVIS's own tasks: ``garments_vqa`` and ``garments_caption``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lavis.common.registry import registry
+from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+from lavis.datasets.datasets.coco_caption_datasets import COCOCapDataset, COCOCapEvalDataset
+from lavis.datasets.datasets.coco_vqa_datasets import COCOVQADataset, COCOVQAEvalDataset
+from omegaconf import OmegaConf
+from torch.utils.data import Dataset
+
+from lavis_cir_plugin import CONFIGS
+from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.settings import as_plain
+from lavis_cir_plugin.data.benchmark_datasets import cache_root
+from lavis_cir_plugin.garments.questions import SPLITS, QuestionGarments, make_questions
+
+
+class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
+    """Lets LAVIS's own COCO data sets read a drawn world.
+
+    Keys of its config section, besides LAVIS's processors:
+
+    * ``splits``: which to build; the launcher fills in those that the run reads.
+    * ``garments``: the fields of :class:`~lavis_cir_plugin.garments.questions.QuestionsConfig`.
+    """
+
+    annotation_files: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def known_splits(cls) -> tuple[str, ...]:
+        """Return the splits that are drawn."""
+        return SPLITS
+
+    @classmethod
+    def section_problems(cls, name: str, section: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what is wrong with a config section's values, before anything is drawn."""
+        for key in ("build_info", "preload"):
+            if section.get(key):
+                yield f"datasets.{name}.{key} is not read: {name} draws its own files; set datasets.{name}.garments."
+        splits = section.get("splits")
+        if splits is not None and (isinstance(splits, str) or not set(splits) <= set(SPLITS)):
+            yield f"datasets.{name}.splits must be a list of {' and '.join(SPLITS)}, got {splits!r}."
+        garments = as_plain(section.get("garments"))
+        known = [field.name for field in dataclasses.fields(QuestionGarments)]
+        unknown = [key for key in garments if key not in known]
+        yield from (f"datasets.{name}.garments.{key} is not a known key{did_you_mean(key, known)}" for key in unknown)
+        try:
+            QuestionGarments(**{key: value for key, value in garments.items() if key in known})
+        except (ValueError, TypeError) as error:
+            yield str(error)
+
+    def _download_data(self) -> None:
+        """Draw the world, where a download would be."""
+        self._with_files()
+
+    def _with_files(self) -> Any:
+        root = make_questions(cache_root(), QuestionGarments(**as_plain(self.config.get("garments"))))
+        annotations = {
+            split: {"storage": [str(root / name) for name in self.annotation_files[split]]}
+            for split in (SPLITS if self.config.get("splits") is None else self.config.splits)
+        }
+        build_info = {"annotations": annotations, "images": {"storage": str(root / "images")}}
+        return OmegaConf.merge(self.config, {"build_info": build_info})
+
+    def build(self) -> dict[str, Dataset[Any]]:
+        """Return the data sets by split, as LAVIS's own builder makes them from the drawn files."""
+        self.config = self._with_files()
+        datasets: dict[str, Dataset[Any]] = super().build()
+        return datasets
+
+
+@registry.register_builder("garments_vqa")
+class GarmentsVqaBuilder(GarmentsBuilder):
+    """Question answering on drawn garments, for LAVIS's ``vqa`` task."""
+
+    train_dataset_cls = COCOVQADataset
+    eval_dataset_cls = COCOVQAEvalDataset
+    annotation_files = {  # noqa: RUF012
+        "train": ("vqa_train.json",),
+        "val": ("vqa_val.json", "answer_list.json", "questions_val.json", "annotations_val.json"),
+    }
+    DATASET_CONFIG_DICT = {"default": str(CONFIGS / "datasets/garments_vqa/default.yaml")}  # noqa: RUF012
+
+
+@registry.register_builder("garments_caption")
+class GarmentsCaptionBuilder(GarmentsBuilder):
+    """Captioning of drawn garments, for LAVIS's ``captioning`` task and ``local_captioning``."""
+
+    train_dataset_cls = COCOCapDataset
+    eval_dataset_cls = COCOCapEvalDataset
+    annotation_files = {"train": ("caption_train.json",), "val": ("caption_val.json",)}  # noqa: RUF012
+    DATASET_CONFIG_DICT = {"default": str(CONFIGS / "datasets/garments_caption/default.yaml")}  # noqa: RUF012

@@ -1,0 +1,111 @@
+"""Training batches as a function of seed, epoch and position alone: the order of the data, and what is drawn for it.
+
+LAVIS shuffles and augments from the global generators, so a batch depends on everything that was drawn before and on
+the number of loader workers, and a stopped run can never be continued as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lavis_cir_plugin.core.random_state import get_random_state, seed_all, set_random_state
+
+
+def training_loader(dataset: Dataset[Any], seed: int, **options: Any) -> DataLoader[Any]:
+    """Return a loader of shuffled batches, without the incomplete last one, for :class:`EpochLoader`.
+
+    Args:
+        dataset: Map-style; each process gets its own share.
+        seed: Of order and augmentation, the same on every process.
+        options: Of torch's DataLoader, other than sampler, shuffle and generator. What ``collate_fn`` draws itself is
+            not covered: it draws from the process's own generators.
+    """
+    sampler = _EpochSampler(dataset, seed)
+    # With a generator of its own the loader takes nothing from the global one when an epoch starts.
+    return DataLoader(_SeededDataset(dataset, seed), sampler=sampler, generator=torch.Generator(), **options)
+
+
+class EpochLoader:
+    """Endless batches of a :func:`training_loader`, epoch after epoch, that can begin anywhere.
+
+    Args:
+        loader: A :func:`training_loader`, or LAVIS's prefetcher around one.
+
+    Attributes:
+        taken: Batches handed out since the first epoch began.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.taken = 0
+        self._iterator: Iterator[Any] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the data that the next batch belongs to, counted from 0."""
+        return self.taken // len(self)
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return len(self.loader)
+
+    def __iter__(self) -> EpochLoader:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> Any:
+        """Return the next batch, of the next epoch where this one is over."""
+        batch = next(self._iterator, None) if self._iterator is not None else None
+        if batch is None:
+            epoch, position = divmod(self.taken, len(self))
+            self.loader.sampler.start_at(epoch, position * self.loader.batch_size)
+            self._iterator = iter(self.loader)
+            batch = next(self._iterator)
+        self.taken += 1
+        return batch
+
+    def seek(self, taken: int) -> None:
+        """Continue as if ``taken`` batches had been handed out; those before are not loaded."""
+        self.taken = taken
+        self._iterator = None
+
+
+class _EpochSampler(DistributedSampler[Any]):
+    """Yields (epoch, index), so that a worker knows what to seed its generators with."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        super().__init__(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed)
+        self.first = 0
+
+    def start_at(self, epoch: int, first: int) -> None:
+        self.set_epoch(epoch)
+        self.first = first
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(self.epoch, index) for index in super().__iter__()][self.first :])
+
+
+class _SeededDataset(Dataset[Any]):
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Any]:
+        """Load one batch; the generators are the process's own again afterwards (without workers: the training's)."""
+        state = get_random_state()
+        try:
+            digest = hashlib.blake2b(repr((self.seed, *keys[0])).encode(), digest_size=8).digest()
+            seed_all(int.from_bytes(digest, "big") >> 1)
+            return [self.dataset[index] for _, index in keys]
+        finally:
+            set_random_state(state)

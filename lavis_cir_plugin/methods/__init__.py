@@ -1,0 +1,1 @@
+"""One folder per method: its pure functions first, its adapters to LAVIS after them."""

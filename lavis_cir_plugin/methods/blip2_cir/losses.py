@@ -1,0 +1,74 @@
+"""Compute the losses of ``blip2_cir``: contrastive, alignment, relaxed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
+from torch import Tensor
+
+from lavis_cir_plugin.models.contrastive_losses import contrastive_loss
+
+
+def alignment_loss(sentence_prompt: Tensor, prompt_tokens: Tensor) -> Tensor:
+    r"""Pull the mean sentence prompt to the mean learned prompt.
+
+    .. math:: L = \lVert \bar Z - \mathrm{stopgrad}(\bar P) \rVert_2^2 / H \quad\text{averaged over the batch}
+
+    Args:
+        sentence_prompt: ``(B, N, H)``, the query outputs Z of the first Q-Former pass.
+        prompt_tokens: ``(1, N, H)``, the learned prompt P; receives no gradient.
+
+    Source: SPRC (arXiv 2310.05473), prompt alignment.
+    """
+    mean_prompt = prompt_tokens.detach().mean(dim=1).expand(sentence_prompt.shape[0], -1)
+    return F.mse_loss(sentence_prompt.mean(dim=1), mean_prompt)
+
+
+@dataclass(frozen=True)
+class TrainingOutputs:
+    """What a model offers to the losses of one batch of B triplets.
+
+    Attributes:
+        query: ``(B, D)``, unit length, fused from reference image and text.
+        targets: ``(B, K, D)``, unit length; row i is the target of query i.
+        temperature: Divides scores, > 0.
+        target_ids: ``(B,)`` int64, equal for the same image; ``None`` if unknown.
+        text_query: ``(B, D)``, unit length, from the text and the learned prompt without the image; ``None`` in a
+            model without a prompt, like the next two.
+        sentence_prompt: ``(B, N, H)``, query outputs of the first pass.
+        prompt_tokens: ``(1, N, H)``, the learned prompt.
+    """
+
+    query: Tensor
+    targets: Tensor
+    temperature: Tensor
+    target_ids: Tensor | None = None
+    text_query: Tensor | None = None
+    sentence_prompt: Tensor | None = None
+    prompt_tokens: Tensor | None = None
+
+
+def itc(out: TrainingOutputs) -> Tensor:
+    """Contrast the fused query with the targets."""
+    return contrastive_loss(out.query, out.targets, out.temperature, out.target_ids)
+
+
+def rtc(out: TrainingOutputs) -> Tensor:
+    """Contrast the text-only query with the targets (SPRC); needs a learned prompt."""
+    return contrastive_loss(_prompted(out.text_query), out.targets, out.temperature, out.target_ids)
+
+
+def align(out: TrainingOutputs) -> Tensor:
+    """Align the sentence prompt with the learned prompt (SPRC); needs a learned prompt."""
+    return alignment_loss(_prompted(out.sentence_prompt), _prompted(out.prompt_tokens))
+
+
+LOSSES: dict[str, Callable[[TrainingOutputs], Tensor]] = {"itc": itc, "rtc": rtc, "align": align}
+
+
+def _prompted(output: Tensor | None) -> Tensor:
+    if output is None:
+        raise ValueError("the losses rtc and align need a model with a learned prompt (model.fusion: sentence_prompt).")
+    return output

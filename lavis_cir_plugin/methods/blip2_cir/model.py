@@ -1,0 +1,478 @@
+"""BLIP-2's Q-Former as a composed-retrieval model: reference image + text in, a query for target images out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
+from lavis.common.registry import registry
+from lavis.models import clip_vit, eva_vit
+from lavis.models.blip2_models.blip2 import Blip2Base, LayerNorm
+from lavis.models.blip2_models.Qformer import BertConfig, BertModel
+from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
+from lavis.models.clip_vit import VisionTransformer as ClipVisionTransformer
+from torch import Tensor, nn
+
+from lavis_cir_plugin import CONFIGS
+from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.core.model_parts import keep_as_buffers
+from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.settings import check_choice, check_flag, check_whole
+from lavis_cir_plugin.methods.blip2_cir.losses import LOSSES, TrainingOutputs
+from lavis_cir_plugin.models.fused_attention import fuse_attention
+from lavis_cir_plugin.models.tokenizer import load_tokenizer
+
+_CHOICES = {
+    "fusion": ("joint", "sentence_prompt"),
+    "pooling": ("text_cls", "mean_queries"),
+    "vit_model": ("eva_clip_g", "clip_L"),
+    "vit_precision": ("fp16", "fp32"),
+}
+DEFAULT_LOSS_WEIGHTS = {"joint": {"itc": 1.0}, "sentence_prompt": {"itc": 1.0, "rtc": 1.0, "align": 1.0}}
+
+# The towers that BLIP-2's checkpoints hold, as LAVIS builds them before it downloads their weights.
+_EVA_G = {"patch_size": 14, "embed_dim": 1408, "depth": 39, "num_heads": 16, "mlp_ratio": 4.3637}
+_CLIP_L = {"patch_size": 14, "width": 1024, "layers": 22, "heads": 16}
+
+# Heads of BLIP-2's other objectives, which a checkpoint may hold and composed retrieval never calls.
+_UNUSED_IN_CHECKPOINTS = ("itm_head.", "Qformer.cls.", "Qformer.bert.embeddings.position_ids")
+
+
+@registry.register_model("blip2_cir")
+class Blip2Cir(Blip2Base):
+    r"""BLIP-2 Q-Former whose query is fused from a reference image and a modification text.
+
+    Target: the Q-Former's K query outputs on the target image, projected, :math:`v_1 \dots v_K` of unit length.
+    Query: one vector q of unit length. Score: :math:`s(q, t) = \max_k q \cdot v_k`.
+
+    ``fusion="joint"``: one pass over [queries; text] with cross-attention to the reference; the output at the text's
+    [CLS] (or the mean query output, ``pooling="mean_queries"``), projected, is q. Loss: itc.
+
+    ``fusion="sentence_prompt"`` (SPRC, arXiv 2310.05473): that pass gives the query outputs Z; a second pass over
+    [Z; text] sees no image; the output at [CLS], projected, is q. Losses: itc; rtc, the same contrastive loss for r,
+    the [CLS] output of a pass over [[CLS]; learned prompt; rest of the text] without image; and align, which pulls
+    the mean of Z to the mean of the prompt. Loss = sum of ``loss_weights`` times each.
+
+    Types: ``pretrain`` (EVA-CLIP ViT-g, 224 px), ``pretrain_vitL`` (CLIP ViT-L, 224 px), ``coco`` (ViT-g, 364 px) and
+    ``tiny`` (2-layer, width 128, 64 px, trained from scratch on a CPU).
+
+    Parameter names follow BLIP-2's published checkpoints, so those of LAVIS and of SPRC load as they are. Only heads
+    that composed retrieval never calls (matching and language-model heads) are left out.
+
+    Wherever a batch of pictures ``(B, 3, H, W)`` is taken, the tower's tokens ``(B, P, vit width)``, as
+    :meth:`image_features` returns them, are taken as well: four dimensions are pictures, three are tokens.
+
+    Args:
+        vit_model: ``eva_clip_g`` or ``clip_L``.
+        image_size: Pixels per side.
+        vit_config: Overrides of the tower's dimensions (``tiny`` uses them); empty for the published towers.
+        vit_precision: ``fp16`` or ``fp32`` storage of the tower; fp16 needs a GPU and a frozen tower.
+        freeze_vit: Whether the image tower stays as loaded, in eval mode.
+        use_grad_checkpoint: Recompute the tower's activations in the backward pass.
+        drop_path_rate: Stochastic depth of the ViT-g tower.
+        tokenizer: Folder or file of a WordPiece vocabulary, a vocabulary shipped with this package, or a hub name.
+        num_query_token: K.
+        cross_attention_freq: A cross-attention layer every so many layers.
+        qformer_config: Overrides of BERT-base's dimensions (``tiny`` uses them).
+        embed_dim: Width of q and v.
+        max_txt_len: Text tokens incl. [CLS] and [SEP]; longer texts are cut.
+        fusion: ``joint`` or ``sentence_prompt``.
+        pooling: Of the joint fusion: ``text_cls`` or ``mean_queries``.
+        loss_weights: Weight >= 0 by name of ``lavis_cir_plugin.losses.LOSSES``; merged over the fusion's defaults.
+
+    Raises:
+        ValueError: If a choice is unknown or impossible, with what is allowed.
+    """
+
+    PRETRAINED_MODEL_CONFIG_DICT = {  # noqa: RUF012 (LAVIS's class attribute)
+        name: str(CONFIGS / "models" / f"blip2_cir_{name}.yaml")
+        for name in ("pretrain", "pretrain_vitL", "coco", "tiny")
+    }
+
+    def __init__(
+        self,
+        *,
+        vit_model: str = "eva_clip_g",
+        image_size: int = 224,
+        vit_config: Mapping[str, Any] | None = None,
+        vit_precision: str = "fp16",
+        freeze_vit: bool = True,
+        use_grad_checkpoint: bool = False,
+        drop_path_rate: float = 0.0,
+        tokenizer: str = "bert-base-uncased",
+        num_query_token: int = 32,
+        cross_attention_freq: int = 2,
+        qformer_config: Mapping[str, Any] | None = None,
+        embed_dim: int = 256,
+        max_txt_len: int = 32,
+        fusion: str = "joint",
+        pooling: str = "text_cls",
+        loss_weights: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        given = locals()
+        self.check_config({name: given[name] for name in self._arguments()})
+        self.fusion, self.pooling = fusion, pooling
+        self.loss_weights = _checked_loss_weights(fusion, loss_weights)
+        self.freeze_vit = freeze_vit
+        self.max_txt_len = max_txt_len
+        self.tokenizer = load_tokenizer(tokenizer)
+
+        self.visual_encoder = _build_tower(
+            vit_model, image_size, dict(vit_config or {}), drop_path_rate, use_grad_checkpoint
+        )
+        self.ln_vision = LayerNorm(self.visual_encoder.num_features)
+        if vit_precision == "fp16":
+            eva_vit.convert_weights_to_fp16(self.visual_encoder)
+        self.visual_encoder.requires_grad_(not freeze_vit)
+        if freeze_vit:
+            fuse_attention(self.visual_encoder)
+
+        config = BertConfig(
+            vocab_size=len(self.tokenizer),
+            encoder_width=self.visual_encoder.num_features,
+            add_cross_attention=True,
+            cross_attention_freq=cross_attention_freq,
+            query_length=num_query_token,
+            **dict(qformer_config or {}),
+        )
+        if config.max_position_embeddings < num_query_token + max_txt_len:
+            raise ValueError(
+                f"model.max_txt_len: {max_txt_len} text and {num_query_token} query tokens exceed the "
+                f"{config.max_position_embeddings} positions of model.qformer_config.max_position_embeddings."
+            )
+        # A ModuleDict gives the published names, Qformer.bert.*, without BLIP-2's language-model head.
+        self.Qformer = nn.ModuleDict({"bert": BertModel(config, add_pooling_layer=False)})
+        self.query_tokens = nn.Parameter(torch.randn(1, num_query_token, config.hidden_size) * config.initializer_range)
+        if fusion == "sentence_prompt":
+            prompt = torch.randn(1, num_query_token, config.hidden_size) * config.initializer_range
+            self.prompt_tokens = nn.Parameter(prompt)
+        self.vision_proj = nn.Linear(config.hidden_size, embed_dim)
+        self.text_proj = nn.Linear(config.hidden_size, embed_dim)
+        self.temp = nn.Parameter(torch.tensor(0.07))
+        if fusion == "joint" and pooling == "mean_queries":
+            # The text positions of the last layer feed no loss then; without a gradient they would stop DDP, and frozen
+            # parameters would be missing in checkpoints.
+            keep_as_buffers(self.Qformer["bert"].encoder.layer[-1].intermediate)
+            keep_as_buffers(self.Qformer["bert"].encoder.layer[-1].output)
+
+    @classmethod
+    def _arguments(cls) -> dict[str, Any]:
+        return dict(cls.__init__.__kwdefaults__ or {})
+
+    @classmethod
+    def check_config(cls, cfg: Mapping[str, Any]) -> None:
+        """Check a ``model`` section without building anything; absent keys have the constructor's defaults.
+
+        Raises:
+            ValueError: The first unknown or impossible value, and what is allowed.
+        """
+        values = {**cls._arguments(), **{name: cfg[name] for name in cls._arguments() if cfg.get(name) is not None}}
+        for key, allowed in _CHOICES.items():
+            check_choice(key, values[key], allowed)
+        for key in ("image_size", "num_query_token", "cross_attention_freq", "embed_dim", "max_txt_len"):
+            check_whole(key, values[key])
+        for key in ("freeze_vit", "use_grad_checkpoint"):
+            check_flag(key, values[key])
+        if values["vit_precision"] == "fp16" and not values["freeze_vit"]:
+            raise ValueError(
+                "model.vit_precision: 'fp16' stores the image tower in half precision, which cannot be trained; set "
+                "model.vit_precision: fp32 or model.freeze_vit: true."
+            )
+        _check_keys("vit_config", values["vit_config"], _CLIP_L if values["vit_model"] == "clip_L" else _EVA_G)
+        _check_keys("qformer_config", values["qformer_config"], BertConfig().to_dict())
+        _checked_loss_weights(values["fusion"], values["loss_weights"])
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any]) -> Blip2Cir:
+        """Build from the ``model`` section of a config and load the weights it names.
+
+        ``pretrained`` (empty: random weights) holds BLIP-2's weights; with ``load_finetuned: true``, ``finetuned``
+        holds a composed-retrieval checkpoint, either whole or as LAVIS writes it, without the frozen tower, which then
+        comes from ``pretrained``. ``vit_pretrained`` is read only when ``pretrained`` lacks the tower.
+
+        Raises:
+            ValueError: If a checkpoint does not match the model.
+            FileNotFoundError: If a checkpoint is missing and cannot be downloaded.
+        """
+        model = cls(**{name: cfg[name] for name in cls._arguments() if cfg.get(name) is not None})
+        model.load_checkpoint_from_config(cfg)
+        return model
+
+    def load_checkpoint_from_config(self, cfg: Mapping[str, Any], **_: Any) -> None:
+        """Load what ``from_config`` describes."""
+        pretrained, finetuned = cfg.get("pretrained"), cfg.get("finetuned") if cfg.get("load_finetuned") else None
+        if cfg.get("load_finetuned") and not finetuned:
+            raise ValueError(
+                "model.load_finetuned is true and model.finetuned is empty; name a checkpoint file or URL."
+            )
+        state = read_state(finetuned) if finetuned else {}
+        is_whole = any(name.startswith("visual_encoder.") for name in state)
+        if "query_tokens" in state and not is_whole and not pretrained:
+            raise ValueError(
+                f"model.finetuned: {finetuned} leaves out the image tower, which was frozen in its training; set "
+                "model.pretrained to the checkpoint that this training started from."
+            )
+        if pretrained and not is_whole:
+            self.load_from_pretrained(pretrained, vit_pretrained=cfg.get("vit_pretrained"))
+        if finetuned:
+            may_lack = ("visual_encoder.",) if pretrained and self.freeze_vit else ()
+            load_strictly(self, state, finetuned, unused=_UNUSED_IN_CHECKPOINTS, may_lack=may_lack)
+
+    def load_from_pretrained(self, url_or_filename: str, vit_pretrained: str | None = None) -> None:
+        """Load BLIP-2 weights in the published key layout; the learned prompt of ``sentence_prompt`` starts anew."""
+        state = read_state(url_or_filename)
+        if vit_pretrained and not any(name.startswith("visual_encoder.") for name in state):
+            state.update(self._tower_state(read_state(vit_pretrained)))
+        load_strictly(self, state, url_or_filename, unused=_UNUSED_IN_CHECKPOINTS, fresh=("prompt_tokens",))
+
+    def _tower_state(self, tower: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fit a tower's own published file to this tower, as LAVIS does: its last blocks and head are not used."""
+        is_clip = isinstance(self.visual_encoder, ClipVisionTransformer)
+        interpolate = clip_vit.interpolate_pos_embed if is_clip else eva_vit.interpolate_pos_embed
+        interpolate(self.visual_encoder, tower)
+        own = self.visual_encoder.state_dict()
+        return {f"visual_encoder.{name}": tensor for name, tensor in tower.items() if name in own}
+
+    def load_checkpoint(self, url_or_filename: str) -> None:
+        """Load a composed-retrieval checkpoint into this model; a frozen tower may be left out of the file."""
+        may_lack = ("visual_encoder.",) if self.freeze_vit else ()
+        load_strictly(
+            self, read_state(url_or_filename), url_or_filename, unused=_UNUSED_IN_CHECKPOINTS, may_lack=may_lack
+        )
+
+    def train(self, mode: bool = True) -> Blip2Cir:
+        """Switch between training and evaluation; a frozen tower stays in evaluation."""
+        super().train(mode)
+        if self.freeze_vit:
+            self.visual_encoder.eval()
+        return self
+
+    def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the training losses of a batch of triplets.
+
+        Args:
+            samples: ``image`` and ``target`` ``(B, 3, H, W)``, or both as tokens ``(B, P, vit width)``; ``text_input``,
+                B strings; ``target_id`` ``(B,)`` int64, equal for the same target image (optional).
+
+        Returns:
+            ``loss``, the weighted sum, and ``loss_<name>`` for each loss of the fusion.
+        """
+        reference, target = self._embed_images(torch.cat([samples["image"], samples["target"]])).chunk(2)
+        ids, mask = self._tokenize(samples["text_input"])
+        sentence = self._fuse(reference, ids, mask)
+        targets = self._project_target(target)
+        has_prompt = self.fusion == "sentence_prompt"
+        outputs = TrainingOutputs(
+            query=self._project_query(sentence, ids, mask),
+            targets=targets,
+            temperature=self.temp,
+            target_ids=samples.get("target_id"),
+            text_query=self._project_text(ids, mask) if has_prompt else None,
+            sentence_prompt=sentence[:, : self.query_tokens.shape[1]] if has_prompt else None,
+            prompt_tokens=self.prompt_tokens if has_prompt else None,
+        )
+        losses = {name: LOSSES[name](outputs) for name in self.loss_weights}
+        total = torch.stack([self.loss_weights[name] * loss for name, loss in losses.items()]).sum()
+        return {"loss": total, **{f"loss_{name}": loss for name, loss in losses.items()}}
+
+    @torch.no_grad()
+    def encode_query(self, samples: Mapping[str, Any], mode: str = "multimodal") -> Tensor:
+        """Return unit-length query vectors ``(B, embed_dim)``.
+
+        Args:
+            samples: ``image`` ``(B, 3, H, W)`` and ``text_input``, B strings; each only where the mode needs it.
+            mode: ``multimodal``; ``text`` (a text-only pass, the fusion's own where it trains one); or ``image`` (the
+                mean of the reference's target vectors, so "find what looks the same").
+
+        Raises:
+            ValueError: If the mode is unknown.
+        """
+        check_choice("mode", mode, ("multimodal", "text", "image"))
+        if mode == "image":
+            return F.normalize(self.encode_target(samples["image"]).mean(dim=1), dim=-1)
+        if mode == "text":
+            return self._project_text(*self._tokenize(samples["text_input"]))
+        return self.query_features(samples)
+
+    @torch.no_grad()
+    def encode_target(self, image: Tensor) -> Tensor:
+        """Return unit-length target vectors ``(B, K, embed_dim)`` of images ``(B, 3, H, W)``."""
+        return self.target_features(image)
+
+    @property
+    def temperature(self) -> Tensor:
+        """What divides scores."""
+        return self.temp
+
+    def query_features(self, samples: Mapping[str, Any]) -> Tensor:
+        """Return :meth:`encode_query` of ``image`` and ``text_input``, with gradients."""
+        ids, mask = self._tokenize(samples["text_input"])
+        return self._project_query(self._fuse(self._embed_images(samples["image"]), ids, mask), ids, mask)
+
+    def target_features(self, image: Tensor) -> Tensor:
+        """Return :meth:`encode_target`, with gradients."""
+        return self._project_target(self._embed_images(image))
+
+    @torch.no_grad()
+    def extract_features(self, samples: Mapping[str, Any], mode: str = "multimodal") -> BlipOutputFeatures:
+        """Return features in LAVIS's container, with LAVIS's three modes.
+
+        ``image``: ``image_embeds`` ``(B, K, hidden)`` and ``image_embeds_proj`` = :meth:`encode_target`. ``text``:
+        ``text_embeds_proj`` ``(B, embed_dim)`` = the text-only query. ``multimodal``: ``multimodal_embeds``
+        ``(B, embed_dim)`` = :meth:`encode_query`, and the image features of the reference.
+
+        Raises:
+            ValueError: If the mode is unknown.
+        """
+        check_choice("mode", mode, ("multimodal", "text", "image"))
+        image_embeds = self._query_outputs(self._embed_images(samples["image"])) if mode != "text" else None
+        return BlipOutputFeatures(
+            image_embeds=image_embeds,
+            image_embeds_proj=None if image_embeds is None else F.normalize(self.vision_proj(image_embeds), dim=-1),
+            text_embeds_proj=self.encode_query(samples, "text") if mode == "text" else None,
+            multimodal_embeds=self.encode_query(samples) if mode == "multimodal" else None,
+        )
+
+    @property
+    def image_tower(self) -> nn.Module:
+        """Everything that :meth:`image_features` depends on."""
+        return self.visual_encoder
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return the tower's tokens ``(B, P, vit width)`` of pictures ``(B, 3, H, W)``, in its own precision.
+
+        That is float16 for ``vit_precision: fp16``, although ViT-g adds its half-precision layers up in float32: the
+        last bits say nothing and would double the size of cached features.
+
+        Raises:
+            ValueError: If the tower is stored in half precision and the pictures are on a CPU.
+        """
+        is_half = any(weight.dtype == torch.float16 for weight in self.visual_encoder.parameters())
+        if is_half and images.device.type == "cpu":
+            raise ValueError("model.vit_precision: 'fp16' needs a GPU; on a CPU set model.vit_precision: fp32.")
+        # Not freeze_vit: adapters are trained inside a frozen tower.
+        is_trained = any(weight.requires_grad for weight in self.visual_encoder.parameters())
+        precision = torch.autocast(images.device.type, dtype=torch.float16) if is_half else nullcontext()
+        with precision, torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
+            tokens = self.visual_encoder(images)
+        return tokens.half() if is_half else tokens
+
+    def _embed_images(self, image: Tensor) -> Tensor:
+        """Pictures ``(B, 3, H, W)`` or tokens ``(B, P, vit width)`` to normalised tokens in float32."""
+        tokens = image if image.ndim == 3 else self.image_features(image)
+        # In float32 although LAVIS's layer takes any: a half-precision gradient into it would underflow.
+        return self.ln_vision(tokens.float())
+
+    def _tokenize(self, text: Sequence[str]) -> tuple[Tensor, Tensor]:
+        # Padding to the longest text gives the same outputs as to max_txt_len: padded positions are masked everywhere.
+        tokens = self.tokenizer(
+            list(text), padding="longest", truncation=True, max_length=self.max_txt_len, return_tensors="pt"
+        ).to(self.device)
+        return tokens.input_ids, tokens.attention_mask
+
+    def _fuse(self, image_embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Run the Q-Former over [queries; text] with cross-attention: ``(B, K + T, hidden)``."""
+        queries = self.query_tokens.expand(ids.shape[0], -1, -1)
+        hidden = self.Qformer["bert"].embeddings(input_ids=ids, query_embeds=queries)
+        return self._attend(hidden, mask, image_embeds, query_length=queries.shape[1])
+
+    def _query_outputs(self, image_embeds: Tensor) -> Tensor:
+        """Run the Q-Former over the queries alone: ``(B, K, hidden)``."""
+        queries = self.query_tokens.expand(image_embeds.shape[0], -1, -1)
+        hidden = self.Qformer["bert"].embeddings(query_embeds=queries)
+        no_text = hidden.new_ones(hidden.shape[0], 0)
+        return self._attend(hidden, no_text, image_embeds, query_length=queries.shape[1])
+
+    def _project_target(self, image_embeds: Tensor) -> Tensor:
+        return F.normalize(self.vision_proj(self._query_outputs(image_embeds)), dim=-1)
+
+    def _project_query(self, fused: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        num_queries = self.query_tokens.shape[1]
+        if self.fusion == "sentence_prompt":
+            # LAVIS's layer insists on an image when told of queries; told of none, it treats every position as text,
+            # which is what SPRC's modified layer does on this pass.
+            hidden = self.Qformer["bert"].embeddings(input_ids=ids, query_embeds=fused[:, :num_queries])
+            fused = self._attend(hidden, mask)
+        if self.pooling == "mean_queries" and self.fusion == "joint":
+            return F.normalize(self.text_proj(fused[:, :num_queries].mean(dim=1)), dim=-1)
+        return F.normalize(self.text_proj(fused[:, num_queries]), dim=-1)
+
+    def _project_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        bert = self.Qformer["bert"]
+        if self.fusion == "joint":
+            hidden = bert.embeddings(input_ids=ids)
+        else:
+            # SPRC puts the prompt behind [CLS] *before* adding positions, so the prompt takes positions 1..K.
+            words = bert.embeddings.word_embeddings(ids)
+            prompt = self.prompt_tokens.expand(ids.shape[0], -1, -1)
+            sequence = torch.cat([words[:, :1], prompt, words[:, 1:]], dim=1)
+            positions = torch.arange(sequence.shape[1], device=ids.device)
+            hidden = bert.embeddings(query_embeds=sequence + bert.embeddings.position_embeddings(positions))
+        return F.normalize(self.text_proj(self._attend(hidden, mask)[:, 0]), dim=-1)
+
+    def _attend(
+        self, hidden: Tensor, text_mask: Tensor, image_embeds: Tensor | None = None, query_length: int = 0
+    ) -> Tensor:
+        """Run the layers; ``text_mask`` ``(B, T)`` covers the last T positions, those before are always seen."""
+        always = text_mask.new_ones(hidden.shape[0], hidden.shape[1] - text_mask.shape[1])
+        seen = torch.cat([always, text_mask], dim=1).to(hidden.dtype)
+        return (
+            self.Qformer["bert"]
+            .encoder(
+                hidden,
+                attention_mask=(1.0 - seen[:, None, None, :]) * -10000.0,
+                encoder_hidden_states=image_embeds,
+                query_length=query_length,
+            )
+            .last_hidden_state
+        )
+
+
+def _build_tower(
+    vit_model: str, image_size: int, vit_config: dict[str, Any], drop_path_rate: float, use_grad_checkpoint: bool
+) -> nn.Module:
+    """Build the image tower with random weights; LAVIS's own functions would download some first."""
+    if vit_model == "clip_L":
+        return ClipVisionTransformer(
+            input_resolution=image_size, use_grad_checkpointing=use_grad_checkpoint, **{**_CLIP_L, **vit_config}
+        )
+    return eva_vit.VisionTransformer(
+        img_size=image_size,
+        use_mean_pooling=False,
+        qkv_bias=True,
+        drop_path_rate=drop_path_rate,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_checkpoint=use_grad_checkpoint,
+        **{**_EVA_G, **vit_config},
+    )
+
+
+def _checked_loss_weights(fusion: str, weights: Mapping[str, float] | None) -> dict[str, float]:
+    given = _mapping("loss_weights", weights)
+    unknown = [name for name in given if name not in LOSSES]
+    if unknown:
+        raise ValueError(f"model.loss_weights: {', '.join(unknown)} is no loss; known: {', '.join(LOSSES)}.")
+    prompted = [name for name in given if name in ("rtc", "align")]
+    if fusion == "joint" and prompted:
+        raise ValueError(f"model.loss_weights: {', '.join(prompted)} needs model.fusion: sentence_prompt.")
+    refused = {n: w for n, w in given.items() if isinstance(w, bool) or not isinstance(w, (int, float)) or not w >= 0}
+    if refused:
+        raise ValueError(f"model.loss_weights must be numbers >= 0, got {refused}.")
+    return {**DEFAULT_LOSS_WEIGHTS[fusion], **{name: float(weight) for name, weight in given.items()}}
+
+
+def _mapping(key: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"model.{key} must be a mapping, got {value!r}.")
+    return dict(value or {})
+
+
+def _check_keys(key: str, value: Any, known: Mapping[str, Any]) -> None:
+    for name in _mapping(key, value):
+        if name not in known:
+            raise ValueError(f"model.{key}.{name} is not a known key{did_you_mean(name, known)}")

@@ -1,0 +1,1 @@
+"""Preferences between right images and mined wrong ones. Method card: docs/retrieval_dpo.md."""

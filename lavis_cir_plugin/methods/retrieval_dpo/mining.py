@@ -1,0 +1,388 @@
+"""Mine hard negatives among the training images."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
+from torch import Tensor
+
+from lavis_cir_plugin.benchmarks.types import Triplet
+from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.settings import is_number
+from lavis_cir_plugin.ranking import scoring
+from lavis_cir_plugin.ranking.index import KINDS, VECTORS_PER_LIST, Index, build_index
+from lavis_cir_plugin.ranking.ranks import padded, rerank
+from lavis_cir_plugin.ranking.scoring import split
+
+SOURCES = ("query", "positive", "image_set")
+LARGE_GALLERY = 10_000
+"""From so many images on ``index: auto`` is an inverted file; below, exact search takes seconds."""
+TWIN = 0.999
+"""Two images count as the same picture if the cosine of each feature of one with that of the other is as much."""
+_SCORES_OF_TWINS = 0.05
+"""Unit features with a cosine of 0.999 are sqrt(0.002) = 0.045 apart, so that scores of twins differ by no more."""
+_TWINS_FORESEEN = 8
+DEEPEST = 1000
+"""How many images of a ranking are looked at, at most, unless a window ends later."""
+_PROBES = 4
+_STEEP_LEAST = 4
+
+
+@dataclass(frozen=True)
+class Mining:
+    """Which training images are negatives of a triplet, as it stands under ``run.negatives``.
+
+    Images are ranked for each triplet. Those that may not be negatives (:func:`forbidden`, and twins of the right
+    image) and those that score too much (``cap``, ``margin``) are left out; of the rest, ``window`` chooses by rank, so
+    that a right image that is far down has negatives too: those below it.
+
+    Attributes:
+        source: What ranks the images: ``query``, the fused query of the triplet; ``positive``, the embedding of the
+            right image itself, as the seed paper does; or ``image_set``, the query, within CIRR's set of six.
+        count: Negatives in each step, >= 1, drawn without repetition from the window; a triplet may have fewer.
+        window: Ranks ``[first, last]`` from 0 among what is not left out, last excluded, at most `DEEPEST` of them.
+            Below the first `DEEPEST` of the whole ranking nothing is looked for, unless the window ends later.
+        within_category: Rank a triplet that has a category (FashionIQ) among the images of its category's triplets
+            alone, as its evaluation does. A dress is no hard negative of a shirt, and a top may be a right one.
+        cap: Share of the right image's score that a negative's must stay below (positive-aware mining, NV-Retriever,
+            arXiv 2407.15831), > 0 and <= 1; ``null``: no limit. Where the right image's score s is negative, below
+            s - (1 - cap) |s|.
+        margin: Cosines by which a negative must stay below the right image, >= 0 and <= 2; ``null``: no limit.
+        steep_drop: Leave out what scores as much as the right image or more, and of the window keep only what lies
+            between its two steepest drops of the score (:func:`between_drops`). QuRe (arXiv 2507.12416), with
+            ``cap: null`` and a window of 1,000.
+        warmup_epochs: Epochs with random negatives before the first mining, >= 0.
+        refresh: Mine again every so many epochs with the weights as they are then; 0: never.
+        index: One of lavis_cir_plugin.index.KINDS, or ``auto``: exact below `LARGE_GALLERY` images, ivf from there on.
+            All but ``hnsw`` find the same each time.
+        file: Negatives of an earlier run, ``<run>/negatives/<data set>_<epoch>.npz``, in place of mining; needs
+            ``refresh`` and ``warmup_epochs`` 0. What chooses images has no effect then.
+
+    Raises:
+        ValueError: One sentence per impossible value, all at once.
+    """
+
+    source: str = "query"
+    count: int = 1
+    window: Sequence[int] = (0, 50)
+    within_category: bool = True
+    cap: float | None = 0.95
+    margin: float | None = None
+    steep_drop: bool = False
+    warmup_epochs: int = 0
+    refresh: int = 1
+    index: str = "auto"
+    file: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        problems = list(self._problems())
+        if problems:
+            raise ValueError(" ".join(problems))
+
+    @property
+    def width(self) -> int:
+        """How many negatives a triplet has at most."""
+        return self.window[1] - self.window[0]
+
+    def mined_at(self, epoch: int) -> int:
+        """Return the epoch at whose beginning the negatives of this one are found."""
+        if epoch < self.warmup_epochs:
+            return 0
+        return epoch - (epoch - self.warmup_epochs) % self.refresh if self.refresh else self.warmup_epochs
+
+    def _problems(self) -> Iterator[str]:
+        kinds = ("auto", *KINDS)
+        for key, allowed in {"source": SOURCES, "index": kinds}.items():
+            value = getattr(self, key)
+            if value not in allowed:
+                yield f"run.negatives.{key} must be one of {', '.join(allowed)}, got {value!r}" + did_you_mean(
+                    value, allowed
+                )
+        for key, least in {"count": 1, "warmup_epochs": 0, "refresh": 0}.items():
+            if not _is_whole(getattr(self, key), least):
+                yield f"run.negatives.{key} must be a whole number >= {least}, got {getattr(self, key)!r}."
+        window = self.window
+        is_pair = isinstance(window, Sequence) and not isinstance(window, str) and len(window) == 2
+        if not (is_pair and _is_whole(window[0], 0) and _is_whole(window[1], 1) and window[0] < window[1]):
+            shown = window if isinstance(window, str) or not isinstance(window, Sequence) else list(window)
+            yield f"run.negatives.window must be two ranks [first, last] with 0 <= first < last, got {shown!r}."
+        elif self.width > DEEPEST:
+            yield f"run.negatives.window must span at most {DEEPEST:,} ranks, got {list(window)}."
+        elif self.steep_drop is True and self.width < _STEEP_LEAST:
+            yield (
+                f"run.negatives.window: {list(window)} has no image between two drops for run.negatives.steep_drop; it "
+                f"needs at least {_STEEP_LEAST} ranks."
+            )
+        elif _is_whole(self.count, 1) and self.count > self.width and self.file is None:
+            yield (
+                f"run.negatives.count: {self.count} is more than run.negatives.window: {list(window)} has "
+                f"({self.width}); widen the window or lower count."
+            )
+        for key, most in {"cap": 1.0, "margin": 2.0}.items():
+            value = getattr(self, key)
+            if value is not None and not (
+                is_number(value) and (value > 0 if key == "cap" else value >= 0) and value <= most
+            ):
+                bound = "> 0" if key == "cap" else ">= 0"
+                yield f"run.negatives.{key} must be a number {bound} and <= {most:g}, or null, got {value!r}."
+        for key in ("within_category", "steep_drop"):
+            if not isinstance(getattr(self, key), bool):
+                yield f"run.negatives.{key} must be true or false, got {getattr(self, key)!r}."
+        if self.file is not None and not (isinstance(self.file, str) and self.file):
+            yield f"run.negatives.file must be the path of a file, or null, got {self.file!r}."
+        elif self.file is not None and (self.refresh or self.warmup_epochs):
+            yield "run.negatives.file serves all epochs; set run.negatives.refresh and .warmup_epochs to 0."
+
+
+def forbidden(triplets: Sequence[Triplet]) -> list[set[str]]:
+    """Return, for each triplet, the images that may never be its negatives.
+
+    The target; the targets of triplets with the same reference and captions; and what the annotation lists as also
+    right (CIRR's soft labels). Twins of the target are found by their features, when negatives are mined.
+    """
+    answers: dict[tuple[str, tuple[str, ...]], set[str]] = {}
+    for triplet in triplets:
+        answers.setdefault((triplet.reference, triplet.captions), set()).update((triplet.target, *triplet.also_right))
+    return [answers[triplet.reference, triplet.captions] for triplet in triplets]
+
+
+class Mined(NamedTuple):
+    """What :func:`mine` found for Q queries; see :class:`NegativeSets`."""
+
+    negatives: Tensor
+    scores: Tensor
+    target_scores: Tensor
+    ranks: Tensor
+    target_ranks: Tensor
+
+
+@dataclass(frozen=True)
+class MiningGroup:
+    """Triplets that are mined among the same images.
+
+    Attributes:
+        numbers: Of the triplets.
+        images: ``(g,)`` ascending gallery indices.
+    """
+
+    numbers: list[int]
+    images: Tensor
+
+    def places(self, images: Tensor) -> Tensor:
+        """Return where gallery indices, of any shape, are among the group's images; -1 where they are not."""
+        found = torch.searchsorted(self.images, images).clamp(max=len(self.images) - 1)
+        return torch.where(self.images[found] == images, found, -1)
+
+    def indices(self, places: Tensor) -> Tensor:
+        """Return the gallery indices at these places, int32; -1 of -1."""
+        return torch.where(places >= 0, self.images[places.clamp(min=0).long()], -1).int()
+
+
+def mining_groups(triplets: Sequence[Triplet], place: Mapping[str, int], within_category: bool) -> list[MiningGroup]:
+    """Divide triplets by category where there are several; otherwise all are mined among all images.
+
+    Args:
+        triplets: In order.
+        place: Gallery index of every image.
+        within_category: Whether to divide.
+    """
+    by_category: dict[str, list[int]] = {}
+    for number, triplet in enumerate(triplets):
+        by_category.setdefault(triplet.category, []).append(number)
+    if not within_category or len(by_category) == 1:
+        return [MiningGroup(list(range(len(triplets))), torch.arange(len(place)))]
+    groups = []
+    for numbers in by_category.values():
+        own = [triplets[number] for number in numbers]
+        images = {place[name] for triplet in own for name in (triplet.reference, triplet.target)}
+        groups.append(MiningGroup(numbers, torch.tensor(sorted(images))))
+    return groups
+
+
+def in_order_of_triplets(parts: Sequence[Mined], order: Sequence[int] | None = None) -> Mined:
+    """Put what was found for some queries after each other, or in ascending order of their numbers."""
+    found = Mined(*(torch.cat(rows) for rows in zip(*parts)))
+    return found if order is None else Mined(*(rows[torch.tensor(order).argsort()] for rows in found))
+
+
+def mining_index(gallery: Tensor, settings: Mining) -> Index:
+    """Index a gallery, ``(G, D)`` or ``(G, K, D)`` of unit length, to be mined.
+
+    An inverted file has half as many lists as for retrieval, because it is built at each mining, and looks into fewer:
+    a hard negative that is missed leaves others.
+    """
+    kind = settings.index
+    if kind == "auto":
+        kind = "ivf" if len(gallery) >= LARGE_GALLERY else "exact"
+    vectors = gallery.numel() // gallery.shape[-1]
+    lists = max(1, min(math.isqrt(vectors) // 2, vectors // VECTORS_PER_LIST))
+    return build_index(kind, gallery, lists=lists, probes=_PROBES)
+
+
+def mine(
+    query: Tensor,
+    index: Index,
+    targets: Tensor,
+    banned: Tensor,
+    settings: Mining,
+    candidates: Tensor | None = None,
+) -> Mined:
+    """Mine the negatives of Q queries.
+
+    Args:
+        query: ``(Q, D)``, unit length: fused queries, or the right images' own embeddings.
+        index: Over the gallery, ``(G, D)`` or ``(G, K, D)``, unit length.
+        targets: ``(Q,)`` gallery indices of the right images.
+        banned: ``(Q, F)`` gallery indices that may not be negatives besides the right image, padded with -1.
+        settings: The rules.
+        candidates: ``(Q, C)`` distinct gallery indices to choose from, padded with -1; by default the index searches
+            the whole gallery.
+
+    Returns:
+        The negatives ``(Q, P)`` with P = ``settings.width``, best first, padded with -1.
+    """
+    own = rerank(query, index.gallery, targets[:, None], 1, longest=index.longest)[0]
+    if candidates is None:
+        # What is banned must not shorten the window.
+        depth = settings.window[1] + 1 + banned.shape[1] + _TWINS_FORESEEN
+        return _search(query, index, own, targets, banned, settings, depth)
+    scores, found = rerank(query, index.gallery, candidates, candidates.shape[1], longest=index.longest)
+    return _chosen(scores, found, own, targets, banned, index.gallery, settings)[0]
+
+
+def _search(
+    query: Tensor, index: Index, own: Tensor, targets: Tensor, banned: Tensor, settings: Mining, depth: int
+) -> Mined:
+    """Choose among the best ``depth`` of the gallery, and again among more for the queries whose window is not full."""
+    depth = min(depth, len(index.gallery))
+    # So many vectors belong to as many images even where all of an image's are alike.
+    hits = depth * index.gallery[0].numel() // query.shape[1]
+    parts, full = [], []
+    for part in split(len(query), scoring.WORKING_BYTES, depth * (64 + banned.shape[1])):
+        scores, found = index.search(query[part], depth, hits=hits)
+        mined, is_full = _chosen(scores, found, own[part], targets[part], banned[part], index.gallery, settings)
+        parts.append(mined)
+        full.append(is_full)
+    mined, short = in_order_of_triplets(parts), (~torch.cat(full)).nonzero().squeeze(1)
+    if not len(short) or depth >= min(DEEPEST, len(index.gallery)):
+        return mined
+    deeper = 4 * depth if 8 * depth <= DEEPEST else DEEPEST
+    again = _search(query[short], index, own[short], targets[short], banned[short], settings, deeper)
+    return Mined(*(rows.index_copy(0, short, found) for rows, found in zip(mined, again)))
+
+
+def _chosen(
+    scores: Tensor,
+    found: Tensor,
+    own: Tensor,
+    targets: Tensor,
+    banned: Tensor,
+    gallery: Tensor,
+    settings: Mining,
+) -> tuple[Mined, Tensor]:
+    """Apply the rules to a ranking; return also whether it fills each window, ``(Q,)``.
+
+    Args:
+        scores: ``(Q, C)``, descending.
+        found: ``(Q, C)`` the ranked images, -1 pads at the end.
+        own: ``(Q, 1)`` scores of the right images.
+        targets: As the next two, see :func:`mine`.
+        banned: ``(Q, F)``.
+        gallery: ``(G, D)`` or ``(G, K, D)``.
+        settings: The rules.
+    """
+    is_target = found == targets[:, None]
+    allowed = (found >= 0) & ~is_target & ~(found[:, :, None] == banned[:, None, :]).any(dim=2)
+    if settings.cap is not None:
+        allowed &= scores < own - (1 - settings.cap) * own.abs()
+    if settings.margin is not None:
+        allowed &= scores < own - settings.margin
+    if settings.steep_drop:
+        allowed &= scores < own
+    row, column = (allowed & ((scores - own).abs() <= _SCORES_OF_TWINS)).nonzero(as_tuple=True)
+    allowed[row, column] = ~_are_twins(gallery, found[row, column], targets[row])
+    place = allowed.cumsum(dim=1) - 1  # the rank among what is allowed
+    kept = allowed & (place >= settings.window[0]) & (place < settings.window[1])
+    if settings.steep_drop:
+        kept = between_drops(scores, kept)
+    order = (~kept).int().argsort(dim=1, stable=True)[:, : settings.width]
+    is_kept = kept.gather(1, order)
+
+    def filled(rows: Tensor, fill: float) -> Tensor:
+        return F.pad(rows.masked_fill(~is_kept, fill), (0, settings.width - rows.shape[1]), value=fill)
+
+    mined = Mined(
+        negatives=filled(found.gather(1, order).int(), -1),
+        scores=filled(scores.gather(1, order).float(), torch.nan),
+        target_scores=own[:, 0].float(),
+        ranks=filled(order.int(), -1),
+        target_ranks=torch.where(is_target.any(dim=1), is_target.int().argmax(dim=1), -1).int(),
+    )
+    return mined, allowed.sum(dim=1) >= settings.window[1]
+
+
+def between_drops(scores: Tensor, counted: Tensor) -> Tensor:
+    """Return what lies between the two steepest drops of a ranking's score.
+
+    A drop is that from one counted image to the next. Where the two steepest are next to each other, so that a single
+    image lies between them, the second and the third steepest are taken, and so on, as QuRe's released code does
+    (arXiv 2507.12416). Of equal drops the first counts as the steeper.
+
+    Args:
+        scores: ``(Q, C)``, descending.
+        counted: ``(Q, C)`` bool, the images below the right one.
+
+    Returns:
+        ``(Q, C)`` bool; nothing of a query where no two drops are apart, as with fewer than four images.
+    """
+    between = torch.zeros_like(counted)
+    for row, is_counted in enumerate(counted):
+        places = is_counted.nonzero().squeeze(1)
+        values = scores[row, places]
+        steepest = (values[:-1] - values[1:]).argsort(descending=True, stable=True).tolist()
+        for drops in zip(steepest, steepest[1:]):
+            if max(drops) - min(drops) > 1:
+                between[row, places[min(drops) + 1 : max(drops) + 1]] = True
+                break
+    return between
+
+
+def mean_features(gallery: Tensor) -> Tensor:
+    """Return the mean direction of each image's features: ``(G, D)`` float32 of ``(G, D)`` or ``(G, K, D)``."""
+    features = gallery if gallery.dim() == 3 else gallery.unsqueeze(1)
+    means = torch.empty(len(gallery), gallery.shape[-1])
+    for part in split(len(gallery), scoring.WORKING_BYTES, 4 * features[0].numel()):
+        means[part] = F.normalize(features[part].float().mean(dim=1), dim=-1)
+    return means
+
+
+def _are_twins(gallery: Tensor, images: Tensor, others: Tensor) -> Tensor:
+    """Return for pairs of images, both ``(n,)``, whether they are the same picture."""
+    result = torch.empty(len(images), dtype=torch.bool)
+    for part in split(len(images), scoring.CACHE_BYTES, 8 * gallery[0].numel()):
+        cosines = F.cosine_similarity(gallery[images[part]].float(), gallery[others[part]].float(), dim=-1)
+        result[part] = (cosines >= TWIN).reshape(len(cosines), -1).all(dim=1)
+    return result
+
+
+def random_negatives(targets: Tensor, banned: Tensor, size: int, width: int, seed: int) -> Mined:
+    """Draw up to ``width`` negatives of each target uniformly among ``size`` images, never those banned."""
+    rng = random.Random(seed)
+    rows = []
+    for target, own in zip(targets.tolist(), map(set, banned.tolist())):
+        some = rng.sample(range(size), min(size, width + len(own) + 1))
+        rows.append([image for image in some if image not in own and image != target][:width])
+    drawn = padded(rows, width).int()
+    unknown, nan = torch.full_like(drawn, -1), torch.full(drawn.shape, torch.nan)
+    return Mined(drawn, nan, nan[:, 0], unknown, unknown[:, 0])
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -1,0 +1,435 @@
+"""The LAVIS task of Retrieval-DPO: composed retrieval trained by preferences between right and mined wrong images."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lavis.common.dist_utils import is_main_process
+from lavis.common.registry import registry
+from lavis.datasets.data_utils import prepare_sample
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query, no_metrics
+from lavis_cir_plugin.core.processes import fail_together, gather, share
+from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
+from lavis_cir_plugin.core.settings import as_plain, setting_problems
+from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, TripletDataset
+from lavis_cir_plugin.data.negatives import NegativeSets, load_negatives, negatives_path
+from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
+from lavis_cir_plugin.methods.retrieval_dpo.losses import Preference
+from lavis_cir_plugin.methods.retrieval_dpo.mining import (
+    Mined,
+    Mining,
+    MiningGroup,
+    forbidden,
+    in_order_of_triplets,
+    mean_features,
+    mine,
+    mining_groups,
+    mining_index,
+    random_negatives,
+)
+from lavis_cir_plugin.methods.retrieval_dpo.preference_model import (
+    ReferencePolicy,
+    candidate_features,
+    hold_unread,
+    learn_preferences,
+    paired_scores,
+)
+from lavis_cir_plugin.ranking.ranks import padded
+from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask, Evaluation
+
+_SAME = 0.01
+"""Cosine by which scores of one policy may differ: half precision, another device."""
+_COMPARED = 64
+
+
+@registry.register_task("retrieval_dpo")
+class RetrievalDpoTask(ComposedRetrievalTask):
+    r"""Trains any model that scores queries against images by preferences; evaluates as ``composed_retrieval``.
+
+    .. math:: L = L_\mathrm{DPO} + a L_\mathrm{InfoNCE}
+
+    ``run.dpo`` holds the fields of :class:`~lavis_cir_plugin.preference.Preference`, ``run.negatives`` those of
+    :class:`~lavis_cir_plugin.negatives.Mining`. The model is a :class:`~lavis_cir_plugin.preference_model.HasScores`:
+    ``blip2_cir``, ``clip_cir``, ``tscir_mapping``, ``tscir_composing``, or any other.
+
+    At the beginning of an epoch the negatives are mined, if it is time, among the training images of each data set and
+    written to ``<run>/negatives/``, from where a resumed run takes them. A frozen image tower runs once per step, for
+    policy and reference policy.
+    """
+
+    RUN_KEYS = (*ComposedRetrievalTask.RUN_KEYS, "dpo", "negatives")
+
+    @classmethod
+    def setup_task(cls, cfg: Any, **_: Any) -> RetrievalDpoTask:
+        """Return the task as LAVIS asks for it."""
+        task: RetrievalDpoTask = super().setup_task(cfg)  # type: ignore[assignment]
+        task.preference = Preference(**as_plain(cfg.run_cfg.get("dpo")))
+        task.mining = Mining(**as_plain(cfg.run_cfg.get("negatives")))
+        return task
+
+    @staticmethod
+    def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what is wrong with the keys of ``run`` that this task reads."""
+        yield from ComposedRetrievalTask.run_problems(run)
+        problems = list(_setting_problems(run))
+        yield from problems
+        if problems:
+            return
+        preference, mining = Preference(**(run.get("dpo") or {})), Mining(**(run.get("negatives") or {}))
+        if preference.reference == "mined" and mining.file is None:
+            yield (
+                "run.dpo.reference: mined are the scores in run.negatives.file, which is empty; name the file of a run "
+                "that started from the same weights, or set run.dpo.reference: start."
+            )
+        if preference.reference == "mined" and preference.positive != "target":
+            yield (
+                f"run.dpo.positive: {preference.positive} has no scores in run.negatives.file, which holds those of "
+                "targets; set it to target, or set run.dpo.reference: start."
+            )
+
+    def prepare(self, model: nn.Module, datasets: Mapping[str, Mapping[str, Any]], cfg: Any) -> None:
+        """Cache features, then give the model Retrieval-DPO's loss and its reference policy; not in an evaluation.
+
+        Raises:
+            ValueError: If the model offers no scores or nothing of it is trained, the data are no triplets, or policy
+                and reference policy differ before the first step.
+        """
+        self.training = {name: splits["train"] for name, splits in datasets.items() if "train" in splits}
+        if self.training:
+            _check_data(self.training, self.mining)
+            _check_model(model)
+        super().prepare(model, datasets, cfg)
+        if not self.training:
+            return
+        run = cfg.run_cfg
+        self.device, self.seed = torch.device(run.device), int(run.seed)
+        self.loader_options = {"batch_size": int(run.batch_size_eval), "num_workers": int(run.num_workers)}
+        self.in_use: dict[str, int] = {}
+        self.model: Any = model.to(self.device)
+        learn_preferences(model, self.preference)
+        samples = self._first_samples(2)
+        others = samples["target"].roll(1, dims=0)
+        samples.update(negatives=others[:, None], negatives_present=torch.ones(2, 1, dtype=torch.bool).to(self.device))
+        hold_unread(model, samples)
+        self.reference = ReferencePolicy(model) if self.preference.reference == "start" else None
+        if self.reference is not None:
+            difference = (self.reference.scores(samples) - self._policy_scores(samples)).abs().max()
+            if not difference <= _SAME:  # nan, too
+                raise ValueError(
+                    f"run.dpo.reference: the scores of policy and reference policy differ by {difference:.3f} before "
+                    f"the first step, although their weights are equal: {type(model).__name__}'s are random or depend "
+                    "on more than its weights; such a model has no reference policy (run.dpo.reference: none)."
+                )
+        if self.mining.file is not None:
+            for name, dataset in self.training.items():
+                self._use(dataset, self._from_file(name, dataset, self.mining.file))
+
+    def train_epoch(self, epoch: int, **arguments: Any) -> Any:
+        """Mine negatives if it is time, then train an epoch of LAVIS's loop."""
+        self._begin_epoch(epoch, arguments["data_loader"])
+        return super().train_epoch(epoch=epoch, **arguments)
+
+    def train_iters(self, epoch: int, start_iters: int, iters_per_inner_epoch: int, **arguments: Any) -> Any:
+        """Mine negatives if it is time, then train an inner epoch of LAVIS's loop."""
+        self._begin_epoch(start_iters // iters_per_inner_epoch, arguments["data_loader"])
+        return super().train_iters(
+            epoch=epoch, start_iters=start_iters, iters_per_inner_epoch=iters_per_inner_epoch, **arguments
+        )
+
+    def train_step(self, model: Callable[[dict[str, Any]], Any], samples: dict[str, Any]) -> Tensor:
+        """Return the loss of a batch; what needs no gradient is computed once, before the model is called."""
+        samples = self._with_features(samples)
+        if self.reference is not None:
+            samples["reference_scores"] = self.reference.scores(samples, self.preference.positive)
+        loss: Tensor = super().train_step(model=model, samples=samples)
+        return loss
+
+    def _with_features(self, samples: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the samples with the features of a frozen image tower in place of pictures."""
+        result = dict(samples)
+        tower = getattr(self.model, "image_tower", None)
+        if samples["image"].dim() != 4 or tower is None or any(weight.requires_grad for weight in tower.parameters()):
+            return result
+        pictures = [samples["image"], samples["target"], samples["negatives"].flatten(0, 1)]
+        with torch.no_grad():
+            tokens = self.model.image_features(torch.cat(pictures)).split([len(part) for part in pictures])
+        wrong = tokens[2].unflatten(0, samples["negatives"].shape[:2])
+        return {**result, "image": tokens[0], "target": tokens[1], "negatives": wrong}
+
+    def _report_run(self, run: Path, curve_metric: str) -> list[Path]:
+        """Also draw the negatives that the last epoch had."""
+        sheets = []
+        for name, dataset in self.training.items():
+            if dataset.negatives is not None:
+                try:
+                    sheets.append(negatives_sheet.negatives_sheet(dataset.negatives, run / f"negatives_{name}.png"))
+                except OSError as error:
+                    logging.warning("no sheet of the negatives: %s", error)
+        return [*super()._report_run(run, curve_metric), *sheets]
+
+    # Negatives.
+
+    def _begin_epoch(self, epoch: int, data_loader: Any) -> None:
+        """Let the data sets return the negatives of this epoch."""
+        at = self.mining.mined_at(epoch)
+        for name, dataset in self.training.items():
+            if self.in_use.get(name) == at or self.mining.file is not None:
+                continue
+            path = negatives_path(Path(registry.get_path("output_dir")), name, at)
+            is_kept = gather(path.is_file())[0]
+            if is_kept:
+                with fail_together():
+                    sets = load_negatives(path)
+                    self._check_gallery(sets, name, dataset, str(path))
+                if sets.about.get("negatives") != self._mining_settings():
+                    logging.warning("%s was mined by other run.negatives; they count from the next mining on", path)
+            else:
+                if at < epoch:
+                    logging.warning("%s is not there: negatives are mined with the weights as they are now", path)
+                state = get_random_state(self.device)
+                sets = self._mine(name, dataset, at)
+                set_random_state(state, self.device)  # a resumed run, which finds the file, draws nothing here
+                self._check_any(sets)
+                with fail_together():
+                    if is_main_process():
+                        sets.save(path)
+            logging.info("negatives of %s for epoch %d: %s", name, epoch, sets.summary())
+            self._use(dataset, sets)
+            self.in_use[name] = at
+            data_loader.renew()
+
+    def _check_any(self, sets: NegativeSets) -> None:
+        if not sets.counts.any():
+            asked = [f"widen run.negatives.window: {list(self.mining.window)}"]
+            if self.mining.cap is not None:
+                asked.append(f"raise run.negatives.cap: {self.mining.cap}")
+            if self.mining.margin is not None:
+                asked.append(f"lower run.negatives.margin: {self.mining.margin}")
+            raise ValueError(
+                f"run.negatives leaves none of {len(sets.targets):,} triplets a negative; {', or '.join(asked)}."
+            )
+
+    def _use(self, dataset: TripletDataset, sets: NegativeSets) -> None:
+        sets.paths = self._paths(dataset, sets.names)  # a file's may be of another machine
+        dataset.use_negatives(sets, self.mining.count, with_scores=self.preference.reference == "mined")
+
+    def _mine(self, name: str, dataset: TripletDataset, epoch: int) -> NegativeSets:
+        """Mine a data set's negatives, each process its share of the triplets."""
+        benchmark = training_benchmark(name, dataset, self.seed, epoch)
+        (group,) = benchmark.groups
+        place = {image: number for number, image in enumerate(group.gallery)}
+        references = torch.tensor([place[triplet.reference] for triplet in dataset.triplets])
+        targets = torch.tensor([place[triplet.target] for triplet in dataset.triplets])
+        right = targets if self.preference.positive == "target" else references
+        banned = padded([[place[image] for image in own if image in place] for own in forbidden(dataset.triplets)], 1)
+        groups = mining_groups(dataset.triplets, place, self.mining.within_category)
+        if epoch < self.mining.warmup_epochs:
+            found = self._drawn(groups, right, banned)
+        else:
+            candidates = None
+            if self.mining.source == "image_set":
+                sets = [[place[name] for name in t.members if name in place] for t in dataset.triplets]
+                candidates = padded(sets, width=1)
+            found = self._search(benchmark, dataset, groups, right, banned, candidates)
+        arrays = {field: rows.numpy() for field, rows in found._asdict().items()}
+        return NegativeSets(
+            names=list(group.gallery),
+            references=references.int().numpy(),
+            targets=targets.int().numpy(),
+            texts=[query.texts[0] for query in group.queries],
+            about={
+                "dataset": name,
+                "epoch": epoch,
+                "seed": self.seed,
+                "positive": self.preference.positive,
+                "negatives": self._mining_settings(),
+            },
+            paths=self._paths(dataset, group.gallery),
+            **arrays,
+        )
+
+    def _mining_settings(self) -> dict[str, Any]:
+        """Return ``run.negatives`` as a file of negatives holds it."""
+        return {**dataclasses.asdict(self.mining), "window": list(self.mining.window)}
+
+    @staticmethod
+    def _paths(dataset: TripletDataset, names: Sequence[str]) -> list[str]:
+        return [str(dataset.image_paths[name].absolute()) for name in names]
+
+    def _drawn(self, groups: Sequence[MiningGroup], right: Tensor, banned: Tensor) -> Mined:
+        """Return random negatives of all triplets."""
+        parts, numbers = [], []
+        for group in groups:
+            rows = group.numbers
+            places = group.places(right[rows]), group.places(banned[rows])
+            found = random_negatives(*places, len(group.images), self.mining.width, self.seed)
+            parts.append(found._replace(negatives=group.indices(found.negatives)))
+            numbers += rows
+        return in_order_of_triplets(parts, numbers)
+
+    def _search(
+        self,
+        benchmark: Benchmark,
+        dataset: TripletDataset,
+        groups: Sequence[MiningGroup],
+        right: Tensor,
+        banned: Tensor,
+        candidates: Tensor | None,
+    ) -> Mined:
+        """Return the negatives of all triplets by the weights as they are, each process searching for its share."""
+        images = BenchmarkDataset(benchmark, dataset.vis_processor, dataset.text_processor)
+        images.features, images.preloaded = dataset.features, dataset.preloaded
+        loader = DataLoader(images, **self.loader_options)
+        evaluation = Evaluation(self.model, loader, self.device.type == "cuda", self.gallery_dtype)
+        gallery = evaluation.encode_gallery()
+        own = share(len(right))
+        parts: list[Mined] = []
+        with fail_together():
+            if len(own):
+                (everything,) = benchmark.groups
+                if self.mining.source == "positive":
+                    query = mean_features(gallery)[right[list(own)]]
+                else:
+                    query = evaluation.encode_queries("multimodal", [[everything.queries[row] for row in own]])
+                found, numbers = [], []
+                for group in groups:
+                    rows = [number for number in group.numbers if number in own]
+                    if not rows:
+                        continue
+                    index = mining_index(gallery if len(groups) == 1 else gallery[group.images], self.mining)
+                    places = group.places(right[rows]), group.places(banned[rows])
+                    some = None if candidates is None else group.places(candidates[rows])
+                    mined = mine(query[[row - own.start for row in rows]], index, *places, self.mining, some)
+                    found.append(mined._replace(negatives=group.indices(mined.negatives)))
+                    numbers += rows
+                parts = [in_order_of_triplets(found, numbers)]
+        return in_order_of_triplets([part for of_process in gather(parts) for part in of_process])
+
+    def _from_file(self, name: str, dataset: TripletDataset, path: str) -> NegativeSets:
+        """Return the negatives of an earlier run, after comparing them with data and starting weights."""
+        sets = load_negatives(path)
+        self._check_gallery(sets, name, dataset, f"run.negatives.file: {path}")
+        if sets.counts.max() < self.mining.count:
+            raise ValueError(
+                f"run.negatives.file: {path} holds up to {sets.counts.max()} negatives of a triplet, fewer than "
+                f"run.negatives.count: {self.mining.count}; lower count, or mine them anew with a wider window."
+            )
+        if self.preference.reference != "mined":
+            return sets
+        if sets.about.get("negatives", {}).get("source") == "positive":
+            raise ValueError(
+                f"run.negatives.file: {path} was mined by run.negatives.source: positive, so that its scores are those "
+                "of right images with others, not a policy's; mine with source: query, or set run.dpo.reference: start."
+            )
+        if np.isnan(sets.target_scores).any():
+            raise ValueError(
+                f"run.negatives.file: {path} holds negatives that were drawn at random, without scores; name those of "
+                "a later epoch, or set run.dpo.reference: start."
+            )
+        dataset.use_negatives(sets, self.mining.count, with_scores=True)
+        samples = self._with_features(self._first_samples(min(_COMPARED, len(dataset)), dataset))
+        difference = (samples["reference_scores"] - self._policy_scores(samples)).abs()
+        if not difference.max() <= _SAME:  # nan, too
+            raise ValueError(
+                f"run.negatives.file: the scores in {path} differ by up to {difference.max():.3f} from those of the "
+                "starting weights, so they are another policy's; mine with these weights, or set run.dpo.reference: "
+                "start."
+            )
+        return sets
+
+    def _check_gallery(self, sets: NegativeSets, name: str, dataset: TripletDataset, source: str) -> None:
+        names = sets.names
+        theirs = [(names[reference], names[target]) for reference, target in zip(sets.references, sets.targets)]
+        ours = [(triplet.reference, triplet.target) for triplet in dataset.triplets]
+        if theirs != ours or set(names) != set(dataset.image_paths):
+            raise ValueError(
+                f"{source} belongs to other training data: {len(theirs):,} triplets over {len(names):,} images, and "
+                f"{name} has {len(ours):,} over {len(dataset.image_paths):,}; mine them anew for these data."
+            )
+        before, now = sets.about.get("positive"), self.preference.positive
+        if before != now:
+            raise ValueError(
+                f"{source} was mined for run.dpo.positive: {before}, and it is {now} now, which may be among those "
+                "negatives; set it back, or mine them anew."
+            )
+
+    def _first_samples(self, count: int, dataset: TripletDataset | None = None) -> dict[str, Any]:
+        """Return the first triplets as a batch on the device; no generator moves."""
+        dataset = dataset or next(iter(self.training.values()))
+        state = get_random_state()
+        random.seed(0)
+        samples = dataset.collater([dataset[index % len(dataset)] for index in range(count)])
+        set_random_state(state)
+        return dict(prepare_sample(samples, self.device.type == "cuda"))
+
+    @torch.no_grad()
+    def _policy_scores(self, samples: Mapping[str, Any]) -> Tensor:
+        return paired_scores(self.model.query_features(samples), candidate_features(self.model, samples))
+
+
+def training_benchmark(name: str, dataset: TripletDataset, seed: int, epoch: int) -> Benchmark:
+    """Return the training triplets as queries against all training images, each with one drawn text."""
+    queries = tuple(
+        Query(
+            triplet.reference,
+            (dataset.training_text(triplet.captions, random.Random(f"{seed} {epoch} {number}")),),
+            triplet.target,
+        )
+        for number, triplet in enumerate(dataset.triplets)
+    )
+    group = Group(name, tuple(dataset.image_paths), queries, reference_removed=False)
+    return Benchmark(name, "train", (group,), dataset.image_paths, f"{name} train", no_metrics, "")
+
+
+def _setting_problems(run: Mapping[str, Any]) -> Iterator[str]:
+    for key, settings in {"dpo": Preference, "negatives": Mining}.items():
+        if run.get(key) is not None:
+            yield from setting_problems(f"run.{key}", settings, run[key])
+
+
+def _check_data(training: Mapping[str, Any], mining: Mining) -> None:
+    if mining.file is not None and len(training) > 1:
+        raise ValueError(
+            f"run.negatives.file is of one data set, and {len(training)} are trained on ({', '.join(training)}); leave "
+            "it out, or train on one."
+        )
+    if mining.file is not None and not Path(mining.file).expanduser().is_file():
+        raise FileNotFoundError(
+            f"run.negatives.file: {mining.file} does not exist; a retrieval_dpo run writes <run>/negatives/*.npz."
+        )
+    for name, dataset in training.items():
+        if not isinstance(dataset, TripletDataset):
+            raise ValueError(
+                f"retrieval_dpo trains on triplets, and datasets.{name} is {type(dataset).__name__}; leave its train "
+                f"split out (datasets.{name}.splits)."
+            )
+        if not dataset.is_deterministic:
+            raise ValueError(
+                f"retrieval_dpo mines with the training pictures, and datasets.{name}.vis_processor.train is "
+                f"{type(dataset.vis_processor).__name__}, which may return something else each time; set its name to "
+                "target_pad."
+            )
+        if mining.source == "image_set" and not any(triplet.members for triplet in dataset.triplets):
+            raise ValueError(
+                f"run.negatives.source: image_set mines in the image sets that CIRR's annotation names, and the "
+                f"triplets of datasets.{name} have none; choose query or positive."
+            )
+
+
+def _check_model(model: nn.Module) -> None:
+    lacking = [name for name in ("query_features", "target_features", "temperature") if not hasattr(model, name)]
+    if lacking:
+        raise ValueError(
+            f"retrieval_dpo needs a model that scores queries against images, and {type(model).__name__} has no "
+            f"{' and no '.join(lacking)}; choose model.arch: blip2_cir, clip_cir, tscir_mapping or tscir_composing."
+        )

@@ -1,0 +1,1 @@
+"""Zero-shot composed retrieval in two stages on any CLIP. Method card: docs/tscir.md."""

@@ -1,0 +1,194 @@
+"""The trained parts of TSCIR: from an image to a pseudo-word, and from a pseudo-word and a text to a query."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_with_grad
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
+from torch import Tensor, nn
+
+from lavis_cir_plugin.models.open_clip_towers import at_positions
+
+
+class MappingNetwork(nn.Module):
+    r"""Maps an image to the embedding of a word, and its patches to what injection attends to.
+
+    .. math:: s_0 = W_3\,\phi(W_2\,\phi(W_1 g + b_1) + b_2) + b_3, \quad \phi = \mathrm{ReLU} \circ \mathrm{Dropout},
+              \qquad P' = W_p P + b_p
+
+    g is the un-normalised image feature. With the widths of ViT-L/14 (768, 512, 512, 768) 1,050,368 parameters, which
+    is Pic2Word's network (arXiv 2302.03084), and 590,592 of :math:`W_p`: 1,640,960 together.
+
+    Args:
+        feature_width: D of g and of the patches.
+        word_width: W of the text tower's embeddings.
+        hidden_width: Of the two hidden layers.
+        dropout: >= 0 and < 1.
+        with_patches: Whether there is :math:`W_p`; without injection it would have no gradient.
+
+    Source: TSCIR (arXiv 2504.17990), stage I.
+    """
+
+    def __init__(
+        self,
+        feature_width: int,
+        word_width: int,
+        hidden_width: int = 512,
+        dropout: float = 0.1,
+        with_patches: bool = True,
+    ) -> None:
+        super().__init__()
+        self.word = nn.Sequential(
+            nn.Linear(feature_width, hidden_width),
+            nn.Dropout(dropout),
+            nn.ReLU(),
+            nn.Linear(hidden_width, hidden_width),
+            nn.Dropout(dropout),
+            nn.ReLU(),
+            nn.Linear(hidden_width, word_width),
+        )
+        self.patches = nn.Linear(feature_width, feature_width) if with_patches else None
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the word ``(B, W)`` and the patches ``(B, P, D)`` of an image's tokens ``(B, 1 + P, D)``."""
+        return self.word(tokens[:, 0]), None if self.patches is None else self.patches(tokens[:, 1:])
+
+
+class VisualInjection(nn.Module):
+    r"""Adds what the image says to the hidden state of the pseudo-word, after one block of the text tower.
+
+    .. math:: h_s \leftarrow h_s + A(h_s, h_\mathrm{EOT}, P'), \qquad
+        V = \mathrm{ReLU}(\mathrm{BN}(\mathrm{conv}_{3 \times 3} P')), \quad
+        q_0 = f_s(h_s) + f_e(h_\mathrm{EOT}), \quad K = f_v(V), \\
+        q_{n+1} = \mathrm{LN}(q_n + W'_n\,\mathrm{GELU}(W_n\,\mathrm{MHA}_n(q_n, K, K))), \qquad
+        A = \mathrm{ReLU}(W_b\,\mathrm{ReLU}(W_a q_2))
+
+    :math:`f_s, f_e, f_v` have two layers with a ReLU between. Of text and patch width 768: 6,543,104 parameters.
+
+    Only the published count and the description are known. Of the widths that give that count this takes the one whose
+    layers have biases and one normalisation each: every hidden width ``width``, but 768 (the text's) before the end.
+
+    Args:
+        word_width: W of the text tower.
+        patch_width: D of the patches.
+        width: Of query, key and value.
+        heads: Divides ``width``.
+        layers: Of attention.
+
+    Source: TSCIR (arXiv 2504.17990), visual semantic injection.
+    """
+
+    def __init__(self, word_width: int, patch_width: int, width: int = 128, heads: int = 8, layers: int = 2) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(patch_width, patch_width, kernel_size=3, padding=1, bias=False)
+        self.norm = GatheredBatchNorm2d(patch_width)
+        self.from_word = _two_layers(word_width, width, width)
+        self.from_end = _two_layers(word_width, width, width)
+        self.from_patches = _two_layers(patch_width, width, width)
+        self.layers = nn.ModuleList(_AttentionLayer(width, heads) for _ in range(layers))
+        self.to_word = nn.Sequential(*_two_layers(width, word_width, word_width), nn.ReLU())
+
+    def attend(self, word: Tensor, end: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what to add to the word, ``(B, W)``, and where the last layer looked, ``(B, P)``; rows sum to 1.
+
+        Args:
+            word: Hidden state ``(B, W)`` of the pseudo-word.
+            end: That of the position that is read.
+            patches: ``(B, P, D)``, P a square number.
+        """
+        side = math.isqrt(patches.shape[1])
+        grid = patches.transpose(1, 2).unflatten(2, (side, side))
+        seen = F.relu(self.norm(self.conv(grid))).flatten(2).transpose(1, 2)
+        key = self.from_patches(seen)
+        query = (self.from_word(word) + self.from_end(end))[:, None]
+        weights = query.new_empty(0)
+        for layer in self.layers:
+            query, weights = layer(query, key)
+        return self.to_word(query[:, 0]), weights[:, 0]
+
+    def forward(self, hidden: Tensor, place: Tensor, read: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the hidden states ``(B, L, W)`` with the injection at ``place`` ``(B,)``, and the attention."""
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        word = hidden[rows, place]
+        added, weights = self.attend(word, hidden[rows, read], patches)
+        return at_positions(hidden, place, word + added), weights
+
+
+class ComposingAdapter(nn.Module):
+    r"""A low-rank residual on every token after one block of the text tower.
+
+    .. math:: x \leftarrow x + x A B, \qquad A \in \mathbb{R}^{W \times r},\ B \in \mathbb{R}^{r \times W},
+              \quad A_{ij}, B_{ij} \sim 0.01\,N(0, 1)
+
+    Six of them of rank 128 at width 768 have 1,179,648 parameters.
+
+    Args:
+        width: W.
+        rank: r >= 1.
+
+    Source: TSCIR (arXiv 2504.17990), stage II.
+    """
+
+    def __init__(self, width: int, rank: int = 128) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(width, rank) * 0.01)
+        self.up = nn.Parameter(torch.randn(rank, width) * 0.01)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return ``(B, L, W)``."""
+        return hidden + hidden @ self.down @ self.up
+
+
+class GatheredBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation whose statistics are those of all processes' batches, on a CPU too.
+
+    torch's ``SyncBatchNorm`` refuses a CPU. In one process, and in evaluation, exactly ``nn.BatchNorm2d``.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``(B, C, H, W)`` by the batch's statistics in training, by the running ones in evaluation."""
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            values = input.float()
+            count = values.numel() // values.shape[1] * dist.get_world_size()
+            mean = _summed(values.sum(dim=(0, 2, 3))) / count
+            centred = values - mean[:, None, None]
+            variance = _summed(centred.square().sum(dim=(0, 2, 3))) / count
+            self._remember(mean.detach(), variance.detach() * count / (count - 1))
+            scale = cast(Tensor, self.weight) * (variance + self.eps).rsqrt()
+            return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        cast(Tensor, self.num_batches_tracked).add_(1)
+        momentum = cast(float, self.momentum)
+        cast(Tensor, self.running_mean).lerp_(mean, momentum)
+        cast(Tensor, self.running_var).lerp_(variance, momentum)
+
+
+class _AttentionLayer(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.feed_forward = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the next query and the weights of its attention, the mean over heads."""
+        found, weights = self.attention(query, key, key)
+        return self.norm(query + self.feed_forward(found)), weights
+
+
+def _two_layers(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width_in, hidden), nn.ReLU(), nn.Linear(hidden, width_out))
+
+
+def _summed(value: Tensor) -> Tensor:
+    """Return the sum over processes, through which gradients flow to each."""
+    total: Tensor = dist_with_grad.all_reduce(value)
+    return total

@@ -1,0 +1,356 @@
+"""TSCIR's stage I: an image becomes a word of CLIP's text tower, and the word keeps looking at the image."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
+from lavis.common.registry import registry
+from torch import Tensor, nn
+
+from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint, state_in
+from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.settings import check_choice, check_whole, is_number
+from lavis_cir_plugin.methods.tscir.layers import MappingNetwork, VisualInjection
+from lavis_cir_plugin.methods.tscir.losses import soft_text_alignment_loss
+from lavis_cir_plugin.models.clip_cir import ClipCir, image_ids
+from lavis_cir_plugin.models.contrastive_losses import symmetric_contrastive_loss
+from lavis_cir_plugin.models.open_clip_towers import PIXELS, PSEUDO_WORD, Edit, count_blocks, pixel_normalisation
+
+PLAIN_SENTENCE = f"a photo of {PSEUDO_WORD}"
+"""The sentence that says no more than the image."""
+
+_TOWERS = ("image_tower.", "text_tower.")
+
+
+@registry.register_model("tscir_mapping")
+class TscirMapping(ClipCir):
+    r"""Maps an image to a pseudo-word; a sentence with it, read by CLIP's text tower, is a zero-shot query.
+
+    The mapping network turns the image feature into a word :math:`s_0`, which takes the place of ``*`` in a sentence;
+    after each of ``injection_blocks`` an injection adds to the word's hidden state what it finds in the patches
+    (:mod:`~lavis_cir_plugin.pseudo_word`). Training sees image-caption pairs. With views v' (weak augmentation, makes
+    the word) and v of each image, t the feature of "a photo of *" and c that of the caption, all of unit length:
+
+    .. math:: L = 1\cdot L_\mathrm{con}(v, t) + 1\cdot L_\mathrm{con}(v', t) + 0.2\,L_\mathrm{sta}(c, t, v)
+
+    are the losses ``con``, ``weak`` and ``sta`` of ``loss_weights``. Both CLIP towers stay as loaded, in eval mode.
+    Pictures ``(B, 3, H, W)`` are both views at once; ``(B, 2, 3, H, W)``, from the processor ``clip_two_views``, hold
+    v' and v.
+
+    Pic2Word (arXiv 2302.03084) is the special case ``injection_blocks: []``, ``loss_weights: {weak: 0, sta: 0}`` on
+    single views. SEARLE's two orders of FashionIQ's captions are the data set's ``captions: both_orders_avg``.
+
+    Args:
+        clip_model, pretrained, image_size, tokenizer, pixels: As of ``clip_cir``; CLIP's weights.
+        template: A query's sentence: ``*``, a word of its own, is the image and ``{}`` after it the modification text.
+        hidden_width: Of the mapping network.
+        dropout: In the mapping network, >= 0 and < 1.
+        injection_blocks: Text blocks, from 0, after which there is an injection. The published [3, 7, 9, 11] count
+            twelve blocks from 0, and after the last one an injection is without effect: the sentence is read at another
+            position, which no further block lets see the word. So it is left out, and refused.
+        injection_width, injection_heads, injection_layers: Of each injection.
+        temperature: Divides all scores in training; fixed, > 0.
+        loss_weights: Weights >= 0 by name, merged over the defaults; a loss of weight 0 is not computed.
+
+    Source: TSCIR (arXiv 2504.17990), stage I.
+
+    Raises:
+        ValueError: If a choice is unknown or impossible, with what is allowed.
+    """
+
+    row_label = "stage I"
+    baselines: Mapping[str, str] = {"image": "image only", "text": "text only", "sum": "image + text"}
+    needs_finetuned = True
+    """To be evaluated: CLIP's weights alone leave the mapping random."""
+    DEFAULT_LOSS_WEIGHTS: Mapping[str, float] = {"con": 1.0, "weak": 1.0, "sta": 0.2}
+
+    clip_fingerprint: Tensor
+
+    def __init__(
+        self,
+        *,
+        clip_model: str = "ViT-L-14-quickgelu",
+        pretrained: str | None = None,
+        image_size: int | None = None,
+        tokenizer: str | None = None,
+        pixels: str = "auto",
+        template: str = "a photo of * that {}",
+        hidden_width: int = 512,
+        dropout: float = 0.1,
+        injection_blocks: Sequence[int] = (3, 7, 9),
+        injection_width: int = 128,
+        injection_heads: int = 8,
+        injection_layers: int = 2,
+        temperature: float = 0.07,
+        loss_weights: Mapping[str, float] | None = None,
+    ) -> None:
+        super(ClipCir, self).__init__()
+        self._build_towers(clip_model, pretrained, image_size, tokenizer, pixels, with_patches=bool(injection_blocks))
+        self.template, self._temperature = template, float(temperature)
+        if int(self.text_tower.tokenize([template.replace("{}", "")]).eq(self.text_tower.placeholder_id).sum()) != 1:
+            raise ValueError(
+                f"model.template: {template!r} does not hold the image as one word once the tokenizer of {clip_model} "
+                f"has read it (there, {PSEUDO_WORD} is {self.text_tower.placeholder!r}); put blanks around "
+                f"{PSEUDO_WORD}, and use that word for nothing else."
+            )
+        self.loss_weights = {**self.DEFAULT_LOSS_WEIGHTS, **dict(loss_weights or {})}
+        self.injection_blocks = check_blocks("injection_blocks", injection_blocks, len(self.text_tower.blocks) - 1)
+        features, words = self.image_tower.width, self.text_tower.width
+        self.mapping = MappingNetwork(features, words, hidden_width, dropout, with_patches=bool(self.injection_blocks))
+        # By the block's number, so that a checkpoint with other blocks cannot be loaded by mistake.
+        self.injections = nn.ModuleDict(
+            {
+                str(block): VisualInjection(words, features, injection_width, injection_heads, injection_layers)
+                for block in self.injection_blocks
+            }
+        )
+        self.register_buffer("clip_fingerprint", weights_fingerprint(self.image_tower, self.text_tower))
+        self.silent_settings = _silent_settings(clip_model, pretrained, pixels, injection_heads)
+        self._freeze(image=True, text=True)
+
+    @classmethod
+    def check_config(cls, cfg: Mapping[str, Any]) -> None:
+        """Check a ``model`` section without building anything.
+
+        Raises:
+            ValueError: The first unknown or impossible value, and what is allowed.
+        """
+        super().check_config(cfg)
+        values = cls._values(cfg)
+        template = values["template"]
+        marks = re.findall(rf"{re.escape(PSEUDO_WORD)}|{{}}", template) if isinstance(template, str) else []
+        if marks != [PSEUDO_WORD, "{}"]:
+            raise ValueError(
+                f"model.template must hold one {PSEUDO_WORD} for the image and after it one {{}} for the text, such as "
+                f"'a photo of {PSEUDO_WORD} that {{}}', got {template!r}."
+            )
+        for key in ("hidden_width", "injection_width", "injection_heads", "injection_layers"):
+            check_whole(key, values[key])
+        if values["injection_width"] % values["injection_heads"]:
+            raise ValueError(
+                f"model.injection_heads: {values['injection_heads']} does not divide model.injection_width: "
+                f"{values['injection_width']}."
+            )
+        if not is_number(values["dropout"]) or not 0 <= values["dropout"] < 1:
+            raise ValueError(f"model.dropout must be a number >= 0 and < 1, got {values['dropout']!r}.")
+        if not is_number(values["temperature"]) or not values["temperature"] > 0:
+            raise ValueError(f"model.temperature must be a number > 0, got {values['temperature']!r}.")
+        blocks = count_blocks(values["clip_model"])
+        check_blocks("injection_blocks", values["injection_blocks"], blocks - 1)
+        cls._check_loss_weights(values["loss_weights"])
+
+    @classmethod
+    def _check_loss_weights(cls, weights: Any) -> None:
+        if weights is not None and not isinstance(weights, Mapping):
+            raise ValueError(f"model.loss_weights must be a mapping such as {{sta: 0.2}}, got {weights!r}.")
+        for name, weight in (weights or {}).items():
+            if name not in cls.DEFAULT_LOSS_WEIGHTS:
+                raise ValueError(
+                    f"model.loss_weights.{name} is no loss of this model{did_you_mean(name, cls.DEFAULT_LOSS_WEIGHTS)}"
+                )
+            if not is_number(weight) or weight < 0:
+                raise ValueError(f"model.loss_weights.{name} must be a number >= 0, got {weight!r}.")
+        if not any({**cls.DEFAULT_LOSS_WEIGHTS, **(weights or {})}.values()):
+            raise ValueError("model.loss_weights are all 0, so that nothing would be trained.")
+
+    def load_checkpoint(self, url_or_filename: str) -> None:
+        """Load a checkpoint of this model; CLIP's own weights are left out of such a file and must be the same.
+
+        One with merged adapters (``lavis-cir lora --merge``) holds CLIP's weights, which are loaded too. Later
+        checkpoints leave them out again, and need ``model.pretrained`` set to that file.
+
+        Raises:
+            ValueError: If it does not match, or was trained with other weights of CLIP.
+        """
+        self._load(read_checkpoint(url_or_filename), url_or_filename)
+
+    def _load(self, content: Any, source: str, fresh: tuple[str, ...] = ()) -> None:
+        """Load a file's content; ``fresh`` may be missing."""
+        state = state_in(content, source)
+        if "clip_fingerprint" not in state:
+            raise ValueError(
+                f"checkpoint {source} was not trained by a model of TSCIR: it does not say on which weights of CLIP."
+            )
+        own = self.state_dict()
+        # load_strictly takes buffers for constants; some of these are weights.
+        needed = [name for name in own if not name.startswith((*_TOWERS, *fresh))]
+        missing = [name for name in needed if name not in state]
+        if missing:
+            raise ValueError(
+                f"checkpoint {source}: {len(missing)} missing keys (first: {missing[0]}). It belongs to another model "
+                "or stage: check model.arch and model.injection_blocks against it."
+            )
+        self._check_settings(content, source)
+        load_strictly(self, state, source, fresh=fresh, may_lack=_TOWERS)
+        if self._clip_names() <= state.keys():
+            self.clip_fingerprint.copy_(weights_fingerprint(self.image_tower, self.text_tower))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load weights as torch does, also those of a resumed run or of adapters, if CLIP's are the same.
+
+        Raises:
+            ValueError: If they were trained with other weights of CLIP, which they leave out.
+        """
+        theirs = state_dict.get("clip_fingerprint", self.clip_fingerprint)
+        if not torch.equal(theirs.cpu(), self.clip_fingerprint.cpu()) and not self._clip_names() <= state_dict.keys():
+            raise ValueError(
+                "the checkpoint was trained on other weights of CLIP than model.clip_model and model.pretrained name; "
+                "set both as for its training, or model.pretrained to the merged checkpoint that it went on from."
+            )
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def _clip_names(self) -> set[str]:
+        """Return the names of CLIP's weights, which a checkpoint holds if adapters were merged into them."""
+        return {name for name, _ in self.named_parameters() if name.startswith(_TOWERS)}
+
+    def _check_settings(self, content: Any, source: str) -> None:
+        """Refuse a run's checkpoint if its settings differ where no tensor would tell."""
+        config = content.get("config") if isinstance(content, Mapping) else None
+        if not config:
+            return
+        values = self._values(config["model"])
+        given = (values[key] for key in ("clip_model", "pretrained", "pixels", "injection_heads"))
+        for key, there in _silent_settings(*given).items():
+            here = self.silent_settings[key]
+            if here != there and (self.injection_blocks or key != "injection_heads"):
+                raise ValueError(
+                    f"checkpoint {source} was trained with model.{key}: {there}, here it is {here}; set it to that."
+                )
+
+    def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the training losses of a batch of image-caption pairs.
+
+        Args:
+            samples: ``image`` ``(B, 3, H, W)``, ``(B, 2, 3, H, W)`` (views v' and v) or features ``(B, 1 + P, D)``;
+                ``text_input``, B captions; optionally ``image_id`` ``(B,)``, equal for the same image.
+
+        Returns:
+            ``loss``, the weighted sum, and ``loss_<name>`` of each.
+        """
+        weak, view = self._two_views(samples["image"])
+        ids = image_ids(samples)
+        sentence = self._read([PLAIN_SENTENCE] * len(weak), weak)
+        images, weak_images = (F.normalize(tokens[:, 0].float(), dim=-1) for tokens in (view, weak))
+        losses: dict[str, Callable[[], Tensor]] = {
+            "con": lambda: symmetric_contrastive_loss(images, sentence, self.temperature, ids),
+            "weak": lambda: symmetric_contrastive_loss(weak_images, sentence, self.temperature, ids),
+            "sta": lambda: soft_text_alignment_loss(
+                self._unit_text(samples["text_input"]), sentence, images, self.temperature
+            ),
+        }
+        return self._weighted(losses)
+
+    def _weighted(self, losses: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
+        found = {name: losses[name]() for name, weight in self.loss_weights.items() if weight}
+        total = torch.stack([self.loss_weights[name] * loss for name, loss in found.items()]).sum()
+        return {"loss": total, **{f"loss_{name}": loss for name, loss in found.items()}}
+
+    def _two_views(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens of v' and v; the tower runs once, over both."""
+        if image.ndim != 5:
+            tokens = self._tokens(image)
+            return tokens, tokens
+        weak, view = self._tokens(image.transpose(0, 1).flatten(0, 1)).chunk(2)
+        return weak, view
+
+    @torch.no_grad()
+    def encode_query(self, samples: Mapping[str, Any], mode: str = "multimodal") -> Tensor:
+        """Return unit-length query vectors ``(B, D)``.
+
+        Args:
+            samples: ``image`` and ``text_input``, each only where the mode needs it.
+            mode: ``multimodal`` (the composed sentence), or plain CLIP: ``image``, ``text``, ``sum`` of both.
+
+        Raises:
+            ValueError: If the mode is unknown.
+        """
+        check_choice("mode", mode, ("multimodal", *self.baselines))
+        return super().query_features(samples) if mode == "sum" else super().encode_query(samples, mode)
+
+    @property
+    def temperature(self) -> float:  # type: ignore[override]
+        """What divides scores in training; fixed."""
+        return self._temperature
+
+    def query_features(self, samples: Mapping[str, Any]) -> Tensor:
+        """Return the feature of the composed sentence, with gradients."""
+        return self._read(self._sentences(samples["text_input"]), self._tokens(samples["image"]))
+
+    @property
+    def attention_labels(self) -> list[str]:
+        """What to call each of :meth:`attention_maps`; none where nothing is injected."""
+        return [f"block {block}" for block in self.injection_blocks]
+
+    @torch.no_grad()
+    def attention_maps(self, samples: Mapping[str, Any]) -> Tensor:
+        """Return where each injection looks for a query: ``(B, injections, grid, grid)``, each map sums to 1.
+
+        The mean over heads of the last layer's attention.
+        """
+        looked: list[Tensor] = []
+        self._read(self._sentences(samples["text_input"]), self._tokens(samples["image"]), looked)
+        grid = self.image_tower.grid
+        return torch.stack(looked, dim=1).unflatten(2, (grid, grid))
+
+    def _sentences(self, texts: Sequence[str]) -> list[str]:
+        before, after = self.template.split("{}")
+        return [f"{before}{text}{after}" for text in texts]
+
+    def _read(self, sentences: Sequence[str], tokens: Tensor, looked: list[Tensor] | None = None) -> Tensor:
+        """Return the unit-length features ``(B, D)`` of sentences about images, given by their tokens."""
+        word, patches = self.mapping(tokens)
+        edits = self._edits(patches, looked if looked is not None else [])
+        features = self.text_tower.compose(self.text_tower.tokenize(sentences), word, edits)
+        return F.normalize(features.float(), dim=-1)
+
+    def _edits(self, patches: Tensor | None, looked: list[Tensor]) -> list[tuple[int, Edit]]:
+        """Return what is done to hidden states after which block; each injection's attention goes to ``looked``."""
+
+        def inject(injection: nn.Module) -> Edit:
+            def edit(hidden: Tensor, place: Tensor, read: Tensor) -> Tensor:
+                changed, weights = injection(hidden, place, read, patches)
+                looked.append(weights)
+                return changed  # type: ignore[no-any-return]
+
+            return edit
+
+        return [(int(block), inject(injection)) for block, injection in self.injections.items()]
+
+
+def _silent_settings(clip_model: str, pretrained: str | None, pixels: str, injection_heads: int) -> dict[str, Any]:
+    """Return what changes a model's output and no name, shape or value of a weight."""
+    normalisation = pixel_normalisation(clip_model, pretrained, pixels)
+    named = next((name for name, pair in PIXELS.items() if pair == normalisation), pixels)
+    return {"clip_model": clip_model, "pixels": named, "injection_heads": injection_heads}
+
+
+def weights_fingerprint(*modules: nn.Module) -> Tensor:
+    """Return 16 bytes that depend on names and values of all parameters, on any device and in any order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for number, module in enumerate(modules):
+        for name, weight in sorted(module.named_parameters()):
+            digest.update(f"{number} {name} {tuple(weight.shape)}".encode())
+            digest.update(np.ascontiguousarray(weight.detach().float().cpu().numpy()).tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def check_blocks(key: str, blocks: Any, count: int) -> tuple[int, ...]:
+    """Return block numbers in ascending order.
+
+    Raises:
+        ValueError: If they are not distinct numbers in ``range(count)``.
+    """
+    given = blocks if isinstance(blocks, Sequence) and not isinstance(blocks, str) else [None]
+    are_numbers = all(isinstance(block, int) and not isinstance(block, bool) for block in given)
+    if not are_numbers or len(set(given)) < len(given) or not set(given) <= set(range(count)):
+        why = " (an injection after the last block reaches no position that is read)" * key.startswith("injection")
+        raise ValueError(
+            f"model.{key} must be distinct numbers of text blocks from 0 to {count - 1}{why}, got {list(given)}."
+        )
+    return tuple(sorted(int(block) for block in given))

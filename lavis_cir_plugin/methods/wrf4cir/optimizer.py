@@ -1,0 +1,316 @@
+"""Wrap an optimizer so that it owns the perturbation of the weights it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lavis_cir_plugin.core.model_parts import momentum_copies, recomputing_modules, without_ddp
+from lavis_cir_plugin.methods.wrf4cir.perturbation import TENSORS, LowRank, WeightPerturbation, ascent_step
+from lavis_cir_plugin.methods.wrf4cir.perturbed_model import PerturbedModel
+from lavis_cir_plugin.training.lora import lora_pairs
+
+
+def select_tensors(model: nn.Module, settings: WeightPerturbation) -> dict[str, nn.Parameter]:
+    """Return the trainable tensors that the settings choose, by name, in the order of the model.
+
+    Raises:
+        ValueError: If nothing is chosen, if a chosen tensor is stored in half precision (a perturbation of a
+            thousandth of the weight is lost to rounding there), or if a chosen tensor sits in a module that recomputes
+            its activations (the recomputation would use the clean weights).
+    """
+    trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    tables = embedding_tables(model)
+    chosen = {
+        name: weight
+        for name, weight in trainable.items()
+        if _is_chosen(name, weight, model, settings.tensors)
+        and not (settings.embeddings == "exclude" and id(weight) in tables)
+    }
+    if not chosen:
+        raise ValueError(
+            f"run.wrf.tensors: {settings.tensors!r} chooses none of the {len(trainable)} trainable tensors; "
+            f"use one of {', '.join(TENSORS)} or a regular expression that some name contains "
+            f"(first names: {', '.join(list(trainable)[:3])})."
+        )
+    half = [name for name, weight in chosen.items() if weight.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        raise ValueError(
+            f"run.wrf: {len(half)} trainable tensors are {str(chosen[half[0]].dtype)[6:]} (first: {half[0]}); at "
+            f"gamma={settings.gamma:g} most of the perturbation is lost to rounding. Keep trainable weights in float32."
+        )
+    for prefix in recomputing_modules(model):
+        inside = [name for name in chosen if name.startswith(prefix)]
+        if inside:
+            raise ValueError(
+                f"run.wrf perturbs {len(inside)} tensors (first: {inside[0]}) inside '{prefix.rstrip('.')}', which "
+                "recomputes its activations in the backward pass with unperturbed weights. Set "
+                "model.use_grad_checkpoint: false, freeze that module, or leave it out through run.wrf.tensors."
+            )
+    return chosen
+
+
+def _is_chosen(name: str, weight: Tensor, model: nn.Module, tensors: str) -> bool:
+    if tensors == "all":
+        return True
+    if tensors == "no_1d":
+        return weight.dim() > 1
+    if tensors == "norm":
+        return _is_normalisation(model.get_submodule(name.rpartition(".")[0]))
+    return re.search(tensors, name) is not None
+
+
+def _is_normalisation(module: nn.Module) -> bool:
+    # Repositories define their own LayerNorm and RMSNorm, so the name decides besides torch's own classes.
+    batch_norm = nn.modules.batchnorm._NormBase
+    return isinstance(module, (nn.LayerNorm, nn.GroupNorm, batch_norm)) or type(module).__name__.endswith("Norm")
+
+
+class PerturbingOptimizer(torch.optim.Optimizer):
+    """An optimizer that also owns the weight perturbation: settings, counters, direction, and the perturbed model call.
+
+    It *is* the wrapped optimizer to everything else: GradScaler, LAVIS's schedulers and its checkpoints see the same
+    ``param_groups`` and ``state``. ``state_dict`` carries what the perturbation needs to go on under the key ``"wrf"``.
+
+    Args:
+        optimizer: The optimizer that makes the step; untouched.
+        model: The model whose tensors the settings choose, bare or inside DistributedDataParallel.
+        settings: What to perturb, how far, and from when.
+        total_epochs: Of the run; ``settings.last_epochs`` counts from it.
+        seed: Of the random direction, the same on every process.
+        max_grad_norm: Gradients longer than this are shortened to it before the step; ``None``: never.
+
+    Attributes:
+        steps: How many steps were perturbed, and how many were not because the direction was not finite.
+        measured: Of the last step taken while ``is_measuring``: ``perturbation_norm``, the length of the perturbation,
+            and ``cosine``, between its direction (before scaling) and the gradient that the step applied.
+
+    Raises:
+        ValueError: See :func:`select_tensors`; also if a direction of one pass meets momentum copies of the weights,
+            which would average perturbed ones. Not raised at ``gamma=0``.
+    """
+
+    # A fused optimizer unscales gradients itself from attributes that GradScaler would set on this wrapper instead;
+    # without this mark GradScaler unscales, and skips a step after an overflow, as for any other optimizer.
+    _step_supports_amp_scaling = False
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        settings: WeightPerturbation,
+        total_epochs: int | None = None,
+        seed: int = 0,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        # Optimizer.__init__ would make parameter groups of its own; they must stay the wrapped optimizer's.
+        self.optimizer = optimizer
+        self.settings = settings
+        self.total_epochs = total_epochs
+        self.seed = seed
+        self.max_grad_norm = max_grad_norm
+        self.steps = {"perturbed": 0, "skipped": 0}
+        self.direction: list[Tensor] | None = None  # of the last gradient pass, where it is used again
+        self.uses = 0
+        self.is_measuring = False
+        self.measured: dict[str, float] = {}
+        self._pending: list[Tensor] | None = None
+        bare = without_ddp(model)
+        copies = momentum_copies(bare)
+        self.weights = select_tensors(bare, settings) if settings.gamma > 0 else {}
+        tables = embedding_tables(bare)
+        self.by_row = [settings.embeddings == "row" and id(weight) in tables for weight in self.weights.values()]
+        self.pairs = chosen_lora_pairs(bare, self.weights, settings) if self.weights else []
+        if self.weights and copies and (settings.direction != "gradient" or settings.every > 1):
+            raise ValueError(
+                f"run.wrf: {type(bare).__name__} keeps momentum copies of its weights, and with direction: "
+                f"{settings.direction} and every: {settings.every} they would average perturbed ones; set direction: "
+                "gradient and every: 1."
+            )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's groups."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Mapping[Tensor, Any]:  # type: ignore[override]
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's defaults."""
+        return self.optimizer.defaults
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else, such as hooks, is the wrapped optimizer's."""
+        if "optimizer" not in self.__dict__:  # while being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle this wrapper whole; torch's own keeps only groups and state, which are not stored here."""
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`__getstate__` gave."""
+        self.__dict__.update(state)
+
+    def __repr__(self) -> str:
+        """Show the settings and the wrapped optimizer."""
+        return f"{type(self).__name__}({self.settings}, {self.optimizer!r})"
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the weights with the gradients that the perturbed pass left in them."""
+        if self._pending is not None:
+            self.measured["cosine"] = cosine(self._pending, [weight.grad for weight in self.weights.values()])
+            self._pending = None
+        if self.max_grad_norm is not None:
+            weights = [weight for group in self.param_groups for weight in group["params"]]
+            torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm)
+        return self.optimizer.step(closure) if closure is not None else self.optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the wrapped optimizer's groups."""
+        self.drop_measurement()  # GradScaler may have skipped the step
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer."""
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state plus that of the perturbation: tensors and plain types."""
+        own = {
+            "settings": dataclasses.asdict(self.settings),
+            "steps": dict(self.steps),
+            "direction": self.direction,
+            "uses": self.uses,
+        }
+        return {**self.optimizer.state_dict(), "wrf": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore both. A state without ``"wrf"`` (of LAVIS's own runner) is taken too; the settings stay those given.
+
+        A checkpoint that was written under other settings is worth a warning, not an error: continuing a run with
+        another gamma is a legitimate experiment. A kept direction is then dropped.
+        """
+        state = dict(state_dict)
+        saved = state.pop("wrf", None)
+        self.optimizer.load_state_dict(state)
+        if saved is None:
+            return
+        self.steps = dict(saved["steps"])
+        if saved["settings"] != dataclasses.asdict(self.settings):
+            logging.warning("run.wrf differs from the checkpoint's: was %s, is %s", saved["settings"], self.settings)
+        elif saved.get("direction") is not None:
+            weights = self.weights.values()
+            self.direction = [d.to(weight.device) for d, weight in zip(saved["direction"], weights)]
+            self.uses = saved["uses"]
+
+    def drop_measurement(self) -> None:
+        """Forget the directions of the micro-batches since the last step, so that no cosine follows from them."""
+        self._pending = None
+
+    def perturb(self, model: nn.Module, loss_scale: Callable[[], float] = lambda: 1.0) -> PerturbedModel:
+        """Return the callable that stands in for ``model`` in a training loop."""
+        return PerturbedModel(model, self, loss_scale)
+
+    def known_direction(self) -> list[Tensor] | None:
+        """Return this step's direction where it needs no pass of its own; ``None`` where a gradient is due.
+
+        An empty list means that there is none yet: momentum before the first step.
+        """
+        if self.settings.direction == "random":
+            return self._random_direction()
+        if self.settings.direction == "momentum":
+            weights = self.weights.values()
+            moments = [self.state.get(weight, {}).get("exp_avg") for weight in weights]
+            if all(moment is None for moment in moments):
+                return []
+            # A tensor that never got a gradient has none.
+            return [torch.zeros_like(w) if moment is None else -moment for w, moment in zip(weights, moments)]
+        if self.direction is None or self.uses >= self.settings.every:
+            return None
+        self.uses += 1
+        return self.direction
+
+    def keep(self, direction: list[Tensor]) -> None:
+        """Keep a gradient for the next steps, where ``settings.every`` says so."""
+        if self.settings.every > 1:
+            self.direction, self.uses = direction, 1
+
+    def _random_direction(self) -> list[Tensor]:
+        """Draw from a generator of its own: dropout stays as it is, and all processes and a resumed run agree."""
+        draw = sum(self.steps.values())
+        generators: dict[torch.device, torch.Generator] = {}
+        directions = []
+        for weight in self.weights.values():
+            if weight.device not in generators:
+                generators[weight.device] = torch.Generator(weight.device).manual_seed(self.seed * 1_000_003 + draw)
+            directions.append(torch.randn(weight.shape, device=weight.device, generator=generators[weight.device]))
+        return directions
+
+    def perturbations(self, direction: list[Tensor]) -> list[Tensor]:
+        """Return the perturbation of each chosen tensor along ``direction``; see :func:`ascent_step`."""
+        settings = self.settings
+        low_rank = [LowRank(a, b, pair.scaling, pair.merged_norm()) for a, b, pair in self.pairs]
+        steps = ascent_step(
+            list(self.weights.values()),
+            direction,
+            settings.gamma,
+            radius=settings.radius,
+            scope=settings.scope,
+            eps=settings.eps,
+            by_row=self.by_row,
+            low_rank=low_rank,
+        )
+        if self.is_measuring:
+            norms = torch.stack([step.detach().float().norm() for step in steps])
+            self.measured["perturbation_norm"] = float(norms.norm())
+            so_far = self._pending or [torch.zeros_like(d) for d in direction]  # gradients may be accumulated
+            self._pending = [total + d for total, d in zip(so_far, direction)]
+        return steps
+
+
+def chosen_lora_pairs(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], settings: WeightPerturbation
+) -> list[tuple[int, int, Any]]:
+    """Return the positions of the LoRA factors among the chosen tensors, pair by pair."""
+    names = list(weights)
+    pairs = []
+    for pair in lora_pairs(model):
+        chosen = [name in weights for name in (pair.a_name, pair.b_name)]
+        if any(chosen) and not all(chosen):
+            raise ValueError(
+                f"run.wrf.tensors: {settings.tensors!r} chooses only one of {pair.a_name} and {pair.b_name}, which act "
+                "as a product; choose both or neither."
+            )
+        if all(chosen) and settings.radius == "elementwise":
+            raise ValueError(
+                "run.wrf.radius: elementwise is not defined for LoRA's factors; use relative or absolute, or leave "
+                "them out through run.wrf.tensors."
+            )
+        if all(chosen):
+            pairs.append((names.index(pair.a_name), names.index(pair.b_name), pair))
+    return pairs
+
+
+def cosine(direction: list[Tensor], gradients: list[Tensor | None]) -> float:
+    both = [(d.float(), g.float()) for d, g in zip(direction, gradients) if g is not None]
+    if not both:
+        return 0.0
+    dot = torch.stack([(d * g).sum() for d, g in both]).sum()
+    norms = [torch.stack([vector.norm() for vector in vectors]).norm() for vectors in zip(*both)]
+    return float(dot / (norms[0] * norms[1]).clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def embedding_tables(model: nn.Module) -> set[int]:
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

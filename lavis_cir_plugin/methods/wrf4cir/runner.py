@@ -1,0 +1,81 @@
+"""The WRF4CIR runners: LAVIS's training, by epochs or by iterations, with adversarial weight perturbation."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from lavis.common.registry import registry
+from lavis.runners.runner_base import RunnerBase
+from lavis.runners.runner_iter import RunnerIter
+
+from lavis_cir_plugin.core.settings import is_number, setting_problems
+from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
+from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
+from lavis_cir_plugin.training.resumable_runner import ResumableRunner
+
+
+class PerturbingRunner(ResumableRunner):
+    """Mix-in that goes before one of LAVIS's runners: its steps minimise the loss at perturbed weights.
+
+    min over theta, max over delta of L(theta + delta), delta bounded relative to theta (WRF4CIR, arXiv 2604.05583).
+    ``run.wrf`` holds the fields of :class:`~lavis_cir_plugin.perturbation.WeightPerturbation`. The task gets, in place
+    of the model, a callable that perturbs; LAVIS's loop is not copied. ``run.wrf.gamma: 0`` is LAVIS's own training,
+    bit for bit. ``run.adam_eps`` sets AdamW's epsilon, which LAVIS leaves at 1e-8; ``run.max_grad_norm`` shortens
+    longer gradients before each step, which LAVIS never does.
+    """
+
+    RUN_KEYS = ("wrf", "adam_eps", "max_grad_norm")
+
+    @staticmethod
+    def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what is wrong with these keys, one sentence each."""
+        yield from setting_problems("run.wrf", WeightPerturbation, run.get("wrf", {}), " such as {gamma: 0.001}")
+        for key in ("adam_eps", "max_grad_norm"):
+            value = run.get(key)
+            if value is not None and not (is_number(value) and value > 0):
+                yield f"run.{key} must be a number > 0, got {value!r}."
+
+    @property
+    def optimizer(self) -> PerturbingOptimizer:
+        """LAVIS's AdamW inside the wrapper that owns the perturbation."""
+        if self._optimizer is None:
+            run = self.config.run_cfg
+            stock = super().optimizer
+            self._optimizer = None  # should the wrapper refuse, the bare optimizer must not pass for it
+            for group in stock.param_groups if run.get("adam_eps") is not None else ():
+                group["eps"] = float(run.adam_eps)
+            settings = WeightPerturbation(**run.get("wrf", {}))
+            # LAVIS trains a last, incomplete inner epoch whole.
+            epochs = (
+                math.ceil(self.max_iters / self.iters_per_inner_epoch) if self._counts_iterations else self.max_epoch
+            )
+            if settings.gamma > 0 and not settings.is_active(epochs - 1, epochs):
+                logging.warning(
+                    "nothing will be perturbed: run.wrf.warmup_epochs: %s of %s epochs", settings.warmup_epochs, epochs
+                )
+            self._optimizer = PerturbingOptimizer(
+                stock,
+                self.model,
+                settings,
+                total_epochs=epochs,
+                seed=int(run.get("seed", 42)),
+                max_grad_norm=run.get("max_grad_norm"),
+            )
+        return self._optimizer
+
+    def training_model(self, model: Any, scaler: Any) -> Callable[[dict[str, Any]], Any]:
+        """Return the model's perturbed call."""
+        return self.optimizer.perturb(model, scaler.get_scale if scaler is not None else lambda: 1.0)
+
+
+@registry.register_runner("runner_wrf4cir")
+class RunnerWrf4Cir(PerturbingRunner, RunnerBase):
+    """LAVIS's epoch-based runner with weight perturbation."""
+
+
+@registry.register_runner("runner_wrf4cir_iter")
+class RunnerWrf4CirIter(PerturbingRunner, RunnerIter):
+    """LAVIS's iteration-based runner with weight perturbation; an epoch is ``run.iters_per_inner_epoch`` batches."""

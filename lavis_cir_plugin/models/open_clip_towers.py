@@ -1,0 +1,467 @@
+"""open_clip's two towers for composed retrieval: patches beside the image feature, edits inside the text tower."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.convert import convert_state_dict
+from open_clip.model import CLIP, CustomTextCLIP, convert_to_custom_text_state_dict, resize_pos_embed
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lavis_cir_plugin import CONFIGS
+from lavis_cir_plugin.core.checkpoints import first_line, load_strictly, read_state
+from lavis_cir_plugin.core.sentences import did_you_mean
+
+PSEUDO_WORD = "*"
+"""Stands for the image in a sentence."""
+
+CLIP_PIXELS = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+"""Mean and standard deviation with which LAVIS's processors, and those of this package, normalise pictures."""
+PIXELS = {"clip": CLIP_PIXELS, "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
+
+# What OpenAI's archives hold besides weights.
+_ARCHIVE_NUMBERS = ("input_resolution", "context_length", "vocab_size")
+
+# Of the words that stand for the image inside a tokenizer, the first that it keeps as one token.
+_PLACEHOLDERS = (PSEUDO_WORD, "@", "x")
+
+Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(hidden states (B, L, W), positions (B,) of the pseudo-word, positions (B,) that are read) -> hidden states."""
+
+open_clip.add_model_config(CONFIGS / "models" / "open_clip_tiny.json")
+
+
+def load_clip(clip_model: str, pretrained: str | None = None, image_size: int | None = None) -> nn.Module:
+    """Return an open_clip model on the CPU, in evaluation mode.
+
+    Args:
+        clip_model: A name that open_clip knows, such as ``ViT-L-14-quickgelu``.
+        pretrained: One of its tags, such as ``openai`` (downloaded once); or a file: a state dictionary, a
+            ``.safetensors`` file, OpenAI's archive, or a checkpoint of ``clip_cir``. ``None``: random weights.
+        image_size: Pixels per side, if not the model's own; position embeddings are interpolated.
+
+    Raises:
+        ValueError: If the model or its text tower is not supported, or the weights are not this model's.
+        FileNotFoundError: If the weights are missing and cannot be downloaded.
+    """
+    config = check_clip_model(clip_model)
+    clip = _build(clip_model, dict(config), image_size)
+    if pretrained:
+        path = _weights_file(clip_model, str(pretrained), bool(config.get("quick_gelu")))
+        state = _clip_state(path, clip_model, bool(config.get("quick_gelu")))
+        _load(clip, state, path)
+    return clip.eval()
+
+
+def pixel_normalisation(clip_model: str, pretrained: str | None, asked: str = "auto") -> tuple[Any, Any]:
+    """Return mean and standard deviation of the pictures that a model was trained on.
+
+    Args:
+        clip_model: open_clip's name.
+        pretrained: Tag or file.
+        asked: ``auto`` (as open_clip says of the tag, or of all tags of the model alike), ``clip`` or ``inception``.
+
+    Raises:
+        ValueError: If ``auto`` cannot know: the weights are a file and the model's tags differ.
+    """
+    if asked != "auto":
+        return PIXELS[asked]
+    tags = open_clip.list_pretrained_tags_by_model(clip_model)
+    tags = [pretrained] if pretrained in tags else tags
+    known = [open_clip.get_pretrained_cfg(clip_model, tag) for tag in tags]
+    found = {(tuple(tag["mean"]), tuple(tag["std"])) for tag in known if tag.get("mean") and tag.get("std")}
+    if len(found) > 1 and pretrained:
+        raise ValueError(
+            f"model.pixels: weights of {clip_model} were trained with different means of the pixels, and the file "
+            f"{pretrained} does not say with which; set model.pixels to {' or '.join(PIXELS)} (inception: all 0.5, as "
+            "laion2b_s32b_b82k)."
+        )
+    return found.pop() if len(found) == 1 else CLIP_PIXELS
+
+
+class ImageTower(nn.Module):
+    r"""The image tower: one row for the image feature g, and one for each patch if asked for.
+
+    .. math:: [g; p_1 \dots p_P] = \mathrm{LN}(x^{(L)}) W_v
+
+    All last-layer tokens go through the final normalisation and, where the tower has one, the visual projection; row 0
+    is exactly open_clip's ``encode_image``, un-normalised, also where the tower pools otherwise (SigLIP).
+
+    Args:
+        visual: ``clip.visual``.
+        pixels: Mean and standard deviation that the tower expects; pictures arrive with CLIP's.
+        with_patches: Whether to return the patches.
+
+    Raises:
+        ValueError: If patches are asked for and the tower gives none of the feature's width in a square grid.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, visual: nn.Module, pixels: tuple[Any, Any] = CLIP_PIXELS, with_patches: bool = False) -> None:
+        super().__init__()
+        self.visual: Any = visual
+        self.with_patches = with_patches
+        (mean, std), (clip_mean, clip_std) = pixels, CLIP_PIXELS
+        self.renormalises = (tuple(mean), tuple(std)) != (tuple(clip_mean), tuple(clip_std))
+        scale = torch.tensor(clip_std) / torch.tensor(std)
+        shift = (torch.tensor(clip_mean) - torch.tensor(mean)) / torch.tensor(std)
+        self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
+        size: Any = self.visual.image_size
+        self.image_size = int(size[0] if isinstance(size, (tuple, list)) else size)
+        with torch.no_grad():
+            probe = self.eval()(torch.zeros(1, 3, self.image_size, self.image_size))
+        self.width = int(probe.shape[-1])
+        self.grid = math.isqrt(probe.shape[1] - 1)
+        if self.grid**2 != probe.shape[1] - 1:
+            raise ValueError(f"model.clip_model: the {probe.shape[1] - 1} patches of its image tower form no square.")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return ``(B, 1 + P, D)`` of pictures ``(B, 3, H, W)`` normalised by CLIP's mean; P = 0 without patches."""
+        if self.renormalises:
+            images = images * self.scale + self.shift
+        if not self.with_patches:
+            feature: Tensor = self.visual(images)
+            return feature[:, None]
+        trunk = getattr(self.visual, "trunk", self.visual)
+        if isinstance(self.visual, ModifiedResNet) or not hasattr(trunk, "forward_intermediates"):
+            raise ValueError(
+                f"model.clip_model: an image tower of type {type(trunk).__name__} gives no patches; take a ViT, or set "
+                "model.injection_blocks: []."
+            )
+        out = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")
+        feature, patches = out["image_features"], out["image_intermediates"][-1]
+        if isinstance(self.visual, VisionTransformer):
+            patches = patches @ self.visual.proj
+        if patches.shape[-1] != feature.shape[-1]:
+            raise ValueError(
+                f"model.clip_model: its patches have width {patches.shape[-1]} and its image feature "
+                f"{feature.shape[-1]}; injection needs a tower that has both in one space, such as any ViT of CLIP."
+            )
+        return torch.cat([feature[:, None], patches], dim=1)
+
+
+class TextTower(nn.Module):
+    """The text tower: open_clip's own ``encode_text``, optionally with a pseudo-word and edits of hidden states.
+
+    Args:
+        clip: The open_clip model; its image tower is taken out, so that each tensor has one name.
+        clip_model: Its name, which decides the tokenizer.
+        tokenizer: Folder of a Hugging Face tokenizer in place of the one that open_clip would download; only for models
+            that use one (SigLIP). CLIP's own needs no file.
+
+    Raises:
+        ValueError: If the tower is pooled so that no position can be named, or its tokenizer splits every placeholder.
+        FileNotFoundError: If the tokenizer is not to be had.
+    """
+
+    def __init__(self, clip: nn.Module, clip_model: str, tokenizer: str | None = None) -> None:
+        super().__init__()
+        clip._modules.pop("visual", None)
+        # open_clip's classes share methods and no interface that types could name.
+        self.clip: Any = clip
+        self.pooling = str(getattr(clip, "text_pool_type", None) or self._text.pool_type)
+        if self.pooling not in ("argmax", "eos", "last", "first"):
+            raise ValueError(
+                f"model.clip_model: {clip_model} reads its sentences by {self.pooling!r}, which names no position."
+            )
+        if self.pooling == "first" and self._text.attn_mask is not None:
+            raise ValueError(f"model.clip_model: {clip_model} reads the first position, which sees no other.")
+        self.tokenizer = _tokenizer(clip_model, tokenizer)
+        self.placeholder, self.placeholder_id = self._choose_placeholder(clip_model)
+        self.padding = int(self.tokenizer([""])[0, -1])
+        self.has_told_of_a_cut = False
+
+    @property
+    def _text(self) -> Any:
+        """What holds embeddings and blocks: the model itself, or its tower where open_clip keeps that apart."""
+        return self.clip.text if isinstance(self.clip, CustomTextCLIP) else self.clip
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer's blocks, from the first to the last."""
+        blocks: nn.ModuleList = self._text.transformer.resblocks
+        return blocks
+
+    @property
+    def width(self) -> int:
+        """Of the hidden states."""
+        return int(self._text.token_embedding.weight.shape[1])
+
+    def skip_projection(self) -> None:
+        """Leave out the last linear layer from now on, as the released code of Retrieval-DPO does.
+
+        Raises:
+            ValueError: If the tower's width is not that of the images' features, so that there would be no score.
+        """
+        projection = getattr(self._text, "text_projection", None)
+        if not isinstance(projection, Tensor) or projection.shape[0] != projection.shape[1]:
+            raise ValueError(
+                "model.text_projection: false needs a text tower whose last layer is a square matrix, got "
+                f"{tuple(projection.shape) if isinstance(projection, Tensor) else type(projection).__name__}; set it "
+                "to true."
+            )
+        del self._text.text_projection
+        identity = torch.eye(len(projection), dtype=projection.dtype)
+        self._text.register_buffer("text_projection", identity, persistent=False)
+
+    def tokenize(self, sentences: Sequence[str]) -> Tensor:
+        """Return token ids ``(B, L)``; ``*`` becomes the placeholder of the pseudo-word; longer sentences are cut.
+
+        The first that has no padding, so that it may have been cut, is logged.
+        """
+        ids = self.tokenizer([sentence.replace(PSEUDO_WORD, self.placeholder) for sentence in sentences])
+        if not self.has_told_of_a_cut and bool((is_full := ids[:, -1] != self.padding).any()):
+            self.has_told_of_a_cut = True
+            logging.warning(
+                "a sentence fills all %d positions of the text tower, and the end of longer ones is not read (said "
+                "once): %s",
+                ids.shape[1],
+                sentences[int(is_full.int().argmax())],
+            )
+        return ids.to(self._text.token_embedding.weight.device)
+
+    def positions_read(self, ids: Tensor) -> Tensor:
+        """Return the position ``(B,)`` whose hidden state is the sentence's feature (CLIP: end of text)."""
+        if self.pooling == "argmax":
+            return ids.argmax(dim=1)
+        if self.pooling == "eos":
+            return ids.eq(self._text.eos_id).int().argmax(dim=1)
+        return torch.full_like(ids[:, 0], 0 if self.pooling == "first" else ids.shape[1] - 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return open_clip's un-normalised text features ``(B, D)`` of token ids ``(B, L)``."""
+        features: Tensor = self.clip.encode_text(ids)
+        return features
+
+    def compose(self, ids: Tensor, words: Tensor, edits: Sequence[tuple[int, Edit]] = ()) -> Tensor:
+        """Return the features of sentences in which a vector stands for a word and hidden states are edited.
+
+        Args:
+            ids: ``(B, L)``; the first placeholder of each sentence is replaced.
+            words: ``(B, W)``, in place of that token's embedding, before positions are added.
+            edits: (block, edit): the edit takes what the block returns. Several of one block follow each other.
+
+        Returns:
+            ``(B, D)``, un-normalised; without edits, what open_clip returns if the embedding table held the words.
+
+        Raises:
+            ValueError: If a sentence has no placeholder.
+        """
+        is_word = ids.eq(self.placeholder_id)
+        if not bool(is_word.any(dim=1).all()):
+            raise ValueError(f"every sentence to compose needs a {PSEUDO_WORD!r} for the image; see model.template.")
+        place = is_word.int().argmax(dim=1)
+        read = self.positions_read(ids)
+
+        def put(_: nn.Module, __: Any, embeddings: Tensor) -> Tensor:
+            return at_positions(embeddings, place, words.to(embeddings.dtype))
+
+        with self._hooked(self._text.token_embedding, put), self._edited(edits, place, read):
+            features: Tensor = self.clip.encode_text(ids)
+            return features
+
+    @contextmanager
+    def _edited(self, edits: Sequence[tuple[int, Edit]], place: Tensor, read: Tensor) -> Iterator[None]:
+        if not edits:
+            yield
+            return
+        (block, edit), *others = edits
+
+        def apply(_: nn.Module, __: Any, hidden: Tensor) -> Tensor:
+            return edit(hidden, place, read)
+
+        with self._hooked(self.blocks[block], apply), self._edited(others, place, read):
+            yield
+
+    @staticmethod
+    @contextmanager
+    def _hooked(module: nn.Module, hook: Callable[[nn.Module, Any, Tensor], Tensor]) -> Iterator[None]:
+        handle = module.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _choose_placeholder(self, clip_model: str) -> tuple[str, int]:
+        """Return a word that the tokenizer keeps as one token in the middle of a sentence, and its id."""
+        for word in _PLACEHOLDERS:
+            without, with_word, after = self.tokenizer(["a photo of", f"a photo of {word}", f"a photo of {word} that"])
+            differ = (without != with_word).nonzero().flatten()
+            if len(differ) and len(set(with_word.tolist()) - set(without.tolist())) == 1:
+                place = int(differ[0])
+                token = int(with_word[place])
+                if int(after[place]) == token and token not in without.tolist():
+                    return word, token
+        raise ValueError(
+            f"model.clip_model: the tokenizer of {clip_model} keeps none of {', '.join(_PLACEHOLDERS)} as one token."
+        )
+
+
+def at_positions(hidden: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    """Return ``hidden`` ``(B, L, W)`` with ``rows`` ``(B, W)`` at one position of each sentence; nothing in place."""
+    index = positions[:, None, None].expand(-1, 1, hidden.shape[2])
+    return hidden.scatter(1, index, rows[:, None].to(hidden.dtype))
+
+
+def check_clip_model(clip_model: Any) -> Mapping[str, Any]:
+    """Return open_clip's config of a model.
+
+    Raises:
+        ValueError: If open_clip does not know it, or its text tower is none that can be composed with.
+    """
+    config = open_clip.get_model_config(clip_model)
+    if config is None:
+        raise ValueError(
+            f"model.clip_model: {clip_model!r} is no model of open_clip {open_clip.__version__}"
+            f"{did_you_mean(clip_model, open_clip.list_models())}"
+        )
+    text = config.get("text_cfg", {})
+    reason = ""
+    if "hf_model_name" in text:
+        reason = f"its text tower {text['hf_model_name']} comes from transformers, whose blocks open_clip does not show"
+    elif "multimodal_cfg" in config or text.get("embed_cls"):
+        reason = "CoCa's text tower appends a token of its own and is read there"
+    if reason:
+        raise ValueError(
+            f"model.clip_model: {clip_model} is not supported, because {reason}; take one with CLIP's or SigLIP's own "
+            "text tower, such as ViT-L-14-quickgelu, ViT-H-14 or ViT-B-16-SigLIP."
+        )
+    return dict(config)
+
+
+def count_blocks(clip_model: str) -> int:
+    """Return how many blocks the text tower of a model has; raises what :func:`check_clip_model` raises."""
+    return int(check_clip_model(clip_model)["text_cfg"]["layers"])
+
+
+def _build(clip_model: str, config: dict[str, Any], image_size: int | None) -> nn.Module:
+    """Build a model with random weights; open_clip's own function would warn of these before others are loaded."""
+    if image_size is not None:
+        config["vision_cfg"] = {**config["vision_cfg"], "image_size": image_size}
+    build = CustomTextCLIP if config.pop("custom_text", False) else CLIP
+    try:
+        clip: nn.Module = build(**config)
+    except (RuntimeError, AssertionError) as error:  # of an image tower that this version of timm does not know
+        raise ValueError(
+            f"model.clip_model: open_clip cannot build {clip_model!r} ({first_line(error)}). Image towers of timm, "
+            "such as SigLIP's, need Python >= 3.12, because LAVIS's pins for earlier ones keep timm at 0.4."
+        ) from error
+    return clip
+
+
+def _tokenizer(clip_model: str, folder: str | None) -> Callable[[Sequence[str]], Tensor]:
+    text = open_clip.get_model_config(clip_model)["text_cfg"]
+    if folder and not text.get("hf_tokenizer_name"):
+        raise ValueError(f"model.tokenizer: {clip_model} has CLIP's own tokenizer; leave model.tokenizer empty.")
+    try:
+        if folder:
+            local = os.path.expanduser(folder)
+            length = int(text["context_length"])
+            found = open_clip.tokenizer.HFTokenizer(local, context_length=length, **text.get("tokenizer_kwargs", {}))
+        else:
+            found = open_clip.get_tokenizer(clip_model)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"model.tokenizer: the tokenizer of {clip_model} cannot be had from "
+            f"{folder or text.get('hf_tokenizer_name')!r} ({first_line(error)}). Without a network, set "
+            "model.tokenizer to a folder that holds it."
+        ) from error
+    return found  # type: ignore[no-any-return]
+
+
+def _weights_file(clip_model: str, pretrained: str, quick_gelu: bool) -> Path:
+    """Return the local file of a tag or path."""
+    tags = open_clip.list_pretrained_tags_by_model(clip_model)
+    if pretrained not in tags:
+        path = Path(os.path.expanduser(pretrained))
+        if not path.is_file():
+            known = ", ".join(tags) or "none"
+            raise FileNotFoundError(
+                f"model.pretrained: {pretrained!r} is neither a file (looked from {os.getcwd()}) nor a tag of "
+                f"{clip_model} in open_clip (tags: {known})."
+            )
+        return path
+    tag = open_clip.get_pretrained_cfg(clip_model, pretrained)
+    _check_activation(clip_model, f"the weights {pretrained}", bool(tag.get("quick_gelu")), quick_gelu)
+    try:
+        return Path(open_clip.download_pretrained(tag))
+    except Exception as error:  # whatever the hub's client raises
+        raise FileNotFoundError(
+            f"model.pretrained: {pretrained} of {clip_model} cannot be downloaded ({first_line(error)}). Without a "
+            "network, set model.pretrained to the local file."
+        ) from error
+
+
+def _check_activation(clip_model: str, what: str, trained: bool, built: bool) -> None:
+    if trained != built:
+        other = clip_model.replace("-quickgelu", "") if built else f"{clip_model}-quickgelu"
+        raise ValueError(
+            f"model.clip_model: {what} were trained with {'QuickGELU' if trained else 'GELU'} and {clip_model} has "
+            f"{'QuickGELU' if built else 'GELU'}; set model.clip_model: {other}."
+        )
+
+
+def _clip_state(path: Path, clip_model: str, quick_gelu: bool) -> dict[str, Tensor]:
+    """Return open_clip's state dictionary from any of the files that hold one."""
+    if path.suffix == ".safetensors":
+        state = _read_safetensors(path)
+    elif _is_archive(path):
+        _check_activation(clip_model, f"OpenAI's weights in {path}", True, quick_gelu)
+        state = torch.jit.load(str(path), map_location="cpu").state_dict()
+    else:
+        state = read_state(str(path))
+    state = {name[7:] if name.startswith("module.") else name: tensor for name, tensor in state.items()}
+    towers = {"image_tower.visual.": "visual.", "text_tower.clip.": ""}  # names in a checkpoint of clip_cir
+    if any(name.startswith(tuple(towers)) for name in state):  # or of TSCIR with adapters merged, which holds more
+        state = {
+            own + name[len(prefix) :]: tensor
+            for prefix, own in towers.items()
+            for name, tensor in state.items()
+            if name.startswith(prefix)
+        }
+    return {name: tensor.float() for name, tensor in state.items() if name not in _ARCHIVE_NUMBERS}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read as safetensors ({first_line(error)}).") from error
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is TorchScript, as OpenAI publishes; a checkpoint of torch.save is a zip file as well."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def _load(clip: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    state = dict(convert_state_dict(clip, state))
+    if isinstance(clip, CustomTextCLIP) and not any(name.startswith("text.") for name in state):
+        state = convert_to_custom_text_state_dict(state)
+    for name in ("logit_scale", "logit_bias"):
+        own = getattr(clip, name, None)
+        if name in state and own is not None:
+            state[name] = state[name].reshape(own.shape)
+    resize_pos_embed(state, clip)
+    constant = ("attn_mask", "text.attn_mask")
+    load_strictly(clip, state, str(path), unused=constant, fresh=("logit_bias",))

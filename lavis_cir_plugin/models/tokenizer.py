@@ -1,0 +1,37 @@
+"""Load BERT's tokenizer for BLIP-2 and BLIP, from a hub name or a local file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from transformers import BertTokenizer
+
+from lavis_cir_plugin import CONFIGS
+
+
+def load_tokenizer(name: str) -> BertTokenizer:
+    """Return a WordPiece tokenizer with BLIP-2's extra token [DEC].
+
+    Args:
+        name: A folder with ``vocab.txt``, a vocabulary file, the name of a vocabulary shipped with this package's
+            model configs, or a name on the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: If it is neither local nor to be had from the hub.
+    """
+    local = Path(os.path.expanduser(name))
+    local = local / "vocab.txt" if local.is_dir() else local
+    shipped = CONFIGS / "models" / name
+    try:
+        if local.is_file() or shipped.is_file():
+            tokenizer = BertTokenizer(str(local if local.is_file() else shipped))
+        else:
+            tokenizer = BertTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"model.tokenizer: {name!r} is no local folder or file (looked from {os.getcwd()}) and cannot be had from "
+            "the hub. Without a network, set model.tokenizer to a folder that holds the vocab.txt of bert-base-uncased."
+        ) from error
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Scores, ranks and metrics of galleries, and the index that finds candidates in large ones."""

@@ -1,0 +1,94 @@
+"""Features of a gallery: each process writes its share into one file, and all map the whole of it.
+
+A gallery of 123,403 images with 32 x 256 features is 4 GB as float32. So no process holds it in its own memory, none is
+sent to another, and the operating system drops and reads again what does not fit.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lavis_cir_plugin.core.processes import fail_together, gather, rank_and_world, share
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+def shared_rows(path: Path, total: int, batches: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+    """Write this process's rows beside those of the others and return the rows of all, mapped from the file.
+
+    Every process calls this. The file has lost its name when it returns, so that nothing is left of it.
+
+    Args:
+        path: The file, in a folder that all processes see; an older one is replaced.
+        total: Number of rows of all processes, at least 1.
+        batches: ``(n, ...)`` each, together the rows ``share(total)``, on any device.
+        dtype: Of the file, one of `DTYPES`.
+
+    Returns:
+        ``(total, ...)`` of ``dtype`` on the CPU; all processes share it, so it is for reading only.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk; with the keys to change.
+        ValueError: the number of rows is not the share's, or another process failed.
+    """
+    is_main = rank_and_world()[0] == 0
+    with fail_together(), _explained(path):
+        if is_main:
+            path.write_bytes(b"")
+    shape = None
+    with fail_together():
+        shape = _write(path, share(total), total, batches, dtype)
+    shape = next(found for found in gather(shape) if found is not None)
+    with fail_together(), _explained(path):
+        rows = np.memmap(path, _numpy(dtype), mode="r+", shape=(total, *shape))
+    if is_main:
+        with suppress(OSError):  # Windows keeps the name of an open file; the next evaluation replaces it
+            path.unlink()
+    return torch.from_numpy(rows)
+
+
+def _write(path: Path, own: range, total: int, batches: Iterable[Tensor], dtype: torch.dtype) -> tuple[int, ...] | None:
+    """Write rows to their place in the file and return the shape of one; ``None`` if there are none."""
+    shape: tuple[int, ...] | None = None
+    done = 0
+    for batch in batches:
+        rows = batch.to("cpu", dtype).numpy()
+        row_bytes = rows.nbytes // len(rows)
+        with _explained(path), path.open("r+b") as file:
+            if shape is None:
+                _check_room(path, total, row_bytes)
+            file.seek((own.start + done) * row_bytes)
+            file.write(rows.tobytes())
+        shape, done = rows.shape[1:], done + len(rows)
+    if done != len(own):
+        raise ValueError(f"{done:,} of {len(own):,} gallery images were encoded; the model must return a row for each.")
+    return shape
+
+
+def _check_room(path: Path, total: int, row_bytes: int) -> None:
+    """Refuse a gallery that will not fit before it is encoded."""
+    needed, free = total * row_bytes - path.stat().st_size, shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(None, f"it needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"the gallery's features cannot be written to {path} ({error.strerror or error}); free some space, set "
+            "run.output_dir to a folder on another disk that all processes see, or run.gallery_dtype to float16."
+        ) from error
+
+
+def _numpy(dtype: torch.dtype) -> str:
+    return str(dtype).rpartition(".")[2]

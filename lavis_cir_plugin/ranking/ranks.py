@@ -1,0 +1,329 @@
+"""Ranking of a gallery for composed queries: exact, reproducible, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
+from torch import Tensor
+
+from lavis_cir_plugin.ranking import scoring
+from lavis_cir_plugin.ranking.scoring import Scores, similarity
+
+__all__ = ["Ranking", "average_precision_at", "padded", "rank", "recall_at", "rerank", "similarity"]
+
+QUERIES_AT_ONCE = 512
+"""Enough for matrix products at full speed, few enough for their result to stay in a processor's cache."""
+
+SPARE = 64
+"""How many candidates beyond the best k may be too close to the last of these to be left out by the fast scores."""
+
+DENSE = 32
+"""Where more than one in so many images is too close to a labelled one, all exact scores of the query are computed."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Result of ranking Q queries.
+
+    Attributes:
+        ranks: ``(Q,)`` int64, 0-based rank of the target; -1 where a query has none or it is not among the candidates.
+        top: ``(Q, k)`` int64, gallery indices, best first, without the excluded image; -1 pads short rankings.
+        subset_ranks: ``(Q,)`` int64, 0-based rank of the target among the query's members; -1 where it is not one.
+        relevant_ranks: ``(Q, T)`` int64, 0-based rank of every labelled image; -1 pads, and as for `ranks`.
+        subset_top: ``(Q, M)`` int64, the query's members, best first, without the excluded image; -1 pads.
+    """
+
+    ranks: Tensor
+    top: Tensor
+    subset_ranks: Tensor
+    relevant_ranks: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    subset_top: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+
+
+def rank(
+    query: Tensor,
+    gallery: Tensor,
+    targets: Tensor,
+    *,
+    excluded: Tensor | None = None,
+    members: Tensor | None = None,
+    relevant: Tensor | None = None,
+    top_k: int = 50,
+    chunk: int | None = None,
+) -> Ranking:
+    r"""Rank the gallery for every query; equal scores are ordered by gallery index.
+
+    .. math:: \mathrm{rank}(t) = |\{j : s_j > s_t\}| + |\{j < t : s_j = s_t\}|
+
+    The scores are the exact ones of `Scores`: equal features tie, and no result depends on `chunk`, on the other
+    queries, on the device or on the number of threads. A float32 product with a bound on its error decides most pairs,
+    and exact scores are computed only for those that it leaves open: for single pairs, or for the whole gallery where
+    these are many (a collapsed model, whose features are nearly equal).
+
+    Memory is O(chunk x G + Q x (T + M)), however many features K an image has; the gallery is read in blocks.
+
+    Args:
+        query: ``(Q, D)``.
+        gallery: ``(G, K, D)`` or ``(G, D)``, on the query's device or on another one (moved block by block).
+        targets: ``(Q,)`` gallery index of the target, -1 for none.
+        excluded: ``(Q,)`` gallery index that is taken out of the query's ranking (its reference), -1 for none.
+        members: ``(Q, M)`` distinct gallery indices of the query's image set, padded with -1.
+        relevant: ``(Q, T)`` gallery indices of the query's labelled images, padded with -1.
+        top_k: How many of the best to return (fewer where the gallery is smaller); 0 for ranks alone.
+        chunk: Queries at a time; by default as many as `WORKING_BYTES` allows.
+
+    Returns:
+        The ranking, on the device of `query`.
+
+    Raises:
+        ValueError: shapes do not fit, an index is outside the gallery, or a feature is not finite.
+    """
+    _check(query, gallery, targets, excluded, members, relevant, top_k, chunk)
+    targets = targets.to(query.device)
+    none = targets.new_empty(len(targets), 0)
+    excluded = torch.full_like(targets, -1) if excluded is None else excluded.to(query.device)
+    members = none if members is None else members.to(query.device)
+    labels = torch.cat([targets.unsqueeze(1), none if relevant is None else relevant.to(query.device)], dim=1)
+
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        scores = Scores(query, gallery)
+        top_k = min(top_k, scores.size)
+        every = torch.arange(len(query), device=query.device)
+        labels = labels.masked_fill(labels == excluded.unsqueeze(1), -1)
+        own = _exact(scores, labels, math.inf)
+        ranks, member_scores = torch.full_like(labels, -1), torch.empty_like(members, dtype=torch.float32)
+        top = targets.new_full((len(targets), top_k), -1)
+        is_open = torch.zeros_like(targets, dtype=torch.bool)
+        for rows in every.split(chunk or _queries_at_once(scores.size, top_k)):
+            approximate = _mask(scores.approximate(rows), excluded[rows])
+            member_scores[rows] = _pick(approximate, members[rows])
+            ranks[rows], open_ranks = _fast_ranks(scores, rows, labels[rows], own[rows], approximate)
+            top[rows], open_top = _fast_top(scores, rows, top_k, approximate)
+            is_open[rows] = open_ranks | open_top
+        subset_top = torch.full_like(members, -1)
+        for rows in every.split(max(1, scoring.WORKING_BYTES // (8 * max(1, members.shape[1])))):
+            subset_top[rows] = _best_of(scores, rows, members[rows], member_scores[rows])
+        for rows in _some(is_open, _exact_at_once(scores.size)):
+            exact = _mask(scores.exact(rows), excluded[rows])
+            ranks[rows] = torch.stack([_rank(exact, label) for label in labels[rows].unbind(1)], dim=1)
+            top[rows] = _top(exact, top_k)
+    return Ranking(ranks[:, 0], top, _position(subset_top, targets), ranks[:, 1:], subset_top)
+
+
+def rerank(
+    query: Tensor, gallery: Tensor, candidates: Tensor, k: int, *, longest: float | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Return the best k of some candidates by the scores and the tie rule of `rank`.
+
+    Args:
+        query: ``(Q, D)``.
+        gallery: ``(G, K, D)`` or ``(G, D)``; only the candidates are read.
+        candidates: ``(Q, C)`` gallery indices, distinct in each row but for -1.
+        k: How many to return, at most C.
+        longest: Length of the longest gallery feature, where it is known.
+
+    Returns:
+        Scores ``(Q, k)``, float64 (:math:`q^\top v`, exact but for the rounding of the features to fixed point), and
+        gallery indices ``(Q, k)``, best first; -inf and -1 where there are fewer.
+
+    Raises:
+        ValueError: a query is not finite.
+    """
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        scores = Scores(query, gallery, longest)
+        columns = candidates.sort(dim=1).values  # a stable sort by score then puts equal ones in order of their index
+        exact = _exact(scores, columns, -math.inf)
+        best, order = exact.sort(dim=1, descending=True, stable=True)
+        top = columns.gather(1, order[:, :k]).masked_fill_(best[:, :k] == -math.inf, -1)
+        return best[:, :k] * scores.unit, top
+
+
+def padded(rows: Iterable[Sequence[int]], width: int = 0) -> Tensor:
+    """Put rows of different lengths into one int64 tensor, filled up with -1 to the longest one or to ``width``."""
+    rows = list(rows)
+    width = max([width, *map(len, rows)])
+    filled = [[*row, *[-1] * (width - len(row))] for row in rows]
+    return torch.tensor(filled, dtype=torch.int64).reshape(len(rows), width)
+
+
+def _queries_at_once(size: int, top_k: int) -> int:
+    return max(1, min(QUERIES_AT_ONCE, scoring.WORKING_BYTES // max(4 * size, 8 * (top_k + SPARE))))
+
+
+def _exact_at_once(size: int) -> int:
+    return max(1, scoring.WORKING_BYTES // (8 * size))
+
+
+def _near_at_once(size: int) -> int:
+    return max(1, scoring.CACHE_BYTES // (4 * size))
+
+
+def _some(flags: Tensor, at_once: int) -> tuple[Tensor, ...]:
+    """Return the places where a vector is true, so many at once."""
+    places = flags.nonzero().squeeze(1)
+    return places.split(at_once) if len(places) else ()
+
+
+def _sparse_places(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows and columns of the few true entries, faster than `nonzero`: eight false ones are one zero."""
+    flat = F.pad(flags.flatten(), (0, -flags.numel() % 8))
+    places = flat.view(torch.int64).nonzero() * 8 + torch.arange(8, device=flags.device)
+    places = places[flat[places]]
+    return places // flags.shape[1], places % flags.shape[1]
+
+
+def _mask(scores: Tensor, excluded: Tensor) -> Tensor:
+    rows = (excluded >= 0).nonzero().squeeze(1)
+    scores[rows, excluded[rows]] = -math.inf
+    return scores
+
+
+def _pick(scores: Tensor, columns: Tensor) -> Tensor:
+    """Return the scores in some columns per row; -inf in column -1."""
+    return scores.gather(1, columns.clamp(min=0)).masked_fill_(columns < 0, -math.inf)
+
+
+def _exact(scores: Scores, columns: Tensor, missing: float) -> Tensor:
+    """Return the exact scores of some columns per query; ``missing`` in column -1."""
+    exact = torch.full(columns.shape, missing, dtype=torch.float64, device=scores.device)
+    row, place = (columns >= 0).nonzero(as_tuple=True)
+    exact[row, place] = scores.exact_pairs(row, columns[row, place])
+    return exact
+
+
+def _fast_ranks(
+    scores: Scores, rows: Tensor, labels: Tensor, exact: Tensor, approximate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rank labelled images by counting.
+
+    Args:
+        scores: Of all queries.
+        rows: ``(n,)`` which queries.
+        labels: ``(n, T)`` gallery indices, padded with -1.
+        exact: ``(n, T)`` their exact scores.
+        approximate: ``(n, G)`` all approximate scores, -inf where excluded.
+
+    Returns:
+        The ranks ``(n, T)``, and ``(n,)`` whether those of a query are left open.
+    """
+    ranks, open_rows = torch.full_like(labels, -1), torch.zeros_like(rows, dtype=torch.bool)
+    flags = torch.empty_like(approximate)  # 0 or 1; the sum of floats is the fastest count
+    bound = scores.bound[rows].squeeze(1)
+    for column in range(labels.shape[1]):
+        label, own = labels[:, column], exact[:, column]
+        low, high = (own - bound).float().unsqueeze(1), (own + bound).float().unsqueeze(1)
+        better = torch.gt(approximate, high, out=flags).sum(dim=1).long()
+        near = torch.ge(approximate, low, out=flags).sum(dim=1).long() - better  # with the labelled image itself
+        is_open = near > 1 + scores.size // DENSE
+        for some in _some(~is_open & (near > 1), _near_at_once(scores.size)):
+            values = approximate[some]
+            row, candidate = _sparse_places((values >= low[some]) & (values <= high[some]))
+            row = some[row]
+            other = scores.exact_pairs(rows[row], candidate)
+            before = (other > own[row]) | ((other == own[row]) & (candidate < label[row]))
+            better.index_add_(0, row, before.long())
+        ranks[:, column] = torch.where(label >= 0, better, -1)
+        open_rows |= is_open
+    return ranks, open_rows
+
+
+def _fast_top(scores: Scores, rows: Tensor, k: int, approximate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the k best columns per row, -1 for excluded ones, and per row whether they are left open."""
+    if k == 0:
+        return rows.new_empty(len(rows), 0), torch.zeros_like(rows, dtype=torch.bool)
+    values, columns = approximate.topk(min(k + SPARE, scores.size), dim=1)
+    least = values[:, k - 1 : k].double() - 2 * scores.bound[rows]
+    possible = values >= least
+    is_open = possible[:, -1] if columns.shape[1] < scores.size else torch.zeros_like(rows, dtype=torch.bool)
+    values = values.masked_fill_(~possible | is_open.unsqueeze(1), -math.inf)
+    return _best_of(scores, rows, columns, values)[:, :k], is_open
+
+
+def _best_of(scores: Scores, rows: Tensor, columns: Tensor, approximate: Tensor) -> Tensor:
+    """Sort each row's columns by exact score, then by index, computing few of these scores.
+
+    Two approximate scores that are further apart than twice their bound are in the right order. So only those are made
+    exact that have a neighbour within it.
+
+    Args:
+        scores: Of all queries.
+        rows: ``(n,)`` which queries.
+        columns: ``(n, C)``, distinct in each row but for -1.
+        approximate: ``(n, C)`` their approximate scores; -inf takes a column out.
+
+    Returns:
+        ``(n, C)`` the columns, best first, padded with -1.
+    """
+    values, order = approximate.double().sort(dim=1, descending=True)
+    columns = columns.gather(1, order).masked_fill_(values == -math.inf, -1)
+    close = values[:, :-1] - values[:, 1:] <= 2 * scores.bound[rows]  # False between two -inf
+    some = close.any(dim=1).nonzero().squeeze(1)
+    values, close, found = values[some], close[some], columns[some]
+    row, place = (F.pad(close, (1, 0)) | F.pad(close, (0, 1))).nonzero(as_tuple=True)
+    values[row, place] = scores.exact_pairs(rows[some[row]], found[row, place])
+    found, order = found.sort(dim=1)
+    _, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    columns[some] = found.gather(1, order)
+    return columns
+
+
+def _rank(exact: Tensor, label: Tensor) -> Tensor:
+    """Rank one labelled image per row among all columns; -1 where it is -1 or excluded."""
+    own, label = _pick(exact, label.unsqueeze(1)), label.unsqueeze(1)
+    index = torch.arange(exact.shape[1], device=exact.device)
+    better = (exact > own) | ((exact == own) & (index < label))
+    return torch.where(own.squeeze(1) > -math.inf, better.sum(dim=1), -1)
+
+
+def _top(exact: Tensor, k: int) -> Tensor:
+    """Return the indices of the k best columns per row; of equal scores the first, which `topk` does not promise."""
+    if k == 0:
+        return torch.empty(len(exact), 0, dtype=torch.int64, device=exact.device)
+    least = exact.topk(k, dim=1).values[:, -1:]
+    above, equal = exact > least, exact == least
+    chosen = above | (equal & (equal.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
+    columns = chosen.nonzero()[:, 1].reshape(len(exact), k)
+    best, order = exact.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return columns.gather(1, order).masked_fill_(best == -math.inf, -1)
+
+
+def _position(order: Tensor, targets: Tensor) -> Tensor:
+    """Return where each row holds its target; -1 where it does not."""
+    found = (order == targets.unsqueeze(1)) & (targets.unsqueeze(1) >= 0)
+    return torch.where(found.any(dim=1), found.long().argmax(dim=1), -1) if order.shape[1] else targets * 0 - 1
+
+
+def _check(
+    query: Tensor,
+    gallery: Tensor,
+    targets: Tensor,
+    excluded: Tensor | None,
+    members: Tensor | None,
+    relevant: Tensor | None,
+    top_k: int,
+    chunk: int | None,
+) -> None:
+    if query.dim() != 2 or gallery.dim() not in (2, 3) or query.shape[-1] != gallery.shape[-1]:
+        raise ValueError(
+            f"query must be (Q, D) and gallery (G, D) or (G, K, D), got {tuple(query.shape)} "
+            f"and {tuple(gallery.shape)}."
+        )
+    if 0 in query.shape or 0 in gallery.shape:
+        raise ValueError(f"nothing to rank: query {tuple(query.shape)}, gallery {tuple(gallery.shape)}.")
+    if top_k < 0 or (chunk is not None and chunk < 1):
+        raise ValueError(f"top_k must be at least 0 and chunk at least 1, got {top_k} and {chunk}.")
+    named = (("targets", targets, 1), ("excluded", excluded, 1), ("members", members, 2), ("relevant", relevant, 2))
+    for name, indices, dim in named:
+        if indices is None:
+            continue
+        if indices.dim() != dim or len(indices) != len(query):
+            raise ValueError(f"{name} must have {dim} dimension(s) and {len(query)} rows, got {tuple(indices.shape)}.")
+        if indices.numel() and not -1 <= int(indices.min()) <= int(indices.max()) < len(gallery):
+            raise ValueError(
+                f"{name} must be -1 or gallery indices under {len(gallery)}, "
+                f"got {int(indices.min())} to {int(indices.max())}."
+            )

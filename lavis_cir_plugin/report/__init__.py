@@ -1,0 +1,1 @@
+"""What a run shows: tables, files, contact sheets, curves, and the log it keeps while it trains."""

@@ -1,0 +1,219 @@
+"""Draw queries with the pictures retrieved for them, and where a model looks."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from lavis_cir_plugin.benchmarks.types import Benchmark, Group
+from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.ranking.ranks import Ranking
+from lavis_cir_plugin.report.sheet_layout import (
+    GAP,
+    GREEN,
+    GREY,
+    LABEL_HEIGHT,
+    MARGIN,
+    ORANGE,
+    PICTURE,
+    SECTION_GAP,
+    TEXT_WIDTH,
+    WHITE,
+    draw_header,
+    draw_picture,
+    draw_text,
+    font,
+    title_of,
+)
+
+ATTENTION_SIDE = 160  # of a picture with a map over it
+
+
+def contact_sheet(
+    benchmark: Benchmark,
+    group: Group,
+    ranking: Ranking,
+    path: str | Path,
+    rows: int = 8,
+    columns: int = 10,
+    seed: int = 0,
+) -> Path:
+    """Draw queries with the pictures retrieved for them, as a PNG, and return ``path``.
+
+    ranking: of this group, with ``top``. One line per query: reference image, modification text, the best
+    ``min(columns, k)`` gallery pictures, numbered from 1. Right answers (the target, and what is labelled with a weight
+    of 1) have a green frame; where the target is not among those shown, it stands apart at the end in an orange frame
+    with its rank.
+
+    The ``min(rows, Q)`` queries are drawn at random with ``seed`` and shown in the benchmark's order: the sheet is no
+    selection of successes, and its caption says so. Pictures keep their aspect ratio.
+
+    Raises:
+        ValueError: the ranking does not have one entry per query.
+        OSError: a picture cannot be read or the sheet cannot be written.
+    """
+    num_queries = len(group.queries)
+    top, ranks = ranking.top, ranking.ranks
+    if len(top) != num_queries or len(ranks) != num_queries:
+        raise ValueError(
+            f"contact_sheet: group {group.name!r} has {num_queries} queries, but top has {len(top)} entries and ranks "
+            f"has {len(ranks)}; pass the ranking of this group."
+        )
+    columns = min(columns, top.shape[1])
+    chosen = drawn_queries(group, rows, seed)
+    text_left = MARGIN + PICTURE[0] + GAP
+    top_left = text_left + TEXT_WIDTH + SECTION_GAP
+    answer_left = top_left + columns * (PICTURE[0] + GAP) - GAP + SECTION_GAP
+    row_height = PICTURE[1] + LABEL_HEIGHT + GAP
+    width = answer_left + PICTURE[0] + MARGIN
+    colours = {GREEN: f"right answer among the first {columns}", ORANGE: "right answer ranked lower"}
+    title, notes = title_of(benchmark, group), _protocol(benchmark, group, len(chosen), seed)
+    header = draw_header(title, notes, width, colours if benchmark.has_targets else {})
+    sheet = Image.new("RGB", (width, header.height + LABEL_HEIGHT + len(chosen) * row_height + MARGIN - GAP), WHITE)
+    sheet.paste(header, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    y = header.height
+    titles = {MARGIN: "reference", text_left: "modification text", top_left: "retrieved, best first"}
+    if benchmark.has_targets:
+        titles[answer_left] = "right answer"
+    for x, title in titles.items():
+        draw.text((x, y - 4), title, GREY, font(13))
+    for row, index in enumerate(chosen):
+        query, rank = group.queries[index], int(ranks[index])
+        labelled = {query.target, *(name for name, weight in query.relevance if weight == 1)}
+        answers = labelled - {None, query.reference}  # CIRR's soft labels call some references right
+        # A ranking with fewer than k candidates ends in -1, which would index the last image of the gallery.
+        shown = [group.gallery[i] for i in top[index, :columns].tolist() if i >= 0]
+        y = header.height + LABEL_HEIGHT + row * row_height
+        draw_picture(sheet, (MARGIN, y), benchmark.image_paths[query.reference])
+        draw_text(draw, (text_left, y), " / ".join(query.texts))
+        for column, name in enumerate(shown):
+            frame = GREEN if name in answers else ""
+            label = f"{column + 1} (reference)" if name == query.reference else str(column + 1)
+            place = (top_left + column * (PICTURE[0] + GAP), y)
+            draw_picture(sheet, place, benchmark.image_paths[name], label, frame)
+        if rank >= columns and query.target is not None:
+            label = f"rank {rank + 1:,}"
+            draw_picture(sheet, (answer_left, y), benchmark.image_paths[query.target], label, ORANGE)
+        verdict = _verdict(rank, columns, len(answers), len(answers.intersection(shown)))
+        draw.text((text_left, y + PICTURE[1]), *verdict, font(13), anchor="ls")
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return replace_file(Path(path), buffer.getvalue())
+
+
+def drawn_queries(group: Group, rows: int, seed: int = 0) -> list[int]:
+    """Draw the positions of ``min(rows, Q)`` queries, by the seed alone and not by any result, in the group's order."""
+    return sorted(random.Random(seed).sample(range(len(group.queries)), min(rows, len(group.queries))))
+
+
+def attention_sheet(
+    benchmark: Benchmark,
+    group: Group,
+    pictures: Tensor,
+    maps: Tensor,
+    labels: Sequence[str],
+    path: str | Path,
+    seed: int = 0,
+) -> Path:
+    """Draw where a model looks in the reference images of some queries, as a PNG, and return ``path``.
+
+    One line per query of `drawn_queries`: the reference image as the model gets it, the modification text, and the
+    image once per map, grey under colours from black (a weight of 0) over purple and red to yellow (the map's largest
+    weight). The label below says how many times the average weight that largest one is: 1.0 is an even map.
+
+    Args:
+        benchmark: For title and protocol.
+        group: Of the queries.
+        pictures: ``(R, 3, H, W)``, normalised by CLIP's mean and standard deviation, R the number of lines.
+        maps: ``(R, L, h, w)``, weights >= 0 over a grid of patches of the picture, of any scale.
+        labels: L names of the maps.
+        path: Of the PNG.
+        seed: That the queries were drawn with.
+
+    Raises:
+        ValueError: the numbers of pictures, maps and labels do not fit each other.
+        OSError: the sheet cannot be written.
+    """
+    rows = drawn_queries(group, len(pictures), seed)
+    if maps.ndim != 4 or maps.shape[:2] != (len(rows), len(labels)):
+        raise ValueError(
+            f"attention_sheet: {len(rows)} pictures and {len(labels)} labels need maps of the shape "
+            f"({len(rows)}, {len(labels)}, h, w), got {tuple(maps.shape)}."
+        )
+    text_left = MARGIN + ATTENTION_SIDE + GAP
+    map_left = text_left + TEXT_WIDTH + SECTION_GAP
+    row_height = ATTENTION_SIDE + 2 * LABEL_HEIGHT + GAP
+    width = max(map_left + len(labels) * (ATTENTION_SIDE + GAP) - GAP + MARGIN, 1000)
+    meaning = "Colours: from 0 to the largest weight of each map, whose multiple of the average weight stands below it"
+    notes = (*_protocol(benchmark, group, len(rows), seed), meaning)
+    header = draw_header(title_of(benchmark, group), notes, width)
+    sheet = Image.new("RGB", (width, header.height + LABEL_HEIGHT + len(rows) * row_height + MARGIN - GAP), WHITE)
+    sheet.paste(header, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for x, title in {MARGIN: "reference", text_left: "modification text", map_left: "where the model looks"}.items():
+        draw.text((x, header.height - 4), title, GREY, font(13))
+    for row, index in enumerate(rows):
+        y = header.height + LABEL_HEIGHT + row * row_height
+        picture = _denormalised(pictures[row])
+        sheet.paste(_as_image(picture), (MARGIN, y))
+        draw_text(draw, (text_left, y), " / ".join(group.queries[index].texts))
+        for column, (label, weights) in enumerate(zip(labels, maps[row])):
+            x = map_left + column * (ATTENTION_SIDE + GAP)
+            sheet.paste(_as_image(_overlaid(picture, weights)), (x, y))
+            peak = f"{label}: {float(weights.max() / weights.mean()):.1f} x average"
+            draw.text((x + ATTENTION_SIDE / 2, y + ATTENTION_SIDE + 4), peak, GREY, font(13), anchor="ma")
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return replace_file(Path(path), buffer.getvalue())
+
+
+def _denormalised(picture: Tensor) -> Tensor:
+    """Return a picture in colours from 0 to 1, ``(3, side, side)``."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    return _resized((picture.float().cpu() * std + mean).clamp(0, 1))
+
+
+def _overlaid(picture: Tensor, weights: Tensor) -> Tensor:
+    """Colour a grey copy of a picture by a map over its patches."""
+    high = _resized((weights / weights.max().clamp_min(torch.finfo().tiny))[None])[0].numpy()
+    colours = torch.from_numpy(matplotlib.colormaps["inferno"](high)[..., :3]).permute(2, 0, 1).float()
+    return 0.45 * picture.mean(dim=0, keepdim=True) + 0.55 * colours
+
+
+def _resized(image: Tensor) -> Tensor:
+    size = (ATTENTION_SIDE, ATTENTION_SIDE)
+    return F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+def _as_image(picture: Tensor) -> Image.Image:
+    return Image.fromarray((picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+
+
+def _verdict(rank: int, columns: int, num_answers: int, num_shown: int) -> tuple[str, str]:
+    """Say at which rank the right answer stands, or how many of several are shown, and in which colour to write it."""
+    if num_answers > 1:
+        return f"{num_shown} of {num_answers} right answers shown", GREEN if num_shown else ORANGE
+    if rank < 0:
+        return "right answer not public or not in gallery", GREY
+    return f"right answer at rank {rank + 1:,}", GREEN if rank < columns else ORANGE
+
+
+def _protocol(benchmark: Benchmark, group: Group, num_shown: int, seed: int) -> tuple[str, str]:
+    """Say by which protocol the numbers are, and how the queries shown were chosen."""
+    num_queries = len(group.queries)
+    choice = (
+        f"all {num_queries:,} queries"
+        if num_shown == num_queries
+        else f"{num_shown} of {num_queries:,} queries, chosen at random with seed {seed} and not by their result"
+    )
+    return f"Protocol: {benchmark.protocol}", f"Shown: {choice}; gallery of {len(group.gallery):,} images"

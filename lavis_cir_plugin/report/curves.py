@@ -1,0 +1,192 @@
+"""Draw the training curve of a run, and curves in general."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator
+
+from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.report.run_log import EPOCHS, STEPS, read_epochs, read_steps
+from lavis_cir_plugin.report.sheet_layout import BLUE, GREEN, GREY, LIGHT_GREY, ORANGE
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a panel: ``{x: value}``, where values that are not finite leave a gap."""
+
+    points: Mapping[Any, float]
+    label: str
+    colour: str
+    has_marks: bool = True
+    style: str = "-"
+    width: float = 1.8
+
+
+def training_curve(folder: str | Path, png_path: str | Path, metric: str) -> Path:
+    r"""Draw how a run went, from its ``epochs.csv`` and ``steps.csv``, as a PNG, and return its path.
+
+    The panels, each where there is something to show: the loss, per batch and as the mean of each epoch; ``metric`` on
+    ``val`` and, with the gap between them shaded, on ``seen``; what Retrieval-DPO measures, in shares and in cosines;
+    the learning rate; :math:`\lVert\delta\rVert`, the length of the weight perturbation; and the cosine between its
+    direction and the gradient that was applied.
+
+    metric: a key of ``benchmark.metrics``, in percent. A dashed line marks the epoch that LAVIS keeps as
+    ``checkpoint_best``: the first with the largest ``agg_metrics`` of ``val``. Epochs are counted from 0, as LAVIS
+    names its checkpoints; the batches of an epoch lead up to its mark. Losses that are not finite leave a gap, and the
+    legend tells how many there are.
+
+    Raises:
+        FileNotFoundError: there is no ``epochs.csv``.
+        ValueError: it holds no finished epoch, a damaged line, or validations without this metric.
+        OSError: the PNG cannot be written.
+    """
+    folder = Path(folder)
+    epochs = read_epochs(folder / EPOCHS)
+    steps = _by_position(read_steps(folder / STEPS)) if (folder / STEPS).is_file() else {}
+    losses, val = epochs.get("train", {}).get("loss", {}), epochs.get("val", {})
+    if not losses and not val:
+        raise ValueError(f"{folder / EPOCHS} holds no finished epoch; draw the curve after the first one.")
+    panels = {"training loss": _loss_curves(losses, steps.get("loss", {}))}
+    if val:
+        panels[f"{metric} in percent"] = _metric_curves(epochs, metric, folder / EPOCHS)
+    panels.update(_preference_curves(epochs.get("train", {})))
+    measured = (("lr", "learning rate"), ("perturbation_norm", "‖δ‖"), ("cosine", "cos(g, g')"))
+    for name, label in measured:
+        values = steps.get(name, {})  # the perturbation is measured now and then, in a short run once
+        panels[label] = [Curve(values, "", GREY, has_marks=len(values) < 50, width=1.0)]
+    panels = {label: curves for label, curves in panels.items() if any(curve.points for curve in curves)}
+    heights = [1.4 if label in dict(measured).values() else 2.7 for label in panels]
+    figure = Figure(figsize=(7.5, 0.6 + sum(heights)), constrained_layout=True)
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    axes = dict(zip(panels, rows))
+    for label, panel in axes.items():
+        draw_curves(panel, panels[label])
+        panel.set_ylabel(label)
+        panel.ticklabel_format(axis="y", scilimits=(-3, 4))
+    figure.align_ylabels()
+    if val:
+        panel = axes[f"{metric} in percent"]
+        shade_gap(panel, *panels[f"{metric} in percent"])
+        _mark_best(list(axes.values()), panel, best_epoch(val, metric), val[metric], metric)
+    for panel in axes.values():
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncol=3)
+    last = max([*losses, *(epoch for values in val.values() for epoch in values)])
+    bottom = list(axes.values())[-1]
+    bottom.set_xlabel("epoch, counted from 0")
+    bottom.set_xlim(-0.03 * last - (1 if steps else 0.3), 1.03 * last + 0.3)
+    bottom.xaxis.set_major_locator(FixedLocator(MaxNLocator(integer=True, min_n_ticks=1).tick_values(0, last)))
+    return save_figure(figure, png_path)
+
+
+def _preference_curves(train: Mapping[str, Mapping[int, float]]) -> dict[str, list[Curve]]:
+    """Return the panels of a run that learnt from preferences: in shares, and in cosines."""
+    panels = {
+        "share": {
+            "reward_accuracy": ("h > 0 (reward accuracy)", BLUE),
+            "without_negative": ("queries without a negative", GREY),
+        },
+        "cosine": {
+            "reward_margin": ("h (reward margin)", BLUE),
+            "positive_drift": ("drift of the right image's score", ORANGE),
+        },
+    }
+    return {
+        panel: [Curve(train[name], label, colour) for name, (label, colour) in curves.items() if name in train]
+        for panel, curves in panels.items()
+    }
+
+
+def best_epoch(val: Mapping[str, Mapping[int, float]], metric: str) -> int:
+    """Return the epoch that LAVIS keeps as ``checkpoint_best``: the first with the largest ``agg_metrics``.
+
+    val: ``{metric: {epoch: value}}``; ``metric`` decides where ``agg_metrics`` was not logged.
+    """
+    deciding = val.get("agg_metrics", val[metric])
+    return max(sorted(val[metric]), key=lambda epoch: deciding.get(epoch, -math.inf))
+
+
+def _by_position(steps: Mapping[str, Sequence[float]]) -> dict[str, dict[float, float]]:
+    """Return the logged numbers of each column by place on an axis of epochs: epoch e's batches end at e."""
+    count = Counter(steps["epoch"])
+    per_epoch = max(count.values(), default=1)
+    first: dict[float, float] = {}
+    for step, epoch in zip(steps["step"], steps["epoch"]):
+        first.setdefault(epoch, step)
+    places = [epoch - 1 + (step - first[epoch] + 1) / per_epoch for step, epoch in zip(steps["step"], steps["epoch"])]
+    columns = {name: zip(places, column) for name, column in steps.items() if name not in ("step", "epoch")}
+    return {name: {x: value for x, value in column if math.isfinite(value)} for name, column in columns.items()}
+
+
+def _loss_curves(losses: Mapping[int, float], by_batch: Mapping[float, float]) -> list[Curve]:
+    wrong = sum(not math.isfinite(loss) for loss in losses.values())
+    label = "mean of each epoch" + (f" (not finite in {wrong} of {len(losses)} epochs)" if wrong else "")
+    batches = [Curve(by_batch, "each batch", LIGHT_GREY, has_marks=False, width=1.0)] if by_batch else []
+    return [*batches, Curve(losses, label, GREY)]
+
+
+def _metric_curves(epochs: Mapping[str, Mapping[str, Mapping[int, float]]], metric: str, path: Path) -> list[Curve]:
+    if metric not in epochs["val"]:
+        raise ValueError(
+            f"{path} has no validation metric {metric!r}; pass one of: {', '.join(sorted(epochs['val']))}."
+        )
+    seen = epochs.get("seen", {}).get(metric, {})
+    return [
+        Curve(epochs["val"][metric], f"validation {metric}", BLUE),
+        *([Curve(seen, "on training queries (seen)", GREEN)] if seen else []),
+    ]
+
+
+def _mark_best(panels: Sequence[Axes], legend: Axes, best: int, values: Mapping[int, float], metric: str) -> None:
+    style: dict[str, Any] = {"color": ORANGE, "linewidth": 1.2, "linestyle": (0, (4, 3))}
+    for panel in panels:
+        panel.axvline(best, zorder=1, **style)
+    legend.plot([], [], label=f"best: epoch {best}, {metric} {values[best]:.2f} %", **style)
+
+
+def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Draw lines on plain axes, with a mark per point where asked for (a single epoch has no line)."""
+    for curve in curves:
+        axes.plot(
+            list(curve.points),
+            list(curve.points.values()),
+            color=curve.colour,
+            linestyle=curve.style,
+            linewidth=curve.width,
+            marker="o" if curve.has_marks else "",
+            markersize=4,
+            label=curve.label or None,
+        )
+    axes.grid(axis="y", color=LIGHT_GREY, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def shade_gap(axes: Axes, val: Curve, seen: Curve | None = None) -> None:
+    """Shade the area between two curves over the epochs that both have."""
+    if seen is not None:
+        both = [epoch for epoch in val.points if epoch in seen.points]
+        low, high = ([curve.points[epoch] for epoch in both] for curve in (val, seen))
+        axes.fill_between(both, low, high, color=seen.colour, alpha=0.1, linewidth=0)
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as a PNG in one step and return ``path``.
+
+    Raises:
+        OSError: it cannot be written; an older file is then left as it was.
+    """
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return replace_file(Path(path), buffer.getvalue())

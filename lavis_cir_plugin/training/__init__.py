@@ -1,0 +1,1 @@
+"""The launcher, the check of configs, LoRA, and LAVIS's runners made portable and resumable."""

@@ -1,0 +1,168 @@
+"""What ``python -m lavis.train`` and ``python -m lavis.evaluate`` do: LAVIS's own steps, checked and made portable."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lavis import tasks
+from lavis.common.config import Config
+from lavis.common.dist_utils import get_rank, is_main_process, setup_for_distributed
+from lavis.common.logger import setup_logger
+from lavis.common.registry import registry
+from omegaconf import DictConfig, OmegaConf
+
+from lavis_cir_plugin import PROJECTS
+from lavis_cir_plugin.training import config, lora
+from lavis_cir_plugin.training.portable_runner import join_single_process
+from lavis_cir_plugin.training.resumable_runner import LAST, PREVIOUS, find_checkpoint, resumable
+
+# Long enough to download a checkpoint on one process while the others wait, short enough to notice a dead one.
+_PROCESS_TIMEOUT = timedelta(minutes=60)
+
+
+def main(command: str, arguments: Sequence[str] | None = None) -> None:
+    """Train or evaluate as a config file says.
+
+    Args:
+        command: ``train`` or ``evaluate``.
+        arguments: The command line; ``sys.argv`` by default.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m lavis.{command}")
+    parser.add_argument("--cfg-path", required=True, help="YAML file; projects/... is also found where none is local")
+    parser.add_argument("--options", nargs="+", action="extend", default=[], help="run.seed=1 and the like")
+    try:
+        run(command, parser.parse_args(arguments))
+    except (ValueError, OSError) as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        sys.exit(f"lavis.{command}: {sentence}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run(command: str, args: argparse.Namespace) -> None:
+    """Build config, task, data sets, model and runner as LAVIS's scripts do, then train or evaluate."""
+    cfg = complete(config.read_config(str(_find_config(args.cfg_path)), args.options))
+    config.check_values(cfg, command)
+    config.choose_splits(cfg, command)
+    cfg.run_cfg.output_dir = str(_output_folder(cfg.run_cfg.output_dir))
+    _join_processes(cfg.run_cfg)
+    job_id = _job_id(cfg)
+    _seed(int(cfg.run_cfg.seed) + get_rank())
+    setup_logger()
+    cfg.pretty_print()
+
+    task = tasks.setup_task(cfg)
+    datasets = task.build_datasets(cfg)
+    model = lora.build_model(task, cfg)
+    if hasattr(task, "prepare"):
+        task.prepare(model, datasets, cfg)
+    runner_class = resumable(registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base")))
+    runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
+    if command == "train":
+        runner.train()
+    else:
+        runner.evaluate(skip_reload=True)
+    if is_main_process():
+        logging.info("output: %s", runner.output_dir)
+
+
+def complete(merged: DictConfig) -> Config:
+    """Let LAVIS add the defaults of model and data sets; it insists on reading the project from a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "project.yaml"
+        OmegaConf.save(merged, path)
+        return Config(argparse.Namespace(cfg_path=str(path), options=[]))
+
+
+def _find_config(path: str) -> Path:
+    """Return the config file, looking in the shipped projects when a relative ``projects/...`` is not local."""
+    local = Path(os.path.expanduser(path))
+    if local.is_file():
+        return local
+    shipped = PROJECTS.joinpath(*local.parts[1:]) if local.parts[:1] == ("projects",) else local
+    if shipped.is_file():
+        return shipped
+    available = ", ".join(sorted(f"projects/{found.relative_to(PROJECTS)}" for found in PROJECTS.rglob("*.yaml")))
+    raise FileNotFoundError(f"--cfg-path {path} does not exist (looked from {os.getcwd()}). Shipped: {available}.")
+
+
+def _output_folder(path: str) -> Path:
+    """Return the folder of all runs, absolute, after trying that it can be written."""
+    folder = Path(os.path.expanduser(path)).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise OSError(
+            f"run.output_dir: {folder} cannot be written ({error.strerror}); choose another folder."
+        ) from error
+
+
+def _join_processes(run_cfg: DictConfig) -> None:
+    """Open the process group: torchrun's, or one of a single process, on gloo for a CPU and NCCL for GPUs."""
+    run_cfg.distributed = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not run_cfg.distributed:
+        join_single_process(run_cfg.device)
+        return
+    run_cfg.rank, run_cfg.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    run_cfg.gpu = int(os.environ["LOCAL_RANK"])
+    on_gpu = run_cfg.device == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(run_cfg.gpu)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PROCESS_TIMEOUT)
+    setup_for_distributed(get_rank() == 0)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def _job_id(cfg: Config) -> str:
+    """Return the run's folder, on which all processes agree: one that no other run has, or that of a resumed run."""
+    chosen: list[Any] = [None, None, None]
+    if is_main_process():
+        try:
+            checkpoint = find_checkpoint(cfg.run_cfg.resume_ckpt_path, cfg.run_cfg.output_dir, cfg.to_dict())
+            is_last = checkpoint is not None and checkpoint.name in (LAST, PREVIOUS)
+            name = str(checkpoint.parent) if is_last else f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+            chosen = [name, None if checkpoint is None else str(checkpoint), None]
+        except (ValueError, OSError) as error:
+            chosen[2] = error
+    dist.broadcast_object_list(chosen)
+    if chosen[2] is not None:
+        raise chosen[2]
+    cfg.run_cfg.resume_ckpt_path = chosen[1]
+    return str(chosen[0])
+
+
+def _sentence(error: BaseException) -> str | None:
+    """Return the message of an error that this package raised, which is written for users and needs no traceback."""
+    package = str(Path(__file__).parent)
+    if "in DataLoader worker process" in str(error):  # torch raises it again with the worker's traceback as its text
+        *trace, message = str(error).strip().splitlines()
+        origins = [line for line in trace if line.lstrip().startswith("File ")]
+        return message.partition(": ")[2] if origins and package in origins[-1] else None
+    frames = traceback.extract_tb(error.__traceback__)
+    return str(error) if frames[-1].filename.startswith(package) else None

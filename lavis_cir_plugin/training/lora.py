@@ -1,0 +1,512 @@
+"""Add LoRA adapters to a model, save them, find them again, merge them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import logging
+import os
+import pickle
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from lavis_cir_plugin.core.checkpoints import load_strictly
+from lavis_cir_plugin.core.model_parts import recomputing_modules
+from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.settings import is_number
+
+RUN_KEYS = ("lora",)
+
+_ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Embedding)
+_NAME = "default"  # peft's own name of a model's first adapter
+# Settings that only matter while training, so that a checkpoint may be read under others.
+_TRAINING_ONLY = ("lora_dropout", "init_lora_weights")
+_REFUSED = {
+    "modules_to_save": "copies whole modules; name what is trained beside the adapters in run.lora.also_train",
+    "bias": "is peft's; name the biases to train in run.lora.also_train",
+    "use_dora": "makes a merged weight that is not W + scaling * B A, by which a perturbation is scaled; leave it out",
+}
+
+
+@dataclass(frozen=True)
+class Lora:
+    r"""Settings of the adapters, as they stand under ``run.lora``: :math:`W + s B A` in place of :math:`W`.
+
+    All but ``also_train`` are fields of ``peft.LoraConfig`` of the same name and meaning.
+
+    Attributes:
+        target_modules: Modules that get an adapter (Linear, Conv2d or Embedding): a regular expression that matches
+            the whole module name, or a list of names or last parts of names.
+        r: Rank, the number of rows of A, >= 1.
+        lora_alpha: > 0; the scaling s is lora_alpha / r.
+        lora_dropout: On the input of A, >= 0 and < 1.
+        use_rslora: Whether s is lora_alpha / sqrt(r) instead (arXiv 2312.03732).
+        init_lora_weights: ``true`` (A random, B zero; of an Embedding A zero, B random), ``gaussian`` (likewise, the
+            random one normal) or ``false`` (both random).
+        also_train: A regular expression searched in parameter names; these are trained whole beside the adapters.
+            Everything else is frozen.
+
+    Raises:
+        ValueError: One sentence per impossible value, all at once.
+    """
+
+    target_modules: str | tuple[str, ...] = ()
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    also_train: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values; a list of target modules becomes a tuple."""
+        if isinstance(self.target_modules, list):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        problems = list(self._problems())
+        if problems:
+            raise ValueError(" ".join(problems))
+
+    def matches(self, module_name: str) -> bool:
+        """Return whether the module of this name gets an adapter, as peft decides."""
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, module_name) is not None
+        return any(_is_last_part(part, module_name) for part in self.target_modules)
+
+    def peft_fields(self) -> dict[str, Any]:
+        """Return the fields of ``peft.LoraConfig``."""
+        fields = dataclasses.asdict(self)
+        del fields["also_train"]
+        targets = self.target_modules
+        return {**fields, "target_modules": targets if isinstance(targets, str) else list(targets)}
+
+    def _problems(self) -> Iterator[str]:
+        targets = self.target_modules
+        is_list = isinstance(targets, tuple) and all(isinstance(part, str) and part for part in targets)
+        if not targets or not (isinstance(targets, str) or is_list):
+            yield (
+                "run.lora.target_modules must be a regular expression of module names or a list of their last parts "
+                f"such as [query, value], got {list(targets) if isinstance(targets, tuple) else targets!r}."
+            )
+        for key, pattern in {"target_modules": targets, "also_train": self.also_train}.items():
+            if isinstance(pattern, str):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    yield f"run.lora.{key}: {pattern!r} is no regular expression ({error})."
+        if self.also_train is not None and not (isinstance(self.also_train, str) and self.also_train):
+            yield f"run.lora.also_train must be a regular expression of parameter names, got {self.also_train!r}."
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            yield f"run.lora.r must be a whole number >= 1, got {self.r!r}."
+        if not is_number(self.lora_alpha) or not self.lora_alpha > 0:
+            yield f"run.lora.lora_alpha must be a number > 0, got {self.lora_alpha!r}."
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            yield f"run.lora.lora_dropout must be a number >= 0 and < 1, got {self.lora_dropout!r}."
+        if not isinstance(self.use_rslora, bool):
+            yield f"run.lora.use_rslora must be true or false, got {self.use_rslora!r}."
+        if not (isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"):
+            yield (
+                f"run.lora.init_lora_weights must be true, false or gaussian, got {self.init_lora_weights!r}; peft's "
+                "others change the frozen weights, which a checkpoint leaves out."
+            )
+
+
+def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with ``run.lora``, one sentence each, without importing peft."""
+    given = run.get("lora")
+    if given is None:
+        return
+    if not isinstance(given, Mapping):
+        yield f"run.lora must be a mapping such as {{target_modules: [query, value]}}, got {given!r}."
+        return
+    known = [field.name for field in dataclasses.fields(Lora)]
+    for key in given:
+        if key in _REFUSED:
+            yield f"run.lora.{key} {_REFUSED[key]}."
+        elif key not in known:
+            yield f"run.lora.{key} is not a known key{did_you_mean(key, known)} Known: {', '.join(known)}."
+    try:
+        Lora(**{key: value for key, value in given.items() if key in known})
+    except ValueError as error:
+        yield str(error)
+
+
+def build_model(task: Any, cfg: Any) -> nn.Module:
+    """Build the model of a config as its task does; with ``run.lora``, add adapters to it.
+
+    Then ``model.finetuned`` may also be a checkpoint of a LoRA run with the same ``run.lora``: the model is built as
+    for that run, and the checkpoint loaded into its adapters. Random weights depend on that run's ``run.seed`` alone,
+    so that a model that was trained from no checkpoint is found again.
+
+    Args:
+        task: LAVIS's task.
+        cfg: LAVIS's config, or anything with its ``model_cfg`` and ``run_cfg``.
+
+    Raises:
+        ValueError: If ``run.lora`` does not fit the model or the checkpoint, or is missing for it.
+    """
+    path = _finetuned(cfg.model_cfg)
+    saved = read_lora_checkpoint(path) if path else None
+    if cfg.run_cfg.get("lora") is None:
+        if saved is not None:
+            raise ValueError(
+                f"model.finetuned: {path} holds LoRA adapters; set run.lora as in the run that trained them, "
+                f"{json.dumps(saved['config']['run']['lora'])}, or merge them: lavis-cir lora {path} --merge "
+                "--output FOLDER."
+            )
+        stock: nn.Module = task.build_model(cfg)
+        return stock
+    lora = Lora(**OmegaConf.to_container(cfg.run_cfg.lora, resolve=True))
+    seed = int(cfg.run_cfg.seed)
+    if saved is not None:
+        _check_settings(lora, saved, str(path))
+        first = _first_run(saved)
+        seed = int(first["run"].get("seed", seed))
+        base = _finetuned(first["model"])
+        below = OmegaConf.merge(cfg.model_cfg, {"load_finetuned": base is not None, "finetuned": base})
+        _warn_of_another_base(below, first["model"])
+        cfg = SimpleNamespace(model_cfg=below, run_cfg=cfg.run_cfg)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = task.build_model(cfg)
+        add_adapters(model, lora)
+    if saved is not None:
+        _load_adapters(model, saved["model"], str(path))
+    return model
+
+
+def add_adapters(model: nn.Module, lora: Lora) -> None:
+    """Put adapters into a model, in place, and freeze everything but them and ``also_train``.
+
+    Names and attributes of the model stay, except that the weight of an adapted module ``m`` moves to
+    ``m.base_layer``. Adapters are float32 whatever the frozen weights are. Code that reads ``m.weight`` instead of
+    calling ``m``, as LAVIS's EVA tower does, finds :math:`W + s B A` there.
+
+    Raises:
+        ValueError: If a pattern matches nothing or what cannot be adapted, or the model keeps adapters from training:
+            tied weights, momentum copies, activation checkpointing, dropout that the model holds in one mode.
+    """
+    targets = _targets(model, lora)
+    also = _also_trained(model, lora)
+    _refuse_unfit(model, targets)
+
+    from peft.mapping import inject_adapter_in_model
+    from peft.tuners.lora.config import LoraConfig
+
+    inject_adapter_in_model(LoraConfig(**lora.peft_fields()), model, _NAME)
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+    for _, layer in _adapted(model):
+        layer.__class__ = _with_merged_weight(layer.__class__)
+        layer.train(layer.get_base_layer().training)
+        for name, weight in layer.named_parameters():
+            if name.startswith("lora_"):
+                # peft makes them of the frozen weight's type, and half precision cannot be trained.
+                weight.data = weight.data.float()
+                weight.requires_grad_(True)
+    for weight in also:
+        weight.requires_grad_(True)
+    if lora.lora_dropout > 0:
+        _check_dropout(model)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    total = sum(weight.numel() for weight in model.parameters())
+    logging.info("LoRA on %d modules: %d of %d parameters are trained.", len(targets), trained, total)
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    r"""The two factors of an adapter, which act as :math:`W + s B A`.
+
+    Attributes:
+        a_name: Name of A among the model's parameters; ``(rank, in)``, or ``(rank, in, height, width)`` of a Conv2d. An
+            Embedding ``(rows, width)`` is stored transposed: its ``in`` are the rows.
+        b_name: Name of B; ``(out, rank)``, or ``(out, rank, 1, 1)`` of a Conv2d.
+        a: A.
+        b: B.
+        scaling: s.
+        merged_norm: Gives the Frobenius norm :math:`\lVert W + s B A \rVert` at the present weights, a scalar tensor
+            in float32 without gradient.
+    """
+
+    a_name: str
+    b_name: str
+    a: nn.Parameter
+    b: nn.Parameter
+    scaling: float
+    merged_norm: Callable[[], Tensor]
+
+
+def lora_pairs(model: nn.Module) -> list[LoraPair]:
+    """Return the active adapters of a model, in its order; empty, and without importing peft, if it has none."""
+    pairs = []
+    for name, layer in _adapted(model):
+        for adapter in layer.active_adapters:
+            if adapter in layer.scaling:
+                (a_name, a), (b_name, b) = (_factor(layer, letter, adapter) for letter in "AB")
+                norm = functools.partial(_merged_norm, layer)
+                pairs.append(
+                    LoraPair(f"{name}.{a_name}", f"{name}.{b_name}", a, b, float(layer.scaling[adapter]), norm)
+                )
+    return pairs
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dictionary of a model with its adapters merged, under the names that it had without them."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    for prefix, layer in _adapted(model):
+        for name in [name for name in state if name.startswith(f"{prefix}.base_layer.")]:
+            state[name.replace(f"{prefix}.base_layer.", f"{prefix}.", 1)] = state.pop(name)
+        state[f"{prefix}.weight"] = layer.weight.detach()
+    return state
+
+
+def write_peft_folder(model: nn.Module, lora: Lora, folder: Path) -> None:
+    ignored = [name for name, _ in _adapted(model) if _is_read(model, name)]
+    if ignored:
+        raise ValueError(
+            f"plain peft would ignore {len(ignored)} of the adapters (first: {ignored[0]}), because the model reads "
+            "these weights without calling their modules; export with --merge."
+        )
+    from safetensors.torch import save_file
+
+    frozen = {name for name, weight in model.named_parameters(remove_duplicate=False) if not weight.requires_grad}
+    # peft leaves the adapter's name out of a file, and loads any other tensor by its plain name.
+    tensors = {
+        "base_model.model." + re.sub(rf"(\.lora_\w+)\.{_NAME}\b", r"\1", name): tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in frozen
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": None, "inference_mode": True, "bias": "none", **lora.peft_fields()}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _targets(model: nn.Module, lora: Lora) -> list[str]:
+    """Return the names of the modules that get an adapter; refuse patterns that miss."""
+    modules = dict(model.named_modules())
+    adaptable = [name for name, module in modules.items() if isinstance(module, _ADAPTABLE)]
+    patterns = lora.target_modules
+    parts = () if isinstance(patterns, str) else patterns
+    missed = [part for part in parts if not any(_is_last_part(part, name) for name in modules)]
+    chosen = [name for name in modules if name and lora.matches(name)]
+    if missed or not chosen:
+        pattern = missed[0] if missed else str(patterns)
+        raise ValueError(
+            f"run.lora.target_modules: {pattern!r} matches no module of {type(model).__name__}; modules that can have "
+            f"adapters: {_nearest(pattern, adaptable)}."
+        )
+    unfit = [name for name in chosen if name not in adaptable]
+    if unfit:
+        kind = type(modules[unfit[0]]).__name__
+        raise ValueError(
+            f"run.lora.target_modules matches {len(unfit)} modules that can have no adapter (first: {unfit[0]}, a "
+            f"{kind}); it may match Linear, Conv2d and Embedding, such as {_nearest(unfit[0], adaptable)}."
+        )
+    return chosen
+
+
+def _also_trained(model: nn.Module, lora: Lora) -> list[nn.Parameter]:
+    """Return the parameters that ``also_train`` names; refuse half precision, which cannot be trained."""
+    if lora.also_train is None:
+        return []
+    chosen = {name: weight for name, weight in model.named_parameters() if re.search(lora.also_train, name)}
+    if not chosen:
+        names = [name for name, _ in model.named_parameters()]
+        raise ValueError(
+            f"run.lora.also_train: {lora.also_train!r} matches no parameter of {type(model).__name__}; nearest: "
+            f"{_nearest(lora.also_train, names)}."
+        )
+    half = [name for name, weight in chosen.items() if weight.dtype != torch.float32]
+    if half:
+        kind = str(chosen[half[0]].dtype)[6:]
+        raise ValueError(
+            f"run.lora.also_train matches {len(half)} parameters that are not float32 (first: {half[0]}, {kind}), "
+            "which cannot be trained; leave them out, or store the model in float32."
+        )
+    return list(chosen.values())
+
+
+def _refuse_unfit(model: nn.Module, targets: list[str]) -> None:
+    """Refuse what peft would do without a word and get wrong."""
+    if getattr(model, "model_pairs", None):
+        raise ValueError(
+            f"run.lora: {type(model).__name__} keeps momentum copies of its weights, paired one by one, which adapters "
+            "would break; choose a model without, or switch its distillation off where model.use_distill does."
+        )
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    for target in targets:
+        places = names[id(model.get_submodule(target).weight)]
+        if len(places) > 1:
+            raise ValueError(
+                f"run.lora.target_modules: the weight of {target} is tied ({' and '.join(places)} are one tensor), and "
+                "an adapter would part them; leave it out."
+            )
+    for prefix in recomputing_modules(model):
+        inside = [target for target in targets if target.startswith(prefix)]
+        if inside:
+            raise ValueError(
+                f"run.lora.target_modules: {inside[0]} is inside '{prefix.rstrip('.')}', which recomputes its "
+                "activations in the backward pass; its adapters could stay untrained without an error. Set "
+                "model.use_grad_checkpoint: false, or leave it out."
+            )
+
+
+def _check_dropout(model: nn.Module) -> None:
+    """Refuse dropout that would be always on or always off, such as in a tower that is held in evaluation."""
+    names = [name for name, _ in _adapted(model) if _is_read(model, name)]
+    modes = [(module, module.training) for module in model.modules()]
+    for mode in (True, False):
+        model.train(mode)
+        names += [name for name, layer in _adapted(model) if layer.lora_dropout[_NAME].training is not mode]
+    for module, mode in modes:
+        module.training = mode
+    if names:
+        raise ValueError(
+            f"run.lora.lora_dropout has no effect on {names[0]}, because the model holds it in one mode or reads its "
+            "weight without calling it; set run.lora.lora_dropout: 0, or leave it out of run.lora.target_modules."
+        )
+
+
+def _is_read(model: nn.Module, name: str) -> bool:
+    """Return whether a module's owner reads its weight instead of calling it."""
+    from lavis.models.eva_vit import Attention
+
+    owner, _, last = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return isinstance(module, nn.MultiheadAttention) or (isinstance(module, Attention) and last == "qkv")
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield name and peft layer of each adapted module."""
+    lora = sys.modules.get("peft.tuners.lora")  # where it was never imported, there is nothing to find
+    if lora is not None:
+        yield from ((name, module) for name, module in model.named_modules() if isinstance(module, lora.LoraLayer))
+
+
+@functools.cache
+def _with_merged_weight(layer_class: type) -> type:
+    namespace = {"weight": property(_merged_weight), "__module__": layer_class.__module__, "__doc__": None}
+    return type(layer_class.__name__, (layer_class,), namespace)
+
+
+def _merged_weight(layer: Any) -> Tensor:
+    """Return W + s B A in the type of W; the gradient reaches A and B."""
+    weight: Tensor = layer.get_base_layer().weight
+    if layer.merged or layer.disable_adapters:
+        return weight
+    merged: Tensor = weight.float()
+    for name in layer.active_adapters:
+        if name in layer.scaling:
+            merged = merged + layer.get_delta_weight(name).float()
+    return merged.to(weight.dtype)
+
+
+def _factor(layer: Any, letter: str, adapter: str) -> tuple[str, nn.Parameter]:
+    of_embedding = getattr(layer, f"lora_embedding_{letter}")
+    if adapter in of_embedding:
+        return f"lora_embedding_{letter}.{adapter}", of_embedding[adapter]
+    return f"lora_{letter}.{adapter}.weight", getattr(layer, f"lora_{letter}")[adapter].weight
+
+
+@torch.no_grad()
+def _merged_norm(layer: Any) -> Tensor:
+    norm: Tensor = _merged_weight(layer).float().norm()
+    return norm
+
+
+def _finetuned(model_cfg: Mapping[str, Any]) -> str | None:
+    # Where the key is missing, LAVIS's models load it.
+    return model_cfg.get("finetuned") or None if model_cfg.get("load_finetuned", True) else None
+
+
+def read_lora_checkpoint(path: str) -> dict[str, Any] | None:
+    """Return the content of a LAVIS checkpoint if it holds adapters; other files are for the model to read."""
+    if urlparse(path).scheme in ("http", "https"):
+        return None
+    try:
+        # Mapped, so that looking at the names of a large model costs nothing.
+        content = torch.load(Path(os.path.expanduser(path)), map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError):
+        return None
+    state = content.get("model") if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not any(".lora_" in str(name) for name in state):
+        return None
+    config = content.get("config")
+    if not isinstance(config, Mapping) or "model" not in config or not (config.get("run") or {}).get("lora"):
+        raise ValueError(
+            f"checkpoint {path} holds LoRA adapters without the run's config; use a file that the run wrote."
+        )
+    return dict(content)
+
+
+def _first_run(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of the run that added the adapters; later ones may have gone on from its checkpoint."""
+    path = _finetuned(saved["config"]["model"])
+    earlier = read_lora_checkpoint(path) if path else None
+    config: Mapping[str, Any] = saved["config"]
+    return config if earlier is None else _first_run(earlier)
+
+
+def _warn_of_another_base(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    """The frozen weights are not in the checkpoint, so nothing else would tell; a moved file may be the same one."""
+    for key in ("model_type", "pretrained", "vit_pretrained"):
+        if now.get(key) != then.get(key):
+            logging.warning("adapters were trained on model.%s: %s, now: %s", key, then.get(key), now.get(key))
+
+
+def _check_settings(lora: Lora, saved: Mapping[str, Any], path: str) -> None:
+    """The scaling is no tensor, so a checkpoint under another one would load and be wrong."""
+    theirs = Lora(**saved["config"]["run"]["lora"])
+    for field in dataclasses.fields(Lora):
+        here, there = getattr(lora, field.name), getattr(theirs, field.name)
+        if here != there and field.name not in _TRAINING_ONLY:
+            raise ValueError(
+                f"run.lora.{field.name}: {here!r} differs from {there!r}, with which model.finetuned: {path} was "
+                "trained; set it to that."
+            )
+
+
+def _load_adapters(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
+    weights = dict(model.named_parameters())
+    missing = [name for name, weight in weights.items() if weight.requires_grad and name not in state]
+    if missing:
+        raise ValueError(
+            f"checkpoint {path}: {len(missing)} trained tensors are missing (first: {missing[0]}); it belongs to "
+            "another run.lora or model."
+        )
+    load_strictly(model, state, path, may_lack=[name for name, weight in weights.items() if not weight.requires_grad])
+
+
+def checkpoint_of(run: Path) -> Path:
+    if run.is_file():
+        return run
+    for name in ("checkpoint_best.pth", "checkpoint_last.pth"):
+        if (run / name).is_file():
+            return run / name
+    raise FileNotFoundError(f"{run} is neither a checkpoint nor a folder with checkpoint_best.pth.")
+
+
+def _is_last_part(part: str, name: str) -> bool:
+    return name == part or name.endswith(f".{part}")
+
+
+def _nearest(pattern: str, names: list[str]) -> str:
+    """Return the names that look most like a pattern, else the first."""
+    words = [word for word in re.split(r"\W+", pattern) if word]
+    ends = {name.rpartition(".")[2] for name in names}
+    close = {end for word in words for end in difflib.get_close_matches(word, list(ends), n=2)}
+    alike = [name for name in names if name.rpartition(".")[2] in close or any(word in name for word in words)]
+    return ", ".join((alike or names)[:4])

@@ -1,0 +1,105 @@
+"""LAVIS's runners, freed from what they take for granted: a GPU, torchrun, and a process with one runner."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from lavis.common import logger as lavis_logger
+from lavis.common.registry import registry
+from lavis.datasets.datasets import dataloader_utils
+from lavis.runners import runner_base
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.core.model_parts import frozen_names
+from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
+
+
+class PortableRunner:
+    """Mix-in that goes before one of LAVIS's runners; it overrides no loop and changes no arithmetic.
+
+    * Trains and evaluates on a CPU, in one process or several.
+    * Several runners may live in one process.
+    * Order and augmentation of the training data follow from seed and epoch (:mod:`~lavis_cir_plugin.data_order`).
+    * The best checkpoint is read without unpickling objects and must match the trained tensors.
+    """
+
+    def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Any, job_id: str) -> None:
+        join_single_process(cfg.run_cfg.device)
+        for name in ("result_dir", "output_dir"):
+            registry.mapping["paths"].pop(name, None)
+        super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
+        if not self.cuda_enabled:
+            # LAVIS's tasks move evaluation batches to a GPU unless told otherwise, and its meters sum there.
+            task.evaluation = partial(task.evaluation, cuda_enabled=False)
+            lavis_logger.SmoothedValue.synchronize_between_processes = _synchronize_meter
+            # Its loader sleeps two seconds before each epoch for the sake of CUDA prefetching, and uses no other clock.
+            dataloader_utils.time = SimpleNamespace(sleep=lambda seconds: None)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model on its device, inside DistributedDataParallel in a distributed run."""
+        wrapped: nn.Module | None = self._wrapped_model
+        if wrapped is None:
+            wrapped = self._model = self._model.to(self.device)
+            if self.use_distributed:
+                devices = [self.config.run_cfg.gpu] if self.cuda_enabled else None
+                wrapped = DistributedDataParallel(self._model, device_ids=devices)
+            self._wrapped_model = wrapped
+        return wrapped
+
+    def create_loaders(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Return LAVIS's loaders, in an order that can be resumed; on a CPU without its prefetcher, a CUDA stream."""
+        seed = int(self.config.run_cfg.get("seed", 42))
+
+        def loader(dataset: Any, drop_last: bool = False, **options: Any) -> DataLoader[Any]:
+            if not drop_last:  # LAVIS's mark of training on data of known length
+                return DataLoader(dataset, **options)
+            del options["sampler"], options["shuffle"]
+            return training_loader(dataset, seed, drop_last=True, **options)
+
+        prefetcher = runner_base.PrefetchLoader if self.cuda_enabled else lambda loader: loader
+        names = {
+            "DataLoader": loader,
+            "PrefetchLoader": prefetcher,
+            "IterLoader": lambda loader, use_distributed: EpochLoader(loader),
+        }
+        with mock.patch.multiple(runner_base, **names):
+            return super().create_loaders(*args, **kwargs)
+
+    def evaluate(self, cur_epoch: Any = "best", skip_reload: bool = False) -> Any:
+        """Evaluate the test splits at the end: the best checkpoint, or without any validation the last weights."""
+        return super().evaluate(cur_epoch="best", skip_reload=skip_reload or not self.valid_splits)
+
+    def _reload_best_model(self, model: nn.Module) -> nn.Module:
+        path = os.path.join(self.output_dir, "checkpoint_best.pth")
+        if not os.path.isfile(path):
+            logging.warning("no epoch of this run had a validation metric above 0; the last weights are evaluated.")
+            return model
+        load_strictly(model, read_state(path), path, may_lack=frozen_names(model))
+        return model
+
+
+def _synchronize_meter(meter: lavis_logger.SmoothedValue) -> None:
+    """Sum a meter over processes on the CPU; LAVIS's own sums on a GPU."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    total = torch.tensor([meter.count, meter.total], dtype=torch.float64)
+    dist.all_reduce(total)
+    count, meter.total = total.tolist()
+    meter.count = int(count)
+
+
+def join_single_process(device: str) -> None:
+    """Open a process group of this process alone, unless one is open: LAVIS ends each epoch with a barrier."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,659 @@
+"""A training run that can be stopped anywhere, by anything, and goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from lavis.common.dist_utils import get_rank, get_world_size, is_main_process, main_process
+from torch import Tensor
+
+from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint, verify_checkpoint, write_checkpoint
+from lavis_cir_plugin.core.model_parts import frozen_names, momentum_copies
+from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
+from lavis_cir_plugin.data.resumable_loader import EpochLoader
+from lavis_cir_plugin.report.run_log import RunLog, progress
+from lavis_cir_plugin.training.portable_runner import PortableRunner
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may then resume one run
+    fcntl = None  # type: ignore[assignment]
+
+LAST, PREVIOUS = "checkpoint_last.pth", "checkpoint_previous.pth"
+_LOGS = ("log.txt", "steps.csv", "epochs.csv", "evaluate.txt")
+_FINISHED = {"run_finished": True}
+# A scaler skips a step that has overflowed, so one such loss is no reason to stop.
+_NOT_FINITE_WITH_SCALER = 20
+# Of the optimizer's groups: a resumed run takes these from its config, as it does the learning rate.
+_GROUP_KEYS = ("weight_decay", "eps", "betas")
+
+# The order of the data, hence the place to go on from, depends on these.
+_MUST_AGREE = ("seed", "batch_size_train", "accum_grad_iters", "iters_per_inner_epoch")
+_MAY_DIFFER = ("resume_ckpt_path", "output_dir", "num_workers", "log_freq", "save_every", "distributed", "rank", "gpu",
+               "world_size", "dist_url", "dist_backend", "device")  # fmt: skip
+
+
+class ResumableRunner(PortableRunner):
+    """Mix-in that goes before one of LAVIS's runners, epoch- or iteration-based; it copies no loop of theirs.
+
+    * ``checkpoint_last.pth`` is written after each epoch with its validation, and every ``run.save_every`` batches.
+      It holds weights, optimizer, scaler, left-over gradients, the random state of every process, the place in the
+      data, the best metric so far, and how long the logs were.
+    * A checkpoint is written beside its place and then moved there; the one before stays as
+      ``checkpoint_previous.pth`` and is used where the last one turns out to be damaged.
+    * A run resumed from such a checkpoint goes on in its own folder and ends with the same weights, metrics and logs,
+      bit for bit on a CPU. Other checkpoints of LAVIS start a new folder with their weights, optimizer and epoch.
+    * ``steps.csv``, ``epochs.csv`` and TensorBoard's files are written beside LAVIS's ``log.txt``.
+    """
+
+    RUN_KEYS: tuple[str, ...] = ("save_every",)
+
+    @staticmethod
+    def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what is wrong with ``run.save_every``, in one sentence."""
+        every = run.get("save_every")
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            yield f"run.save_every must be a whole number of batches >= 1, or null, got {every!r}."
+
+    def __init__(self, cfg: Any, task: Any, model: Any, datasets: Any, job_id: str) -> None:
+        super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
+        self.best: dict[str, Any] = {"epoch": 0, "metric": 0.0}
+        self._resumed: dict[str, Any] | None = None  # until the first batch
+        self._continues = False
+        self._validation_metric = 0.0
+        self._has_trained = False
+        self._run_log: RunLog | None = None  # on the main process
+        self._train_means: dict[str, float] = {}  # of the last epoch
+        self._epoch = 0  # of the part that was trained last, and the batches done since the run began
+        self._batches_done = 0
+        self._next_place = 0  # where the run goes on once that part is done
+
+    # What differs between LAVIS's two loops: the unit that is counted, and where a resumed run begins.
+
+    @property
+    def _counts_iterations(self) -> bool:
+        return hasattr(self, "iters_per_inner_epoch")
+
+    @property
+    def _begin(self) -> int:
+        return self.start_iters if self._counts_iterations else self.start_epoch
+
+    @property
+    def _end(self) -> int:
+        return self.max_iters if self._counts_iterations else self.max_epoch
+
+    def _start_at(self, place: int) -> None:
+        setattr(self, "start_iters" if self._counts_iterations else "start_epoch", place)
+
+    @property
+    def resume_ckpt_path(self) -> None:
+        """Nothing is left to do for LAVIS's loop: :meth:`train` has resumed before it begins."""
+
+    def train(self) -> None:
+        """Run LAVIS's loop, from where the checkpoint named by ``run.resume_ckpt_path`` stopped.
+
+        Raises:
+            ValueError: If there is not a single batch, which LAVIS would only notice in a division by zero, or if the
+                checkpoint does not fit this run.
+        """
+        if not self.evaluate_only and any(len(loader) == 0 for loader in self._epoch_loaders()):
+            raise ValueError(
+                f"the training data gives no batch of run.batch_size_train: {self.config.run_cfg.batch_size_train} in "
+                "each process (LAVIS drops an incomplete one); choose a smaller batch."
+            )
+        if self._counts_iterations and self.max_iters % self.iters_per_inner_epoch:
+            logging.warning(
+                "run.max_iters: %d is no multiple of run.iters_per_inner_epoch: %d; LAVIS trains inner epochs whole, "
+                "%d batches in all",
+                self.max_iters,
+                self.iters_per_inner_epoch,
+                math.ceil(self.max_iters / self.iters_per_inner_epoch) * self.iters_per_inner_epoch,
+            )
+        is_writing = is_main_process() and not self.evaluate_only
+        with lock_run(Path(self.output_dir)) if is_writing else nullcontext():
+            self._train()
+
+    def _train(self) -> None:
+        path = self.config.run_cfg.get("resume_ckpt_path")
+        if path is not None and not self.evaluate_only:
+            self._load_checkpoint(path)
+        if self._resumed is not None and self._begin >= self._end:
+            set_random_state(self._own(self._resumed)["random_state"], self.device)
+            self.evaluate()
+        else:
+            super().train()
+        self._append_to_log(_FINISHED)
+        if self._run_log is not None:
+            self._run_log.close()
+
+    def train_epoch(self, epoch: int) -> dict[str, Any]:
+        """Train one epoch of LAVIS's loop, or what is left of it."""
+        return self._part("train_epoch", epoch, len(self.train_loader), partial(super().train_epoch, epoch))
+
+    def train_iters(self, epoch: int, start_iters: int) -> dict[str, Any]:
+        """Train one inner epoch of LAVIS's iteration-based loop, or what is left of it."""
+        total = self.iters_per_inner_epoch
+        return self._part("train_iters", start_iters, total, partial(super().train_iters, epoch, start_iters))
+
+    def training_model(self, model: Any, scaler: Any) -> Callable[[dict[str, Any]], Any]:
+        """Return what LAVIS's loop calls as the model; a runner that changes the training step overrides it."""
+        return model
+
+    def evaluate(self, cur_epoch: Any = "best", skip_reload: bool = False) -> Any:
+        """Save what was trained, then evaluate as :class:`PortableRunner` does."""
+        if self._has_trained:
+            self._save_last(self._next_place, 0, {})
+        return super().evaluate(cur_epoch, skip_reload)
+
+    def eval_epoch(self, split_name: str, cur_epoch: Any, skip_reload: bool = False) -> Any:
+        """Evaluate a split and keep the metric that decides about the best checkpoint."""
+        result = super().eval_epoch(split_name, cur_epoch, skip_reload)
+        if split_name == "val" and isinstance(result, Mapping):
+            self._validation_metric = float(result.get("agg_metrics", 0.0))
+        return result
+
+    def log_stats(self, stats: Any, split_name: str) -> None:
+        """Log as LAVIS does, and to CSV and TensorBoard."""
+        for key in ("best_epoch", "best_iters"):
+            if isinstance(stats, dict) and key in stats:
+                stats[key] = self.best["epoch"]
+        super().log_stats(stats, split_name)
+        if self._run_log is not None and isinstance(stats, dict):
+            values = {key: value for key, value in stats.items() if not key.startswith("best_")}
+            if split_name == "train":
+                values.update(self._train_means)  # LAVIS's have three decimals, which leaves nothing of a learning rate
+            self._run_log.log_epoch(max(self._batches_done - 1, 0), self._epoch, split_name, values)
+
+    def log_config(self) -> None:
+        """Log the config at the start of a run, not again where it goes on."""
+        if not self._continues:
+            super().log_config()
+
+    # Training, interrupted or not.
+
+    def _part(self, name: str, place: int, total: int, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Run LAVIS's ``name``, from ``place`` on, for ``total`` batches less those that were done before a resume."""
+        resumed, self._resumed = self._resumed, None
+        part = _EpochInParts(self, place, total, resumed)
+        self._epoch, self._batches_done = part.epoch, part.first + part.done
+        if self._run_log is None and is_main_process():
+            self._run_log = RunLog(Path(self.output_dir), first_step=self._batches_done)
+        if resumed is None and place != self._begin:
+            self._save_last(place, 0, {})
+        self._has_trained = True
+        self._next_place = place + (total if self._counts_iterations else 1)
+        stock = getattr(self.task, name)
+        setattr(self.task, name, lambda **arguments: stock(**part.arguments(arguments)))
+        try:
+            stats = run()
+            part.finish()
+            self._train_means = part.means
+        finally:
+            delattr(self.task, name)
+            part.bar.close()
+        return {**stats, **part.stats()} if part.skipped or part.has_outputs else stats
+
+    def _own(self, resumed: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a checkpoint holds of this process alone."""
+        own: dict[str, Any] = resumed["processes"][get_rank()]
+        return own
+
+    def _epoch_loaders(self) -> list[EpochLoader]:
+        # Streams (webdataset) have no place to go back to and start anew.
+        loaders = getattr(self.train_loader, "loaders", [self.train_loader])
+        return [loader for loader in loaders if isinstance(loader, EpochLoader)]
+
+    # Checkpoints.
+
+    @main_process
+    def _save_checkpoint(self, cur_epoch: Any, is_best: bool = False) -> None:
+        """Save as LAVIS does, but whole or not at all, and the best only where it beats that of before a resume."""
+        if self.evaluate_only:
+            return  # LAVIS's loop would save what it has only evaluated
+        if is_best:
+            if self._validation_metric <= self.best["metric"]:
+                return
+            self.best = {"epoch": cur_epoch, "metric": self._validation_metric}
+        self._write(self._checkpoint(cur_epoch), f"checkpoint_{'best' if is_best else cur_epoch}.pth")
+
+    def _save_last(self, place: int, batches: int, meters: dict[str, tuple[int, float]]) -> None:
+        """Write ``checkpoint_last.pth``: ``batches`` of the part that begins at ``place`` are done."""
+        own = {"random_state": get_random_state(self.device), "meters": meters}
+        processes: list[Any] = [own]
+        if get_world_size() > 1:
+            processes = [None] * get_world_size()
+            dist.all_gather_object(processes, own)
+        if not is_main_process():
+            return
+        weights = self.unwrap_dist_model(self.model).named_parameters()
+        folder = Path(self.output_dir)
+        progress = {
+            "place": place,
+            "batches": batches,
+            "taken": [loader.taken for loader in self._epoch_loaders()],
+            "lengths": [len(loader) for loader in self._epoch_loaders()],
+            "processes": processes,
+            "gradients": {name: weight.grad for name, weight in weights if weight.grad is not None},
+            "best": self.best,
+            "logs": {name: (folder / name).stat().st_size for name in _LOGS if (folder / name).is_file()},
+        }
+        # In LAVIS's counts, for its own runners: iterations done, or the last epoch done.
+        done = place if self._counts_iterations else place - 1
+        self._write({**self._checkpoint(done), "progress": progress}, LAST, PREVIOUS)
+
+    def _checkpoint(self, done: Any) -> dict[str, Any]:
+        """Return what LAVIS's checkpoints hold; frozen weights are left out, unless training moves them."""
+        model = self.unwrap_dist_model(self.model)
+        left_out = set(frozen_names(model)) - set(momentum_copies(model))
+        return {
+            "model": {name: tensor for name, tensor in model.state_dict().items() if name not in left_out},
+            "optimizer": self.optimizer.state_dict(),
+            "config": self.config.to_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "iters" if self._counts_iterations else "epoch": done,
+        }
+
+    def _write(self, content: dict[str, Any], name: str, previous: str | None = None) -> None:
+        folder = Path(self.output_dir)
+        try:
+            write_checkpoint(content, folder, name, previous)
+        except (OSError, RuntimeError) as error:
+            # torch's own writer reports a failed write as a RuntimeError; any other one is no matter of space.
+            if isinstance(error, RuntimeError) and Path(_origin(error)).name != "serialization.py":
+                raise
+            reason = getattr(error, "strerror", None) or "the file could not be finished"
+            raise OSError(
+                f"no checkpoint could be written to {folder} ({reason}). Earlier checkpoints there are untouched; free "
+                "some space or set run.output_dir to another disk."
+            ) from error
+        logging.info("checkpoint complete: %s", folder / name)
+
+    def _load_checkpoint(self, path: str) -> None:
+        """Resume from ``checkpoint_last.pth``, or from a checkpoint of LAVIS's; frozen tensors may be left out."""
+        saved = read_checkpoint(path)
+        missing = {"model", "optimizer"} - set(saved)
+        if missing:
+            raise ValueError(
+                f"run.resume_ckpt_path: {path} holds no {' and no '.join(sorted(missing))}, so it is no "
+                "checkpoint of a LAVIS run; to start from its weights set model.finetuned and model.load_finetuned."
+            )
+        counts = "iters" if self._counts_iterations else "epoch"
+        if counts not in saved:
+            raise ValueError(
+                f"run.resume_ckpt_path: {path} counts no {counts}, so it was written by another kind of "
+                f"runner than run.runner: {self.config.run_cfg.get('runner')}; choose that runner."
+            )
+        model = self.unwrap_dist_model(self.model)
+        load_strictly(model, saved["model"], path, may_lack=frozen_names(model))
+        self._check_optimizer(saved["optimizer"], path)
+        asked = [{key: group[key] for key in _GROUP_KEYS if key in group} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, asked):
+            group.update(own)
+        if self.scaler and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        if "progress" in saved:
+            self._continue(saved, path)
+            return
+        # LAVIS counts the last epoch done, and in its other runner the iterations done.
+        self._start_at(saved[counts] + (0 if self._counts_iterations else 1))
+        if self._begin >= self._end:
+            raise ValueError(
+                f"run.resume_ckpt_path: {path} was written after {counts} {saved[counts]} (counted from "
+                f"0), so nothing is left of run.max_{counts}: {self._end}; choose a larger one."
+            )
+
+    def _check_optimizer(self, saved: Mapping[str, Any], path: str) -> None:
+        """Refuse the state of an optimizer that trained other weights, which torch finds by counting them, too."""
+        before, now = (
+            [len(group["params"]) for group in groups]
+            for groups in (saved["param_groups"], self.optimizer.param_groups)
+        )
+        if before != now:
+            raise ValueError(
+                f"run.resume_ckpt_path: {path} was written by a run that trained {sum(before)} weights and biases, and "
+                f"this one trains {sum(now)}; set back what decides about that (model, run.lora, run.dpo.anchor), or "
+                "start a new run from these weights (model.finetuned)."
+            )
+
+    def _continue(self, saved: Mapping[str, Any], path: str) -> None:
+        """Restore everything besides the weights and the optimizer, and cut the logs back to that moment."""
+        state = saved["progress"]
+        if len(state["processes"]) != get_world_size():
+            raise ValueError(
+                f"run.resume_ckpt_path: {path} was written by {len(state['processes'])} processes and this run has "
+                f"{get_world_size()}; start as many (torchrun --nproc_per_node)."
+            )
+        for key, before, now in _differences(saved["config"].get("run", {}), self.config.to_dict().get("run", {})):
+            if key in _MUST_AGREE:
+                raise ValueError(
+                    f"run.{key}: {now!r} differs from {before!r} in {path}, and the order of the data follows from it; "
+                    "set it back, or start a new run from these weights (model.finetuned)."
+                )
+            logging.warning("run.%s is %r now and was %r when %s was written", key, now, before, path)
+        for section in ("model", "datasets"):
+            if saved["config"].get(section) != self.config.to_dict().get(section):
+                logging.warning("section %s differs from that of %s", section, path)
+        loaders = self._epoch_loaders()
+        if state["lengths"] != [len(loader) for loader in loaders]:
+            raise ValueError(
+                f"run.resume_ckpt_path: {path} was written with {state['lengths']} training batches an epoch and there "
+                f"are {[len(loader) for loader in loaders]} now; restore the data, or start a new run from these "
+                "weights (model.finetuned)."
+            )
+        for loader, taken in zip(loaders, state["taken"]):
+            loader.seek(taken)
+        if not loaders:
+            logging.warning("the training data is a stream, which begins anew")
+        weights = dict(self.unwrap_dist_model(self.model).named_parameters())
+        for name, gradient in state["gradients"].items():
+            weights[name].grad = gradient.to(weights[name].device)
+        self._start_at(state["place"])
+        self._resumed = state
+        folder = Path(self.output_dir)
+        self._continues = folder.resolve() == Path(path).resolve().parent
+        if not self._continues:
+            logging.warning("%s is another run's; this one begins a folder and a best epoch of its own", path)
+            return
+        self.best = dict(state["best"])
+        if is_main_process():
+            for log in (folder / name for name in _LOGS):
+                if log.is_file():  # one that the checkpoint does not know is younger
+                    os.truncate(log, state["logs"].get(log.name, 0))
+            if Path(path).name == PREVIOUS:  # the last one is damaged, and would become the previous one
+                (folder / LAST).unlink(missing_ok=True)
+        logging.info("resumed from %s: %s batches after %s", path, state["batches"], state["place"])
+
+    def _append_to_log(self, record: Mapping[str, Any]) -> None:
+        if is_main_process() and not self.evaluate_only:
+            with open(os.path.join(self.output_dir, "log.txt"), "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+class _EpochInParts:
+    """What stands between LAVIS's loop and the run for one epoch (or inner epoch): it counts, logs and saves.
+
+    LAVIS's loop always counts its batches from 0. After a resume in mid-epoch it is given the rest of them, a schedule
+    that counts on from there, and a model that tells the batch its true number.
+    """
+
+    def __init__(self, runner: ResumableRunner, place: int, total: int, resumed: Mapping[str, Any] | None) -> None:
+        self.runner = runner
+        self.place = place
+        self.total = total
+        self.skipped = resumed["batches"] if resumed is not None else 0
+        self.done = self.skipped
+        self.epoch = place // total if runner._counts_iterations else place
+        self.first = self.epoch * total  # batches of the run before this part
+        self.bar = progress((), total, self.skipped, f"epoch {self.epoch}")
+        self.random_state = None
+        self.meters = {"lr": (0, 0.0), "loss": (0, 0.0)}
+        if resumed is not None:
+            own = runner._own(resumed)
+            self.random_state = own["random_state"]
+            self.meters.update({name: tuple(meter) for name, meter in own["meters"].items()})
+        self.loss: Tensor | None = None
+        self.outputs: dict[str, Tensor] = {}  # what else the model returned as numbers
+        self.not_finite = 0  # losses in a row
+
+    def arguments(self, stock: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what LAVIS's loop gets in place of the runner's own arguments."""
+        own = dict(stock)
+        rest = self.total - self.skipped
+        self.optimizer = stock["optimizer"]
+        self.loader = stock["data_loader"]
+        self.model = self.runner.training_model(stock["model"], stock.get("scaler"))
+        if "start_iters" in stock:
+            own.update(iters_per_inner_epoch=rest, start_iters=self.epoch * rest)  # LAVIS divides one by the other
+        if not self.bar.disable:
+            own["log_freq"] = self.total + 1  # LAVIS's lines would break the bar
+        if self.random_state is not None:
+            set_random_state(self.random_state, self.runner.device)
+        own.update(data_loader=_Batches(self, rest), model=_Model(self), lr_scheduler=_Schedule(self, stock))
+        return own
+
+    def before_batch(self) -> None:
+        """Finish the batch before: log it, and save where it is time."""
+        if self.loss is None:
+            self._measure()
+            return
+        self._finish_batch(self.loss)
+        every, accumulated = self.runner.config.run_cfg.get("save_every"), self.runner.accum_grad_iters
+        if every and self.done % every == 0 and self.done % accumulated == 0:
+            self.runner._save_last(self.place, self.done, self.meters)
+        self._measure()
+
+    def finish(self) -> None:
+        """Finish the last batch.
+
+        Raises:
+            ValueError: If the task has not trained by calling the model it was given, so that nothing was perturbed.
+        """
+        if self.loss is not None:
+            self._finish_batch(self.loss)
+        if self.done != self.total:
+            raise ValueError(
+                f"run.task: {self.runner.config.run_cfg.get('task')} called its model for {self.done} of {self.total} "
+                "training batches; this runner works with tasks whose train_step calls model(samples)."
+            )
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether the model returned numbers besides the loss, which LAVIS's loop drops."""
+        return len(self.meters) > 2
+
+    def stats(self) -> dict[str, str]:
+        """Return the averages in LAVIS's format."""
+        decimals = {"lr": 3, "loss": 3}
+        return {name: f"{mean:.{decimals.get(name, 5)}f}" for name, mean in self.means.items()}
+
+    @cached_property
+    def means(self) -> dict[str, float]:
+        """LAVIS's averages over the whole epoch and all processes, once all its batches are done."""
+        sums = torch.tensor(list(self.meters.values()), dtype=torch.float64, device=self.runner.device)
+        if get_world_size() > 1:
+            dist.all_reduce(sums)
+        return {name: total / count for name, (count, total) in zip(self.meters, sums.tolist()) if count}
+
+    def _finish_batch(self, loss: Tensor) -> None:
+        numbers = torch.stack([loss.float(), *(value.float() for value in self.outputs.values())]).tolist()
+        values = {"lr": self.optimizer.param_groups[0]["lr"], "loss": numbers[0]}
+        self.not_finite = 0 if math.isfinite(values["loss"]) else self.not_finite + 1
+        if self.not_finite > (_NOT_FINITE_WITH_SCALER if self.runner.scaler else 0):
+            raise ValueError(
+                f"the training loss is {values['loss']} in epoch {self.epoch}, batch {self.done}; lower run.init_lr, "
+                f"or set run.amp: false. {LAST} in {self.runner.output_dir} is from before."
+            )
+        for name, value in {**values, **dict(zip(self.outputs, numbers[1:]))}.items():
+            count, total = self.meters.get(name, (0, 0.0))
+            # Shares of an empty part of a batch are nan; a loss that is not finite belongs in the average.
+            is_counted = name in values or math.isfinite(value)
+            self.meters[name] = (count + 1, total + value) if is_counted else (count, total)
+        if self.runner._run_log is not None:
+            measured = getattr(self.optimizer, "measured", {})
+            self.runner._run_log.log_step(self.first + self.done, self.epoch, {**values, **measured})
+        self.loss = None
+        self.done += 1
+        self.runner._batches_done = self.first + self.done
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+
+    def _measure(self) -> None:
+        """Tell the optimizer whether the next batch is one of which it measures more than loss and rate."""
+        if hasattr(self.optimizer, "is_measuring"):
+            self.optimizer.is_measuring = self.done % self.runner.log_freq == 0
+            self.optimizer.measured = {}
+            if self.done == self.skipped:
+                self.optimizer.drop_measurement()  # of gradients left over, which no checkpoint holds
+
+
+class _Batches:
+    def __init__(self, part: _EpochInParts, rest: int) -> None:
+        self.part = part
+        self.rest = rest
+
+    def __len__(self) -> int:
+        return self.rest
+
+    def __iter__(self) -> _Batches:
+        return self
+
+    def __next__(self) -> Any:
+        self.part.before_batch()
+        return next(self.part.loader)
+
+    def renew(self) -> None:
+        """Let the loader's workers see the data sets as they are now; the order stays."""
+        for loader in self.part.runner._epoch_loaders():
+            loader.seek(loader.taken)
+
+
+class _Model:
+    def __init__(self, part: _EpochInParts) -> None:
+        self.part = part
+
+    def __call__(self, samples: dict[str, Any]) -> Any:
+        part = self.part
+        if part.skipped:
+            samples["iters"] += part.skipped
+            samples["num_iters_per_epoch"] = part.total
+        output = part.model(samples)
+        part.loss = output["loss"].detach()
+        items = output.items() if isinstance(output, Mapping) else ()
+        part.outputs = {
+            name: value.detach()
+            for name, value in items
+            if name != "loss" and isinstance(value, Tensor) and value.dim() == 0
+        }
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.part.model, name)
+
+
+class _Schedule:
+    def __init__(self, part: _EpochInParts, stock: Mapping[str, Any]) -> None:
+        self.part = part
+        self.schedule = stock["lr_scheduler"]
+
+    def step(self, cur_epoch: int, cur_step: int) -> None:
+        self.schedule.step(cur_epoch=cur_epoch, cur_step=cur_step + self.part.skipped)
+
+
+def resumable(runner: type) -> type:
+    """Return a runner class of LAVIS with :class:`ResumableRunner` before it, or the class itself if it is one."""
+    if issubclass(runner, ResumableRunner):
+        return runner
+    attributes = {"__module__": runner.__module__, "__doc__": runner.__doc__}
+    return type(runner.__name__, (ResumableRunner, runner), attributes)
+
+
+def find_checkpoint(asked: str | None, output_dir: str, config: Mapping[str, Any]) -> Path | None:
+    """Return the checkpoint that ``run.resume_ckpt_path`` means, checked byte for byte.
+
+    Args:
+        asked: A checkpoint; a run's folder, for its last one; ``auto``, for the newest unfinished run of the same
+            config below ``output_dir``; or None.
+        output_dir: Of all runs of the project.
+        config: Of this run, as LAVIS logs it.
+
+    Returns:
+        None to start anew: nothing was asked for, or ``auto`` has nothing to go on from. Of a damaged last checkpoint
+        the one before.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or no checkpoint in the folder.
+        ValueError: If every checkpoint there is damaged.
+    """
+    if asked is None:
+        return None
+    if asked != "auto":
+        path = Path(os.path.expanduser(asked)).absolute()
+        if path.is_dir():
+            return _last_whole(path)
+        return _last_whole(path.parent) if path.name == LAST else path
+    for log in sorted(Path(output_dir).glob("*/log.txt"), key=os.path.getmtime, reverse=True):
+        has_checkpoint = any((log.parent / name).is_file() for name in (LAST, PREVIOUS))
+        if has_checkpoint and _is_unfinished(log, config) and not _is_running(log.parent):
+            return _last_whole(log.parent)
+    return None
+
+
+def lock_run(folder: Path) -> TextIO:
+    """Mark a run's folder as in use until the returned file is closed or the process ends, however it ends.
+
+    Raises:
+        ValueError: If another process trains there.
+    """
+    log = open(folder / "log.txt", "a")  # noqa: SIM115 (open as long as the run)
+    if fcntl is not None:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            log.close()
+            raise ValueError(
+                f"run.resume_ckpt_path: the run in {folder} is still going on in another process; wait for its end."
+            ) from None
+    return log
+
+
+def _is_running(folder: Path) -> bool:
+    try:
+        lock_run(folder).close()
+    except ValueError:
+        return True
+    return False
+
+
+def _is_unfinished(log: Path, config: Mapping[str, Any]) -> bool:
+    text = log.read_text(encoding="utf-8")
+    try:
+        logged, _ = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        return False
+    differs = [
+        *_differences(logged.get("run", {}), config.get("run", {})),
+        *(name for name in ("model", "datasets") if logged.get(name) != config.get(name)),
+    ]
+    return not differs and json.dumps(_FINISHED) not in text
+
+
+def _last_whole(folder: Path) -> Path:
+    damaged = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.is_file():
+            continue
+        try:
+            verify_checkpoint(path)
+        except ValueError as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            logging.warning("%s The one before it, %s, is used.", " ".join(damaged), path.name)
+        return path
+    if damaged:
+        raise ValueError(f"run.resume_ckpt_path: no checkpoint in {folder} is whole: {' '.join(damaged)}")
+    raise FileNotFoundError(
+        f"run.resume_ckpt_path: {folder} holds no {LAST}; a run writes it after its first epoch, or sooner with "
+        "run.save_every. Leave run.resume_ckpt_path out to start anew."
+    )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    keys = [key for key in {**before, **now} if key not in _MAY_DIFFER]
+    return [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
+
+
+def _origin(error: BaseException) -> str:
+    return traceback.extract_tb(error.__traceback__)[-1].filename

@@ -1,0 +1,535 @@
+"""The feature cache: same numbers as without it, never computed twice, never wrong, whatever happened to its files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import pickle
+import resource
+import shutil
+import signal
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lavis_cir_plugin import PROJECTS
+from lavis_cir_plugin.benchmarks.images import open_rgb
+from lavis_cir_plugin.data.feature_cache import FeatureCache, check_tower, fingerprint
+from lavis_cir_plugin.garments import GarmentsConfig, make_garments
+from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
+from lavis_cir_plugin.processors import TargetPadProcessor
+from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask
+from lavis_cir_plugin.training import launcher
+from lavis_cir_plugin.training.config import ConfigError
+
+ROW_BYTES = 2 * 3 * 4
+
+
+class Stub(nn.Module):
+    """Rows (2, 3) of pictures (3, 8, 8); remembers how many pictures each call had."""
+
+    def __init__(self, stop_at=-1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.image_tower = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 6), nn.LayerNorm(6)).requires_grad_(False)
+        self.calls = []
+        self.stop_at = stop_at
+
+    def image_features(self, images):
+        if len(self.calls) == self.stop_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.calls.append(len(images))
+        return self.image_tower(images).unflatten(1, (2, 3))
+
+
+def draw(folder, count=7):
+    folder.mkdir(exist_ok=True)
+    generator = np.random.default_rng(0)
+    paths = [folder / f"{index}.png" for index in range(count)]
+    for path in paths:
+        Image.fromarray(generator.integers(0, 256, (10, 9, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return draw(tmp_path / "images")
+
+
+def filled(root, paths, model=None, batch_size=2, transform=None, **options):
+    """Return a new cache, as the next run would open it, and the pictures of each call of its tower."""
+    model = model or Stub()
+    cache = FeatureCache(root, model, transform or TargetPadProcessor(8))
+    cache.fill(model, paths, batch_size=batch_size, **options)
+    assert_right(cache, paths, model, transform)
+    return cache, model.calls
+
+
+def assert_right(cache, paths, model, transform=None):
+    """Compare every row with the tower's output for that picture alone."""
+    transform = transform or TargetPadProcessor(8)
+    for path in paths:
+        alone = model.image_tower(transform(open_rgb(path))[None])[0].view(2, 3)
+        torch.testing.assert_close(cache[path], alone, atol=1e-6, rtol=1e-5)
+
+
+def the(folder, suffix):
+    (found,) = folder.glob(f"*{suffix}")
+    return found
+
+
+# --- what is computed --------------------------------------------------------------------------------------------
+
+
+def test_each_picture_is_computed_once_for_ever(tmp_path, paths):
+    """One call for the shape of a row, then ceil(7 / 2) batches; the next run calls nothing."""
+    _, calls = filled(tmp_path / "c", paths)
+    assert calls == [1, 2, 2, 2, 1]
+    assert filled(tmp_path / "c", paths)[1] == []
+    assert filled(tmp_path / "c", paths[3:5])[1] == []
+
+
+def test_pictures_of_equal_content_are_computed_once(tmp_path, paths):
+    twin = tmp_path / "elsewhere.png"
+    shutil.copy(paths[0], twin)
+    assert sum(filled(tmp_path / "c", [*paths, twin, paths[1]])[1][1:]) == len(paths)
+
+
+def test_more_pictures_are_added(tmp_path, paths):
+    filled(tmp_path / "c", paths[:4])
+    assert filled(tmp_path / "c", paths)[1] == [2, 1]
+
+
+def test_a_changed_picture_is_computed_again_and_an_untouched_one_not_even_read(tmp_path, paths):
+    """Same size and time stamp pass for the same file, as in make or git; any other stamp makes it be read."""
+    filled(tmp_path / "c", paths)
+    before = paths[0].stat()
+    Image.new("RGB", (10, 9), "red").save(paths[1], format="png")
+    assert filled(tmp_path / "c", paths)[1] == [1]
+    paths[0].write_bytes(b"x" * before.st_size)  # no picture any more: to read it would be an error
+    os.utime(paths[0], ns=(before.st_atime_ns, before.st_mtime_ns))
+    cache = FeatureCache(tmp_path / "c", Stub(), TargetPadProcessor(8))
+    cache.fill(Stub(), paths)
+    os.utime(paths[0])
+    with pytest.raises(ValueError, match=r"0\.png cannot be read as an image"):
+        cache.fill(Stub(), paths)
+
+
+def change_weight(model):
+    model.image_tower[1].weight[0, 0] += 1e-6
+
+
+def change_dtype(model):
+    model.image_tower.double()
+
+
+def change_setting(model):
+    model.image_tower[2].eps = 1e-3
+
+
+def change_class(model):
+    model.image_tower[0].__class__ = type("Flatten", (nn.Flatten,), {})
+
+
+@pytest.mark.parametrize("change", [change_weight, change_dtype, change_setting, change_class])
+def test_another_tower_has_another_folder(tmp_path, change):
+    model = Stub()
+    keys = [FeatureCache(tmp_path, model, TargetPadProcessor(8)).folder]
+    change(model)
+    keys.append(FeatureCache(tmp_path, model, TargetPadProcessor(8)).folder)
+    assert keys[0] != keys[1]
+
+
+def test_another_transform_has_another_folder_and_both_stay(tmp_path, paths):
+    wide = TargetPadProcessor(8, target_ratio=1.0)
+    assert sum(filled(tmp_path / "c", paths)[1][1:]) == 7
+    assert sum(filled(tmp_path / "c", paths, transform=wide)[1][1:]) == 7
+    assert filled(tmp_path / "c", paths)[1] == filled(tmp_path / "c", paths, transform=wide)[1] == []
+
+
+def test_fingerprints_tell_apart_what_computes_differently():
+    def scaled(factor):
+        return lambda x: x * factor
+
+    different = [
+        [[1], 2], [[1, 2]], [1.0], (1,), {"a": 1}, {"b": 1}, {1, 2}, "a", b"a", None, len, torch.float16,
+        torch.zeros(2), torch.zeros(2, 1), torch.zeros(2).half(), np.zeros(2), scaled(1), scaled(2), lambda x: x + 1,
+        TargetPadProcessor, TargetPadProcessor(8), TargetPadProcessor(9), nn.Linear(2, 2), nn.Dropout(0.1),
+        nn.Dropout(0.2),
+    ]  # fmt: skip
+    assert len({fingerprint(thing) for thing in different}) == len(different)
+    assert fingerprint(scaled(1)) == fingerprint(scaled(1))
+
+
+def test_what_does_not_change_the_output_keeps_the_fingerprint():
+    tower = Stub().image_tower
+    expected = fingerprint(Stub().image_tower)
+    tower.train().requires_grad_(True).register_forward_hook(lambda *_: None)
+    tower[1].weight.grad = torch.ones_like(tower[1].weight)
+    assert fingerprint(tower) == expected
+    knot = [1]
+    knot.append(knot)
+    assert fingerprint(knot) == fingerprint(knot)  # and it ends
+
+
+def test_filling_draws_no_random_number_and_leaves_the_model_in_training(tmp_path, paths):
+    model = Stub().train()
+    state = torch.get_rng_state()
+    filled(tmp_path / "c", paths, model, num_workers=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+
+
+def test_workers_and_copies_read_the_same_rows_without_carrying_the_files(tmp_path, paths):
+    cache, _ = filled(tmp_path / "c", paths)
+    rows = torch.stack([cache[path] for path in paths])
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(paths)
+
+        def __getitem__(self, index):
+            return cache[paths[index]]
+
+    assert torch.equal(torch.cat(list(DataLoader(Rows(), 3, num_workers=1))), rows)
+    sent = pickle.loads(pickle.dumps(cache))
+    unread = len(pickle.dumps(sent))
+    assert torch.equal(torch.stack([sent[path] for path in paths]), rows)
+    assert len(pickle.dumps(sent)) == unread
+    sent[paths[0]].zero_()  # a row is the reader's own
+    assert torch.equal(sent[paths[0]], rows[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_rows_have_the_towers_own_type(tmp_path, paths, dtype):
+    model = Stub()
+    features = model.image_features
+    model.image_features = lambda images: features(images).to(dtype)
+    cache = FeatureCache(tmp_path / "c", model, TargetPadProcessor(8))
+    cache.fill(model, paths)
+    pictures = torch.stack([TargetPadProcessor(8)(open_rgb(path)) for path in paths])
+    found = torch.stack([cache[path] for path in paths])
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, model.image_features(pictures))
+
+
+def test_it_says_what_it_will_do(tmp_path, paths, caplog):
+    """7 rows of 2 x 3 float32 are 168 bytes."""
+    with caplog.at_level(logging.INFO):
+        cache, _ = filled(tmp_path / "c", paths)
+        filled(tmp_path / "c", paths)
+    first, *_, last = [record.message for record in caplog.records if "in all" in record.message]
+    assert "7 images of (2, 3) torch.float32, 0.0 kB, in all 0.2 kB; 0 are there, 7 to compute, 0.2 kB" in first
+    assert "7 are there, 0 to compute" in last
+    assert f"{cache.folder}, " in first
+    assert first.endswith(" free")
+
+
+# --- what may happen to it ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 4])
+def test_a_killed_fill_is_continued(tmp_path, paths, stop_at):
+    """SIGKILL in call 0 (the probe), 1, ...: after call k, k - 1 batches of two are on the disk."""
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        model = Stub(stop_at=stop_at)
+        FeatureCache(tmp_path / "c", model, TargetPadProcessor(8)).fill(model, paths, batch_size=2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert sum(filled(tmp_path / "c", paths)[1]) == 7 - 2 * (stop_at - 1)
+    assert filled(tmp_path / "c", paths)[1] == []
+
+
+def cut_the_rows(folder):
+    rows = the(folder, ".rows")
+    os.truncate(rows, rows.stat().st_size - 1)
+
+
+def tear_the_last_line(folder):
+    lines = the(folder, ".jsonl")
+    os.truncate(lines, lines.stat().st_size - 1)
+
+
+def damage_a_line(folder):
+    lines = the(folder, ".jsonl")
+    first, *rest = lines.read_bytes().split(b"\n")
+    lines.write_bytes(b"\n".join([b"\x00" * len(first), *rest]))
+
+
+def add_lines_without_rows(folder):
+    with the(folder, ".jsonl").open("a") as lines:
+        lines.write('{"image": "f", "row": 7, "check": 0}\n{"row": 0}\n[]\n{"image": "e", "row": -1}\n')
+
+
+def flip_a_bit(folder):
+    with the(folder, ".rows").open("r+b") as rows:
+        rows.seek(3 * ROW_BYTES + 5)
+        byte = rows.read(1)[0]
+        rows.seek(-1, os.SEEK_CUR)
+        rows.write(bytes([byte ^ 1]))
+
+
+def swap_two_lines_rows(folder):
+    lines = the(folder, ".jsonl")
+    content = [json.loads(line) for line in lines.read_text().splitlines()]
+    content[0]["row"], content[1]["row"] = 1, 0
+    lines.write_text("".join(json.dumps(line) + "\n" for line in content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "lost"),
+    [
+        (cut_the_rows, 1),
+        (tear_the_last_line, 1),
+        (damage_a_line, 1),
+        (add_lines_without_rows, 0),
+        (flip_a_bit, 1),
+        (swap_two_lines_rows, 2),
+        (lambda folder: the(folder, ".rows").unlink(), 7),
+        (lambda folder: the(folder, ".jsonl").write_bytes(b""), 7),
+    ],
+)
+def test_what_is_damaged_is_computed_again_and_nothing_else(tmp_path, paths, damage, lost):
+    cache, _ = filled(tmp_path / "c", paths)
+    damage(cache.folder)
+    assert sum(filled(tmp_path / "c", paths, batch_size=7)[1]) == lost
+    assert filled(tmp_path / "c", paths)[1] == []
+
+
+def test_a_folder_that_is_not_what_its_name_says_is_refused(tmp_path, paths):
+    cache, _ = filled(tmp_path / "c", paths)
+    meta = cache.folder / "meta.json"
+    for content in (meta.read_text().replace("1,", "0,", 1), "{", "[]"):
+        meta.write_text(content)
+        with pytest.raises(ValueError, match=r"meta\.json does not describe the tower and transform .*; delete"):
+            FeatureCache(tmp_path / "c", Stub(), TargetPadProcessor(8))
+
+
+def test_too_little_space_is_refused_before_anything_is_written(tmp_path, paths, monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(7 * ROW_BYTES - 1))
+    with pytest.raises(ValueError, match=r"7 images of 0\.0 kB need 0\.2 kB and .* has 0\.2 kB free; free some space"):
+        filled(tmp_path / "c", paths)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_disk_that_fills_up_ends_in_a_sentence_and_keeps_what_is_whole(tmp_path, paths):
+    """No file may grow beyond two batches of two rows and a bit, so the third batch is written in part."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    filled(tmp_path / "c", paths[:1])  # meta.json is longer
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"run\.feature_cache: .* cannot be written \(File too large\); .* Free some"):
+            filled(tmp_path / "c", paths)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    _, calls = filled(tmp_path / "c", paths)
+    assert 0 < sum(calls) < 6
+
+
+def test_features_that_are_no_numbers_are_not_kept(tmp_path, paths):
+    model = Stub()
+    model.image_tower[1].bias[0] = float("nan")
+    with pytest.raises(ValueError, match=r"the features of .*\.png are not finite"):
+        filled(tmp_path / "c", paths, model)
+
+
+def test_a_tower_that_returns_something_else_is_noticed(tmp_path, paths):
+    filled(tmp_path / "c", paths[:3])
+    model = Stub()
+    model.image_features = lambda images: model.image_tower(images)
+    with pytest.raises(ValueError, match=r"holds rows of \(2, 3\) torch\.float32 and the tower returns \(6,\)"):
+        filled(tmp_path / "c", paths, model)
+
+
+# --- two processes -----------------------------------------------------------------------------------------------
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    root, paths = Path(folder, "c"), sorted(Path(folder, "images").glob("*.png"))
+    _, calls = filled(root, paths)
+    again = filled(root, paths)[1]
+    try:
+        filled(root, [*paths, Path(folder, "missing.png")])
+        message = ""
+    except ValueError as error:
+        message = str(error)
+    Path(folder, f"{rank}.json").write_text(json.dumps([calls, again, message]))
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_work_and_read_all(tmp_path, paths):
+    """7 pictures: one probe each, then 4 and 3; what fails in one process ends both."""
+    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [(calls[1:], again) for calls, again, _ in results] == [([2, 2], []), ([2, 1], [])]
+    assert sorted(message.split(":")[0] for *_, message in results)[1] == "another process stopped"
+    assert all("missing.png cannot be read" in message for *_, message in results)
+    assert filled(tmp_path / "c", paths)[1] == []
+
+
+# --- the model and the task --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fusion", ["joint", "sentence_prompt"])
+@pytest.mark.parametrize("vit_model", ["eva_clip_g", "clip_L"])
+def test_tokens_in_place_of_pictures_give_the_same_losses_gradients_and_vectors(
+    fusion, vit_model, small_model, triplets
+):
+    """Computed one by one, as a cache of another batch size would have them."""
+    small = {"vit_config": {"patch_size": 8, "width": 12, "layers": 2, "heads": 2}} if vit_model == "clip_L" else {}
+    model = small_model(fusion=fusion, vit_model=vit_model, freeze_vit=True, **small)
+    batch = triplets(4)
+    with torch.no_grad():
+        rows = {key: torch.cat([model.image_features(one[None]) for one in batch[key]]) for key in ("image", "target")}
+    assert rows["image"].shape == (4, 5, 12)
+    outputs = []
+    for samples in (batch, {**batch, **rows}):
+        model.zero_grad()
+        losses = model.train()(samples)
+        losses["loss"].backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.eval()
+        vectors = [model.encode_query(samples, mode) for mode in ("multimodal", "image")]
+        outputs.append((losses, gradients, vectors, model.encode_target(samples["target"])))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
+
+
+def cfg(**run):
+    return OmegaConf.create({"run_cfg": {"device": "cpu", **run}})
+
+
+def test_what_cannot_be_cached_is_refused_with_the_key_to_change(small_model):
+    task = ComposedRetrievalTask()
+    with pytest.raises(
+        ValueError, match=r"tensors of the image tower are trained \(first: cls_token\).*freeze_vit: true"
+    ):
+        task.prepare(small_model(), {}, cfg(feature_cache=True))
+    with pytest.raises(ValueError, match=r"Linear offers no image_tower and image_features"):
+        check_tower(nn.Linear(1, 1))
+    task.prepare(nn.Linear(1, 1), {}, cfg(feature_cache=False))  # nothing is asked for, nothing is refused
+
+
+def test_pictures_are_not_preloaded_and_the_config_stays_as_it_was(project):
+    """A run is found again for its resume by its config."""
+    section = OmegaConf.merge(
+        OmegaConf.load(registry.get_builder_class("fashioniq").default_config_path()).datasets.fashioniq,
+        OmegaConf.load(project).datasets.fashioniq,
+    )
+    preloaded = []
+    for where in (False, True):
+        made = OmegaConf.create({"datasets_cfg": {"fashioniq": section}, "run_cfg": {"feature_cache": where}})
+        before = copy.deepcopy(made)
+        datasets = ComposedRetrievalTask().build_datasets(made)["fashioniq"]
+        assert made == before
+        preloaded.append({split: bool(dataset.preloaded) for split, dataset in datasets.items()})
+    assert preloaded == [{"train": True, "val": True}, {"train": False, "val": False}]
+
+
+def test_impossible_values_are_named():
+    for value in (3, "", [1], __file__):
+        (problem,) = ComposedRetrievalTask.run_problems({"feature_cache": value})
+        assert problem.startswith("run.feature_cache")
+    assert not [p for v in (True, False, "here") for p in ComposedRetrievalTask.run_problems({"feature_cache": v})]
+
+
+# --- lavis.train and lavis.evaluate ------------------------------------------------------------------------------
+
+WORLD = {
+    "train_triplets": 12, "train_images": 16, "val_queries": 5, "val_images": 14, "test_queries": 2, "test_images": 4,
+    "image_width": 32, "image_height": 40,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The demo with a frozen tower on 3 x (16 + 14) small pictures, which its data set would preload."""
+    folder = tmp_path_factory.mktemp("project")
+    made = OmegaConf.load(PROJECTS / "wrf4cir" / "demo.yaml")
+    made.model.freeze_vit = True
+    made.datasets.fashioniq = {
+        "build_info": {"root": str(make_garments(folder, GarmentsConfig(**WORLD)))},
+        "preload": True,
+        "vis_processor": {stage: {"name": "target_pad", "image_size": 64} for stage in ("train", "eval")},
+    }
+    made.run.update({"max_epoch": 1, "batch_size_train": 8})
+    made.run.wrf.warmup_epochs = 0
+    path = folder / "project.yaml"
+    OmegaConf.save(made, path)
+    return str(path)
+
+
+def launch(command, project, output, *options):
+    launcher.main(command, ["--cfg-path", project, "--options", f"run.output_dir={output}", *options])
+    (metrics,) = output.rglob("metrics.json")
+    return metrics.parents[1], json.loads(metrics.read_text())["metrics"]
+
+
+def test_training_and_evaluation_through_the_launcher(project, tmp_path, monkeypatch):
+    """The first run computes, later ones, of either command, only read; and the numbers are those without a cache."""
+    calls = []
+    tower = Blip2Cir.image_features
+    monkeypatch.setattr(
+        Blip2Cir, "image_features", lambda self, images: calls.append(len(images)) or tower(self, images)
+    )
+    cache = f"run.feature_cache={tmp_path / 'cache'}"
+
+    folder, first = launch("train", project, tmp_path / "first", cache)
+    (rows,) = (path for path in (tmp_path / "cache").glob("*/*.jsonl") if path.parent.name != "files")
+    images = [json.loads(line)["image"] for line in rows.read_text().splitlines()]
+    assert sum(calls) == 1 + len(images) == 1 + len(set(images))
+    assert len(images) > 3 * 14  # those of the evaluation and some more
+    assert (folder / "val" / "contact_sheet_dress.png").is_file()
+    calls.clear()
+    again, second = launch("train", project, tmp_path / "second", cache)
+    assert second == first
+    weights = [torch.load(run / "checkpoint_best.pth", weights_only=True)["model"] for run in (folder, again)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    # The frozen tower is not in the checkpoint and its random weights come from the seed: the same tower, the same key.
+    loaded = torch.load(folder / "checkpoint_best.pth", weights_only=True)
+    monkeypatch.setattr(
+        Blip2Cir, "load_checkpoint_from_config", lambda self, cfg: self.load_checkpoint(cfg["finetuned"])
+    )
+    trained = ["model.load_finetuned=true", f"model.finetuned={folder / 'checkpoint_best.pth'}"]
+    _, evaluated = launch("evaluate", project, tmp_path / "third", cache, *trained)
+    assert not calls
+    assert not any(name.startswith("visual_encoder") for name in loaded["model"])
+    _, uncached = launch("evaluate", project, tmp_path / "fourth", *trained)
+    assert calls
+    assert evaluated == uncached == first
+
+
+def test_a_random_processor_is_refused_by_its_key(project, tmp_path, capsys):
+    options = [f"run.feature_cache={tmp_path}", "datasets.fashioniq.vis_processor.train.name=blip_image_train"]
+    options += ["datasets.fashioniq.preload=false", f"run.output_dir={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit, match=r"vis_processor\.train is BlipImageTrainProcessor, which may .*\.train\.name"):
+        launcher.main("train", ["--cfg-path", project, "--options", *options])
+
+
+def test_a_cache_that_is_no_folder_is_refused_before_anything_is_loaded(project):
+    with pytest.raises(SystemExit, match=r"run\.feature_cache must be true, false or the path of a folder, got 3"):
+        launcher.main("train", ["--cfg-path", project, "--options", "run.feature_cache=3"])
+
+
+def test_it_is_no_key_of_other_tasks(project):
+    from lavis_cir_plugin.training.config import read_config
+
+    with pytest.raises(ConfigError, match=r"run\.feature_cache is read by composed_retrieval and has no effect under"):
+        read_config(project, ["run.task=captioning", "run.feature_cache=true"])

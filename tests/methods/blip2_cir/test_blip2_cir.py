@@ -1,0 +1,421 @@
+"""blip2_cir: both fusions against an independent reading of their equations, checkpoints, gradients, contracts."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from conftest import SMALL
+from lavis.models import eva_vit, load_model, load_model_and_preprocess, model_zoo
+from lavis.models.blip2_models import Qformer
+from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import nn
+
+from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
+from lavis_cir_plugin.models.tokenizer import load_tokenizer
+from lavis_cir_plugin.ranking.scoring import similarity
+
+FUSIONS = ("joint", "sentence_prompt")
+
+
+class NaiveQformer:
+    """The Q-Former of BLIP-2 and SPRC's two passes, written down from the papers over a bare state dictionary."""
+
+    def __init__(self, state, heads=2, layers=3, cross_every=2):
+        self.state, self.heads, self.layers, self.cross_every = state, heads, layers, cross_every
+
+    def linear(self, x, name):
+        return x @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
+
+    def norm(self, x, name):
+        x = x - x.mean(-1, keepdim=True)
+        x = x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-12)
+        return x * self.state[f"{name}.weight"] + self.state[f"{name}.bias"]
+
+    def attention(self, x, keys, name):
+        query, key, value = (
+            self.linear(source, f"{name}.self.{part}").unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+            for part, source in (("query", x), ("key", keys), ("value", keys))
+        )
+        weights = torch.softmax(query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]), dim=-1)
+        mixed = (weights @ value).transpose(-2, -3).flatten(-2)
+        return self.norm(self.linear(mixed, f"{name}.output.dense") + x, f"{name}.output.LayerNorm")
+
+    def feed_forward(self, x, name, suffix):
+        inner = F.gelu(self.linear(x, f"{name}.intermediate{suffix}.dense"))
+        return self.norm(self.linear(inner, f"{name}.output{suffix}.dense") + x, f"{name}.output{suffix}.LayerNorm")
+
+    def run(self, x, image=None, num_queries=0):
+        """x: (sequence, hidden) of ONE example without padding."""
+        for layer in range(self.layers):
+            name = f"Qformer.bert.encoder.layer.{layer}"
+            x = self.attention(x, x, f"{name}.attention")
+            if image is None:
+                x = self.feed_forward(x, name, "")
+                continue
+            queries, text = x[:num_queries], x[num_queries:]
+            if layer % self.cross_every == 0:
+                queries = self.attention(queries, image, f"{name}.crossattention")
+            x = torch.cat([self.feed_forward(queries, name, "_query"), self.feed_forward(text, name, "")])
+        return x
+
+    def embed(self, x):
+        return self.norm(x, "Qformer.bert.embeddings.LayerNorm")
+
+    def words(self, ids):
+        return self.state["Qformer.bert.embeddings.word_embeddings.weight"][ids]
+
+    def positions(self, count):
+        return self.state["Qformer.bert.embeddings.position_embeddings.weight"][:count]
+
+    def project(self, x, name):
+        return F.normalize(self.linear(x, name), dim=-1)
+
+    def query(self, image, ids, fusion):
+        queries = self.state["query_tokens"][0]
+        count = len(queries)
+        text = self.words(ids) + self.positions(len(ids))
+        fused = self.run(self.embed(torch.cat([queries, text])), image, count)
+        if fusion == "sentence_prompt":
+            fused = self.run(self.embed(torch.cat([fused[:count], text])))
+        return self.project(fused[count], "text_proj")
+
+    def text_query(self, ids):
+        sequence = torch.cat([self.words(ids[:1]), self.state["prompt_tokens"][0], self.words(ids[1:])])
+        return self.project(self.run(self.embed(sequence + self.positions(len(sequence))))[0], "text_proj")
+
+    def target(self, image):
+        queries = self.state["query_tokens"][0]
+        return self.project(self.run(self.embed(queries), image, len(queries)), "vision_proj")
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_both_sides_equal_an_independent_reading_of_the_equations(fusion, small_model, triplets):
+    """Texts of different lengths in one batch: padding must not show."""
+    model = small_model(fusion=fusion).eval()
+    batch = triplets(3)
+    naive = NaiveQformer(model.state_dict())
+    query, target = model.encode_query(batch), model.encode_target(batch["target"])
+    with torch.no_grad():
+        images = model.ln_vision(model.visual_encoder(batch["image"]))
+        targets = model.ln_vision(model.visual_encoder(batch["target"]))
+    for row, text in enumerate(batch["text_input"]):
+        ids = torch.tensor(model.tokenizer(text).input_ids)
+        torch.testing.assert_close(query[row], naive.query(images[row], ids, fusion), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(target[row], naive.target(targets[row]), atol=1e-5, rtol=1e-4)
+        if fusion == "sentence_prompt":
+            text_query = model.encode_query({"text_input": [text]}, mode="text")[0]
+            torch.testing.assert_close(text_query, naive.text_query(ids), atol=1e-5, rtol=1e-4)
+
+
+def test_joint_passes_equal_lavis_own_qformer(small_model, triplets):
+    """The fused outputs and BLIP-2's text mode, through the stock forward of LAVIS's Q-Former."""
+    model = small_model().eval()
+    batch = triplets(2)
+    bert = model.Qformer["bert"]
+    ids, mask = model._tokenize(batch["text_input"])
+    with torch.no_grad():
+        image = model._embed_images(batch["image"])
+        queries = model.query_tokens.expand(2, -1, -1)
+        stock = bert(
+            ids,
+            query_embeds=queries,
+            attention_mask=torch.cat([torch.ones(2, 3), mask], dim=1),
+            encoder_hidden_states=image,
+            encoder_attention_mask=torch.ones(image.shape[:2]),
+            return_dict=True,
+        ).last_hidden_state
+        torch.testing.assert_close(model._fuse(image, ids, mask), stock)
+        text = bert(ids, attention_mask=mask, return_dict=True).last_hidden_state[:, 0]
+        torch.testing.assert_close(model._project_text(ids, mask), F.normalize(model.text_proj(text), dim=-1))
+
+
+@pytest.mark.parametrize("changes", [{"fusion": "joint"}, {"pooling": "mean_queries"}, {"fusion": "sentence_prompt"}])
+def test_every_trainable_tensor_gets_a_gradient(changes, small_model, triplets):
+    model = small_model(**changes).train()
+    model(triplets(4))["loss"].backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_batch_of_one_keeps_its_shapes(fusion, small_model, triplets):
+    model = small_model(fusion=fusion)
+    batch = triplets(1)
+    assert model(batch)["loss"].shape == ()
+    assert model.encode_query(batch).shape == (1, 6)
+    assert model.encode_target(batch["target"]).shape == (1, 3, 6)
+    for features in (model.encode_query(batch), model.encode_query(batch, "text"), model.encode_query(batch, "image")):
+        torch.testing.assert_close(features.norm(dim=-1), torch.ones(1))
+
+
+def test_rows_do_not_depend_on_their_batch(small_model, triplets):
+    model = small_model(fusion="sentence_prompt").eval()
+    batch = triplets(5)
+    alone = {"image": batch["image"][3:4], "text_input": batch["text_input"][3:4]}
+    torch.testing.assert_close(model.encode_query(batch)[3:4], model.encode_query(alone), atol=1e-6, rtol=1e-5)
+
+
+def test_the_loss_is_the_weighted_sum(small_model, triplets):
+    weights = {"itc": 1.0, "rtc": 0.4, "align": 0.2}
+    out = small_model(fusion="sentence_prompt", loss_weights=weights)(triplets(4))
+    expected = sum(weights[name] * out[f"loss_{name}"] for name in weights)
+    torch.testing.assert_close(out["loss"], expected)
+
+
+def test_a_repeated_target_does_not_count_as_negative(small_model, triplets):
+    model = small_model()
+    batch = triplets(4)
+    batch["target"][1] = batch["target"][0]
+    alike = model({**batch, "target_id": torch.tensor([0, 0, 2, 3])})["loss"]
+    assert alike < model(batch)["loss"]
+
+
+@pytest.mark.parametrize("mode", ["image", "text", "multimodal"])
+def test_extract_features_has_lavis_modes(mode, small_model, triplets):
+    model = small_model().eval()
+    features = model.extract_features(triplets(2), mode)
+    if mode == "text":
+        assert features.text_embeds_proj.shape == (2, 6)
+    else:
+        assert features.image_embeds.shape == (2, 3, 8)
+        torch.testing.assert_close(features.image_embeds_proj, model.encode_target(triplets(2)["image"]))
+    if mode == "multimodal":
+        torch.testing.assert_close(features.multimodal_embeds, model.encode_query(triplets(2)))
+    with pytest.raises(ValueError, match=r"model\.mode: 'both' is not one of multimodal, text, image"):
+        model.extract_features(triplets(2), "both")
+
+
+def test_a_frozen_tower_stays_in_evaluation_and_still(small_model, triplets):
+    model = small_model(freeze_vit=True).train()
+    assert not model.visual_encoder.training
+    model(triplets(2))["loss"].backward()
+    assert all(p.grad is None for p in model.visual_encoder.parameters())
+    assert model.ln_vision.weight.grad is not None
+
+
+def test_the_zoo_loads_it_and_its_preprocessors():
+    assert dict(model_zoo)["blip2_cir"] == ["pretrain", "pretrain_vitL", "coco", "tiny"]
+    model, vis_processors, txt_processors = load_model_and_preprocess("blip2_cir", "tiny", is_eval=True)
+    assert isinstance(model, Blip2Cir)
+    image = vis_processors["eval"](Image.new("RGB", (30, 90), "red"))
+    assert image.shape == (3, 64, 64)
+    query = model.encode_query({"image": image[None], "text_input": [txt_processors["eval"]("Is RED.")]})
+    assert similarity(query, model.encode_target(image[None])).shape == (1, 1)
+    assert load_model("blip2_cir", "tiny").tokenizer.bos_token == "[DEC]"
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def published_layout(model):
+    """BLIP-2's key layout with the heads that this model has no use for."""
+    vocabulary, hidden = model.Qformer["bert"].embeddings.word_embeddings.weight.shape
+    extra = {
+        "itm_head.weight": torch.zeros(2, hidden),
+        "itm_head.bias": torch.zeros(2),
+        "Qformer.cls.predictions.bias": torch.zeros(vocabulary),
+        "Qformer.cls.predictions.decoder.weight": torch.zeros(vocabulary, hidden),
+        "Qformer.bert.embeddings.position_ids": torch.arange(40)[None],
+    }
+    return {
+        **{name: torch.randn_like(t) if t.is_floating_point() else t for name, t in model.state_dict().items()},
+        **extra,
+    }
+
+
+def test_a_sprc_checkpoint_loads_and_scores_the_same(tmp_path, small_model, triplets):
+    """SPRC's file: {"epoch", "Blip2QformerCirAlignPrompt": whole state}; scores against the independent reading."""
+    model = small_model(fusion="sentence_prompt", freeze_vit=True).eval()
+    state = published_layout(model)
+    torch.save({"epoch": 3, "Blip2QformerCirAlignPrompt": state}, tmp_path / "tuned_blip_best.pt")
+    model.load_checkpoint(str(tmp_path / "tuned_blip_best.pt"))
+    batch = triplets(4)
+    scores = similarity(model.encode_query(batch), model.encode_target(batch["target"]))
+    naive = NaiveQformer(state)
+    with torch.no_grad():
+        images, targets = (model.ln_vision(model.visual_encoder(batch[key])) for key in ("image", "target"))
+    for i, text in enumerate(batch["text_input"]):
+        query = naive.query(images[i], torch.tensor(model.tokenizer(text).input_ids), "sentence_prompt")
+        for j in range(4):
+            assert float(scores[i, j]) == pytest.approx(float((naive.target(targets[j]) @ query).max()), abs=1e-5)
+
+
+def test_blip2_weights_load_and_only_the_prompt_starts_anew(tmp_path, small_model):
+    state = published_layout(small_model())
+    torch.save({"model": state}, tmp_path / "blip2.pth")
+    model = small_model(fusion="sentence_prompt")
+    prompt = model.prompt_tokens.clone()
+    model.load_from_pretrained(str(tmp_path / "blip2.pth"))
+    assert torch.equal(model.text_proj.weight, state["text_proj.weight"])
+    assert torch.equal(model.prompt_tokens, prompt)
+
+
+def test_a_tower_in_a_file_of_its_own_is_added(tmp_path, small_model):
+    state = published_layout(small_model())
+    tower = {name.split(".", 1)[1]: t for name, t in state.items() if name.startswith("visual_encoder.")}
+    torch.save({"model": {n: t for n, t in state.items() if not n.startswith("visual_encoder.")}}, tmp_path / "q.pth")
+    torch.save(tower, tmp_path / "vit.pth")
+    model = small_model()
+    model.load_from_pretrained(str(tmp_path / "q.pth"), vit_pretrained=str(tmp_path / "vit.pth"))
+    assert torch.equal(model.visual_encoder.cls_token, tower["cls_token"])
+
+
+def test_a_run_without_its_frozen_tower_takes_it_from_pretrained(tmp_path, small_model):
+    """LAVIS saves trained tensors only; alone they are refused, with the pretrained file they load."""
+    source = small_model(freeze_vit=True)
+    trained = {n: t for n, t in source.state_dict().items() if not n.startswith("visual_encoder.")}
+    torch.save({"model": trained, "optimizer": {"state": {}}, "epoch": 1}, tmp_path / "checkpoint_best.pth")
+    torch.save({"model": published_layout(source)}, tmp_path / "blip2.pth")
+    finetuned = {"load_finetuned": True, "finetuned": str(tmp_path / "checkpoint_best.pth")}
+    with pytest.raises(ValueError, match=r"leaves out the image tower, .* set model\.pretrained to the checkpoint"):
+        small_model(freeze_vit=True).load_checkpoint_from_config(finetuned)
+    model = small_model(freeze_vit=True)
+    model.load_checkpoint_from_config({**finetuned, "pretrained": str(tmp_path / "blip2.pth")})
+    assert torch.equal(model.query_tokens, source.query_tokens)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"model": {"visual.proj": torch.zeros(2)}},
+            r"1 unexpected keys \(first: visual\.proj\), \d+ missing keys.*0 of",
+        ),
+        ({"model": {"temp": torch.zeros(2)}}, r"1 keys of another shape \(first: temp is \(2,\) there and \(\) here\)"),
+        ({"a": {"x": torch.zeros(1)}, "b": {"y": torch.zeros(1)}}, "expected one state dictionary .* found 2"),
+        ([1, 2], r"found 0 \(content: list\)"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_loaded(content, message, tmp_path, small_model):
+    torch.save(content, tmp_path / "x.pth")
+    model = small_model()
+    before = model.temp.clone()
+    with pytest.raises(ValueError, match=message):
+        model.load_checkpoint(str(tmp_path / "x.pth"))
+    assert torch.equal(model.temp, before)
+
+
+class Malicious:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('ran')",)
+
+
+@pytest.mark.parametrize("kind", ["text", "truncated", "malicious"])
+def test_a_broken_or_malicious_file_is_refused(kind, tmp_path, small_model):
+    path = tmp_path / "x.pth"
+    torch.save({"model": Malicious() if kind == "malicious" else small_model().state_dict()}, path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    if kind == "text":
+        path.write_text("not a checkpoint")
+    with pytest.raises(ValueError, match=r"x\.pth: cannot be read as tensors and plain containers"):
+        small_model().load_checkpoint(str(path))
+
+
+def test_a_missing_checkpoint_says_where_it_was_looked_for(small_model, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is a folder; name the file in it, such as .*/checkpoint_best\.pth"):
+        small_model().load_checkpoint(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth does not exist \(looked from .*Set model\.pretrained"):
+        small_model().load_checkpoint("nowhere.pth")
+
+
+def test_without_a_network_the_local_way_is_named(monkeypatch, small_model):
+    """Both downloads: the checkpoint's and the tokenizer's."""
+    from lavis.common import dist_utils
+    from transformers import BertTokenizer
+
+    def unreachable(*_, **__):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(dist_utils, "download_cached_file", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"cannot be downloaded \(network is unreachable\).*local file"):
+        small_model().load_checkpoint("https://example.org/x.pth")
+    monkeypatch.setattr(BertTokenizer, "from_pretrained", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"'no-such-tokenizer' is no local folder.*vocab\.txt of bert-base"):
+        small_model(tokenizer="no-such-tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fusion": "late"}, r"model\.fusion: 'late' is not one of joint, sentence_prompt"),
+        ({"pooling": "max"}, r"model\.pooling: 'max' is not one of"),
+        ({"vit_model": "resnet"}, r"model\.vit_model: 'resnet' is not one of eva_clip_g, clip_L"),
+        ({"loss_weights": {"rtc": 1.0}}, r"rtc needs model\.fusion: sentence_prompt"),
+        ({"loss_weights": {"itc": -1.0}}, r"must be numbers >= 0, got \{'itc': -1\.0\}"),
+        ({"vit_precision": "fp16"}, r"stores the image tower in half precision, which cannot be trained"),
+        ({"max_txt_len": 64}, r"64 text and 3 query tokens exceed the 40 positions"),
+    ],
+)
+def test_impossible_choices_are_refused(changes, message, small_model):
+    with pytest.raises(ValueError, match=message):
+        small_model(**changes)
+
+
+def test_a_half_precision_tower_on_a_cpu_is_refused(small_model, triplets):
+    with pytest.raises(ValueError, match=r"'fp16' needs a GPU; on a CPU set model\.vit_precision: fp32"):
+        small_model(vit_precision="fp16", freeze_vit=True)(triplets(2))
+
+
+class SmallBlip2(Blip2Qformer):
+    """LAVIS's own BLIP-2 stage-1 model at small size; its three constructors download, so the test replaces them."""
+
+    @classmethod
+    def init_tokenizer(cls):
+        return load_tokenizer(SMALL["tokenizer"])
+
+    @classmethod
+    def init_vision_encoder(cls, *_):
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        tower = eva_vit.VisionTransformer(img_size=16, qkv_bias=True, norm_layer=norm_layer, **SMALL["vit_config"])
+        return tower, nn.LayerNorm(12)
+
+    @classmethod
+    def init_Qformer(cls, num_query_token, vision_width, cross_attention_freq=2):  # noqa: N802
+        config = Qformer.BertConfig(
+            vocab_size=len(cls.init_tokenizer()),
+            encoder_width=vision_width,
+            add_cross_attention=True,
+            cross_attention_freq=cross_attention_freq,
+            query_length=num_query_token,
+            **SMALL["qformer_config"],
+        )
+        model = Qformer.BertLMHeadModel(config)
+        return model, nn.Parameter(torch.randn(1, num_query_token, config.hidden_size))
+
+
+def test_lavis_own_checkpoint_loads_and_gives_lavis_own_features(tmp_path, small_model, triplets):
+    """The published key layout is what LAVIS's Blip2Qformer writes; the features are those it extracts."""
+    torch.manual_seed(4)
+    theirs = SmallBlip2(num_query_token=3, embed_dim=6, vit_precision="fp32").eval()
+    torch.save({"model": theirs.state_dict()}, tmp_path / "blip2_pretrained.pth")
+    ours = small_model().eval()
+    ours.load_from_pretrained(str(tmp_path / "blip2_pretrained.pth"))
+    batch = triplets(3)
+    expected = theirs.extract_features(batch, mode="image").image_embeds_proj
+    torch.testing.assert_close(ours.encode_target(batch["image"]), expected, atol=1e-5, rtol=1e-4)
+    expected = theirs.extract_features(batch, mode="text").text_embeds_proj[:, 0]
+    torch.testing.assert_close(ours.encode_query(batch, "text"), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "millions", "width", "pixels"),
+    [("pretrain", 985.9, 1408, 224), ("pretrain_vitL", 265.4, 1024, 224), ("coco", 986.5, 1408, 364)],
+)
+def test_real_types_build_offline_at_full_size(model_type, millions, width, pixels):
+    """Towers of the published sizes; BERT-base Q-Former with 32 queries. Only the vocabulary is the shipped one."""
+    cfg = OmegaConf.load(Blip2Cir.default_config_path(model_type)).model
+    cfg.update({"pretrained": None, "tokenizer": SMALL["tokenizer"]})
+    with mock.patch.object(eva_vit, "trunc_normal_"):  # random values are beside the point here and cost a minute
+        model = Blip2Cir.from_config(cfg)
+    assert model.visual_encoder.num_features == width
+    assert sum(p.numel() for p in model.visual_encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.5)
+    assert model.query_tokens.shape == (1, 32, 768)
+    assert model.Qformer["bert"].config.num_hidden_layers == 12
+    assert OmegaConf.load(Blip2Cir.default_config_path(model_type)).preprocess.vis_processor.eval.image_size == pixels

@@ -1,0 +1,182 @@
+"""Retrieval-DPO on two gloo processes against one with the whole batch: gradients, and the negatives they mine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import make_preferences, make_scoring_model
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+
+from lavis_cir_plugin.benchmarks.types import Triplet
+from lavis_cir_plugin.data.benchmark_datasets import TripletDataset
+from lavis_cir_plugin.methods.retrieval_dpo.losses import Preference
+from lavis_cir_plugin.methods.retrieval_dpo.mining import Mining
+from lavis_cir_plugin.methods.retrieval_dpo.preference_model import ReferencePolicy, hold_unread, learn_preferences
+from lavis_cir_plugin.methods.retrieval_dpo.task import RetrievalDpoTask
+from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
+from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
+from lavis_cir_plugin.processors import TargetPadProcessor
+from lavis_cir_plugin.training.resumable_runner import _EpochInParts
+
+KINDS = {
+    "joint": {"anchor": 2.0},
+    "sentence_prompt": {"anchor": 0.0},  # no score reads its prompt, and no loss the temperature
+    "clip": {"variant": "sdpo", "anchor": 1.0},
+    "clip text": {"positive": "image", "anchor": 0.0, "reference": "none"},
+    "mapping": {"variant": "listwise", "anchor": 1.0},
+}
+CASES = [*((kind, 0.0) for kind in KINDS), ("sentence_prompt", 0.05), ("mapping", 0.05)]
+"""Kind, and radius of weight perturbation."""
+SOURCES = ("query", "positive", "image_set")
+
+
+def whole_batch():
+    """Eight triplets with up to two negatives: four of the first process have some, one of the second."""
+    batch = make_preferences(8, 2)
+    batch["negatives_present"] = torch.tensor([[1, 1], [1, 0], [1, 1], [0, 1], [0, 0], [1, 1], [0, 0], [0, 0]]).bool()
+    batch["target"][6], batch["target_id"][6] = batch["target"][1], batch["target_id"][1]
+    return batch
+
+
+def second_gradients(kind, gamma, batch, wrap=lambda model: model):
+    """Return the gradients and numbers of a second step, in which policy and reference differ."""
+    settings = Preference(**KINDS[kind])
+    model = make_scoring_model(kind)
+    learn_preferences(model, settings)
+    hold_unread(model, make_preferences(2))
+    reference = ReferencePolicy(model)
+    wrapped = wrap(model)
+    wrapped.train()
+    stock = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2, eps=1e-2)
+    optimizer = PerturbingOptimizer(stock, wrapped, WeightPerturbation(gamma=gamma, tensors="all"), seed=3)
+    call = optimizer.perturb(wrapped)
+    scores = reference.scores(batch, settings.positive)
+    for _ in range(2):
+        optimizer.zero_grad()
+        out = call({**batch, "reference_scores": scores, "epoch": 0})
+        out["loss"].backward()
+        gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+        optimizer.step()
+    return gradients, {name: float(value) for name, value in out.items()}
+
+
+def draw(folder):
+    for number in range(13):
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+
+
+def mined(folder, source):
+    """Return what the processes mine together for 11 triplets over 13 pictures, which they cannot share evenly."""
+    paths = {f"{number:02}": folder / f"{number:02}.png" for number in range(13)}
+    names = list(paths)
+    triplets = [
+        Triplet(names[i], names[i + 1], (f"is {'red' * (i % 3)}",), ("dress", "shirt")[i % 2], members=tuple(names[:6]))
+        for i in range(11)
+    ]
+    processor = TargetPadProcessor(16)
+    dataset = TripletDataset(triplets, paths, processor, lambda text: text, lambda captions, rng: captions[0])
+    run = {"device": "cpu", "seed": 1, "batch_size_eval": 2, "num_workers": 0}
+    registry.mapping["paths"].pop("output_dir", None)
+    registry.register_path("output_dir", str(folder))
+    task = RetrievalDpoTask()
+    task.preference, task.mining = Preference(), Mining(source=source, window=(0, 6), cap=None)
+    cfg = SimpleNamespace(run_cfg=OmegaConf.create(run))
+    task.prepare(make_scoring_model("joint"), {"drawn": {"train": dataset}}, cfg)
+    sets = task._mine("drawn", dataset, 0)
+    return {field.name: getattr(sets, field.name) for field in dataclasses.fields(sets)}
+
+
+def averaged(rank):
+    """Return what is logged of two batches in each process; the first batch of the first process has no negative."""
+    runner = SimpleNamespace(scaler=None, _run_log=None, device=torch.device("cpu"))
+    part = _EpochInParts.__new__(_EpochInParts)
+    vars(part).update(runner=runner, optimizer=SimpleNamespace(param_groups=[{"lr": 1.0}]), bar=mock.Mock())
+    vars(part).update(meters={"lr": (0, 0.0), "loss": (0, 0.0)}, not_finite=0, done=0, first=0, epoch=0)
+    for accuracy, drift in [[(math.nan, 0.2), (1.0, 0.4)], [(0.5, 0.6), (0.0, 0.8)]][rank]:
+        numbers = {"reward_accuracy": accuracy, "positive_drift": drift, "reward_margin": math.nan}
+        part.outputs = {name: torch.tensor(value) for name, value in numbers.items()}
+        part._finish_batch(torch.tensor(3.0))
+    return part.stats()
+
+
+def half_of(batch, rank):
+    return {key: values[rank * 4 : rank * 4 + 4] for key, values in batch.items()}
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found = {}
+    for kind, gamma in CASES:
+        found[kind, gamma] = second_gradients(kind, gamma, half_of(whole_batch(), rank), DistributedDataParallel)
+    nobody = whole_batch()
+    nobody["negatives_present"][:] = False
+    found["nobody"] = second_gradients("sentence_prompt", 0.0, half_of(nobody, rank), DistributedDataParallel)
+    for source in SOURCES:
+        found["mined", source] = mined(Path(folder), source)
+    found["averaged"] = averaged(rank)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    draw(folder)
+    mp.spawn(work, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize(("kind", "gamma"), CASES)
+def test_gradients_and_losses_equal_those_of_one_process(kind, gamma, found):
+    """Of five queries with a negative the first process has four, so a mean of means would be another one."""
+    gradients, numbers = second_gradients(kind, gamma, whole_batch())
+    theirs = [found[rank][kind, gamma] for rank in range(2)]
+    for rank in range(2):
+        assert theirs[rank][0].keys() == gradients.keys()
+        for name, gradient in theirs[rank][0].items():
+            torch.testing.assert_close(gradient, gradients[name], atol=5e-5, rtol=2e-3, msg=name)
+    for name in ("loss", "loss_dpo", "without_negative"):
+        mean = sum(values[name] for _, values in theirs) / 2
+        assert mean == pytest.approx(numbers[name], rel=1e-3), name
+
+
+def test_nobody_has_a_negative_and_nobody_waits(found):
+    for rank in range(2):
+        gradients, numbers = found[rank]["nobody"]
+        assert numbers["loss"] == 0
+        assert all(float(gradient.abs().max()) == 0 for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_both_processes_mine_what_one_does(source, found, tmp_path):
+    draw(tmp_path)
+    expected = mined(tmp_path, source)
+    assert (expected["negatives"] >= 0).any()
+    for rank in range(2):
+        theirs = found[rank]["mined", source]
+        for name in ("names", "texts", "about"):
+            assert theirs[name] == expected[name]
+        for name in ("references", "targets", "negatives", "ranks", "target_ranks"):
+            assert (theirs[name] == expected[name]).all(), name
+        for name in ("scores", "target_scores"):
+            np.testing.assert_allclose(theirs[name], expected[name], atol=1e-5)
+
+
+def test_averages_of_what_some_batches_lack_agree(found):
+    """By hand; nothing is said of what no batch had."""
+    expected = {"lr": "1.000", "loss": "3.000", "reward_accuracy": "0.50000", "positive_drift": "0.50000"}
+    assert [found[rank]["averaged"] for rank in range(2)] == [expected] * 2

@@ -1,0 +1,344 @@
+"""Synthetic triplets: hand-made captions with hand-derived outcome, properties, determinism, files and the command."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lavis_cir_plugin.benchmarks import triplets as reader
+from lavis_cir_plugin.commands import main
+from lavis_cir_plugin.commands.triplets import as_lines, read_captions
+from lavis_cir_plugin.methods.tscir import synthetic_triplets
+from lavis_cir_plugin.methods.tscir.caption_edits import plain, tokens
+from lavis_cir_plugin.methods.tscir.synthetic_triplets import Captions, ClipWords, HashedWords, make_triplets, nearest
+
+COLOURS, NOUNS = ("red", "blue", "orange"), ("dress", "shirt", "top")
+GRID = [(colour, noun) for colour in COLOURS for noun in NOUNS]
+
+
+def gathered(*captions: list[str]) -> Captions:
+    """Captions of images 0.png, 1.png, ...: a list for each."""
+    texts = [text for own in captions for text in own]
+    images = [number for number, own in enumerate(captions) for _ in own]
+    return Captions([f"{number}.png" for number in range(len(captions))], texts, images)
+
+
+@pytest.fixture
+def grid() -> Captions:
+    """Nine images, one of each colour and noun."""
+    return gathered(*([f"A {colour} {noun} with long sleeves."] for colour, noun in GRID))
+
+
+def test_all_exact_exchanges_are_found(grid):
+    """Each of 9 images has 2 others of its noun and 2 of its colour: 36 triplets with the edited captions."""
+    made = make_triplets(grid, count=100, similarity=0.99)
+    pairs = {(triplet.edit.image, triplet.target) for triplet in made.triplets}
+    differences = {(i, j): sum(a != b for a, b in zip(GRID[i], GRID[j])) for i in range(9) for j in range(9)}
+    expected = {pair for pair, number in differences.items() if number == 1}
+    assert pairs == expected
+    assert len(made.triplets) == 36
+    for triplet in made.triplets:
+        assert plain(grid.texts[triplet.target_row]) == triplet.edit.edited
+        assert triplet.similarity == pytest.approx(1, abs=0.01)
+        reference, target = set(GRID[triplet.edit.image]), set(GRID[triplet.target])
+        (old,), (new,) = reference - target, target - reference
+        assert new in triplet.edit.text
+        assert triplet.edit.old.endswith(old)
+    assert made.tried == len(made.triplets) + sum(made.refused.values())
+
+
+def test_text_says_the_exchange(grid):
+    said = {triplet.edit.text for triplet in make_triplets(grid, count=100, similarity=0.99).triplets}
+    colours, nouns = "(red|blue|orange)", "an? (red|blue|orange) (dress|shirt|top)"
+    for text in said:
+        thing = nouns if re.search("dress|shirt|top", text) else colours
+        wordings = f"{thing}|{thing} (instead of|rather than) {thing}|{thing}, not {thing}"
+        assert re.fullmatch(f"(is |make it )?({wordings})|change {thing} to {thing}", text), text
+
+
+def test_a_target_says_the_new_and_not_the_old():
+    """The only blue dress (2) is also called red by its other caption, so that no red one changes to it."""
+    captions = gathered(*([f"a {colour} {noun} here"] for colour, noun in GRID))
+    blue = GRID.index(("blue", "dress"))
+    captions.texts.append("a red thing there")
+    captions.images.append(blue)
+    made = make_triplets(captions, count=100, similarity=0.99)
+    assert made.triplets
+    assert not any(t.target == blue and t.edit.old == "red" for t in made.triplets)
+    assert not any(t.edit.image == blue and t.edit.new == "red" for t in made.triplets)
+    assert any(t.target == blue and t.edit.old == "orange" for t in made.triplets)
+
+
+def test_of_equally_near_captions_the_image_counts():
+    """Images 9 and 10 have the same caption as the edited one; only 10 has the reference's other caption too."""
+    captions = gathered(
+        *([f"a {colour} {noun} here"] for colour, noun in GRID if (colour, noun) != ("blue", "dress")),
+        ["a blue dress here", "worn by a tall person"],
+        ["a blue dress here", "hanging on the wall"],
+    )
+    captions.texts.insert(1, "hanging on the wall")
+    captions.images.insert(1, 0)
+    made = make_triplets(captions, count=100, similarity=0.99)
+    targets = [t.target for t in made.triplets if t.edit.image == 0 and t.edit.new == "blue"]
+    assert targets[0] == 9
+
+
+def test_no_exchange_no_triplet():
+    made = make_triplets(gathered(["a red dress"], ["two cats sleep"]), count=5)
+    assert made.triplets == []
+    assert set(made.refused) == {"no exchangeable phrase was drawn"}
+
+
+def test_one_image_is_too_few():
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        make_triplets(gathered(["a red dress", "a blue dress"]))
+
+
+def test_a_limit_is_kept(grid):
+    made = make_triplets(grid, count=7, similarity=0.99)
+    assert len(made.triplets) == 7
+    assert made.tried == 7 + sum(made.refused.values())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_neither_threads_nor_faiss_change_a_byte(grid, monkeypatch, threads):
+    pytest.importorskip("faiss").omp_set_num_threads(threads)
+    expected = as_lines(grid, make_triplets(grid, count=30, similarity=0.1).triplets)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(synthetic_triplets, "LARGEST_EXACT", 0)
+    try:
+        assert as_lines(grid, make_triplets(grid, count=30, similarity=0.1).triplets) == expected
+    finally:
+        torch.set_num_threads(before)
+    assert as_lines(grid, make_triplets(grid, count=30, seed=1, similarity=0.1).triplets) != expected
+
+
+WORDS = st.sampled_from([*COLOURS, *NOUNS, "a", "the", "dark", "with", "and", "belt", "dots", ","])
+SETS = st.lists(
+    st.lists(st.lists(WORDS, min_size=1, max_size=7).map(" ".join), min_size=1, max_size=3), min_size=2, max_size=15
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SETS, st.floats(0.2, 1))
+def test_triplets_of_any_captions_keep_what_is_promised(own, similarity):
+    captions = gathered(*own)
+    made = make_triplets(captions, count=20, similarity=similarity)
+    assert len({(t.edit.image, t.target) for t in made.triplets}) == len(made.triplets)
+    said = [f" {' | '.join(' '.join(tokens(text)) for text in texts)} " for texts in own]
+    for triplet in made.triplets:
+        edit = triplet.edit
+        assert edit.image == captions.images[edit.row] != triplet.target == captions.images[triplet.target_row]
+        assert triplet.similarity >= similarity - 1e-6
+        assert not edit.old or f" {edit.old} " not in said[triplet.target]
+        assert not edit.new or f" {edit.new} " not in said[edit.image]
+        assert not edit.new or f" {edit.new} " in said[triplet.target]
+    again = make_triplets(captions, count=20, similarity=similarity)
+    assert as_lines(captions, again.triplets) == as_lines(captions, made.triplets)
+
+
+# -- features --------------------------------------------------------------------------------------------------------
+
+
+def test_hashed_words_by_hand():
+    """Of 3 captions 3 hold a, 1 red, 1 "a red": weights 1, 1 + ln 2 twice; no more is shared."""
+    features = HashedWords(["a red", "a blue", "a"], width=4096)
+    found = features(["a red", "a", "green"]).double()
+    weight = 1 + np.log(2)
+    assert found[0] @ found[1] == pytest.approx(1 / np.sqrt(1 + 2 * weight**2), abs=2e-3)
+    assert found[:2].norm(dim=1).tolist() == pytest.approx([1, 1], abs=2e-3)
+    assert not found[2].any()
+    assert torch.equal(found * 2048, (found * 2048).round())
+
+
+def test_hashed_words_do_not_depend_on_the_company():
+    captions = [f"a {colour} {noun}" for colour, noun in GRID]
+    features = HashedWords(captions)
+    assert torch.equal(features(captions)[4:5], features(captions[4:5]))
+    assert features([]).shape == (0, 1024)
+
+
+@pytest.mark.parametrize("size", [1, 5, 300])
+def test_nearest_is_that_of_sorting(size, monkeypatch):
+    gallery = HashedWords(["a b", "b c"], width=8)(["a b", "b", "c", "b c"]).repeat(size, 1)
+    query = gallery[:3]
+    exact = query.double() @ gallery.double().T
+    order = exact.sort(dim=1, descending=True, stable=True)
+    monkeypatch.setattr(synthetic_triplets, "_SCORES", 2 * len(gallery))
+    scores, places = nearest(query, gallery, 4)
+    assert torch.equal(places, order.indices[:, :4])
+    assert torch.equal(scores, order.values[:, :4])
+
+
+def test_clip_compares_captions(grid):
+    torch.manual_seed(0)
+    features = ClipWords("small_clip", None)
+    found = features(["a red dress", "a blue dress", "a red dress"])
+    assert found.norm(dim=1).tolist() == pytest.approx([1, 1, 1], abs=0.01)
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+    assert make_triplets(grid, features, count=5, similarity=-1).triplets
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_both_kinds_of_files_say_the_same(tmp_path):
+    """Captions of an image may be a list, several records, or both; a repeated one counts once."""
+    records = [
+        {"image": "x/b.jpg", "caption": ["a red dress", "red"], "image_id": 3},
+        {"image": "a.jpg", "caption": " a blue dress "},
+        {"image": "x/b.jpg", "caption": "a red dress"},
+        {"image": "x/b.jpg", "caption": "ein Kleid für dich"},
+    ]
+    (tmp_path / "lavis.json").write_text(json.dumps(records))
+    lines = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    (tmp_path / "lines.jsonl").write_text("\ufeff" + lines, encoding="utf-8")
+    expected = Captions(
+        ["x/b.jpg", "a.jpg"], ["a red dress", "red", "a blue dress", "ein Kleid für dich"], [0, 0, 1, 0]
+    )
+    assert read_captions(tmp_path / "lavis.json") == expected
+    assert read_captions(tmp_path / "lines.jsonl") == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("", "is empty; it must hold"),
+        ('{"image": "a.jpg"', "line 1 is not valid JSON"),
+        ('{"image": "a.jpg", "caption": ["x", ""]}', r"line 1 has caption = \["),
+        ('{"image": "a.jpg"}', "line 1 has no 'caption'"),
+        ('{"image": "../a.jpg", "caption": "x"}', 'line 1 has image = "../a.jpg"; it must be the path'),
+        (b"\xff", r"is not UTF-8 text \(byte 0\)"),
+        (None, "does not exist; name a file of captions"),
+    ],
+)
+def test_broken_files(tmp_path, content, problem):
+    path = tmp_path / "captions.jsonl"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises((ValueError, FileNotFoundError), match=problem):
+        read_captions(path)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        read_captions(tmp_path)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def world(tmp_path, grid) -> Path:
+    """The grid as files: captions.jsonl, and images as large squares of their colour."""
+    lines = (json.dumps({"image": grid.names[n], "caption": text}) for n, text in enumerate(grid.texts))
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    (tmp_path / "images").mkdir()
+    for name, (colour, _) in zip(grid.names, GRID):
+        Image.new("RGB", (40, 50), colour).save(tmp_path / "images" / name)
+    return tmp_path
+
+
+def run(world: Path, *more: str) -> None:
+    main.main(["triplets", str(world / "captions.jsonl"), "--output", str(world / "made"), *more])
+
+
+def test_the_command_writes_what_training_reads(world, capsys):
+    run(world, "--images", str(world / "images"), "--count", "20", "--similarity", "0.99")
+    printed = capsys.readouterr().out
+    assert "20 triplets of 20 wanted, from 9 captions of 9 images" in printed
+    keys = f"train with datasets.triplets.build_info.root={world / 'made'} and .images={world / 'images'}"
+    assert printed.rstrip().endswith(keys)
+    triplets, paths = reader.read_train({"root": str(world / "made"), "images": str(world / "images")})
+    assert len(triplets) == 20
+    assert all(t.reference_caption.startswith("A ") and len(t.captions) == 1 for t in triplets)
+    assert set(paths) == {name for t in triplets for name in (t.reference, t.target)}
+
+
+def test_the_same_seed_writes_the_same_bytes(world):
+    content = []
+    for seed in ("5", "5", "6"):
+        run(world, "--seed", seed, "--count", "20", "--overwrite")
+        content.append((world / "made" / "train.jsonl").read_bytes())
+    assert content[0] == content[1] != content[2]
+
+
+def test_contact_sheet(world, capsys):
+    """12 rows of red, blue and orange squares; the same each time."""
+    sheets = [world / "sheet.png", world / "again.png"]
+    for sheet in sheets:
+        run(world, "--images", str(world / "images"), "--contact-sheet", str(sheet), "--overwrite")
+    assert sheets[0].read_bytes() == sheets[1].read_bytes()
+    colours = {colour for _, colour in Image.open(sheets[0]).convert("RGB").getcolors(2**24)}
+    assert {(255, 0, 0), (0, 0, 255), (255, 165, 0)} <= colours
+    assert f"{sheets[1]}" in capsys.readouterr().out
+
+
+def test_a_missing_picture_leaves_nothing(world):
+    for path in (world / "images").iterdir():
+        path.unlink()
+    with pytest.raises(SystemExit, match=r"lavis-cir: .*\.png does not exist"):
+        run(world, "--images", str(world / "images"), "--contact-sheet", str(world / "sheet.png"))
+    assert not (world / "sheet.png").exists()
+    assert not (world / "made" / "train.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--count", "0"], "--count must be a whole number >= 1, got 0"),
+        (["--similarity", "1.5"], r"--similarity must lie in \[-1, 1\], got 1.5"),
+        (["--similarity", "nan"], r"--similarity must lie in \[-1, 1\], got nan"),
+        (["--pretrained", "openai"], "need each other"),
+        (["--clip-model", "ViT-B-32"], "need each other"),
+        (["--contact-sheet", "x.png"], "--contact-sheet needs --images"),
+        (["--images", "nowhere"], "--images nowhere is no folder"),
+        (["--images", ".", "--contact-sheet", "x.jpg"], "x.jpg: the picture is a PNG"),
+    ],
+)
+def test_impossible_options(world, options, problem):
+    with pytest.raises(SystemExit, match=problem):
+        run(world, *options)
+
+
+def test_an_older_file_is_kept(world):
+    (world / "made").mkdir()
+    (world / "made" / "train.jsonl").write_text("mine")
+    with pytest.raises(SystemExit, match=r"train.jsonl exists; choose another --output, or give --overwrite"):
+        run(world)
+    assert (world / "made" / "train.jsonl").read_text() == "mine"
+
+
+def test_captions_that_share_nothing(world, capsys):
+    (world / "captions.jsonl").write_text(
+        '{"image": "a.jpg", "caption": "a red dress"}\n{"image": "b.jpg", "caption": "two cats"}\n'
+    )
+    with pytest.raises(SystemExit, match=r"no triplet was made of .*captions.jsonl: give more captions"):
+        run(world)
+    assert "0 triplets of 10,000 wanted" in capsys.readouterr().out
+    assert not (world / "made" / "train.jsonl").exists()
+
+
+def test_a_full_disk_is_named(world, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(
+        SystemExit, match=r"train\.jsonl could not be written: No space left on device; free some space"
+    ):
+        run(world)
+    monkeypatch.undo()
+    assert list((world / "made").iterdir()) == []

@@ -1,0 +1,219 @@
+"""Candidate search: with enough candidates every kind is the exact search; files; errors."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lavis_cir_plugin.ranking import index as index_module
+from lavis_cir_plugin.ranking import scoring
+from lavis_cir_plugin.ranking.index import KINDS, build_index, load_index, recall_against_exact
+from lavis_cir_plugin.ranking.ranks import rank
+from lavis_cir_plugin.ranking.scoring import similarity
+
+FAISS_KINDS = [kind for kind in KINDS if kind != "exact"]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(shape, generator=generator), dim=-1)
+
+
+@pytest.fixture
+def query() -> Tensor:
+    return draw(7, 8)
+
+
+@pytest.fixture
+def gallery() -> Tensor:
+    """200 images of 3 vectors; images 100 to 109 are copies of images 0 to 9, so that scores tie."""
+    gallery = draw(200, 3, 8, seed=1)
+    gallery[100:110] = gallery[:10]
+    return gallery
+
+
+@pytest.mark.parametrize("excluded", [None, torch.tensor([3, -1, 0, 100, 5, 199, -1])])
+@pytest.mark.parametrize("tokens", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_all_candidates_every_kind_is_the_exact_search(query, gallery, kind, tokens, excluded):
+    """Every vector is asked for, and an inverted file looks into every list: the order and ties are those of `rank`."""
+    gallery = gallery if tokens else gallery[:, 0]
+    expected = rank(query, gallery, torch.full((7,), -1), excluded=excluded, top_k=40).top
+    index = build_index(kind, gallery, probes=1000)
+    scores, found = index.search(query, 40, excluded=excluded, hits=600)
+    assert torch.equal(found, expected)
+    true = similarity(query.double(), gallery.double()).gather(1, found)
+    assert torch.allclose(scores, true, atol=1e-6)
+    assert (scores[:, 1:] <= scores[:, :-1]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_gallery_can_be_ordered_but_for_the_excluded_image(query, gallery, kind):
+    excluded = torch.arange(7)
+    _, found = build_index(kind, gallery, probes=1000).search(query, 200, excluded=excluded, hits=600)
+    assert torch.equal(found, rank(query, gallery, excluded, excluded=excluded, top_k=200).top)
+    assert (found[:, -1] == -1).all()
+
+
+def test_more_is_asked_for_where_hits_belong_to_few_images():
+    """The query's 10 nearest vectors belong to image 0; 4 hits per result are one image, and image 1 is asked for."""
+    gallery = torch.zeros(30, 10, 4)
+    gallery[0, :, 0] = torch.linspace(0.91, 1.0, 10)
+    gallery[1:, :, 0] = torch.linspace(0.9, 0.1, 29).unsqueeze(1)
+    scores, found = build_index("flat", gallery).search(torch.eye(4)[:1], 2)
+    assert found.tolist() == [[0, 1]]
+    assert scores.tolist() == [pytest.approx([1.0, 0.9])]
+    excluded = torch.tensor([0])
+    assert build_index("flat", gallery).search(torch.eye(4)[:1], 2, excluded=excluded)[1].tolist() == [[1, 2]]
+
+
+def test_an_inverted_file_that_looks_at_few_lists_finds_fewer():
+    """Two far clusters of 50, one list each: with one probe the other cluster is never seen, and -1 pads."""
+    gallery = torch.cat([torch.tensor([1.0, 0.0]) + 0.01 * draw(50, 2), torch.tensor([0.0, 1.0]) + 0.01 * draw(50, 2)])
+    scores, found = build_index("ivf", gallery, lists=2, probes=1).search(torch.tensor([[1.0, 0.1]]), 60)
+    assert sorted(found[0, :50].tolist()) == list(range(50))
+    assert found[0, 50:].tolist() == [-1] * 10
+    assert torch.isinf(scores[0, 50:]).all()
+
+
+@pytest.mark.parametrize("kind", FAISS_KINDS)
+def test_length_of_the_features_changes_nothing(query, gallery, kind):
+    """Float16 holds nothing above 65,504 and little below 1e-7: features are scaled before they are stored."""
+    index = build_index(kind, gallery, probes=1000)
+    for scale in (1e-12, 1e12):
+        scaled = build_index(kind, gallery * scale, probes=1000)
+        assert torch.equal(scaled.search(query * scale, 5, hits=100)[1], index.search(query, 5, hits=100)[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_small_working_memory_changes_nothing(query, gallery, kind, monkeypatch):
+    expected = build_index(kind, gallery, probes=1000).search(query, 10, hits=600)
+    monkeypatch.setattr(scoring, "WORKING_BYTES", 4096)
+    result = build_index(kind, gallery, probes=1000).search(query, 10, hits=600)
+    assert torch.equal(result[1], expected[1])
+    assert torch.equal(result[0], expected[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_index_finds_the_same_in_a_mapped_gallery(query, gallery, kind, tmp_path):
+    gallery = gallery.half()
+    gallery.numpy().tofile(tmp_path / "gallery.f16")
+    mapped = torch.from_numpy(np.memmap(tmp_path / "gallery.f16", np.float16, "c", shape=(200, 3, 8)))
+    index = build_index(kind, gallery, lists=4, probes=2)
+    assert index.save(tmp_path / "gallery.index") == tmp_path / "gallery.index"
+    loaded = load_index(tmp_path / "gallery.index", mapped)
+    assert loaded.kind == kind
+    for a, b in zip(loaded.search(query, 10), index.search(query, 10)):
+        assert torch.equal(a, b)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gallery.f16", "gallery.index"]
+
+
+def test_an_index_is_written_whole_or_not_at_all(gallery, tmp_path, monkeypatch):
+    path = build_index("flat", gallery).save(tmp_path / "a.index")
+    before = path.read_bytes()
+    index = build_index("flat", gallery[:50])
+
+    def full(index: object, writer: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("faiss.write_index", full)
+    with pytest.raises(OSError, match="no space left"):
+        index.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_do_not_fit_are_refused(gallery, tmp_path):
+    path = build_index("flat", gallery).save(tmp_path / "a.index")
+    for other in (gallery[:-1], gallery.half(), gallery + 0.01):
+        with pytest.raises(ValueError, match=r"a\.index was built from other features .* build it again"):
+            load_index(path, other)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"a\.index is damaged"):
+        load_index(path, gallery)
+    for content in (b"", b"{}\n", b"[]\n", b"\xff\xff\n", b"null", path.read_bytes().replace(b"index 1", b"index 9")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.index is not an index of this version"):
+            load_index(path, gallery)
+    with pytest.raises(FileNotFoundError):
+        load_index(tmp_path / "b.index", gallery)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "hsnw"}, "index kind must be one of exact, flat, ivf, hnsw, got 'hsnw'; did you mean 'hnsw'"),
+        ({"gallery": torch.ones(0, 4)}, "not empty"),
+        ({"gallery": torch.ones(4)}, r"gallery must be \(G, D\) or \(G, K, D\)"),
+        ({"kind": "ivf", "lists": 16}, "16 lists need 624 vectors to be trained, the gallery has 600; set lists to 15"),
+        ({"kind": "ivf", "lists": 0}, "0 lists"),
+        ({"gallery": torch.full((4, 4), float("nan"))}, "4 of 4 gallery features are not finite"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(gallery, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_index(**{"kind": "flat", "gallery": gallery, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 201}, "k must be from 1 to the gallery's 200 images, got 201"),
+        ({"k": 0}, "k must be from 1"),
+        ({"hits": 4}, "hits must be at least k = 5, got 4"),
+        ({"query": torch.ones(7, 9)}, r"query must be \(Q, 8\), got \(7, 9\)"),
+        ({"query": torch.full((7, 8), float("inf"))}, "7 of 7 query features are not finite"),
+        ({"excluded": torch.tensor([1])}, r"excluded must be \(7,\), got \(1,\)"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["exact", "flat"])
+def test_what_cannot_be_searched_is_refused(query, gallery, kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_index(kind, gallery).search(**{"query": query, "k": 5, **arguments})
+
+
+def test_without_faiss_the_exact_search_remains(query, gallery, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    assert build_index("exact", gallery).search(query, 3)[1].shape == (7, 3)
+    with pytest.raises(ValueError, match="kind 'ivf' needs FAISS, which is not installed; pip install faiss-cpu"):
+        build_index("ivf", gallery)
+
+
+def test_a_gpu_searches_where_faiss_has_one(query, gallery, monkeypatch):
+    """A stand-in for FAISS's copy on a GPU counts its searches: not of graphs, nor of more hits than a GPU returns."""
+    import faiss
+
+    searches = []
+
+    class Copy:
+        def __init__(self, vectors):
+            self.vectors = vectors
+
+        def search(self, rows, hits):
+            searches.append(hits)
+            return self.vectors.search(rows, hits)
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "StandardGpuResources", SimpleNamespace, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda resources, gpu, vectors: Copy(vectors), raising=False)
+    for kind in KINDS:
+        build_index(kind, gallery).search(query, 5)
+    assert searches == [20, 20]
+    monkeypatch.setattr(index_module, "GPU_HITS", 19)
+    expected = build_index("exact", gallery).search(query, 5)[1]
+    assert recall_against_exact(build_index("flat", gallery).search(query, 5)[1], expected) == 100.0
+    assert searches == [20, 20]
+
+
+def test_recall_by_hand():
+    """Of (1, 2) both are found, of (3, none) none, of (5, 6) one: 3 of 5."""
+    exact = torch.tensor([[1, 2], [3, -1], [5, 6]])
+    found = torch.tensor([[2, 1, 9], [4, -1, -1], [6, 0, 1]])
+    assert recall_against_exact(found, exact) == pytest.approx(60.0)
+    with pytest.raises(ValueError, match="no exact result"):
+        recall_against_exact(found, torch.full((3, 2), -1))

@@ -1,0 +1,218 @@
+"""What a run's log files hold, how they survive a crash, a resume and a full disk, and when a bar is drawn."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import math
+import os
+import sys
+import time
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lavis_cir_plugin.report.run_log import RunLog, progress, read_epochs, read_steps
+
+FULL = {"loss": 2.5, "lr": 1e-5, "perturbation_norm": 0.25, "cosine": 0.75}
+
+
+def scalars(folder, tag):
+    """Return ``{step: value}`` as TensorBoard shows it."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def test_steps_are_rows_with_fixed_columns(tmp_path):
+    log = RunLog(tmp_path)
+    log.log_step(0, 0, FULL)
+    log.log_step(1, 0, {"lr": 2e-5, "loss": float("nan")})
+    assert (tmp_path / "steps.csv").read_text() == (  # before close: a killed run loses no row
+        "step,epoch,loss,lr,perturbation_norm,cosine\n0,0,2.5,1e-05,0.25,0.75\n1,0,nan,2e-05,,\n"
+    )
+    steps = read_steps(tmp_path / "steps.csv")
+    assert steps["step"] == [0, 1]
+    assert steps["lr"] == [1e-5, 2e-5]
+    assert steps["cosine"][0] == 0.75
+    assert all(math.isnan(steps[name][1]) for name in ("loss", "perturbation_norm", "cosine"))
+    log.close()
+
+
+def test_epochs_are_long_rows_of_what_is_a_number(tmp_path):
+    """LAVIS gives training means as text, and its VQA metric has a table per answer type."""
+    log = RunLog(tmp_path)
+    log.log_epoch(9, 0, "train", {"loss": "1.250", "lr": "0.000"})
+    log.log_epoch(9, 0, "val", {"mean": 12.5, "perAnswerType": {"other": 1.0}, "note": "text", "best_epoch": 0})
+    log.log_epoch(19, 1, "val", {"mean": 25})
+    log.close()
+    assert read_epochs(tmp_path / "epochs.csv") == {
+        "train": {"loss": {0: 1.25}, "lr": {0: 0.0}},
+        "val": {"mean": {0: 12.5, 1: 25.0}, "best_epoch": {0: 0.0}},
+    }
+    assert (tmp_path / "epochs.csv").read_text().splitlines()[:2] == ["epoch,split,metric,value", "0,train,loss,1.25"]
+
+
+def test_float32_survives_the_file(tmp_path):
+    """0.1 in float32 is 0.100000001490116...; nine digits tell it from its neighbours 7.5e-9 away."""
+    value = 0.10000000149011612
+    log = RunLog(tmp_path)
+    log.log_step(0, 0, {"loss": value})
+    (read,) = read_steps(tmp_path / "steps.csv")["loss"]
+    assert abs(read - value) < 3.7e-9
+    log.close()
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path):
+    log = RunLog(tmp_path)
+    log.log_step(0, 0, FULL)
+    log.log_step(1, 0, {"loss": 2.0, "lr": 1e-5})
+    log.log_epoch(1, 0, "train", {"loss": 2.25})
+    log.log_epoch(1, 0, "seen", {"R@10": 50.0})
+    log.close()
+    assert scalars(tmp_path, "train/loss") == {0: 2.5, 1: 2.0}  # not the mean of the epoch as well
+    assert scalars(tmp_path, "wrf/perturbation_norm") == {0: 0.25}
+    assert scalars(tmp_path, "wrf/cosine") == {0: 0.75}
+    assert scalars(tmp_path, "seen/R@10") == {1: 50.0}
+
+
+def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
+    """Killed after step 3, resumed at step 2 with the files as they were after step 1."""
+    log = RunLog(tmp_path)
+    sizes = {}
+    for step in range(4):
+        if step == 2:
+            sizes = {path: path.stat().st_size for path in tmp_path.glob("*.csv")}
+        log.log_step(step, 0, {"loss": 10.0 + step})
+    log.close()
+    for path, size in sizes.items():
+        os.truncate(path, size)
+    time.sleep(1.1)  # TensorBoard reads its files by name: the second, then a number within it that is not padded
+    again = RunLog(tmp_path, first_step=2)
+    again.log_step(2, 0, {"loss": 20.0})
+    again.log_epoch(2, 0, "val", {"mean": 5.0})
+    again.close()
+    assert read_steps(tmp_path / "steps.csv")["loss"] == [10.0, 11.0, 20.0]
+    assert read_epochs(tmp_path / "epochs.csv") == {"val": {"mean": {0: 5.0}}}
+    assert scalars(tmp_path, "train/loss") == {0: 10.0, 1: 11.0, 2: 20.0}
+
+
+@pytest.mark.parametrize("failing", ["steps.csv", "epochs.csv", "tensorboard"])
+def test_a_full_disk_is_one_warning_and_training_goes_on(tmp_path, caplog, failing):
+    log = RunLog(tmp_path)
+    log.log_step(0, 0, FULL)
+
+    class Full:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def write(self, *_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        add_scalar = close = write
+
+    if failing == "tensorboard":
+        log._tensorboard = Full(log._tensorboard)
+    else:
+        log._files[failing] = Full(log._files[failing])
+    with caplog.at_level(logging.WARNING):
+        for step in range(1, 4):
+            log.log_step(step, 0, {"loss": 1.0})
+            log.log_epoch(step, 0, "val", {"mean": 1.0})
+        log.close()
+    (record,) = caplog.records
+    assert "cannot be written (No space left on device)" in record.getMessage()
+    assert not log.is_open
+
+
+def test_a_folder_that_is_gone_is_a_warning_as_well(tmp_path, caplog):
+    log = RunLog(tmp_path / "gone")
+    log.log_step(0, 0, FULL)
+    log.close()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_without_tensorboard_the_csv_files_are_written(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    log = RunLog(tmp_path)
+    log.log_step(0, 0, FULL)
+    log.log_epoch(0, 0, "val", {"mean": 1.0})
+    log.close()
+    assert "pip install tensorboard" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epochs.csv", "steps.csv"]
+    assert read_steps(tmp_path / "steps.csv")["loss"] == [2.5]
+
+
+def test_nothing_is_written_after_close(tmp_path):
+    log = RunLog(tmp_path)
+    log.close()
+    log.log_step(0, 0, FULL)
+    log.close()
+    assert read_steps(tmp_path / "steps.csv")["loss"] == []
+
+
+@pytest.mark.parametrize("torn", ["1,0,1", "1,0,1.0,1.0,1.0,1.0", "1"])
+def test_a_torn_last_line_is_left_out(tmp_path, torn):
+    """Without its line end, even a line that looks whole may lack digits."""
+    log = RunLog(tmp_path)
+    log.log_step(0, 0, FULL)
+    log.close()
+    with (tmp_path / "steps.csv").open("a") as file:
+        file.write(torn)
+    assert read_steps(tmp_path / "steps.csv")["step"] == [0]
+
+
+@pytest.mark.parametrize("damaged", ["1,0,1", "1,0,x,1,1,1"])
+def test_a_damaged_line_inside_is_named(tmp_path, damaged):
+    log = RunLog(tmp_path)
+    log.close()
+    with (tmp_path / "steps.csv").open("a") as file:
+        file.write(f"{damaged}\n1,0,1,1,1,1\n")
+    with pytest.raises(ValueError, match=r"steps\.csv, line 2 is damaged"):
+        read_steps(tmp_path / "steps.csv")
+
+
+def test_what_is_no_log_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"steps\.csv does not exist; a training run writes it"):
+        read_steps(tmp_path / "steps.csv")
+    (tmp_path / "epochs.csv").write_text("a,b\n")
+    with pytest.raises(ValueError, match="must start with the line epoch,split,metric,value"):
+        read_epochs(tmp_path / "epochs.csv")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class OnlyNext:
+    """LAVIS's loader of several data sets: endless, with ``next`` alone."""
+
+    def __next__(self):
+        return 7
+
+
+@pytest.mark.parametrize("batches", [OnlyNext(), [7, 7, 7]])
+def test_a_terminal_shows_a_bar_with_the_time_left(monkeypatch, batches):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    bar = iter(progress(batches, total=5, initial=2, description="epoch 3"))
+    assert [next(bar) for _ in range(3)] == [7, 7, 7]
+    del bar
+    assert "epoch 3:  40%" in sys.stderr.getvalue()
+    assert "2/5 [00:00<" in sys.stderr.getvalue()
+    assert sys.stderr.getvalue().endswith("\r")  # cleared
+
+
+def test_a_log_file_shows_no_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert list(progress([1, 2], total=2)) == [1, 2]
+    assert sys.stderr.getvalue() == ""
+
+
+def test_other_processes_show_no_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    assert list(progress([1, 2], total=2)) == [1, 2]
+    assert sys.stderr.getvalue() == ""

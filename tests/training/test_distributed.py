@@ -1,0 +1,158 @@
+"""Two gloo processes with half a batch each against one process with the whole batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import SMALL, make_triplets
+from torch.nn.parallel import DistributedDataParallel
+
+from lavis_cir_plugin.core.processes import fail_together, share
+from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
+from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
+from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
+from lavis_cir_plugin.models.contrastive_losses import gather_with_gradient
+from lavis_cir_plugin.ranking.gallery_features import shared_rows
+
+FUSIONS = ("joint", "sentence_prompt")
+SETTINGS = {
+    "plain": {"gamma": 0.0},
+    "gradient": {"gamma": 0.05},
+    "random": {"gamma": 0.05, "direction": "random"},
+    "momentum": {"gamma": 0.05, "direction": "momentum"},
+    "every second step": {"gamma": 0.05, "every": 2},
+}
+
+
+class Flat(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, samples):
+        return {"loss": self.weight.sum()}
+
+
+def second_gradients(fusion, kind, batch, wrap=lambda model: model):
+    """Return the gradients of a second step, in which a kept direction is used again and momentum has begun."""
+    torch.manual_seed(0)
+    model = Blip2Cir(**{**SMALL, "fusion": fusion, "freeze_vit": kind == "every second step"})
+    wrapped = wrap(model)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    # A large epsilon keeps AdamW from blowing rounding errors up to whole steps.
+    stock = torch.optim.AdamW(trained, lr=1e-3, eps=1e-2)
+    optimizer = PerturbingOptimizer(stock, wrapped, WeightPerturbation(tensors="all", **SETTINGS[kind]), seed=3)
+    call = optimizer.perturb(wrapped)
+    for _ in range(2):
+        optimizer.zero_grad()
+        call(dict(batch))["loss"].backward()
+        gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+        optimizer.step()
+    return gradients
+
+
+def whole_batch():
+    """Eight triplets of which rows 1 and 6, on different processes, have the same target image."""
+    batch = make_triplets(8)
+    batch["target"][6] = batch["target"][1]
+    batch["target_id"][6] = batch["target_id"][1]
+    return batch
+
+
+def statistics(kind, rank):
+    """Return the running means that a third step begins with, and those that it leaves; the rate is 0."""
+    torch.manual_seed(0)
+    wrapped = DistributedDataParallel(Normalised())
+    stock = torch.optim.SGD(wrapped.parameters(), lr=0.0)
+    call = PerturbingOptimizer(stock, wrapped, WeightPerturbation(**SETTINGS[kind])).perturb(wrapped)
+    seen = []
+    wrapped.module.layer.register_forward_pre_hook(lambda *_: seen.append(wrapped.module.norm.running_mean.clone()))
+    for step in range(3):
+        x = torch.randn(6, 3, generator=torch.Generator().manual_seed(10 * step + rank))
+        seen.clear()
+        call({"x": x, "epoch": 0})["loss"].backward()
+    return seen[0], wrapped.module.norm.running_mean.clone()
+
+
+def encoded(path, total):
+    """Write the numbers of this process's rows, in batches of two; return what all have written."""
+    numbers = torch.arange(float(total))[:, None].expand(total, 3)[list(share(total))]
+    return shared_rows(path, total, numbers.split(2) if len(numbers) else [], torch.float16).clone()
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    half = {key: values[rank * 4 : rank * 4 + 4] for key, values in whole_batch().items()}
+    found = {}
+    for fusion in FUSIONS:
+        for kind in SETTINGS:
+            found[fusion, kind] = second_gradients(fusion, kind, half, DistributedDataParallel)
+    for kind in ("plain", "gradient"):
+        found["statistics", kind] = statistics(kind, rank)
+    # A sum over a weight has an expanded gradient, which cannot be reduced in place.
+    flat = Flat()
+    wrapped = DistributedDataParallel(flat)
+    optimizer = PerturbingOptimizer(torch.optim.SGD(flat.parameters(), lr=0.1), wrapped, WeightPerturbation(gamma=0.1))
+    optimizer.perturb(wrapped)({"epoch": 0})["loss"].backward()
+    found["expanded"] = flat.weight.grad
+    found["gathered"] = gather_with_gradient(torch.tensor([rank]))
+    found["rows"] = [encoded(Path(folder) / "rows.tmp", n) for n in (1, 4, 5)]
+    try:
+        with fail_together():
+            assert rank == 0, "no picture\nthis process has failed"
+    except (ValueError, AssertionError) as error:
+        found["stopped"] = type(error).__name__, str(error)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(work, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_gradients_equal_those_of_one_process(fusion, kind, found):
+    """Negatives and duplicate targets reach across processes, and both share one perturbation."""
+    expected = second_gradients(fusion, kind, whole_batch())
+    for rank in range(2):
+        assert found[rank][fusion, kind].keys() == expected.keys()
+        for name, gradient in found[rank][fusion, kind].items():
+            torch.testing.assert_close(gradient, expected[name], atol=5e-5, rtol=1e-3, msg=name)
+
+
+def test_processes_share_rows_with_exact_counts_and_stop_together(found):
+    """Of one row, the first process of two has none. The file keeps no name."""
+    for rank in range(2):
+        assert torch.equal(found[rank]["expanded"], torch.ones(2, 2))
+        assert found[rank]["gathered"].tolist() == [0, 1]
+        assert [rows.tolist() for rows in found[rank]["rows"]] == [[[i] * 3 for i in range(n)] for n in (1, 4, 5)]
+    assert found[0]["stopped"] == ("ValueError", "another process stopped: this process has failed")
+    assert found[1]["stopped"] == ("AssertionError", "no picture\nthis process has failed")
+
+
+class Normalised(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)
+
+    def forward(self, samples):
+        return {"loss": self.norm(self.layer(samples["x"])).pow(4).mean()}
+
+
+def test_batch_norm_statistics_stay_together(found):
+    """As in plain DistributedDataParallel, every step begins with the first process's statistics, also when perturbed:
+    after a step they differ by one batch's part (momentum 0.1), not by the sum of all."""
+    plain, perturbed = ([found[rank]["statistics", kind] for rank in range(2)] for kind in ("plain", "gradient"))
+    assert torch.equal(plain[0][1], perturbed[0][1]), "the clean pass alone counts, and it is the plain one"
+    for both in (plain, perturbed):
+        assert torch.equal(both[0][0], both[1][0]), "before a step"
+        assert not torch.equal(both[0][1], both[1][1]), "after it"

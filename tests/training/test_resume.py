@@ -1,0 +1,401 @@
+"""Runs that are killed and resumed: the same weights, metrics and logs, bit for bit; and what a resume refuses.
+
+``CIR_KILLS=20 python -m pytest tests/test_resume.py`` kills each kind of run at 20 random moments instead of a few.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from lavis_cir_plugin import PROJECTS
+from lavis_cir_plugin.core import checkpoints
+from lavis_cir_plugin.core.checkpoints import read_checkpoint, verify_checkpoint
+from lavis_cir_plugin.garments import GarmentsConfig, make_garments
+from lavis_cir_plugin.training import launcher, resumable_runner
+
+KILLS = int(os.environ.get("CIR_KILLS", "2"))
+WORLD = {
+    "train_triplets": 12, "train_images": 20, "val_queries": 6, "val_images": 10, "test_queries": 3, "test_images": 6,
+    "image_width": 48, "image_height": 60,
+}  # fmt: skip
+
+# Every kind of state: dropout, a kept direction, accumulated gradients left over at the end of an epoch, best-so-far.
+CHANGES = {
+    "model": {
+        "vit_config": {"patch_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2},
+        "qformer_config": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+    },
+    "run": {
+        "wrf": {"gamma": 0.05, "every": 2, "warmup_epochs": 0}, "max_epoch": 3, "batch_size_train": 4,
+        "accum_grad_iters": 2, "save_every": 2, "log_freq": 2, "resume_ckpt_path": "auto", "warmup_steps": 3,
+    },
+}  # fmt: skip
+ITERATIONS = {"runner": "runner_wrf4cir_iter", "max_iters": 16, "iters_per_inner_epoch": 5, "max_epoch": None}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_garments(tmp_path_factory.mktemp("cache"), GarmentsConfig(**WORLD))
+
+
+def write_project(folder, world, **run):
+    cfg = OmegaConf.load(PROJECTS / "wrf4cir/demo.yaml")
+    cfg.datasets.fashioniq = {
+        "build_info": {"root": str(world)},
+        "vis_processor": {stage: {"name": "target_pad", "image_size": 64} for stage in ("train", "eval")},
+    }
+    path = folder / f"{len(list(folder.glob('*.yaml')))}.yaml"
+    OmegaConf.save(OmegaConf.merge(cfg, CHANGES, {"run": run}), path)
+    return str(path)
+
+
+@pytest.fixture
+def project(tmp_path, world):
+    """Return a factory of project files; each call may change keys of ``run``."""
+    return lambda **run: write_project(tmp_path, world, **run)
+
+
+def work(project, output, environment):
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    log = open(f"{output}.log", "a")  # noqa: SIM115 (open as long as the process)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    launcher.main("train", ["--cfg-path", project, "--options", f"run.output_dir={output}"])
+
+
+def start(project, output, world_size=1):
+    """Start the processes of a run; a fork server has imported torch and LAVIS for them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lavis_cir_plugin.training.launcher"])
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(world_size):
+        environment = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        environment = {**environment, "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": 1} if world_size > 1 else {}
+        environment = {name: str(value) for name, value in environment.items()}
+        processes.append(context.Process(target=work, args=(project, str(output), environment)))
+        processes[-1].start()
+    return processes
+
+
+def finish(processes, output):
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * len(processes), Path(f"{output}.log").read_text()[
+        -3000:
+    ]
+
+
+def is_finished(output, folder="*"):
+    return any("run_finished" in log.read_text() for log in output.glob(f"{folder}/log.txt"))
+
+
+def outcome(output):
+    """Return everything that a run leaves and that must not depend on when it was killed."""
+    folders = sorted(output.iterdir())
+    left = []
+    for folder in folders:
+        log = (folder / "log.txt").read_text()
+        _, end = json.JSONDecoder().raw_decode(log)  # the config, which names the folder
+        files = {name: (folder / name).read_text() for name in ("steps.csv", "epochs.csv", "val/metrics.json")}
+        states = {}
+        for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
+            saved = read_checkpoint(str(folder / name))
+            del saved["config"]
+            states[name] = saved
+        states["checkpoint_last.pth"]["progress"].pop("logs")
+        left.append((log[end:], files, states))
+    return left
+
+
+def assert_same(left, right):
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right)
+        for one, other in zip(left, right):
+            assert_same(one, other)
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    else:
+        assert left == right
+
+
+@pytest.mark.parametrize("style", ["epochs", "iterations"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_killed_run_ends_as_if_it_had_not_been(world_size, style, project, tmp_path):
+    """SIGKILL to all processes at random moments of the run, also while a checkpoint is written."""
+    path = project(**(ITERATIONS if style == "iterations" else {}))
+    begin = time.monotonic()
+    finish(start(path, tmp_path / "whole", world_size), tmp_path / "whole")
+    duration = time.monotonic() - begin
+    expected = outcome(tmp_path / "whole")
+    moments = random.Random(f"{world_size}/{style}")
+    for kill in range(KILLS):
+        output = tmp_path / f"killed_{kill}"
+        processes = start(path, output, world_size)
+        time.sleep(moments.uniform(0.2, 1) * duration)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+        if not is_finished(output):
+            finish(start(path, output, world_size), output)
+        for folder in output.iterdir():
+            if not (folder / "log.txt").is_file() or not is_finished(folder.parent, folder.name):
+                shutil.rmtree(folder)  # killed before there was anything to go on from
+        assert_same(outcome(output), expected)
+
+
+@pytest.fixture(scope="module")
+def stopped_once(world, tmp_path_factory):
+    """Return the folder of a run that stopped after its fourth checkpoint."""
+    saved = []
+
+    def stop_after_four(*arguments, **named):
+        checkpoints.write_checkpoint(*arguments, **named)
+        saved.append(1)
+        if len(saved) == 4:
+            raise KeyboardInterrupt
+
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "write_checkpoint", stop_after_four)
+        path = write_project(folder, world)
+        with pytest.raises(KeyboardInterrupt):
+            launcher.main("train", ["--cfg-path", path, "--options", f"run.output_dir={folder / 'out'}"])
+    return next((folder / "out").iterdir())
+
+
+@pytest.fixture
+def stopped(stopped_once, project, tmp_path):
+    """Return a copy of that run, and a function that goes on with it."""
+    folder = tmp_path / "out/run"
+    shutil.copytree(stopped_once, folder)
+
+    def go_on(*options, asked=folder, **run):
+        options = [*options, f"run.output_dir={tmp_path / 'out'}", f"run.resume_ckpt_path={asked}"]
+        launcher.main("train", ["--cfg-path", project(**run), "--options", *options])
+
+    return folder, go_on
+
+
+def damage(path):
+    """Flip one byte in the middle of a tensor, which torch itself would load without a word."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("harm", [damage, lambda path: path.write_bytes(path.read_bytes()[:-1000]), Path.unlink])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(harm, stopped, caplog):
+    folder, go_on = stopped
+    harm(folder / "checkpoint_last.pth")
+    with caplog.at_level("WARNING"):
+        go_on("run.max_epoch=2")
+    assert is_finished(folder.parent)
+    if harm is not Path.unlink:
+        assert re.search(r"last\.pth is damaged or was only half written .* checkpoint_previous", caplog.text)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name], "the run goes on in its own folder"
+
+
+def test_two_damaged_checkpoints_are_an_error_that_names_both(stopped):
+    folder, go_on = stopped
+    for name in ("checkpoint_last.pth", "checkpoint_previous.pth"):
+        damage(folder / name)
+    with pytest.raises(SystemExit, match=r"no checkpoint in .* is whole: .*last\.pth is dam.*previous\.pth is dam"):
+        go_on()
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"batch_size_train": 3}, r"run\.batch_size_train: 3 differs from 4 in .*the order of the data follows"),
+        ({"seed": 1}, r"run\.seed: 1 differs from 42"),
+        ({"runner": "runner_wrf4cir_iter", "max_iters": 9, "iters_per_inner_epoch": 3, "max_epoch": None},
+         r"counts no iters, so it was written by another kind of runner than run\.runner: runner_wrf4cir_iter"),
+    ],
+)  # fmt: skip
+def test_what_cannot_go_on_is_refused(run, message, stopped):
+    _, go_on = stopped
+    with pytest.raises(SystemExit, match=message):
+        go_on(**run)
+
+
+def test_another_number_of_processes_is_refused(stopped):
+    folder, go_on = stopped
+    saved = read_checkpoint(str(folder / "checkpoint_last.pth"))
+    saved["progress"]["processes"] *= 2
+    torch.save(saved, folder / "checkpoint_last.pth")
+    with pytest.raises(SystemExit, match=r"was written by 2 processes and this run has 1; start as many"):
+        go_on()
+
+
+def test_another_radius_is_a_warning(stopped, caplog):
+    _, go_on = stopped
+    with caplog.at_level("WARNING"):
+        go_on("run.wrf.gamma=0.01", "run.max_epoch=2")
+    assert "run.wrf is {'gamma': 0.01" in caplog.text
+
+
+def test_a_folder_without_a_checkpoint_is_refused(stopped, tmp_path):
+    _, go_on = stopped
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=r"holds no checkpoint_last\.pth; a run writes it after its first epoch"):
+        go_on(asked=tmp_path / "empty")
+
+
+def test_auto_leaves_a_run_of_another_config_alone(stopped):
+    folder, go_on = stopped
+    go_on("run.init_lr=0.001", "run.max_epoch=1", asked="auto")
+    assert len(list(folder.parent.iterdir())) == 2
+    assert not is_finished(folder.parent, folder.name)
+
+
+def test_a_damaged_checkpoint_never_replaces_the_good_one_before(stopped, monkeypatch):
+    """After the fall-back the next save must not move the damaged file onto the only whole one."""
+    folder, go_on = stopped
+    damage(folder / "checkpoint_last.pth")
+    saved = []
+
+    def stop_after_one(*arguments, **named):
+        checkpoints.write_checkpoint(*arguments, **named)
+        saved.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        go_on()
+    for name in ("checkpoint_last.pth", "checkpoint_previous.pth"):
+        verify_checkpoint(folder / name)
+
+
+def test_a_run_that_is_still_going_on_is_left_alone(stopped):
+    """auto starts another one, and a resume by name is refused; the lock goes with its process, however it ends."""
+    folder, go_on = stopped
+    lock = resumable_runner.lock_run(folder)
+    with pytest.raises(SystemExit, match=r"is still going on in another process; wait for its end"):
+        go_on()
+    go_on("run.max_epoch=1", asked="auto")
+    assert len(list(folder.parent.iterdir())) == 2
+    lock.close()
+
+
+def test_a_log_that_is_younger_than_the_checkpoint_is_cut(stopped):
+    folder, go_on = stopped
+    (folder / "evaluate.txt").write_text("a line of the time after the checkpoint\n")
+    go_on()
+    assert (folder / "evaluate.txt").read_text() == ""
+
+
+def test_a_copied_checkpoint_begins_a_run_of_its_own(stopped, tmp_path, caplog):
+    folder, go_on = stopped
+    shutil.copy(folder / "checkpoint_last.pth", tmp_path / "copy.pth")
+    go_on(asked=tmp_path / "copy.pth")
+    (other,) = (path for path in folder.parent.iterdir() if path != folder)
+    assert "is another run's; this one begins a folder and a best epoch of its own" in caplog.text
+    assert (other / "log.txt").read_text().startswith("{\n")
+    assert (other / "checkpoint_best.pth").is_file()
+
+
+def test_other_training_data_are_refused(stopped, tmp_path_factory):
+    _, go_on = stopped
+    other = make_garments(tmp_path_factory.mktemp("other"), GarmentsConfig(**{**WORLD, "train_triplets": 16}))
+    with pytest.raises(SystemExit, match=r"was written with \[9\] training batches an epoch and there are \[12\] now"):
+        go_on(f"datasets.fashioniq.build_info.root={other}")
+
+
+def test_the_config_decides_about_weight_decay_and_the_radius_of_adam(stopped, monkeypatch):
+    _, go_on = stopped
+    groups = []
+    stock = resumable_runner.ResumableRunner._continue
+    monkeypatch.setattr(
+        resumable_runner.ResumableRunner,
+        "_continue",
+        lambda self, *a: (stock(self, *a), groups.extend(self.optimizer.param_groups)),
+    )
+    go_on("run.weight_decay=0.5", "run.adam_eps=1e-3", "run.max_epoch=1")
+    assert {group["weight_decay"] for group in groups} == {0.5, 0}
+    assert {group["eps"] for group in groups} == {1e-3}
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_an_evaluation_does_not_touch_the_run(command, stopped, project, tmp_path):
+    folder, _ = stopped
+    before = {path: path.read_bytes() for path in folder.glob("*.*")}
+    options = ["run.evaluate=true", f"run.output_dir={tmp_path / 'out'}", f"run.resume_ckpt_path={folder}"]
+    with pytest.raises(SystemExit, match=r"resume_ckpt_path goes on with a training run; to evaluate one set model"):
+        launcher.main(command, ["--cfg-path", project(), "--options", *options])
+    assert {path: path.read_bytes() for path in folder.glob("*.*")} == before
+
+
+def test_a_finished_run_only_evaluates_again(stopped):
+    folder, go_on = stopped
+    go_on()
+    steps = (folder / "steps.csv").read_text()
+    (folder / "val" / "metrics.json").unlink()
+    go_on()
+    assert (folder / "val" / "metrics.json").is_file()
+    assert (folder / "steps.csv").read_text() == steps
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_a_malicious_checkpoint_does_not_run(stopped, tmp_path, monkeypatch):
+    folder, go_on = stopped
+    monkeypatch.chdir(tmp_path)
+    for name in ("checkpoint_last.pth", "checkpoint_previous.pth"):
+        torch.save({"model": Evil(), "optimizer": {}}, folder / name)
+    with pytest.raises(SystemExit, match=r"holds other Python objects, which are never unpickled"):
+        go_on()
+    assert not (tmp_path / "pwned").exists()
+    pickle.loads(pickle.dumps(Evil()))  # what would have happened
+    assert (tmp_path / "pwned").exists()
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(stopped):
+    """A limit on the size of files is what a full disk looks like to the writer."""
+    folder, go_on = stopped
+    before = {name: (folder / name).read_bytes() for name in ("checkpoint_last.pth", "checkpoint_previous.pth")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["checkpoint_last.pth"]) // 2, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match=r"no checkpoint could be written to .*untouched; free some space"):
+            go_on()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert not list(folder.glob(".*"))
+    go_on()
+    assert is_finished(folder.parent)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(stopped):
+    folder, go_on = stopped
+    with pytest.raises(SystemExit, match=r"training loss is (nan|inf) in epoch 1, batch \d+; lower run\.init_lr"):
+        go_on("run.init_lr=1e30")
+    verify_checkpoint(folder / "checkpoint_last.pth")

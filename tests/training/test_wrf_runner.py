@@ -1,0 +1,289 @@
+"""The runners against LAVIS itself: same arithmetic, same checkpoints, and what the mix-in adds."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import logging
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_triplets
+from lavis.common.optims import LinearWarmupCosineLRScheduler
+from lavis.common.registry import registry
+from lavis.runners.runner_base import RunnerBase
+from lavis.runners.runner_iter import RunnerIter
+from lavis.tasks.base_task import BaseTask
+from omegaconf import OmegaConf
+from torch.utils.data import Dataset, default_collate
+
+from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
+from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
+from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir
+from lavis_cir_plugin.training.resumable_runner import ResumableRunner, resumable
+
+
+class Triplets(Dataset):
+    """A data set of random triplets in memory, as a LAVIS data set looks to a runner."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return len(self.batch["text_input"])
+
+    def __getitem__(self, index):
+        return {key: values[index] for key, values in self.batch.items()}
+
+    def collater(self, samples):
+        return default_collate(samples)
+
+
+class Scored(BaseTask):
+    """A task of LAVIS's kind whose validation metric is given, so that checkpoint selection can be told."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.scores = iter(scores)
+        self.seen = []
+
+    def evaluation(self, model, data_loader, cuda_enabled=True):
+        assert not cuda_enabled
+        self.seen.append(copy.deepcopy(model.state_dict()))
+        return [0]
+
+    def after_evaluation(self, **_):
+        return {"agg_metrics": next(self.scores)}
+
+
+@pytest.fixture
+def make_runner(tmp_path, small_model, triplets):
+    """Return a factory of runners over the small model; two epochs of three steps."""
+
+    def make(runner=RunnerWrf4Cir, task=None, model=None, splits=(), **run):
+        data = {"train": Triplets(triplets(12))}
+        data.update({split: Triplets(triplets(4)) for split in splits})
+        torch.manual_seed(7)
+        model = model or small_model()
+        cfg = OmegaConf.create(
+            {
+                "run": {
+                    "device": "cpu", "distributed": False, "evaluate": False, "output_dir": str(tmp_path / "out"),
+                    "lr_sched": "linear_warmup_cosine_lr", "init_lr": 1e-2, "min_lr": 1e-3, "weight_decay": 0.05,
+                    "max_epoch": 2, "batch_size_train": 4, "batch_size_eval": 4, "num_workers": 0,
+                    "train_splits": ["train"], "valid_splits": list(splits), "test_splits": [], **run,
+                }
+            }
+        )  # fmt: skip
+        config = type("Config", (), {"run_cfg": cfg.run, "to_dict": lambda _: OmegaConf.to_container(cfg)})()
+        return runner(cfg=config, task=task or BaseTask(), model=model, datasets={"triplets": data}, job_id="job")
+
+    return make
+
+
+def train(runner):
+    torch.manual_seed(11)
+    runner.train()
+    return runner.unwrap_dist_model(runner.model).state_dict()
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def test_gamma_zero_equals_lavis_runner_bit_for_bit(make_runner, tmp_path):
+    """Weights, optimizer state and checkpoint of LAVIS's own epoch loop; only the key "wrf" is added."""
+    ours, stock = make_runner(wrf={"gamma": 0}), make_runner(resumable(RunnerBase))
+    assert_same(train(ours), train(stock))
+    saved = ours.optimizer.state_dict()
+    assert saved.pop("wrf")["steps"] == {"perturbed": 0, "skipped": 0}
+    theirs = stock.optimizer.state_dict()
+    assert saved["param_groups"] == theirs["param_groups"]
+    for index, state in theirs["state"].items():
+        assert_same(saved["state"][index], state)
+
+
+def test_gamma_zero_equals_lavis_task_loop_without_any_runner(make_runner, small_model, triplets):
+    """The same two epochs through BaseTask.train_epoch with a bare AdamW."""
+    weights = train(make_runner(wrf={"gamma": 0}))
+    torch.manual_seed(7)
+    model = small_model().train()
+    decayed, plain = [], []
+    for name, p in model.named_parameters():
+        (plain if p.ndim < 2 or "bias" in name or "ln" in name or "bn" in name else decayed).append(p)
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.999))
+    schedule = LinearWarmupCosineLRScheduler(optimizer, max_epoch=2, min_lr=1e-3, init_lr=1e-2)
+    data = Triplets(triplets(12))
+    torch.manual_seed(11)
+    loader = EpochLoader(training_loader(data, seed=42, batch_size=4, drop_last=True, collate_fn=data.collater))
+    for epoch in range(2):
+        BaseTask().train_epoch(epoch, model, loader, optimizer, schedule)
+    assert_same(weights, model.state_dict())
+
+
+def test_a_perturbed_run_differs_and_counts_its_steps(make_runner):
+    perturbed = make_runner(wrf={"gamma": 0.05, "warmup_epochs": 1})
+    weights, stock = train(perturbed), train(make_runner(resumable(RunnerBase)))
+    assert any(not torch.equal(weights[name], stock[name]) for name in weights)
+    assert isinstance(perturbed.optimizer, PerturbingOptimizer)
+    assert perturbed.optimizer.steps == {"perturbed": 3, "skipped": 0}
+
+
+def test_accumulated_gradients_are_stepped_every_second_batch(make_runner):
+    """LAVIS's loop, not ours, decides; gamma 0 stays bit-equal under accumulation, and perturbed steps all count."""
+    ours = make_runner(wrf={"gamma": 0}, accum_grad_iters=3)
+    stock = make_runner(resumable(RunnerBase), accum_grad_iters=3)
+    assert_same(train(ours), train(stock))
+    perturbed = make_runner(wrf={"gamma": 0.05}, accum_grad_iters=3)
+    train(perturbed)
+    assert perturbed.optimizer.steps["perturbed"] == 6
+
+
+def test_evaluations_and_checkpoints_see_clean_weights(make_runner, tmp_path):
+    """At a radius of half the weights, what validation saw equals what the optimizer holds and what was saved."""
+    task = Scored([10.0, 20.0])
+    runner = make_runner(task=task, splits=("val",), wrf={"gamma": 0.5})
+    weights = train(runner)
+    assert_same(task.seen[-1], weights)
+    saved = torch.load(tmp_path / "out/job/checkpoint_best.pth", weights_only=True)
+    assert_same(saved["model"], {name: weights[name] for name in saved["model"]})
+    assert saved["optimizer"]["wrf"]["settings"]["gamma"] == 0.5
+    assert saved["optimizer"]["wrf"]["steps"] == {"perturbed": 6, "skipped": 0}
+
+
+def test_the_best_epoch_is_kept_and_reloaded(make_runner, tmp_path):
+    task = Scored([30.0, 20.0, 25.0])
+    runner = make_runner(task=task, splits=("val",), test_splits=["val"])
+    train(runner)
+    assert torch.load(tmp_path / "out/job/checkpoint_best.pth", weights_only=True)["epoch"] == 0
+    assert_same(task.seen[2], task.seen[0])
+
+
+def test_without_validation_the_last_weights_are_tested_as_the_final_ones(make_runner):
+    """LAVIS would then hand the task a number instead of "best", and no report would be written."""
+    task = Scored([1.0])
+    task.after_evaluation = lambda **arguments: epochs.append(arguments["epoch"])
+    epochs = []
+    data = make_runner(task=task, splits=("test",), valid_splits=[], test_splits=["test"])
+    weights = train(data)
+    assert epochs == ["best"]
+    assert_same(task.seen[0], weights)
+
+
+def test_without_any_score_above_zero_the_last_weights_are_evaluated(make_runner, caplog):
+    task = Scored([0.0, 0.0, 0.0])
+    runner = make_runner(task=task, splits=("val",), test_splits=["val"])
+    with caplog.at_level(logging.WARNING):
+        weights = train(runner)
+    assert_same(task.seen[2], weights)
+    assert "no epoch of this run had a validation metric above 0" in caplog.text
+
+
+@pytest.mark.parametrize("freeze_vit", [False, True])
+def test_a_saved_optimizer_state_resumes(freeze_vit, make_runner, small_model, tmp_path):
+    """Also with a frozen tower, which LAVIS leaves out of its checkpoints and then misses."""
+    train(make_runner(model=small_model(freeze_vit=freeze_vit), wrf={"gamma": 0.05}))
+    path = str(tmp_path / "out/job/checkpoint_1.pth")
+    resumed = make_runner(
+        model=small_model(freeze_vit=freeze_vit), wrf={"gamma": 0.05}, max_epoch=3, resume_ckpt_path=path
+    )
+    train(resumed)
+    assert resumed.optimizer.steps == {"perturbed": 9, "skipped": 0}
+
+
+def test_no_space_left_keeps_the_earlier_checkpoint(make_runner, tmp_path, monkeypatch):
+    runner = make_runner()
+    train(runner)
+    before = {path: path.read_bytes() for path in (tmp_path / "out/job").glob("*.pth")}
+
+    def fail(content, file):
+        Path(file.name).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match=r"no checkpoint could be written to .*job .*untouched; free some space"):
+        runner._save_checkpoint(1)
+    with pytest.raises(OSError, match=r"no checkpoint could be written to .*job .*untouched; free some space"):
+        runner._save_last(2, 0, {})
+    assert {path: path.read_bytes() for path in (tmp_path / "out/job").glob("*.pth")} == before
+    assert list((tmp_path / "out/job").glob(".*")) == []
+
+
+def test_a_task_is_given_back_as_it_was(make_runner):
+    runner = make_runner()
+    runner.train_epoch(0)
+    assert "train_epoch" not in vars(runner.task)
+
+
+def test_gradient_checkpointing_on_perturbed_layers_is_refused(make_runner, small_model):
+    with pytest.raises(ValueError, match=r"inside 'visual_encoder', which recomputes its activations"):
+        make_runner(model=small_model(use_grad_checkpoint=True)).train()
+    make_runner(model=small_model(use_grad_checkpoint=True, freeze_vit=True)).optimizer  # noqa: B018 (built on access)
+
+
+def test_half_precision_trainable_weights_are_refused(make_runner, small_model):
+    with pytest.raises(ValueError, match=r"trainable tensors are bfloat16 .*Keep trainable weights in float32"):
+        make_runner(model=small_model().to(torch.bfloat16)).train()
+
+
+def test_it_is_registered_and_leaves_lavis_classes_alone():
+    assert "runner_wrf4cir" in registry.list_runners()
+    assert resumable(RunnerWrf4Cir) is RunnerWrf4Cir
+    assert issubclass(resumable(RunnerIter), (ResumableRunner, RunnerIter))
+    assert not issubclass(RunnerBase, ResumableRunner)
+
+
+class CallsAMethod(BaseTask):
+    """A task that passes by the object it is given in place of the model."""
+
+    def train_step(self, model, samples):
+        return model.forward(samples)["loss"]
+
+
+def test_a_task_that_does_not_call_its_model_is_told(make_runner):
+    """It would train without perturbation, logs or checkpoints, and nobody would notice."""
+    with pytest.raises(ValueError, match=r"called its model for 0 of 3 training batches; .*train_step calls model"):
+        train(make_runner(task=CallsAMethod()))
+
+
+def test_an_evaluation_writes_no_checkpoint(make_runner, tmp_path):
+    runner = make_runner(task=Scored([50.0, 50.0]), splits=("val",), test_splits=["val"], evaluate=True)
+    train(runner)
+    assert not list((tmp_path / "out/job").glob("*.pth"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_do_not_depend_on_workers_or_on_where_a_run_began(num_workers, make_runner):
+    """Augmentation included: each sample draws a number while it is loaded."""
+
+    class Drawing(Triplets):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "draw": torch.rand(1) + random.random() + np.random.rand()}
+
+    def batches(workers, first):
+        loader = EpochLoader(
+            training_loader(
+                Drawing(make_triplets(12)),
+                seed=5,
+                batch_size=4,
+                num_workers=workers,
+                drop_last=True,
+                collate_fn=default_collate,
+            )
+        )
+        loader.seek(first)
+        return [next(loader) for _ in range(first, 6)]
+
+    state = torch.get_rng_state()
+    whole = batches(0, 0)
+    assert torch.equal(state, torch.get_rng_state()), "the training's own numbers are left alone"
+    assert not torch.equal(whole[0]["target_id"], whole[3]["target_id"]), "every epoch has an order of its own"
+    for first in (0, 2, 3, 5):
+        for batch, expected in zip(batches(num_workers, first), whole[first:]):
+            assert torch.equal(batch["target_id"], expected["target_id"])
+            assert torch.equal(batch["draw"], expected["draw"])
