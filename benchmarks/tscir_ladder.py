@@ -106,11 +106,11 @@ def make_triplets(work: Path, captions: Path, seed: int, amount: int) -> dict[st
 def captions_file(options: Sequence[str]) -> Path:
     """Return the file of the captions that the CLIP stage was trained on; the pictures lie in images/ beside it."""
     from lavis_cir_plugin.data.benchmark_datasets import cache_root
-    from lavis_cir_plugin.garments.questions import QuestionGarments, make_questions
+    from lavis_cir_plugin.garments.questions import WORLD, QuestionGarments
 
     config = OmegaConf.merge(OmegaConf.load(PROJECTS / "clip_demo.yaml"), OmegaConf.from_dotlist(list(options)))
     settings = OmegaConf.to_container(config.datasets.garments_caption.garments)
-    return make_questions(cache_root(), QuestionGarments(**settings)).absolute() / "caption_train.json"
+    return WORLD.make(cache_root(), QuestionGarments(**settings)).absolute() / "caption_train.json"
 
 
 # -- tables and pictures ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Make ``python -m lavis.train`` and ``python -m lavis.evaluate`` exist, and let today's libraries import LAVIS.
+"""Make ``python -m lavis.train`` exist, let today's libraries import LAVIS, and tell who waits for LAVIS's import.
 
 No LAVIS release ships the two modules and LAVIS has no hook for plugins. ``lavis_cir_hook.pth``, installed beside this
 package, puts a finder into ``sys.meta_path`` at every interpreter start, which imports this package, and asks
@@ -9,11 +9,12 @@ import sys
 
 TYPE_CHECKING = False  # typing's own flag would import typing at every interpreter start
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
 _LAUNCHERS = ("lavis.train", "lavis.evaluate")
+_after_lavis: "list[Callable[[], None]]" = []
 
 
 class LavisFinder:
@@ -40,20 +41,31 @@ def install() -> None:
         sys.meta_path.insert(0, LavisFinder)
 
 
+def call_after_lavis(function: "Callable[[], None]") -> None:
+    """Call a function at once if LAVIS has been imported, otherwise when it is; never while it is being imported."""
+    lavis = sys.modules.get("lavis")
+    if lavis is not None and not getattr(lavis.__spec__, "_initializing", False):
+        function()
+    else:
+        _after_lavis.append(function)
+
+
 def _prepared() -> "ModuleSpec | None":
-    """Apply the compatibility module before LAVIS's first import and, with today's libraries, again after it."""
+    """Let LAVIS's first import begin and end with what the compatibility module does, then with who waits for it."""
     spec = _found_elsewhere("lavis", None)
     if spec is None or spec.loader is None:
         return None
     from lavis_cir_hook import compat
 
-    if not compat.apply():
-        return None
+    needs_completion = compat.apply()
     execute = spec.loader.exec_module
 
     def execute_and_complete(module: "ModuleType") -> None:
         execute(module)
-        compat.complete()
+        if needs_completion:
+            compat.complete()
+        while _after_lavis:
+            _after_lavis.pop(0)()
 
     spec.loader.exec_module = execute_and_complete  # type: ignore[method-assign]
     return spec

@@ -1,22 +1,21 @@
 """Composed image retrieval for Salesforce LAVIS.
 
-Importing this package registers its models, tasks, datasets, processors and runners with LAVIS when LAVIS is
-installed. The parts that need no LAVIS (``garments``, ``benchmarks``, ``ranking``, ``losses``, ``perturbation``,
-``report``) can be imported without it.
+Importing this package registers its models, tasks, data sets, processors and runners with LAVIS: at once if LAVIS has
+been imported, otherwise at the moment when it is. Importing LAVIS takes seconds, so this package does not do it.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
 from pathlib import Path
+
+import lavis_cir_hook
 
 __version__ = "0.4.0"
 
 _PACKAGE = Path(__file__).parent
-_DATASETS = ("datasets", "caption_datasets", "vqa_caption_datasets")
-_STATIONS_WITH_DECORATORS = ("processors", *_DATASETS, "models", "tasks", "runners")
+_WITH_DECORATORS = ("processors", "data", "models", "training", "tasks", "methods")
 
 
 def _shipped(folder: str) -> Path:
@@ -30,18 +29,18 @@ PROJECTS = _shipped("projects")
 
 
 def register() -> None:
-    """Register every model, task, dataset, processor and runner of this package with LAVIS, once.
+    """Register every model, task, data set, processor and runner of this package with LAVIS, once.
 
-    A new file below ``models``, ``tasks`` or ``runners`` that carries one of LAVIS's ``@registry.register_*``
-    decorators is found by itself.
+    A module that carries one of LAVIS's ``@registry.register_*`` decorators is found by itself in the folders ``data``,
+    ``models``, ``tasks`` and ``methods``.
 
     Raises:
-        ImportError: If LAVIS is installed but cannot be imported.
+        ImportError: LAVIS is not installed, or it cannot be imported.
     """
-    for station in _STATIONS_WITH_DECORATORS:
-        module = importlib.import_module(f"{__name__}.{station}")
-        for found in pkgutil.iter_modules(getattr(module, "__path__", [])):
-            importlib.import_module(f"{module.__name__}.{found.name}")
+    for name in _WITH_DECORATORS:
+        module = importlib.import_module(f"{__name__}.{name}")
+        for found in pkgutil.walk_packages(getattr(module, "__path__", []), f"{module.__name__}."):
+            importlib.import_module(found.name)
     _extend_model_zoo()
 
 
@@ -55,11 +54,5 @@ def _extend_model_zoo() -> None:
             model_zoo.model_zoo[name] = list(model.PRETRAINED_MODEL_CONFIG_DICT)
 
 
-if importlib.util.find_spec("lavis_cir_hook") is not None:
-    # A checkout on PYTHONPATH has no .pth file that would have done this at start-up.
-    import lavis_cir_hook
-
-    lavis_cir_hook.install()
-
-if importlib.util.find_spec("lavis") is not None:
-    register()
+lavis_cir_hook.install()  # a checkout on PYTHONPATH has no .pth file that would have done this at start-up
+lavis_cir_hook.call_after_lavis(register)

@@ -24,7 +24,7 @@ from lavis_cir_plugin.benchmarks.laion_cir import LaionCIRConfig
 from lavis_cir_plugin.benchmarks.lasco import LaSCoConfig
 from lavis_cir_plugin.benchmarks.synthtriplets18m import SynthTriplets18MConfig
 from lavis_cir_plugin.benchmarks.triplets import TripletsConfig
-from lavis_cir_plugin.commands import check, gap, lora, main, negatives, submission, triplets
+from lavis_cir_plugin.commands import check, gap, lora, main, negatives, submission
 from lavis_cir_plugin.data.tar_shards import ShardsConfig
 from lavis_cir_plugin.garments.questions import QuestionGarments
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
@@ -86,9 +86,9 @@ def blocks(language: str) -> list[str]:
         ("`datasets.lasco.build_info`", LaSCoConfig),
         ("`datasets.image_captions.build_info`", CaptionsConfig),
         ("`datasets.caption_shards.build_info`", ShardsConfig),
-        ("`datasets.fashioniq.garments`", garments.fashioniq.GarmentsConfig),
-        ("`datasets.cirr.garments`", garments.cirr.GarmentsConfig),
-        ("`datasets.circo.garments`", garments.circo.GarmentsConfig),
+        ("`datasets.fashioniq.garments`", garments.fashioniq.FashionIQGarments),
+        ("`datasets.cirr.garments`", garments.cirr.CIRRGarments),
+        ("`datasets.circo.garments`", garments.circo.CIRCOGarments),
         ("`datasets.garments_vqa.garments` and `datasets.garments_caption.garments`", QuestionGarments),
         ("`run.wrf`", WeightPerturbation),
         ("`run.lora`", Lora),

@@ -202,5 +202,6 @@ def coverage(complete: Sequence[Group], groups: Sequence[Group]) -> str:
 
 
 def images_of(query: Query) -> list[str]:
+    """Return all images that a query names: reference, target, members and labelled images."""
     names = (query.reference, query.target, *query.members, *(name for name, _ in query.relevance))
     return [name for name in names if name is not None]

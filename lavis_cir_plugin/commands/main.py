@@ -1,26 +1,31 @@
-"""``lavis-cir``: what looks at runs and data without training; each sub-command lives with what it does."""
+"""``lavis-cir``: what looks at runs and data without training."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import pkgutil
 import sys
 from collections.abc import Sequence
 
-# Each module offers add_command(subparsers), which sets ``run`` to a function of the parsed arguments.
-_COMMANDS = ("check", "gap", "adapters", "submission", "synthetic_triplets", "negatives")
+from lavis_cir_plugin import commands
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one sub-command; its errors end it with one sentence.
+
+    Each module beside this one that has ``add_command(subparsers)`` is a sub-command; it sets ``run`` to a function of
+    the parsed arguments, and imports what takes long when it runs.
 
     Args:
         arguments: The command line; ``sys.argv`` by default.
     """
     parser = argparse.ArgumentParser(prog="lavis-cir", description="Look at runs and data without training.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name in _COMMANDS:
-        importlib.import_module(f"{__package__}.{name}").add_command(subparsers)
+    for found in pkgutil.iter_modules(commands.__path__):
+        module = importlib.import_module(f"{commands.__name__}.{found.name}")
+        if hasattr(module, "add_command"):
+            module.add_command(subparsers)
     args = parser.parse_args(arguments)
     try:
         args.run(args)

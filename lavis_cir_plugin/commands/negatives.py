@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_cir_plugin.data.negatives import load_negatives, rank_histogram
-from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
+from lavis_cir_plugin.methods.retrieval_dpo.negatives_sheet import negatives_sheet
 
 # -- lavis-cir negatives ---------------------------------------------------------------------------------------------
 
@@ -43,9 +43,8 @@ def _show(args: argparse.Namespace) -> None:
         print(f"{path}\n  {sets.summary()}")
         for label, share in rank_histogram(sets).items():
             print(f"  {'rank ' + label:<13}{share:6.1f} %  {'#' * round(share / 2)}".rstrip())
-        print(
-            f"  written: {negatives_sheet.negatives_sheet(sets, output or path.with_suffix('.png'), args.rows, seed=args.seed)}"
-        )
+        sheet = negatives_sheet(sets, output or path.with_suffix(".png"), args.rows, seed=args.seed)
+        print(f"  written: {sheet}")
 
 
 def _files_of(run: Path, epoch: int | None) -> list[Path]:

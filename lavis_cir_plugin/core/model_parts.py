@@ -29,6 +29,7 @@ def momentum_copies(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def without_ddp(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 

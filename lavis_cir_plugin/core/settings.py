@@ -6,18 +6,11 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, field, fields
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import lavis.common.optims
-import lavis.runners  # noqa: F401 (registers LAVIS's own runners)
-from omegaconf import OmegaConf
+from typing import Any, TypeVar
 
 from lavis_cir_plugin.core.sentences import did_you_mean, shown, unknown_key
 
-if TYPE_CHECKING:
-    pass
-
-Section = TypeVar("Config")
+Section = TypeVar("Section")
 
 
 def is_text(value: Any) -> bool:
@@ -26,9 +19,6 @@ def is_text(value: Any) -> bool:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
         return False
-
-
-# -- configuration ---------------------------------------------------------------------------------------------------
 
 
 def one_of(default: str, *others: str) -> Any:
@@ -155,5 +145,7 @@ def check_flag(key: str, value: Any) -> None:
 
 def as_plain(section: Any) -> Mapping[str, Any]:
     """Return a config section as plain containers, interpolations resolved; an absent one is empty."""
+    from omegaconf import OmegaConf  # here, because most commands read no config
+
     plain = OmegaConf.to_container(section, resolve=True) if section is not None else {}
     return plain if isinstance(plain, dict) else {}

@@ -17,6 +17,7 @@ from lavis_cir_plugin import CONFIGS, benchmarks, garments
 from lavis_cir_plugin.core.sentences import did_you_mean
 from lavis_cir_plugin.core.settings import as_plain
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, Processor, TripletDataset, cache_root
+from lavis_cir_plugin.garments.world import World
 
 
 class BenchmarkBuilder(BaseDatasetBuilder):
@@ -31,8 +32,8 @@ class BenchmarkBuilder(BaseDatasetBuilder):
     """
 
     benchmark_module: ModuleType
-    world_module: Any
-    """What draws the embedded world in the benchmark's files: ``GarmentsConfig`` and ``make_garments``; or ``None``."""
+    world: World | None
+    """What draws garments in the benchmark's files, if anything does."""
 
     @classmethod
     def known_splits(cls) -> tuple[str, ...]:
@@ -57,14 +58,14 @@ class BenchmarkBuilder(BaseDatasetBuilder):
 
     @classmethod
     def _world_problems(cls, name: str, settings: Mapping[str, Any]) -> Iterator[str]:
-        if cls.world_module is None:
+        if cls.world is None:
             yield f"datasets.{name}.garments has no effect: no world is drawn in {name}'s files."
             return
-        known = [field.name for field in dataclasses.fields(cls.world_module.GarmentsConfig)]
+        known = [field.name for field in dataclasses.fields(cls.world.settings)]
         unknown = [key for key in settings if key not in known]
         yield from (f"datasets.{name}.garments.{key} is not a known key{did_you_mean(key, known)}" for key in unknown)
         try:
-            cls.world_module.GarmentsConfig(**{key: value for key, value in settings.items() if key in known})
+            cls.world.settings(**{key: value for key, value in settings.items() if key in known})
         except (ValueError, TypeError) as error:
             yield str(error)
 
@@ -75,8 +76,8 @@ class BenchmarkBuilder(BaseDatasetBuilder):
     def _build_info(self) -> dict[str, Any]:
         build_info = dict(as_plain(self.config.get("build_info")))
         if self.config.get("garments") is not None:
-            world = self.world_module.GarmentsConfig(**as_plain(self.config.garments))
-            build_info["root"] = str(self.world_module.make_garments(cache_root(), world))
+            settings = self.world.settings(**as_plain(self.config.garments))
+            build_info["root"] = str(self.world.make(cache_root(), settings))
         return build_info
 
     def build(self) -> dict[str, Dataset]:
@@ -112,10 +113,10 @@ def _register_builders() -> None:
         if not hasattr(module, "read_train"):
             continue
         configs = {path.stem: str(path) for path in (CONFIGS / "datasets" / found.name).glob("*.yaml")}
-        world = importlib.import_module(f"{garments.__name__}.{found.name}") if found.name in worlds else None
+        world = importlib.import_module(f"{garments.__name__}.{found.name}").WORLD if found.name in worlds else None
         attributes = {
             "benchmark_module": module,
-            "world_module": world,
+            "world": world,
             "DATASET_CONFIG_DICT": configs,
             "__doc__": module.__doc__,
         }

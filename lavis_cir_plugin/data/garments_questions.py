@@ -17,7 +17,7 @@ from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.sentences import did_you_mean
 from lavis_cir_plugin.core.settings import as_plain
 from lavis_cir_plugin.data.benchmark_datasets import cache_root
-from lavis_cir_plugin.garments.questions import SPLITS, QuestionGarments, make_questions
+from lavis_cir_plugin.garments.questions import SPLITS, WORLD, QuestionGarments
 
 
 class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
@@ -26,7 +26,7 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
     Keys of its config section, besides LAVIS's processors:
 
     * ``splits``: which to build; the launcher fills in those that the run reads.
-    * ``garments``: the fields of :class:`~lavis_cir_plugin.garments.questions.QuestionsConfig`.
+    * ``garments``: the fields of :class:`~lavis_cir_plugin.garments.questions.QuestionGarments`.
     """
 
     annotation_files: Mapping[str, tuple[str, ...]]
@@ -59,7 +59,7 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
         self._with_files()
 
     def _with_files(self) -> Any:
-        root = make_questions(cache_root(), QuestionGarments(**as_plain(self.config.get("garments"))))
+        root = WORLD.make(cache_root(), QuestionGarments(**as_plain(self.config.get("garments"))))
         annotations = {
             split: {"storage": [str(root / name) for name in self.annotation_files[split]]}
             for split in (SPLITS if self.config.get("splits") is None else self.config.splits)

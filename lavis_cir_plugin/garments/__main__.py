@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+import importlib
+import pkgutil
 from dataclasses import fields
 from pathlib import Path
 
-from . import circo, cirr, fashioniq
+from lavis_cir_plugin import garments
 
-_WRITERS: Mapping[str, tuple[type, Callable[..., object]]] = {
-    "fashioniq": (fashioniq.GarmentsConfig, fashioniq.write_fashioniq),
-    "cirr": (cirr.GarmentsConfig, cirr.write_cirr),
-    "circo": (circo.GarmentsConfig, circo.write_circo),
-}
+from .world import World
+
+
+def worlds() -> dict[str, World]:
+    """Return the drawn worlds by the names of their modules: each that defines ``WORLD`` is found by itself."""
+    names = [found.name for found in pkgutil.iter_modules(garments.__path__) if found.name != "__main__"]
+    modules = {name: importlib.import_module(f"{garments.__name__}.{name}") for name in names}
+    return {name: module.WORLD for name, module in modules.items() if hasattr(module, "WORLD")}
 
 
 def main() -> None:
     """Write a drawn world below ROOT, in the files of the benchmark; its sizes are options."""
+    drawn = worlds()
     shape = argparse.ArgumentParser(add_help=False)
-    shape.add_argument("--benchmark", choices=list(_WRITERS), default="fashioniq", help="default: %(default)s")
+    shape.add_argument("--benchmark", choices=list(drawn), default="fashioniq", help="default: %(default)s")
     benchmark = shape.parse_known_args()[0].benchmark
-    config_class, write = _WRITERS[benchmark]
+    world = drawn[benchmark]
     parser = argparse.ArgumentParser(
         prog="python -m lavis_cir_plugin.garments",
         description=main.__doc__,
@@ -29,14 +34,14 @@ def main() -> None:
         parents=[shape],
     )
     parser.add_argument("root", type=Path, metavar="ROOT")
-    for field in fields(config_class):
+    for field in fields(world.settings):
         option = f"--{field.name.replace('_', '-')}"
         parser.add_argument(option, type=type(field.default), default=field.default, help="default: %(default)s")
     options = vars(parser.parse_args())
     root = options.pop("root")
     del options["benchmark"]
     try:
-        write(root, config_class(**options))
+        world.write(root, world.settings(**options))
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

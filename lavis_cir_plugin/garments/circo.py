@@ -22,7 +22,7 @@ from typing import Any
 from .attributes import ATTRIBUTES, DISTINCT_CATEGORIES, VALUES, Garment, draw_new, edited, sample, sample_photo
 from .truth import Gallery
 from .wording import Phrase, concept, phrases, predicate, tokens, told
-from .world import check_drawing, check_types, full_disk_named, make_world, write_json, write_pictures
+from .world import World, check_drawing, check_types, full_disk_named, write_json, write_pictures
 
 GENERATOR_VERSION = 1
 """Part of the cache key; raise it with every change of the written files."""
@@ -289,16 +289,4 @@ def write_circo(root: Path, config: CIRCOGarments, progress: bool = True, worker
     return root
 
 
-def make_garments(cache_root: Path, config: CIRCOGarments, progress: bool = True, workers: int | None = None) -> Path:
-    """Return the folder of a world in CIRCO's format below `cache_root`; draw it on the first call only.
-
-    Raises:
-        OSError: see `write_circo`; nothing of the unfinished world is left.
-    """
-    return make_world(
-        cache_root,
-        "garments-circo",
-        GENERATOR_VERSION,
-        config,
-        lambda place: write_circo(place, config, progress, workers),
-    )
+WORLD = World("garments-circo", GENERATOR_VERSION, CIRCOGarments, write_circo)

@@ -17,7 +17,7 @@ from typing import Any
 from .attributes import DISTINCT_CATEGORIES, Garment, draw_new, edited, sample, sample_photo, varying_attributes
 from .truth import Gallery, is_answer
 from .wording import Phrase, edit_sentence, phrases, told
-from .world import check_drawing, check_types, full_disk_named, make_world, write_json, write_pictures
+from .world import World, check_drawing, check_types, full_disk_named, write_json, write_pictures
 
 GENERATOR_VERSION = 1
 """Part of the cache key; raise it with every change of the written files."""
@@ -260,16 +260,4 @@ def write_cirr(root: Path, config: CIRRGarments, progress: bool = True, workers:
     return root
 
 
-def make_garments(cache_root: Path, config: CIRRGarments, progress: bool = True, workers: int | None = None) -> Path:
-    """Return the folder of a world in CIRR's format below `cache_root`; draw it on the first call only.
-
-    Raises:
-        OSError: see `write_cirr`; nothing of the unfinished world is left.
-    """
-    return make_world(
-        cache_root,
-        "garments-cirr",
-        GENERATOR_VERSION,
-        config,
-        lambda place: write_cirr(place, config, progress, workers),
-    )
+WORLD = World("garments-cirr", GENERATOR_VERSION, CIRRGarments, write_cirr)

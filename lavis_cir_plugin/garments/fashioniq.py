@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .attributes import CATEGORIES, Garment, draw_new, edited, sample, sample_photo, varying_attributes
 from .wording import captions, phrases
-from .world import check_drawing, check_types, full_disk_named, make_world, write_json, write_pictures
+from .world import World, check_drawing, check_types, full_disk_named, write_json, write_pictures
 
 GENERATOR_VERSION = 1
 """Part of the cache key; raise it with every change of the written files."""
@@ -189,18 +189,4 @@ def write_fashioniq(root: Path, config: FashionIQGarments, progress: bool = True
     return root
 
 
-def make_garments(
-    cache_root: Path, config: FashionIQGarments, progress: bool = True, workers: int | None = None
-) -> Path:
-    """Return the folder of a world in FashionIQ's format below `cache_root`; draw it on the first call only.
-
-    Raises:
-        OSError: see `write_fashioniq`; nothing of the unfinished world is left.
-    """
-    return make_world(
-        cache_root,
-        "garments-fashioniq",
-        GENERATOR_VERSION,
-        config,
-        lambda place: write_fashioniq(place, config, progress, workers),
-    )
+WORLD = World("garments-fashioniq", GENERATOR_VERSION, FashionIQGarments, write_fashioniq)

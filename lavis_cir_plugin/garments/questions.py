@@ -14,7 +14,7 @@ from typing import Any
 
 from .attributes import CATEGORIES, COLOURS, Garment, attributes, is_held_out, sample
 from .wording import description, full_description, tokens
-from .world import check_types, full_disk_named, make_world, write_json, write_pictures
+from .world import World, check_types, full_disk_named, write_json, write_pictures
 
 GENERATOR_VERSION = 1
 """Part of the cache key; raise it with every change of the written files."""
@@ -283,15 +283,7 @@ def write_questions(root: Path, config: QuestionGarments, progress: bool = True,
     return root
 
 
-def make_questions(cache_root: Path, config: QuestionGarments) -> Path:
-    """Return the folder of a world of questions and captions below `cache_root`; draw it on the first call only.
-
-    Raises:
-        OSError: see `write_questions`; nothing of the unfinished world is left.
-    """
-    return make_world(
-        cache_root, "garments-questions", GENERATOR_VERSION, config, lambda place: write_questions(place, config)
-    )
+WORLD = World("garments-questions", GENERATOR_VERSION, QuestionGarments, write_questions)
 
 
 def words() -> list[str]:

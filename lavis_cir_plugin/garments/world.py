@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -138,16 +138,39 @@ def full_disk_named(root: Path, images: int, size: tuple[int, int]) -> Iterator[
         raise
 
 
-def make_world(cache_root: Path, kind: str, version: int, config: Any, write: Callable[[Path], object]) -> Path:
-    """Return the folder ``<kind>-<hash>`` below `cache_root`, made by ``write(folder)`` on the first call only.
+@dataclass(frozen=True)
+class World:
+    """A kind of drawn data set.
 
-    The hash is of the generator's version and of the configuration, a dataclass.
-
-    Raises:
-        OSError: something could not be written; nothing of the unfinished world is left.
+    Attributes:
+        kind: How its folders begin.
+        version: Of the generator; part of the cache key, so raise it with every change of the written files.
+        settings: Dataclass of its sizes and its seed, which raises ValueError for impossible values.
+        write: ``write(folder, settings, progress, workers)`` writes its files.
     """
-    settings = {"generator_version": version, **asdict(config)}
-    return made_once(Path(cache_root) / f"{kind}-{digest(settings)}", settings, write)
+
+    kind: str
+    version: int
+    settings: type
+    write: Callable[..., object]
+
+    def make(self, cache_root: Path, settings: Any, progress: bool = True, workers: int | None = None) -> Path:
+        """Return the folder ``<kind>-<hash>`` below `cache_root`; draw it on the first call only.
+
+        The hash is of the generator's version and of the settings, so that the folder depends on nothing else.
+
+        Args:
+            cache_root: Of all worlds; it is made.
+            settings: Of the type `settings`.
+            progress: Show a bar on a terminal.
+            workers: Drawing processes; by default one per core.
+
+        Raises:
+            OSError: something could not be written; nothing of the unfinished world is left.
+        """
+        content = {"generator_version": self.version, **asdict(settings)}
+        place = Path(cache_root) / f"{self.kind}-{digest(content)}"
+        return made_once(place, content, lambda folder: self.write(folder, settings, progress, workers))
 
 
 def made_once(place: Path, settings: object, write: Callable[[Path], object]) -> Path:

@@ -11,9 +11,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
 from lavis_cir_plugin.ranking import scoring
-from lavis_cir_plugin.ranking.scoring import Scores, similarity
-
-__all__ = ["Ranking", "average_precision_at", "padded", "rank", "recall_at", "rerank", "similarity"]
+from lavis_cir_plugin.ranking.scoring import Scores
 
 QUERIES_AT_ONCE = 512
 """Enough for matrix products at full speed, few enough for their result to stay in a processor's cache."""

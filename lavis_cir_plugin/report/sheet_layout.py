@@ -26,6 +26,7 @@ GREEN, ORANGE, BLUE = "#14944a", "#e67800", "#1f5fa8"
 
 
 def title_of(benchmark: Benchmark, group: Group) -> str:
+    """Return the title of a sheet."""
     return f"{benchmark.name} {benchmark.split}: {group.name}"
 
 
@@ -76,15 +77,15 @@ def draw_text(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str) -> N
 
 def wrapped(text: str, font_size: int, width: int) -> list[str]:
     """Break a text into lines of at most width pixels, at blanks; a single word that is wider is broken inside."""
-    font = font(font_size)
+    face = font(font_size)
     lines = [""]
     for word in text.split():
-        if font.getlength(f"{lines[-1]} {word}".strip()) <= width:
+        if face.getlength(f"{lines[-1]} {word}".strip()) <= width:
             lines[-1] = f"{lines[-1]} {word}".strip()
             continue
         lines.append("")
         for character in word:
-            if font.getlength(lines[-1] + character) > width:
+            if face.getlength(lines[-1] + character) > width:
                 lines.append("")
             lines[-1] += character
     return [line for line in lines if line]

@@ -272,6 +272,11 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_peft_folder(model: nn.Module, lora: Lora, folder: Path) -> None:
+    """Write the adapters as a folder that plain peft loads.
+
+    Raises:
+        ValueError: the model reads adapted weights without calling their modules, so that peft would ignore adapters.
+    """
     ignored = [name for name, _ in _adapted(model) if _is_read(model, name)]
     if ignored:
         raise ValueError(
@@ -491,6 +496,11 @@ def _load_adapters(model: nn.Module, state: Mapping[str, Tensor], path: str) -> 
 
 
 def checkpoint_of(run: Path) -> Path:
+    """Return the best checkpoint of a run's folder, else its last one; a checkpoint is returned as it is.
+
+    Raises:
+        FileNotFoundError: the folder has neither.
+    """
     if run.is_file():
         return run
     for name in ("checkpoint_best.pth", "checkpoint_last.pth"):

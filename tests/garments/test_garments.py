@@ -16,7 +16,7 @@ from PIL import Image
 from lavis_cir_plugin.garments import attributes as world
 from lavis_cir_plugin.garments import draw, draw_for_name, fashioniq
 from lavis_cir_plugin.garments import world as cache
-from lavis_cir_plugin.garments.fashioniq import FashionIQGarments, make_garments, plan_split, write_fashioniq
+from lavis_cir_plugin.garments.fashioniq import WORLD, FashionIQGarments, plan_split, write_fashioniq
 from lavis_cir_plugin.garments.wording import captions, phrases, tokens, words
 
 SMALL = FashionIQGarments(
@@ -303,22 +303,22 @@ TINY = replace(SMALL, train_triplets=2, train_images=4, val_queries=2, val_image
 
 
 def test_second_call_draws_nothing(tmp_path, drawn_names):
-    place = make_garments(tmp_path, TINY, progress=False, workers=1)
+    place = WORLD.make(tmp_path, TINY, progress=False, workers=1)
     assert len(drawn_names) == 30
-    assert make_garments(tmp_path, TINY, progress=False, workers=1) == place
+    assert WORLD.make(tmp_path, TINY, progress=False, workers=1) == place
     assert len(drawn_names) == 30
-    assert make_garments(tmp_path, replace(TINY, seed=9), progress=False, workers=1) != place
+    assert WORLD.make(tmp_path, replace(TINY, seed=9), progress=False, workers=1) != place
     assert len(drawn_names) == 60
 
 
 def test_another_generator_version_is_another_world(tmp_path, monkeypatch):
-    place = make_garments(tmp_path, TINY, progress=False, workers=1)
+    place = WORLD.make(tmp_path, TINY, progress=False, workers=1)
     monkeypatch.setattr(fashioniq, "GENERATOR_VERSION", -1)
-    assert make_garments(tmp_path, TINY, progress=False, workers=1) != place
+    assert WORLD.make(tmp_path, TINY, progress=False, workers=1) != place
 
 
 def test_interrupted_run_is_redone(tmp_path, monkeypatch):
-    place = make_garments(tmp_path, TINY, progress=False, workers=1)
+    place = WORLD.make(tmp_path, TINY, progress=False, workers=1)
     (place / "complete.json").unlink()  # as if an older run had stopped in the middle
     next((place / "images").iterdir()).unlink()
     left_over = tmp_path / f".{place.name}.part-killed"
@@ -326,8 +326,8 @@ def test_interrupted_run_is_redone(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(cache, "_draw_job", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            make_garments(tmp_path, TINY, progress=False, workers=1)
-    assert make_garments(tmp_path, TINY, progress=False, workers=1) == place
+            WORLD.make(tmp_path, TINY, progress=False, workers=1)
+    assert WORLD.make(tmp_path, TINY, progress=False, workers=1) == place
     assert len(list((place / "images").iterdir())) == 30
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [place]
 
@@ -338,7 +338,7 @@ def test_full_disk_is_said_in_one_sentence_and_leaves_nothing(tmp_path, monkeypa
 
     monkeypatch.setattr(cache, "_draw_job", no_space)
     with pytest.raises(OSError, match=r"no space left on the disk of .* while writing 30 images of 40 x 50") as caught:
-        make_garments(tmp_path, TINY, progress=False, workers=1)
+        WORLD.make(tmp_path, TINY, progress=False, workers=1)
     assert caught.value.errno == errno.ENOSPC
     assert isinstance(caught.value.__cause__, OSError)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]

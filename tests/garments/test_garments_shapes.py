@@ -399,7 +399,7 @@ def test_circos_reader_reads_it(circo_root):
 )
 def test_impossible_values_are_refused(module, values, message):
     with pytest.raises(ValueError, match=message):
-        (module.QuestionsConfig if module is questions else module.GarmentsConfig)(**values)
+        module.WORLD.settings(**values)
 
 
 def test_more_queries_than_a_gallery_holds_is_said():
@@ -416,11 +416,11 @@ def test_more_queries_than_a_gallery_holds_is_said():
     ],
 )
 def test_a_world_is_drawn_once(module, config, tmp_path):
-    place = module.make_garments(tmp_path, config, progress=False, workers=1)
+    place = module.WORLD.make(tmp_path, config, progress=False, workers=1)
     written = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
-    assert module.make_garments(tmp_path, config, progress=False, workers=1) == place
+    assert module.WORLD.make(tmp_path, config, progress=False, workers=1) == place
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == written
-    assert module.make_garments(tmp_path, replace(config, seed=9), progress=False, workers=1) != place
+    assert module.WORLD.make(tmp_path, replace(config, seed=9), progress=False, workers=1) != place
 
 
 def test_the_command_line_writes_the_chosen_shape(tmp_path, monkeypatch, capsys):

@@ -35,11 +35,11 @@ from lavis_cir_plugin.garments import wording
 from lavis_cir_plugin.garments.attributes import attributes, is_held_out
 from lavis_cir_plugin.garments.questions import (
     KINDS,
+    WORLD,
     QuestionGarments,
     answers,
     guess_rate,
     image_id,
-    make_questions,
     plan_captions,
     plan_pictures,
     plan_questions,
@@ -256,9 +256,9 @@ def test_only_the_asked_splits_are_built(build):
 
 def test_the_world_is_drawn_once_and_does_not_depend_on_the_number_of_processes(tmp_path):
     settings = QuestionGarments(**{**SMALL, "train_images": 90})
-    first = make_questions(tmp_path, settings)
+    first = WORLD.make(tmp_path, settings)
     stamps = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
-    assert make_questions(tmp_path, settings) == first
+    assert WORLD.make(tmp_path, settings) == first
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == stamps
     again = write_questions(tmp_path / "again", settings, progress=False, workers=2)
     for path in again.rglob("*.*"):

@@ -53,7 +53,7 @@ def test_every_project_is_valid_down_to_the_last_key(path, tmp_path, monkeypatch
             continue  # its builder has no reader of ours: LAVIS's own, or one that draws its files
         build_info = dict(settings.as_plain(section.build_info))
         if section.get("garments") is not None:
-            registry.get_builder_class(name).world_module.GarmentsConfig(**settings.as_plain(section.garments))
+            registry.get_builder_class(name).world.settings(**settings.as_plain(section.garments))
             build_info["root"] = "drawn"
         reader_of(name).from_mapping(build_info)
     own = OmegaConf.load(path)

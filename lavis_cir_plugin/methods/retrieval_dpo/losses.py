@@ -1,9 +1,9 @@
-"""Retrieval-DPO as pure functions: scores of a policy and of a reference policy in, one loss per query out.
+r"""Retrieval-DPO as pure functions: scores of a policy and of a reference policy in, one loss per query out.
 
-The policy over a gallery is :math:`\\pi(j \\mid q) = \\mathrm{softmax}_j(s(q, j) / \tau)`. In the difference between the
+The policy over a gallery is :math:`\pi(j \mid q) = \mathrm{softmax}_j(s(q, j) / \tau)`. In the difference between the
 right image p and a wrong one n the normaliser cancels, so that DPO's implicit reward margin needs scores alone:
 
-.. math:: h_n = (s_p - s_n) - (s^\\mathrm{ref}_p - s^\\mathrm{ref}_n)
+.. math:: h_n = (s_p - s_n) - (s^\mathrm{ref}_p - s^\mathrm{ref}_n)
 
 Scores are cosines. DPO's :math:`\beta / \tau` is one number here, ``beta``, the slope per cosine, so that it means the
 same for every temperature.

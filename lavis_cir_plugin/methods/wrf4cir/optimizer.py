@@ -1,4 +1,8 @@
-"""Wrap an optimizer so that it owns the perturbation of the weights it trains."""
+"""The perturbation in training: the tensors it moves, the optimizer that owns it, the model call that applies it.
+
+Nothing in this file ever writes into a weight. The perturbed tensors exist only inside one
+:func:`torch.func.functional_call`, so a checkpoint, an evaluation or an exception can only see clean weights.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 
-from lavis_cir_plugin.core.model_parts import momentum_copies, recomputing_modules, without_ddp
+from lavis_cir_plugin.core.model_parts import momentum_copies, places, recomputing_modules, without_ddp
+from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
+from lavis_cir_plugin.methods.wrf4cir.frozen_memo import FrozenMemo
 from lavis_cir_plugin.methods.wrf4cir.perturbation import TENSORS, LowRank, WeightPerturbation, ascent_step
-from lavis_cir_plugin.methods.wrf4cir.perturbed_model import PerturbedModel
 from lavis_cir_plugin.training.lora import lora_pairs
 
 
@@ -26,7 +34,7 @@ def select_tensors(model: nn.Module, settings: WeightPerturbation) -> dict[str, 
             its activations (the recomputation would use the clean weights).
     """
     trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    tables = embedding_tables(model)
+    tables = _embedding_tables(model)
     chosen = {
         name: weight
         for name, weight in trainable.items()
@@ -124,9 +132,9 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         bare = without_ddp(model)
         copies = momentum_copies(bare)
         self.weights = select_tensors(bare, settings) if settings.gamma > 0 else {}
-        tables = embedding_tables(bare)
+        tables = _embedding_tables(bare)
         self.by_row = [settings.embeddings == "row" and id(weight) in tables for weight in self.weights.values()]
-        self.pairs = chosen_lora_pairs(bare, self.weights, settings) if self.weights else []
+        self.pairs = _pairs(bare, self.weights, settings) if self.weights else []
         if self.weights and copies and (settings.direction != "gradient" or settings.every > 1):
             raise ValueError(
                 f"run.wrf: {type(bare).__name__} keeps momentum copies of its weights, and with direction: "
@@ -170,7 +178,7 @@ class PerturbingOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the weights with the gradients that the perturbed pass left in them."""
         if self._pending is not None:
-            self.measured["cosine"] = cosine(self._pending, [weight.grad for weight in self.weights.values()])
+            self.measured["cosine"] = _cosine(self._pending, [weight.grad for weight in self.weights.values()])
             self._pending = None
         if self.max_grad_norm is not None:
             weights = [weight for group in self.param_groups for weight in group["params"]]
@@ -280,7 +288,107 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         return steps
 
 
-def chosen_lora_pairs(
+class PerturbedModel:
+    r"""A model whose call runs :math:`L(\theta + \delta)` with gradients that land in the clean :math:`\theta`.
+
+    1. The direction: :math:`g = \nabla L(\theta; B)`, a pass of its own that leaves ``.grad`` alone; or one that is
+       known without (random, momentum, the gradient of an earlier step).
+    2. :math:`\delta` from :func:`ascent_step`.
+    3. The output of the model at :math:`\theta + \delta` on the same batch. Its backward pass gives
+       :math:`\nabla L(\theta + \delta; B)`, which the optimizer applies to :math:`\theta`.
+
+    Where there are two passes, both draw the same random numbers (Python's, NumPy's, torch's), so the same dropout
+    mask; buffers (batch-norm statistics, queues) and momentum copies are updated by the clean pass alone; and frozen
+    sub-modules run once (:class:`~lavis_cir_plugin.recomputation.FrozenMemo`). A single pass updates buffers itself.
+
+    Under DistributedDataParallel the direction is the gradient averaged over processes, so all share one. Where it is
+    not finite (a loss-scale overflow) the step is made without perturbation and counted in
+    ``optimizer.steps["skipped"]``.
+
+    Args:
+        model: Takes LAVIS's ``samples`` dictionary and returns a mapping or object with ``["loss"]``.
+        optimizer: Owns settings, chosen tensors and counters.
+        loss_scale: Factor on the loss in the first pass (GradScaler's), so that fp16 gradients do not underflow.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: PerturbingOptimizer, loss_scale: Callable[[], float]) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.loss_scale = loss_scale
+        self.device = next(iter(optimizer.weights.values())).device if optimizer.weights else torch.device("cpu")
+        self.memo = FrozenMemo(model, self.device)
+        self.moving = {id(weight) for weight in momentum_copies(without_ddp(model)).values()}
+        self.places = list(places(model))
+
+    def __getattr__(self, name: str) -> Any:
+        """Anything but the call is the model's own."""
+        if "model" not in self.__dict__:  # while being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __call__(self, samples: dict[str, Any]) -> Any:
+        """Return the model's output for ``samples`` at the perturbed weights; see the class.
+
+        ``samples["epoch"]`` (put there by LAVIS's loop) decides whether this epoch is perturbed.
+        """
+        optimizer = self.optimizer
+        epoch = samples.get("epoch", optimizer.settings.warmup_epochs)
+        if not optimizer.settings.is_active(epoch, optimizer.total_epochs):
+            return self.model(samples)
+        direction = optimizer.known_direction()
+        if direction is None:
+            return self._in_two_passes(samples)
+        if not direction:
+            return self.model(samples)
+        return functional_call(self.model, self._in_places(self._perturbed(direction)), (samples,), tie_weights=False)
+
+    def _in_two_passes(self, samples: dict[str, Any]) -> Any:
+        if isinstance(self.model, DistributedDataParallel) and self.model.will_sync_module_buffers():
+            self.model._sync_buffers()  # it would do so before its own call, which sees the stand-ins alone
+        # What the second pass reads and may overwrite is a stand-in with the values from before the first: buffers
+        # (statistics, queues), and frozen weights (momentum copies, which LAVIS's models move by assigning to .data).
+        new = {id(buffer): buffer.clone() for buffer in self.model.buffers()}
+        for weight in self.model.parameters():
+            if not weight.requires_grad:
+                new[id(weight)] = weight.detach().clone() if id(weight) in self.moving else weight.detach()
+        random_state = get_random_state(self.device)
+        with self.memo.recording():
+            direction = self._gradient(dict(samples))
+        set_random_state(random_state, self.device)
+        self.optimizer.keep(direction)
+        new.update(self._perturbed(direction))
+        with self.memo.replaying():
+            # tie_weights would swap a module that is registered twice a second time, and restore the wrong tensor.
+            return functional_call(self.model, self._in_places(new), (samples,), tie_weights=False)
+
+    def _perturbed(self, direction: list[Tensor]) -> dict[int, Tensor]:
+        """Return the perturbed tensors by the identity of the clean ones; none if the direction is not finite."""
+        is_finite = bool(torch.stack(torch._foreach_norm(direction)).isfinite().all())
+        self.optimizer.steps["perturbed" if is_finite else "skipped"] += 1
+        if not is_finite:
+            self.optimizer.direction = None
+            return {}
+        steps = self.optimizer.perturbations(direction)
+        return {id(weight): weight + step for weight, step in zip(self.optimizer.weights.values(), steps)}
+
+    def _in_places(self, new: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        return {name: new[id(holder[key])] for name, holder, key in self.places if id(holder[key]) in new}
+
+    def _gradient(self, samples: dict[str, Any]) -> list[Tensor]:
+        # The bare module: DistributedDataParallel would wait for a backward pass that never comes.
+        loss = without_ddp(self.model)(samples)["loss"] * self.loss_scale()
+        weights = list(self.optimizer.weights.values())
+        gradients = list(torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True))
+        if isinstance(self.model, DistributedDataParallel):
+            together = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(together)
+            together /= dist.get_world_size()
+            parts = together.split([gradient.numel() for gradient in gradients])
+            gradients = [part.view(gradient.shape) for part, gradient in zip(parts, gradients)]
+        return gradients
+
+
+def _pairs(
     model: nn.Module, weights: Mapping[str, nn.Parameter], settings: WeightPerturbation
 ) -> list[tuple[int, int, Any]]:
     """Return the positions of the LoRA factors among the chosen tensors, pair by pair."""
@@ -303,7 +411,7 @@ def chosen_lora_pairs(
     return pairs
 
 
-def cosine(direction: list[Tensor], gradients: list[Tensor | None]) -> float:
+def _cosine(direction: list[Tensor], gradients: list[Tensor | None]) -> float:
     both = [(d.float(), g.float()) for d, g in zip(direction, gradients) if g is not None]
     if not both:
         return 0.0
@@ -312,5 +420,5 @@ def cosine(direction: list[Tensor], gradients: list[Tensor | None]) -> float:
     return float(dot / (norms[0] * norms[1]).clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def embedding_tables(model: nn.Module) -> set[int]:
+def _embedding_tables(model: nn.Module) -> set[int]:
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from lavis_cir_plugin.core.checkpoints import read_checkpoint
 from lavis_cir_plugin.data.benchmark_datasets import cache_root
-from lavis_cir_plugin.garments.questions import QuestionGarments, make_questions
+from lavis_cir_plugin.garments.questions import WORLD, QuestionGarments
 from lavis_cir_plugin.methods.tscir.composing import TscirComposing
 from lavis_cir_plugin.methods.tscir.mapping import TscirMapping
 from lavis_cir_plugin.training import launcher
@@ -46,7 +46,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def triplets():
     """A folder of 16 training triplets among the captioned pictures, in the format of one's own catalogue."""
-    root = make_questions(cache_root(), QuestionGarments(**PICTURES))
+    root = WORLD.make(cache_root(), QuestionGarments(**PICTURES))
     records = json.loads((root / "caption_train.json").read_text())
     captions = {record["image"]: record["caption"] for record in records}
     names = list(captions)
