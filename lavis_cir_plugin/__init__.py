@@ -11,6 +11,7 @@ import pkgutil
 from pathlib import Path
 
 import lavis_cir_hook
+from lavis_cir_plugin import former_places
 
 __version__ = "0.4.0"
 
@@ -54,5 +55,6 @@ def _extend_model_zoo() -> None:
             model_zoo.model_zoo[name] = list(model.PRETRAINED_MODEL_CONFIG_DICT)
 
 
+former_places.install()
 lavis_cir_hook.install()  # a checkout on PYTHONPATH has no .pth file that would have done this at start-up
 lavis_cir_hook.call_after_lavis(register)

@@ -14,6 +14,8 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
+from lavis_cir_plugin.core.processes import fail_together, rank_and_world
+
 
 def read_state(path_or_url: str) -> dict[str, Tensor]:
     """Return the state dictionary inside a checkpoint file.
@@ -175,10 +177,18 @@ def _local_file(path_or_url: str) -> Path:
 
 
 def _download(url: str) -> Path:
-    from lavis.common.dist_utils import download_cached_file
+    """Return the file in torch's cache, where LAVIS keeps downloads too; the main process fetches it if need be."""
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
+    with fail_together():
+        if rank_and_world()[0] == 0 and not cached.is_file():
+            _fetch(url, cached)
+    return cached
 
+
+def _fetch(url: str, cached: Path) -> None:
     try:
-        return Path(download_cached_file(url, check_hash=False, progress=True))
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(cached))
     except OSError as error:
         raise FileNotFoundError(
             f"checkpoint {url} cannot be downloaded ({first_line(error)}). Without a network, download it elsewhere "

@@ -31,7 +31,7 @@ from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.processors import TargetPadProcessor
 from lavis_cir_plugin.training import launcher
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LINES = [{"image": "shoes/a.jpg", "caption": " a red shoe "}, {"image": "b.png", "caption": ["a boot", "a black boot"]}]
 
 

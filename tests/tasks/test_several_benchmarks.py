@@ -30,7 +30,7 @@ from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask
 from lavis_cir_plugin.training import config, launcher
 from lavis_cir_plugin.training.config import ConfigError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FASHIONIQ = {
     "train_triplets": 8, "train_images": 12, "val_queries": 3, "val_images": 20, "test_queries": 2, "test_images": 6,
     "image_width": 48, "image_height": 60,

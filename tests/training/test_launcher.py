@@ -25,7 +25,7 @@ from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.models.tokenizer import load_tokenizer
 from lavis_cir_plugin.training import launcher
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WORLD = {
     "train_triplets": 16, "train_images": 24, "val_queries": 6, "val_images": 10, "test_queries": 3, "test_images": 6,
     "image_width": 48, "image_height": 60,

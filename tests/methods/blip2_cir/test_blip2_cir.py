@@ -327,15 +327,14 @@ def test_a_missing_checkpoint_says_where_it_was_looked_for(small_model, tmp_path
 
 def test_without_a_network_the_local_way_is_named(monkeypatch, small_model):
     """Both downloads: the checkpoint's and the tokenizer's."""
-    from lavis.common import dist_utils
     from transformers import BertTokenizer
 
     def unreachable(*_, **__):
         raise OSError("network is unreachable")
 
-    monkeypatch.setattr(dist_utils, "download_cached_file", unreachable)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     with pytest.raises(FileNotFoundError, match=r"cannot be downloaded \(network is unreachable\).*local file"):
-        small_model().load_checkpoint("https://example.org/x.pth")
+        small_model().load_checkpoint("https://example.org/no-such-file.pth")
     monkeypatch.setattr(BertTokenizer, "from_pretrained", unreachable)
     with pytest.raises(FileNotFoundError, match=r"'no-such-tokenizer' is no local folder.*vocab\.txt of bert-base"):
         small_model(tokenizer="no-such-tokenizer")
