@@ -43,6 +43,17 @@ from lavis_cir_plugin.core.processes import fail_together, gather, rank_and_worl
 # Part of every key: raise it when a shipped model or processor comes to return something else under the same name.
 _FORMAT = 1
 
+_MODULES_OF_0_4 = {
+    "lavis_cir_plugin.models.open_clip_towers": "lavis_cir_plugin.open_clip_towers",
+    "lavis_cir_plugin.methods.blip2_cir.model": "lavis_cir_plugin.models.blip2_cir",
+    "lavis_cir_plugin.methods.tscir.mapping": "lavis_cir_plugin.models.tscir_mapping",
+    "lavis_cir_plugin.methods.tscir.composing": "lavis_cir_plugin.models.tscir_composing",
+    "lavis_cir_plugin.methods.tscir.layers": "lavis_cir_plugin.pseudo_word",
+}
+"""Module of version 0.4 by module of today, of classes that a tower or a transform may hold."""
+
+Named = Callable[[Any], str]
+
 
 class HasImageTower(Protocol):
     """What a model offers so that its image features can be cached.
@@ -79,14 +90,19 @@ def check_tower(model: Any) -> None:
         )
 
 
-def fingerprint(thing: Any) -> str:
+def fingerprint(thing: Any, named: Named | None = None) -> str:
     """Return a hash of whatever in an object could change what it computes; equal in every process and on every device.
 
     A module counts with its class, settings, weights and buffers (name, type, shape, bytes), any other object with its
     class and attributes, a function with its code; what cannot be looked into, with its class alone.
+
+    Args:
+        thing: The object.
+        named: What a class or function is called in the hash; by default its distribution and its own name, so that a
+            module may be renamed.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for part in _describe(thing, ()):
+    for part in _describe(thing, (), named or _own_name):
         digest.update(part)
         digest.update(b"\0")
     return digest.hexdigest()
@@ -107,13 +123,11 @@ class FeatureCache:
     """
 
     def __init__(self, root: Path, model: HasImageTower, transform: Callable[[Any], Tensor]) -> None:
-        self.identity = {
-            "format": _FORMAT,
-            "model": f"{type(model).__module__}.{type(model).__qualname__}",
-            "tower": fingerprint(model.image_tower),
-            "transform": fingerprint(transform),
-        }
-        self.folder = root / fingerprint(self.identity)
+        self.identity, self.folder = _identified(root, model, transform, _own_name)
+        if not self.folder.is_dir():
+            former_identity, former_folder = _identified(root, model, transform, _former_name)
+            if former_folder.is_dir():
+                self.identity, self.folder = former_identity, former_folder
         self.transform = transform
         self._file_lines = root / "files"
         self._rows: dict[str, tuple[str, int]] = {}  # path -> segment and row
@@ -388,9 +402,32 @@ class _Pictures(Dataset[Tensor]):
         return self.read(self.names[index])
 
 
-def _describe(thing: Any, ancestors: tuple[int, ...]) -> Iterator[bytes | memoryview]:
+def _identified(
+    root: Path, model: HasImageTower, transform: Callable[[Any], Tensor], named: Named
+) -> tuple[dict[str, Any], Path]:
+    """Return what identifies a cache, and the folder that it is in."""
+    identity = {
+        "format": _FORMAT,
+        "model": named(type(model)),
+        "tower": fingerprint(model.image_tower, named),
+        "transform": fingerprint(transform, named),
+    }
+    return identity, root / fingerprint(identity, named)
+
+
+def _own_name(thing: Any) -> str:
+    return f"{str(thing.__module__).partition('.')[0]}:{thing.__qualname__}"
+
+
+def _former_name(thing: Any) -> str:
+    """Return the name in the keys of version 0.4, which held a module's name: caches written then are still found."""
+    module = thing.__module__
+    return f"{_MODULES_OF_0_4.get(module, module)}.{thing.__qualname__}"
+
+
+def _describe(thing: Any, ancestors: tuple[int, ...], named: Named) -> Iterator[bytes | memoryview]:
     """Yield what :func:`fingerprint` hashes, depth first."""
-    yield f"{type(thing).__module__}.{type(thing).__qualname__}".encode()
+    yield named(type(thing)).encode()
     if thing is None or isinstance(thing, (bool, int, float, str, bytes, torch.dtype)):
         yield repr(thing).encode()
     elif isinstance(thing, Enum):
@@ -402,29 +439,29 @@ def _describe(thing: Any, ancestors: tuple[int, ...]) -> Iterator[bytes | memory
         yield f"{thing.dtype} {thing.shape}".encode()
         yield thing.tobytes()
     elif id(thing) not in ancestors:
-        parts = list(_parts(thing))
+        parts = list(_parts(thing, named))
         yield str(len(parts)).encode()
         for part in parts:
-            yield from _describe(part, (*ancestors, id(thing)))
+            yield from _describe(part, (*ancestors, id(thing)), named)
 
 
-def _parts(thing: Any) -> Iterator[Any]:
+def _parts(thing: Any, named: Named) -> Iterator[Any]:
     if isinstance(thing, Mapping):
         for item in thing.items():
             yield from item
     elif isinstance(thing, (list, tuple)):
         yield from thing
     elif isinstance(thing, (set, frozenset)):
-        yield sorted(fingerprint(part) for part in thing)
+        yield sorted(fingerprint(part, named) for part in thing)
     elif isinstance(thing, MethodType):
         yield from (thing.__func__, thing.__self__)
     elif isinstance(thing, FunctionType):
-        yield from (f"{thing.__module__}.{thing.__qualname__}", thing.__code__, thing.__defaults__)
+        yield from (named(thing), thing.__code__, thing.__defaults__)
         yield from (cell.cell_contents for cell in thing.__closure__ or ())
     elif isinstance(thing, CodeType):
         yield from (thing.co_code, thing.co_consts, thing.co_names)
     elif isinstance(thing, (type, BuiltinFunctionType)):
-        yield f"{thing.__module__}.{thing.__qualname__}"
+        yield named(thing)
     elif isinstance(thing, nn.Module):
         # Public settings and what is registered; the rest is torch's own bookkeeping.
         registered = ("_parameters", "_buffers", "_modules")

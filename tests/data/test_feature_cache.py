@@ -159,6 +159,37 @@ def test_another_transform_has_another_folder_and_both_stay(tmp_path, paths):
     assert filled(tmp_path / "c", paths)[1] == filled(tmp_path / "c", paths, transform=wide)[1] == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "former"),
+    [
+        ("frozen tower", "ad3a3da83fdf9f22d1438e8ac478d8b7"),
+        ("clip", "6356e5f4509afe67632f78b79d5b6cf0"),
+        ("mapping", "8857ad8dd5285cc3b9ba578b7999f373"),
+    ],
+)
+def test_a_cache_of_version_0_4_is_found_under_the_key_that_it_had_then(kind, former, tmp_path):
+    """The keys were printed by version 0.4, on both stacks, for towers whose weights are all 0.5."""
+    model = make_scoring_model(kind)
+    for weight in model.image_tower.parameters():
+        torch.nn.init.constant_(weight.requires_grad_(False), 0.5)
+    today = FeatureCache(tmp_path, model, TargetPadProcessor(8)).folder
+    assert today.name != former
+    (tmp_path / former).mkdir()
+    assert FeatureCache(tmp_path, model, TargetPadProcessor(8)).folder == tmp_path / former
+    today.mkdir()
+    assert FeatureCache(tmp_path, model, TargetPadProcessor(8)).folder == today
+
+
+def test_the_key_holds_no_name_of_a_module():
+    first = type("Tower", (torch.nn.Linear,), {"__module__": "somewhere.first"})
+    second = type("Tower", (torch.nn.Linear,), {"__module__": "somewhere.renamed"})
+    towers = [kind(1, 1) for kind in (first, second)]
+    for tower in towers:
+        torch.nn.init.constant_(tower.weight, 1.0)
+        torch.nn.init.constant_(tower.bias, 0.0)
+    assert fingerprint(towers[0]) == fingerprint(towers[1])
+
+
 def test_fingerprints_tell_apart_what_computes_differently():
     def scaled(factor):
         return lambda x: x * factor
