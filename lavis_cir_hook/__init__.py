@@ -50,6 +50,17 @@ def call_after_lavis(function: "Callable[[], None]") -> None:
         _after_lavis.append(function)
 
 
+def import_lavis() -> None:
+    """Import LAVIS if it is installed; without it, what needs it raises where it is used."""
+    from importlib import import_module
+
+    try:
+        import_module("lavis")
+    except ModuleNotFoundError as error:
+        if error.name != "lavis":
+            raise
+
+
 def _prepared() -> "ModuleSpec | None":
     """Let LAVIS's first import begin and end with what the compatibility module does, then with who waits for it."""
     spec = _found_elsewhere("lavis", None)

@@ -202,7 +202,7 @@ def test_every_lavis_cir_command_is_understood(monkeypatch):
     monkeypatch.setattr(lora, "_export", understood.append)
     monkeypatch.setattr(check, "_check", understood.append)
     monkeypatch.setattr(submission, "_check", understood.append)
-    monkeypatch.setattr(triplets, "_run", understood.append)
+    monkeypatch.setattr(triplets_command, "_run", understood.append)
     monkeypatch.setattr(negatives, "_show", understood.append)
     joined = [re.sub(r"\\\n\s*", " ", block) for block in blocks("bash")]
     lines = [line for block in joined for line in block.splitlines() if line.startswith("lavis-cir ")]

@@ -1,1 +1,6 @@
 """Tasks: each file registers one with LAVIS."""
+
+import lavis_cir_hook
+
+# Registration follows the import of LAVIS; it must not find a module of this folder half imported.
+lavis_cir_hook.import_lavis()

@@ -21,6 +21,7 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import lavis_cir_plugin
 from lavis_cir_plugin.core.sentences import did_you_mean, unknown_key
 from lavis_cir_plugin.core.settings import as_plain, is_number
 from lavis_cir_plugin.training import lora
@@ -226,7 +227,7 @@ def _known_keys(where: str, given: Iterable[str], known: Iterable[str], is_compl
 
 
 def _is_ours(entry: type) -> bool:
-    return entry.__module__.startswith(__package__)
+    return entry.__module__.partition(".")[0] == lavis_cir_plugin.__name__
 
 
 def _run_names(run: DictConfig) -> Iterator[str]:

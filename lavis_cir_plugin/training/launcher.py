@@ -25,6 +25,7 @@ from lavis.common.logger import setup_logger
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 
+import lavis_cir_plugin
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.training import config, lora
 from lavis_cir_plugin.training.portable_runner import join_single_process
@@ -159,7 +160,7 @@ def _job_id(cfg: Config) -> str:
 
 def _sentence(error: BaseException) -> str | None:
     """Return the message of an error that this package raised, which is written for users and needs no traceback."""
-    package = str(Path(__file__).parent)
+    package = str(Path(lavis_cir_plugin.__file__).parent)
     if "in DataLoader worker process" in str(error):  # torch raises it again with the worker's traceback as its text
         *trace, message = str(error).strip().splitlines()
         origins = [line for line in trace if line.lstrip().startswith("File ")]

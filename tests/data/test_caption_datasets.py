@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lavis_cir_plugin.benchmarks.captions import CaptionedImage, caption_records, check_config, read_captions
-from lavis_cir_plugin.data.caption_builders import CaptionDataset, ShardDataset
+from lavis_cir_plugin.data.builders.captions import CaptionDataset, ShardDataset
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 from lavis_cir_plugin.data.tar_shards import Shards
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import make_scoring_model
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image

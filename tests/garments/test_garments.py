@@ -311,10 +311,9 @@ def test_second_call_draws_nothing(tmp_path, drawn_names):
     assert len(drawn_names) == 60
 
 
-def test_another_generator_version_is_another_world(tmp_path, monkeypatch):
+def test_another_generator_version_is_another_world(tmp_path):
     place = WORLD.make(tmp_path, TINY, progress=False, workers=1)
-    monkeypatch.setattr(fashioniq, "GENERATOR_VERSION", -1)
-    assert WORLD.make(tmp_path, TINY, progress=False, workers=1) != place
+    assert replace(WORLD, version=-1).make(tmp_path, TINY, progress=False, workers=1) != place
 
 
 def test_interrupted_run_is_redone(tmp_path, monkeypatch):

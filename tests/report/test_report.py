@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image, ImageColor, ImageDraw
 
-from lavis_cir_plugin import report
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query
 from lavis_cir_plugin.data.negatives import NegativeSets
 from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
@@ -327,7 +327,9 @@ def test_sheet_frames_every_right_answer_and_counts_them(tmp_path, pictures, mon
     """p1 and p2 are right with a weight of 1, p3 is not; the target p1 is not shown and stands apart."""
     frames, verdicts = {}, []
     draw = ImageDraw.ImageDraw.text
-    monkeypatch.setattr(sheet_layout, "draw_picture", lambda *a: frames.update({a[2].stem: a[4] if len(a) > 4 else ""}))
+    monkeypatch.setattr(
+        contact_sheets, "draw_picture", lambda *a: frames.update({a[2].stem: a[4] if len(a) > 4 else ""})
+    )
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: verdicts.append(a[2]) or draw(*a, **k))
     query = Query("p0", ("x",), "p1", relevance=(("p1", 1.0), ("p2", 1.0), ("p3", 0.5)))
     sheet(pictures, [query], [[4, 2, 3]], [9], tmp_path / "sheet.png")
@@ -338,7 +340,9 @@ def test_sheet_frames_every_right_answer_and_counts_them(tmp_path, pictures, mon
 def test_sheet_takes_no_reference_for_an_answer(tmp_path, pictures, monkeypatch):
     """CIRR's soft labels call 37 references right, which are not ranked."""
     frames = {}
-    monkeypatch.setattr(sheet_layout, "draw_picture", lambda *a: frames.update({a[2].stem: a[4] if len(a) > 4 else ""}))
+    monkeypatch.setattr(
+        contact_sheets, "draw_picture", lambda *a: frames.update({a[2].stem: a[4] if len(a) > 4 else ""})
+    )
     query = Query("p0", ("x",), "p1", relevance=(("p0", 1.0), ("p2", 0.5)))
     sheet(pictures, [query], [[0, 1, 2]], [1], tmp_path / "sheet.png")
     assert frames == {"p0": "", "p1": sheet_layout.GREEN, "p2": ""}
@@ -385,7 +389,7 @@ def test_sheet_leaves_places_of_a_short_ranking_empty(tmp_path, pictures):
 def test_sheet_says_where_the_reference_was_retrieved(tmp_path, pictures, monkeypatch):
     labels = []
     monkeypatch.setattr(
-        sheet_layout, "draw_picture", lambda sheet, place, path, label="", frame="": labels.append(label)
+        contact_sheets, "draw_picture", lambda sheet, place, path, label="", frame="": labels.append(label)
     )
     sheet(pictures, [Query("p0", ("x",), "p9")], [[4, 0, 5]], [8], tmp_path / "sheet.png")
     assert labels == ["", "1", "2 (reference)", "3", "rank 9"]
@@ -566,12 +570,12 @@ def figures(monkeypatch):
     """Collect the figures that are drawn."""
     made = []
 
-    class Recorded(report.Figure):
+    class Recorded(curves.Figure):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    monkeypatch.setattr(sheet_layout, "Figure", Recorded)
+    monkeypatch.setattr(curves, "Figure", Recorded)
     return made
 
 
@@ -745,7 +749,7 @@ def test_the_summary_is_written_with_protocols_and_without_nan(tmp_path):
 def attention(tmp_path, maps, num_queries=3, labels=("block 3", "block 7")):
     """Draw maps over black pictures and return the sheet's pixels ``(height, width, 3)``."""
     benchmark = make_benchmark([make_group("dress", num_queries, 12)])
-    black = -torch.tensor(report.OPENAI_DATASET_MEAN) / torch.tensor(report.OPENAI_DATASET_STD)
+    black = -torch.tensor(OPENAI_DATASET_MEAN) / torch.tensor(OPENAI_DATASET_STD)
     pictures = black[:, None, None].expand(len(maps), 3, 48, 48)
     path = contact_sheets.attention_sheet(
         benchmark, benchmark.groups[0], pictures, maps, labels, tmp_path / "attention.png"

@@ -25,7 +25,7 @@ from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.processors import TargetPadProcessor
-from lavis_cir_plugin.report import chance, sheet_layout
+from lavis_cir_plugin.report import chance
 from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask
 from lavis_cir_plugin.training import config, launcher
 from lavis_cir_plugin.training.config import ConfigError
@@ -323,7 +323,7 @@ def trained(tmp_path_factory):
     """A run on CIRR's world, validated on it and tested on val of all three and CIRR's test."""
     folder = tmp_path_factory.mktemp("trained")
     path = project(folder, test_splits=["val", "cirr.test"])
-    with mock.patch.object(sheet_layout, "RANDOM_QUERIES", FEW):
+    with mock.patch.object(chance, "RANDOM_QUERIES", FEW):
         launcher.main("train", ["--cfg-path", path])
     (run,) = (folder / "out").iterdir()
     return path, run
@@ -368,7 +368,7 @@ def test_two_processes_evaluate_the_same(trained, tmp_path):
     path, run = trained
     script = tmp_path / "evaluate.py"
     script.write_text(
-        f"from lavis_cir_plugin import launcher, report\nreport.RANDOM_QUERIES = {FEW}\nlauncher.main('evaluate')\n"
+        f"from lavis_cir_plugin.report import chance\nfrom lavis_cir_plugin.training import launcher\nchance.RANDOM_QUERIES = {FEW}\nlauncher.main('evaluate')\n"
     )
     options = [
         "run.test_splits=[val]", f"run.output_dir={tmp_path / 'out'}",

@@ -18,8 +18,8 @@ from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.benchmarks import captions
 from lavis_cir_plugin.benchmarks.captions import CaptionedImage
 from lavis_cir_plugin.data import tar_shards
-from lavis_cir_plugin.data.benchmark_builders import BenchmarkBuilder
 from lavis_cir_plugin.data.benchmark_datasets import CirDataset, Processor, cache_root, image_id
+from lavis_cir_plugin.data.builders.benchmarks import BenchmarkBuilder
 from lavis_cir_plugin.data.tar_shards import Shards
 
 

@@ -1,0 +1,6 @@
+"""LAVIS's builders over benchmarks, captions and drawn questions."""
+
+import lavis_cir_hook
+
+# Registration follows the import of LAVIS; it must not find a module of this folder half imported.
+lavis_cir_hook.import_lavis()
