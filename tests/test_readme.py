@@ -15,7 +15,7 @@ from lavis.common.config import Config
 from omegaconf import OmegaConf
 
 from lavis_cir_plugin import garments
-from lavis_cir_plugin.benchmarks import cirr, fashioniq, triplets
+from lavis_cir_plugin.benchmarks import cirr, fashioniq
 from lavis_cir_plugin.benchmarks.captions import CaptionsConfig
 from lavis_cir_plugin.benchmarks.circo import CIRCOConfig
 from lavis_cir_plugin.benchmarks.cirr import CIRRConfig
@@ -23,8 +23,8 @@ from lavis_cir_plugin.benchmarks.fashioniq import FashionIQConfig
 from lavis_cir_plugin.benchmarks.laion_cir import LaionCIRConfig
 from lavis_cir_plugin.benchmarks.lasco import LaSCoConfig
 from lavis_cir_plugin.benchmarks.synthtriplets18m import SynthTriplets18MConfig
-from lavis_cir_plugin.benchmarks.triplets import TripletsConfig
-from lavis_cir_plugin.commands import check, gap, lora, main, negatives, submission
+from lavis_cir_plugin.benchmarks.triplets import TripletsConfig, read_train
+from lavis_cir_plugin.commands import check, gap, lora, main, negatives, submission, triplets
 from lavis_cir_plugin.data.tar_shards import ShardsConfig
 from lavis_cir_plugin.garments.questions import QuestionGarments
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
@@ -202,7 +202,7 @@ def test_every_lavis_cir_command_is_understood(monkeypatch):
     monkeypatch.setattr(lora, "_export", understood.append)
     monkeypatch.setattr(check, "_check", understood.append)
     monkeypatch.setattr(submission, "_check", understood.append)
-    monkeypatch.setattr(triplets_command, "_run", understood.append)
+    monkeypatch.setattr(triplets, "_run", understood.append)
     monkeypatch.setattr(negatives, "_show", understood.append)
     joined = [re.sub(r"\\\n\s*", " ", block) for block in blocks("bash")]
     lines = [line for block in joined for line in block.splitlines() if line.startswith("lavis-cir ")]
@@ -218,7 +218,7 @@ def test_the_examples_of_a_catalogue_are_read(tmp_path):
     for name in images:
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "images" / name).touch()
-    train, _ = triplets.read_train({"root": str(tmp_path)})
+    train, _ = read_train({"root": str(tmp_path)})
     assert len(train) == 3
     assert set(images) == {name for triplet in train for name in (triplet.reference, triplet.target)}
 

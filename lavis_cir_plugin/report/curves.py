@@ -32,14 +32,32 @@ class Curve:
     width: float = 1.8
 
 
-def training_curve(folder: str | Path, png_path: str | Path, metric: str) -> Path:
+@dataclass(frozen=True)
+class Panel:
+    """What a method measures, as a panel of the training curve.
+
+    Attributes:
+        label: Of the vertical axis.
+        lines: Column, label in the legend and colour of each line; a column that a run has not logged has no line.
+        by_batch: Whether the columns are those of ``steps.csv``; otherwise they are training means in ``epochs.csv``.
+    """
+
+    label: str
+    lines: tuple[tuple[str, str, str], ...]
+    by_batch: bool = False
+
+
+LEARNING_RATE = Panel("learning rate", (("lr", "", GREY),), by_batch=True)
+
+
+def training_curve(folder: str | Path, png_path: str | Path, metric: str, methods: Sequence[Panel] = ()) -> Path:
     r"""Draw how a run went, from its ``epochs.csv`` and ``steps.csv``, as a PNG, and return its path.
 
     The panels, each where there is something to show: the loss, per batch and as the mean of each epoch; ``metric`` on
-    ``val`` and, with the gap between them shaded, on ``seen``; what Retrieval-DPO measures, in shares and in cosines;
-    the learning rate; :math:`\lVert\delta\rVert`, the length of the weight perturbation; and the cosine between its
-    direction and the gradient that was applied.
+    ``val`` and, with the gap between them shaded, on ``seen``; what methods measure in each epoch; the learning rate;
+    and what methods measure in each batch.
 
+    methods: the panels of the methods that the run may have used; those without a logged column are left out.
     metric: a key of ``benchmark.metrics``, in percent. A dashed line marks the epoch that LAVIS keeps as
     ``checkpoint_best``: the first with the largest ``agg_metrics`` of ``val``. Epochs are counted from 0, as LAVIS
     names its checkpoints; the batches of an epoch lead up to its mark. Losses that are not finite leave a gap, and the
@@ -59,13 +77,12 @@ def training_curve(folder: str | Path, png_path: str | Path, metric: str) -> Pat
     panels = {"training loss": _loss_curves(losses, steps.get("loss", {}))}
     if val:
         panels[f"{metric} in percent"] = _metric_curves(epochs, metric, folder / EPOCHS)
-    panels.update(_preference_curves(epochs.get("train", {})))
-    measured = (("lr", "learning rate"), ("perturbation_norm", "‖δ‖"), ("cosine", "cos(g, g')"))
-    for name, label in measured:
-        values = steps.get(name, {})  # the perturbation is measured now and then, in a short run once
-        panels[label] = [Curve(values, "", GREY, has_marks=len(values) < 50, width=1.0)]
+    in_epochs = [panel for panel in methods if not panel.by_batch]
+    in_batches = [LEARNING_RATE, *(panel for panel in methods if panel.by_batch)]
+    panels.update((panel.label, _measured_curves(panel, epochs.get("train", {}))) for panel in in_epochs)
+    panels.update((panel.label, _measured_curves(panel, steps)) for panel in in_batches)
     panels = {label: curves for label, curves in panels.items() if any(curve.points for curve in curves)}
-    heights = [1.4 if label in dict(measured).values() else 2.7 for label in panels]
+    heights = [1.4 if label in {panel.label for panel in in_batches} else 2.7 for label in panels]
     figure = Figure(figsize=(7.5, 0.6 + sum(heights)), constrained_layout=True)
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     axes = dict(zip(panels, rows))
@@ -89,22 +106,16 @@ def training_curve(folder: str | Path, png_path: str | Path, metric: str) -> Pat
     return save_figure(figure, png_path)
 
 
-def _preference_curves(train: Mapping[str, Mapping[int, float]]) -> dict[str, list[Curve]]:
-    """Return the panels of a run that learnt from preferences: in shares, and in cosines."""
-    panels = {
-        "share": {
-            "reward_accuracy": ("h > 0 (reward accuracy)", BLUE),
-            "without_negative": ("queries without a negative", GREY),
-        },
-        "cosine": {
-            "reward_margin": ("h (reward margin)", BLUE),
-            "positive_drift": ("drift of the right image's score", ORANGE),
-        },
-    }
-    return {
-        panel: [Curve(train[name], label, colour) for name, (label, colour) in curves.items() if name in train]
-        for panel, curves in panels.items()
-    }
+def _measured_curves(panel: Panel, logged: Mapping[str, Mapping[Any, float]]) -> list[Curve]:
+    """Return the lines of a panel whose columns were logged: thin ones for batches, with marks only if they are few."""
+    curves = []
+    for column, label, colour in panel.lines:
+        values = logged.get(column, {})
+        if values and panel.by_batch:
+            curves.append(Curve(values, label, colour, has_marks=len(values) < 50, width=1.0))
+        elif values:
+            curves.append(Curve(values, label, colour))
+    return curves
 
 
 def best_epoch(val: Mapping[str, Mapping[int, float]], metric: str) -> int:

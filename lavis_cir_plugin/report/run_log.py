@@ -10,7 +10,8 @@ import csv
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,14 +21,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 STEPS, EPOCHS = "steps.csv", "epochs.csv"
 
-# Column of steps.csv -> tag in TensorBoard.
-_TAGS = {
-    "loss": "train/loss",
-    "lr": "train/lr",
-    "perturbation_norm": "wrf/perturbation_norm",
-    "cosine": "wrf/cosine",
-}
+_TAGS = {"loss": "train/loss", "lr": "train/lr"}
+"""Tag in TensorBoard of each number that every training step has."""
 _COLUMNS = {STEPS: ("step", "epoch", *_TAGS), EPOCHS: ("epoch", "split", "metric", "value")}
+"""How each file's header begins; steps.csv goes on with the columns of the method."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,24 +57,32 @@ class RunLog:
         folder: Of the run. Files that exist are continued.
         first_step: The step that a resumed run goes on with. TensorBoard then hides what an earlier process logged for
             this step and later ones. The CSV files are to be cut to their sizes at the checkpoint before this call.
+        columns: What the run's method measures besides loss and learning rate: tag in TensorBoard by column. A
+            ``steps.csv`` that exists keeps the columns that it began with.
 
     Attributes:
         is_open: Whether rows are still written.
     """
 
-    def __init__(self, folder: Path, first_step: int = 0) -> None:
+    def __init__(self, folder: Path, first_step: int = 0, columns: Mapping[str, str] | None = None) -> None:
         self.is_open = True
+        self._tags = {**_TAGS, **(columns or {})}
+        self._columns = {**_COLUMNS, STEPS: ("step", "epoch", *self._tags)}
         self._files: dict[str, TextIO] = {}
         self._tensorboard: Any = None
         self._open(folder, first_step)
 
     @_while_writable
     def _open(self, folder: Path, first_step: int) -> None:
-        for name, columns in _COLUMNS.items():
+        for name, columns in self._columns.items():
             # Line by line: the size on disk is always that of whole rows, and a killed process loses none.
-            self._files[name] = (folder / name).open("a", encoding="utf-8", newline="", buffering=1)
+            self._files[name] = (folder / name).open("a+", encoding="utf-8", newline="", buffering=1)
             if self._files[name].tell() == 0:
                 self._append(name, columns)
+            else:
+                self._files[name].seek(0)
+                self._columns[name] = tuple(self._files[name].readline().rstrip("\n").split(","))
+                self._files[name].seek(0, os.SEEK_END)
         self._tensorboard = _open_tensorboard(folder, first_step)
 
     @_while_writable
@@ -87,11 +92,12 @@ class RunLog:
         Args:
             step: Number of training batches before this one, since the start of the run.
             epoch: Counted from 0.
-            values: Any of ``loss``, ``lr``, ``perturbation_norm`` and ``cosine``; an absent one stays empty.
+            values: Any of ``loss``, ``lr`` and the method's columns; an absent one stays empty.
         """
-        self._append(STEPS, (step, epoch, *(_written(values[name]) if name in values else "" for name in _TAGS)))
+        measured = self._columns[STEPS][2:]
+        self._append(STEPS, (step, epoch, *(_written(values[name]) if name in values else "" for name in measured)))
         for name, value in values.items():
-            self._add_scalar(_TAGS[name], value, step)
+            self._add_scalar(self._tags[name], value, step)
 
     @_while_writable
     def log_epoch(self, step: int, epoch: int, split: str, values: Mapping[str, Any]) -> None:
@@ -165,7 +171,7 @@ def _written(number: float) -> str:
 
 
 def read_steps(path: str | Path) -> dict[str, list[float]]:
-    """Read ``steps.csv`` column by column: ``step``, ``epoch``, ``loss``, ``lr``, ``perturbation_norm``, ``cosine``.
+    """Read ``steps.csv`` column by column: ``step``, ``epoch``, ``loss``, ``lr``, and what the run's method measures.
 
     All columns have one entry per training batch; what was not logged is nan. A last line that is still being written,
     or was torn by a crash, is left out.
@@ -174,8 +180,8 @@ def read_steps(path: str | Path) -> dict[str, list[float]]:
         FileNotFoundError: There is no such file.
         ValueError: It is not a steps.csv, or a line before the last is damaged.
     """
-    rows = list(_rows(Path(path), STEPS, lambda row: [float(cell) if cell else math.nan for cell in row]))
-    return {name: [row[index] for row in rows] for index, name in enumerate(_COLUMNS[STEPS])}
+    header, rows = _rows(Path(path), STEPS, lambda row: [float(cell) if cell else math.nan for cell in row])
+    return {name: [row[index] for row in rows] for index, name in enumerate(header)}
 
 
 def read_epochs(path: str | Path) -> dict[str, dict[str, dict[int, float]]]:
@@ -188,27 +194,32 @@ def read_epochs(path: str | Path) -> dict[str, dict[str, dict[int, float]]]:
         ValueError: It is not an epochs.csv, or a line before the last is damaged.
     """
     found: dict[str, dict[str, dict[int, float]]] = {}
-    for epoch, split, metric, value in _rows(Path(path), EPOCHS, lambda row: (int(row[0]), *row[1:3], float(row[3]))):
+    _, rows = _rows(Path(path), EPOCHS, lambda row: (int(row[0]), *row[1:3], float(row[3])))
+    for epoch, split, metric, value in rows:
         found.setdefault(split, {}).setdefault(metric, {})[epoch] = value
     return found
 
 
-def _rows(path: Path, name: str, parse: Callable[[list[str]], Any]) -> Iterator[Any]:
+def _rows(path: Path, name: str, parse: Callable[[list[str]], Any]) -> tuple[list[str], list[Any]]:
+    """Return the header of a log file and its parsed rows."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a training run writes it into run.output_dir/<job id>.")
     with path.open(encoding="utf-8", newline="") as file:
         lines = file.read().split("\n")[:-1]  # what follows the last line end is empty or torn
     header, *rows = csv.reader(lines) if lines else [[]]
-    if tuple(header) != _COLUMNS[name]:
-        raise ValueError(f"{path} must start with the line {','.join(_COLUMNS[name])}; it is no {name} of a run.")
-    for number, row in enumerate(rows, start=2):
+    known = _COLUMNS[name]
+    if tuple(header[: len(known)]) != known:
+        raise ValueError(f"{path} must start with the columns {','.join(known)}; it is no {name} of a run.")
+
+    def parsed(number: int, row: list[str]) -> Any:
         try:
             if len(row) != len(header):
                 raise ValueError(f"{len(row)} cells")
-            parsed = parse(row)
+            return parse(row)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is damaged ({error}); repair or remove it.") from error
-        yield parsed
+
+    return header, [parsed(number, row) for number, row in enumerate(rows, start=2)]
 
 
 def progress(batches: Iterable[Any], total: int, initial: int = 0, description: str = "") -> Any:

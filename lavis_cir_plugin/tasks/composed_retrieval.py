@@ -243,10 +243,17 @@ class ComposedRetrievalTask(BaseTask):
             written.append(files.write_summary(run / "summary.json", self.results))
         if (run / EPOCHS).is_file():  # not in an evaluation run
             try:
-                written.append(curves.training_curve(run, run / "training_curve.png", curve_metric))
+                path = run / "training_curve.png"
+                written.append(curves.training_curve(run, path, curve_metric, _panels_of_methods()))
             except ValueError as error:
                 logging.warning("no training curve: %s", error)
         return written + sorted(run.glob("checkpoint_*.pth"))
+
+
+def _panels_of_methods() -> list[curves.Panel]:
+    """Return the panels that registered runners and tasks bring, each once."""
+    entries = [*registry.mapping["runner_name_mapping"].values(), *registry.mapping["task_name_mapping"].values()]
+    return list(dict.fromkeys(panel for entry in entries for panel in getattr(entry, "CURVE_PANELS", ())))
 
 
 def folder_name(split: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,8 @@ class ResumableRunner(PortableRunner):
     """
 
     RUN_KEYS: tuple[str, ...] = ("save_every",)
+    LOG_COLUMNS: ClassVar[Mapping[str, str]] = {}
+    """What a method measures in each step: tag in TensorBoard by column of ``steps.csv``."""
 
     @staticmethod
     def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
@@ -188,7 +190,7 @@ class ResumableRunner(PortableRunner):
         part = _EpochInParts(self, place, total, resumed)
         self._epoch, self._batches_done = part.epoch, part.first + part.done
         if self._run_log is None and is_main_process():
-            self._run_log = RunLog(Path(self.output_dir), first_step=self._batches_done)
+            self._run_log = RunLog(Path(self.output_dir), first_step=self._batches_done, columns=self.LOG_COLUMNS)
         if resumed is None and place != self._begin:
             self._save_last(place, 0, {})
         self._has_trained = True

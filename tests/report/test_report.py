@@ -16,6 +16,8 @@ from PIL import Image, ImageColor, ImageDraw
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query
 from lavis_cir_plugin.data.negatives import NegativeSets
 from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
+from lavis_cir_plugin.methods.retrieval_dpo.task import RetrievalDpoTask
+from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir
 from lavis_cir_plugin.ranking.metrics import average_precision_at, recall_at
 from lavis_cir_plugin.ranking.ranks import Ranking
 from lavis_cir_plugin.report import chance, contact_sheets, curves, files, sheet_layout, tables
@@ -538,7 +540,7 @@ class Log:
 
     def __init__(self, folder):
         self.folder = folder
-        self.log = RunLog(folder)
+        self.log = RunLog(folder, columns=RunnerWrf4Cir.LOG_COLUMNS)
         self.epoch = -1
 
     def train(self, loss, batches=()):
@@ -580,7 +582,8 @@ def figures(monkeypatch):
 
 
 def curve(run, metric="mean"):
-    curves.training_curve(run.folder, run.folder / "curve.png", metric)
+    panels = (*RunnerWrf4Cir.CURVE_PANELS, *RetrievalDpoTask.CURVE_PANELS)
+    curves.training_curve(run.folder, run.folder / "curve.png", metric, panels)
     with Image.open(run.folder / "curve.png") as image:
         assert image.format == "PNG"
 

@@ -13,9 +13,13 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir
 from lavis_cir_plugin.report.run_log import RunLog, progress, read_epochs, read_steps
 
 FULL = {"loss": 2.5, "lr": 1e-5, "perturbation_norm": 0.25, "cosine": 0.75}
+
+
+WRF = RunnerWrf4Cir.LOG_COLUMNS
 
 
 def scalars(folder, tag):
@@ -26,7 +30,7 @@ def scalars(folder, tag):
 
 
 def test_steps_are_rows_with_fixed_columns(tmp_path):
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, columns=WRF)
     log.log_step(0, 0, FULL)
     log.log_step(1, 0, {"lr": 2e-5, "loss": float("nan")})
     assert (tmp_path / "steps.csv").read_text() == (  # before close: a killed run loses no row
@@ -42,7 +46,7 @@ def test_steps_are_rows_with_fixed_columns(tmp_path):
 
 def test_epochs_are_long_rows_of_what_is_a_number(tmp_path):
     """LAVIS gives training means as text, and its VQA metric has a table per answer type."""
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, columns=WRF)
     log.log_epoch(9, 0, "train", {"loss": "1.250", "lr": "0.000"})
     log.log_epoch(9, 0, "val", {"mean": 12.5, "perAnswerType": {"other": 1.0}, "note": "text", "best_epoch": 0})
     log.log_epoch(19, 1, "val", {"mean": 25})
@@ -57,7 +61,7 @@ def test_epochs_are_long_rows_of_what_is_a_number(tmp_path):
 def test_float32_survives_the_file(tmp_path):
     """0.1 in float32 is 0.100000001490116...; nine digits tell it from its neighbours 7.5e-9 away."""
     value = 0.10000000149011612
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, columns=WRF)
     log.log_step(0, 0, {"loss": value})
     (read,) = read_steps(tmp_path / "steps.csv")["loss"]
     assert abs(read - value) < 3.7e-9
@@ -65,7 +69,7 @@ def test_float32_survives_the_file(tmp_path):
 
 
 def test_tensorboard_has_the_same_numbers(tmp_path):
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, columns=WRF)
     log.log_step(0, 0, FULL)
     log.log_step(1, 0, {"loss": 2.0, "lr": 1e-5})
     log.log_epoch(1, 0, "train", {"loss": 2.25})
@@ -79,7 +83,7 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
 
 def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
     """Killed after step 3, resumed at step 2 with the files as they were after step 1."""
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, columns=WRF)
     sizes = {}
     for step in range(4):
         if step == 2:
@@ -89,7 +93,7 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
     for path, size in sizes.items():
         os.truncate(path, size)
     time.sleep(1.1)  # TensorBoard reads its files by name: the second, then a number within it that is not padded
-    again = RunLog(tmp_path, first_step=2)
+    again = RunLog(tmp_path, 2, WRF)
     again.log_step(2, 0, {"loss": 20.0})
     again.log_epoch(2, 0, "val", {"mean": 5.0})
     again.close()
@@ -100,7 +104,7 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
 
 @pytest.mark.parametrize("failing", ["steps.csv", "epochs.csv", "tensorboard"])
 def test_a_full_disk_is_one_warning_and_training_goes_on(tmp_path, caplog, failing):
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, columns=WRF)
     log.log_step(0, 0, FULL)
 
     class Full:
@@ -127,7 +131,7 @@ def test_a_full_disk_is_one_warning_and_training_goes_on(tmp_path, caplog, faili
 
 
 def test_a_folder_that_is_gone_is_a_warning_as_well(tmp_path, caplog):
-    log = RunLog(tmp_path / "gone")
+    log = RunLog(tmp_path / "gone", columns=WRF)
     log.log_step(0, 0, FULL)
     log.close()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -135,7 +139,7 @@ def test_a_folder_that_is_gone_is_a_warning_as_well(tmp_path, caplog):
 
 def test_without_tensorboard_the_csv_files_are_written(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, columns=WRF)
     log.log_step(0, 0, FULL)
     log.log_epoch(0, 0, "val", {"mean": 1.0})
     log.close()
@@ -145,7 +149,7 @@ def test_without_tensorboard_the_csv_files_are_written(tmp_path, monkeypatch, ca
 
 
 def test_nothing_is_written_after_close(tmp_path):
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, columns=WRF)
     log.close()
     log.log_step(0, 0, FULL)
     log.close()
@@ -155,7 +159,7 @@ def test_nothing_is_written_after_close(tmp_path):
 @pytest.mark.parametrize("torn", ["1,0,1", "1,0,1.0,1.0,1.0,1.0", "1"])
 def test_a_torn_last_line_is_left_out(tmp_path, torn):
     """Without its line end, even a line that looks whole may lack digits."""
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, columns=WRF)
     log.log_step(0, 0, FULL)
     log.close()
     with (tmp_path / "steps.csv").open("a") as file:
@@ -165,7 +169,7 @@ def test_a_torn_last_line_is_left_out(tmp_path, torn):
 
 @pytest.mark.parametrize("damaged", ["1,0,1", "1,0,x,1,1,1"])
 def test_a_damaged_line_inside_is_named(tmp_path, damaged):
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, columns=WRF)
     log.close()
     with (tmp_path / "steps.csv").open("a") as file:
         file.write(f"{damaged}\n1,0,1,1,1,1\n")
@@ -177,7 +181,7 @@ def test_what_is_no_log_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"steps\.csv does not exist; a training run writes it"):
         read_steps(tmp_path / "steps.csv")
     (tmp_path / "epochs.csv").write_text("a,b\n")
-    with pytest.raises(ValueError, match="must start with the line epoch,split,metric,value"):
+    with pytest.raises(ValueError, match="must start with the columns epoch,split,metric,value"):
         read_epochs(tmp_path / "epochs.csv")
 
 
@@ -216,3 +220,20 @@ def test_other_processes_show_no_bar(monkeypatch):
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
     assert list(progress([1, 2], total=2)) == [1, 2]
     assert sys.stderr.getvalue() == ""
+
+
+def test_a_file_keeps_the_columns_that_it_began_with(tmp_path):
+    """Version 0.4 gave every run the perturbation's columns; a resumed plain run goes on with them, left empty."""
+    (tmp_path / "steps.csv").write_text("step,epoch,loss,lr,perturbation_norm,cosine\n0,0,2.5,1e-05,,\n")
+    log = RunLog(tmp_path, first_step=1)
+    log.log_step(1, 0, {"loss": 2.0, "lr": 1e-5})
+    log.close()
+    assert (tmp_path / "steps.csv").read_text().splitlines()[-1] == "1,0,2,1e-05,,"
+    assert read_steps(tmp_path / "steps.csv")["loss"] == [2.5, 2.0]
+
+
+def test_a_plain_run_has_no_column_of_a_method(tmp_path):
+    log = RunLog(tmp_path)
+    log.log_step(0, 0, {"loss": 2.0, "lr": 1e-5})
+    log.close()
+    assert (tmp_path / "steps.csv").read_text() == "step,epoch,loss,lr\n0,0,2,1e-05\n"

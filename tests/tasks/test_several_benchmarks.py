@@ -368,7 +368,8 @@ def test_two_processes_evaluate_the_same(trained, tmp_path):
     path, run = trained
     script = tmp_path / "evaluate.py"
     script.write_text(
-        f"from lavis_cir_plugin.report import chance\nfrom lavis_cir_plugin.training import launcher\nchance.RANDOM_QUERIES = {FEW}\nlauncher.main('evaluate')\n"
+        "from lavis_cir_plugin.report import chance\nfrom lavis_cir_plugin.training import launcher\n"
+        f"chance.RANDOM_QUERIES = {FEW}\nlauncher.main('evaluate')\n"
     )
     options = [
         "run.test_splits=[val]", f"run.output_dir={tmp_path / 'out'}",

@@ -45,6 +45,8 @@ from lavis_cir_plugin.methods.retrieval_dpo.preference_model import (
     paired_scores,
 )
 from lavis_cir_plugin.ranking.ranks import padded
+from lavis_cir_plugin.report.curves import Panel
+from lavis_cir_plugin.report.sheet_layout import BLUE, GREY, ORANGE
 from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask, Evaluation
 
 _SAME = 0.01
@@ -68,6 +70,22 @@ class RetrievalDpoTask(ComposedRetrievalTask):
     """
 
     RUN_KEYS = (*ComposedRetrievalTask.RUN_KEYS, "dpo", "negatives")
+    CURVE_PANELS = (
+        Panel(
+            "share",
+            (
+                ("reward_accuracy", "h > 0 (reward accuracy)", BLUE),
+                ("without_negative", "queries without a negative", GREY),
+            ),
+        ),
+        Panel(
+            "cosine",
+            (
+                ("reward_margin", "h (reward margin)", BLUE),
+                ("positive_drift", "drift of the right image's score", ORANGE),
+            ),
+        ),
+    )
 
     @classmethod
     def setup_task(cls, cfg: Any, **_: Any) -> RetrievalDpoTask:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
@@ -14,6 +14,8 @@ from lavis.runners.runner_iter import RunnerIter
 from lavis_cir_plugin.core.settings import is_number, setting_problems
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
+from lavis_cir_plugin.report.curves import Panel
+from lavis_cir_plugin.report.sheet_layout import GREY
 from lavis_cir_plugin.training.resumable_runner import ResumableRunner
 
 
@@ -28,6 +30,14 @@ class PerturbingRunner(ResumableRunner):
     """
 
     RUN_KEYS = ("wrf", "adam_eps", "max_grad_norm")
+    LOG_COLUMNS: ClassVar[dict[str, str]] = {
+        "perturbation_norm": "wrf/perturbation_norm",
+        "cosine": "wrf/cosine",
+    }
+    CURVE_PANELS = (
+        Panel("‖δ‖", (("perturbation_norm", "", GREY),), by_batch=True),
+        Panel("cos(g, g')", (("cosine", "", GREY),), by_batch=True),
+    )
 
     @staticmethod
     def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
