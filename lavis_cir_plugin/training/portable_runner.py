@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -73,7 +74,7 @@ class PortableRunner:
             "PrefetchLoader": prefetcher,
             "IterLoader": lambda loader, use_distributed: EpochLoader(loader),
         }
-        with mock.patch.multiple(runner_base, **names):
+        with _replaced(runner_base, names):
             return super().create_loaders(*args, **kwargs)
 
     def evaluate(self, cur_epoch: Any = "best", skip_reload: bool = False) -> Any:
@@ -87,6 +88,17 @@ class PortableRunner:
             return model
         load_strictly(model, read_state(path), path, may_lack=frozen_names(model))
         return model
+
+
+@contextmanager
+def _replaced(module: ModuleType, names: dict[str, Any]) -> Iterator[None]:
+    """Let a module have other things under these names while the context lasts."""
+    stock = {name: getattr(module, name) for name in names}
+    vars(module).update(names)
+    try:
+        yield
+    finally:
+        vars(module).update(stock)
 
 
 def _synchronize_meter(meter: lavis_logger.SmoothedValue) -> None:
