@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from lavis.common.registry import registry
 from torch import Tensor, nn
 
+from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.benchmarks.benchmark import did_you_mean, is_number
 from lavis_cir_plugin.checkpoints import load_strictly, read_checkpoint, state_in
 from lavis_cir_plugin.config import check_choice, check_whole
@@ -64,6 +65,10 @@ class TscirMapping(ClipCir):
         ValueError: If a choice is unknown or impossible, with what is allowed.
     """
 
+    PRETRAINED_MODEL_CONFIG_DICT = {  # noqa: RUF012 (LAVIS's class attribute); the tiny text tower has fewer blocks than the defaults name
+        **ClipCir.PRETRAINED_MODEL_CONFIG_DICT,
+        "tiny": str(CONFIGS / "models" / "tscir_tiny.yaml"),
+    }
     row_label = "stage I"
     baselines: Mapping[str, str] = {"image": "image only", "text": "text only", "sum": "image + text"}
     is_zero_shot = True
