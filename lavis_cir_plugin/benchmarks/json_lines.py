@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lavis_cir_plugin.benchmarks.benchmark import is_text, parse_json, shown
+from lavis_cir_plugin.benchmarks.benchmark import is_text, parse_json, refuse_special, shown
 from lavis_cir_plugin.benchmarks.survey import current_survey
 
 Refusal = Callable[[str], ValueError]
@@ -26,6 +26,7 @@ def read_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
         ValueError: it cannot be read, is not UTF-8 or has no line.
     """
     survey = current_survey()
+    refuse_special(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
         if survey is not None:
