@@ -1,7 +1,7 @@
 """LAVIS datasets and builders over the benchmarks: every file in ``benchmarks`` with a reader becomes a builder.
 
 A reader offers ``SPLITS``, ``check_config``, ``read_train`` and ``training_text``, and ``read_benchmark`` if it has
-evaluation splits.
+evaluation splits; ``UPRIGHT = True`` if its images are turned as their EXIF orientation says.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+from PIL import Image
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
@@ -49,7 +50,13 @@ def cache_root() -> Path:
 
 
 class CirDataset(Dataset):
-    """What the data sets of composed retrieval share: picture loading and a collater that drops nothing."""
+    """What the data sets of composed retrieval share: picture loading and a collater that drops nothing.
+
+    Attributes:
+        upright: Whether pictures are turned as their EXIF orientation says.
+    """
+
+    upright = False
 
     def __init__(self, image_paths: Mapping[str, Path], vis_processor: Processor, text_processor: Processor) -> None:
         self.image_paths = image_paths
@@ -67,7 +74,11 @@ class CirDataset(Dataset):
             return self.features[self.image_paths[name]]
         if name in self.preloaded:
             return self.preloaded[name]
-        return self.vis_processor(open_rgb(self.image_paths[name]))
+        return self.vis_processor(self.picture(name))
+
+    def picture(self, name: str) -> Image.Image:
+        """Return the picture as RGB, not yet preprocessed."""
+        return open_rgb(self.image_paths[name], self.upright)
 
     @property
     def is_deterministic(self) -> bool:
@@ -175,6 +186,7 @@ class BenchmarkDataset(CirDataset):
     def __init__(self, benchmark: Benchmark, vis_processor: Processor, text_processor: Processor) -> None:
         super().__init__(benchmark.image_paths, vis_processor, text_processor)
         self.benchmark = benchmark
+        self.upright = benchmark.upright
         # Categories of FashionIQ share images; each goes through the model once.
         self.names = list(dict.fromkeys(name for group in benchmark.groups for name in group.gallery))
         self.queries = QueryDataset(self)
@@ -298,7 +310,9 @@ class BenchmarkBuilder(BaseDatasetBuilder):
         if split == "train":
             triplets, image_paths = self.benchmark_module.read_train(build_info)
             text = self.benchmark_module.training_text
-            return TripletDataset(triplets, image_paths, vis_processor, text_processor, text)
+            dataset = TripletDataset(triplets, image_paths, vis_processor, text_processor, text)
+            dataset.upright = getattr(self.benchmark_module, "UPRIGHT", False)
+            return dataset
         return BenchmarkDataset(self.benchmark_module.read_benchmark(build_info, split), vis_processor, text_processor)
 
 

@@ -101,20 +101,25 @@ class FeatureCache:
         root: Folder of all caches; this one lies below it in a folder that is named by its key.
         model: The key takes its class and its tower; the model itself is not kept.
         transform: From an RGB picture to ``(3, H, W)``, without randomness.
+        upright: Turn pictures first as their EXIF orientation says; it is part of the key.
 
     Raises:
         ValueError: If the folder's ``meta.json`` does not describe what the folder is named after.
     """
 
-    def __init__(self, root: Path, model: HasImageTower, transform: Callable[[Any], Tensor]) -> None:
+    def __init__(
+        self, root: Path, model: HasImageTower, transform: Callable[[Any], Tensor], upright: bool = False
+    ) -> None:
         self.identity = {
             "format": _FORMAT,
             "model": f"{type(model).__module__}.{type(model).__qualname__}",
             "tower": fingerprint(model.image_tower),
             "transform": fingerprint(transform),
+            **({"upright": True} if upright else {}),
         }
         self.folder = root / fingerprint(self.identity)
         self.transform = transform
+        self.upright = upright
         self._file_lines = root / "files"
         self._rows: dict[str, tuple[str, int]] = {}  # path -> segment and row
         self._maps: dict[str, np.ndarray[Any, Any]] = {}
@@ -333,7 +338,7 @@ class FeatureCache:
                     logging.info(f"feature cache: {done:,} of {len(images):,} in {passed:.0f} s, {left:.0f} s to go")
 
     def _picture(self, name: str) -> Tensor:
-        return self.transform(open_rgb(Path(name)))
+        return self.transform(open_rgb(Path(name), self.upright))
 
     @torch.no_grad()
     def _features(self, model: HasImageTower, pictures: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lavis_cir_plugin.benchmarks.benchmark import Benchmark, Group, Query
+from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.negatives import NegativeSets
 from lavis_cir_plugin.ranking import Ranking, padded
 from lavis_cir_plugin.tracking import EPOCHS, STEPS, read_epochs, read_steps
@@ -317,8 +318,8 @@ def contact_sheet(
     selection of successes, and its caption says so. Pictures keep their aspect ratio.
 
     Raises:
-        ValueError: the ranking does not have one entry per query.
-        OSError: a picture cannot be read or the sheet cannot be written.
+        ValueError: the ranking does not have one entry per query, or a picture cannot be read.
+        OSError: a picture is missing or the sheet cannot be written.
     """
     num_queries = len(group.queries)
     top, ranks = ranking.top, ranking.ranks
@@ -353,16 +354,17 @@ def contact_sheet(
         # A ranking with fewer than k candidates ends in -1, which would index the last image of the gallery.
         shown = [group.gallery[i] for i in top[index, :columns].tolist() if i >= 0]
         y = header.height + LABEL_HEIGHT + row * row_height
-        _draw_picture(sheet, (MARGIN, y), benchmark.image_paths[query.reference])
+        _draw_picture(sheet, (MARGIN, y), benchmark.image_paths[query.reference], "", "", benchmark.upright)
         _draw_text(draw, (text_left, y), " / ".join(query.texts))
         for column, name in enumerate(shown):
             frame = GREEN if name in answers else ""
             label = f"{column + 1} (reference)" if name == query.reference else str(column + 1)
             place = (top_left + column * (PICTURE[0] + GAP), y)
-            _draw_picture(sheet, place, benchmark.image_paths[name], label, frame)
+            _draw_picture(sheet, place, benchmark.image_paths[name], label, frame, benchmark.upright)
         if rank >= columns and query.target is not None:
             label = f"rank {rank + 1:,}"
-            _draw_picture(sheet, (answer_left, y), benchmark.image_paths[query.target], label, ORANGE)
+            answer = benchmark.image_paths[query.target]
+            _draw_picture(sheet, (answer_left, y), answer, label, ORANGE, benchmark.upright)
         verdict = _verdict(rank, columns, len(answers), len(answers.intersection(shown)))
         draw.text((text_left, y + PICTURE[1]), *verdict, _font(13), anchor="ls")
     buffer = io.BytesIO()
@@ -380,7 +382,8 @@ def negatives_sheet(sets: NegativeSets, path: str | Path, rows: int = 8, columns
 
     Raises:
         FileNotFoundError: pictures to be drawn are no longer where they were mined.
-        OSError: one of them cannot be read or the sheet cannot be written.
+        ValueError: one of them cannot be read.
+        OSError: the sheet cannot be written.
     """
     chosen = sorted(random.Random(seed).sample(range(len(sets.targets)), min(rows, len(sets.targets))))
     columns = min(columns, sets.negatives.shape[1])
@@ -404,6 +407,7 @@ def negatives_sheet(sets: NegativeSets, path: str | Path, rows: int = 8, columns
     sheet = Image.new("RGB", (width, header.height + LABEL_HEIGHT + len(chosen) * row_height + MARGIN - GAP), WHITE)
     sheet.paste(header, (0, 0))
     draw = ImageDraw.Draw(sheet)
+    upright = bool(sets.about.get("upright", False))
     right_is_reference = sets.about.get("positive") == "image"
     titles = {
         MARGIN: "reference = positive" if right_is_reference else "reference",
@@ -419,15 +423,15 @@ def negatives_sheet(sets: NegativeSets, path: str | Path, rows: int = 8, columns
         _draw_text(draw, (text_left, y), sets.texts[index])
         own = _rank_and_score(int(sets.target_ranks[index]), float(sets.target_scores[index]))
         labels = (own, "") if right_is_reference else ("", own)
-        _draw_picture(sheet, (MARGIN, y), Path(sets.paths[reference]), labels[0])
-        _draw_picture(sheet, (target_left, y), Path(sets.paths[target]), labels[1], GREEN)
+        _draw_picture(sheet, (MARGIN, y), Path(sets.paths[reference]), labels[0], "", upright)
+        _draw_picture(sheet, (target_left, y), Path(sets.paths[target]), labels[1], GREEN, upright)
         for column, image in enumerate(sets.negatives[index, :columns].tolist()):
             if image < 0:
                 break
             label = _rank_and_score(int(sets.ranks[index, column]), float(sets.scores[index, column]))
             label += " (reference)" if image == reference else ""
             place = (first_left + column * (PICTURE[0] + GAP), y)
-            _draw_picture(sheet, place, Path(sets.paths[image]), label)
+            _draw_picture(sheet, place, Path(sets.paths[image]), label, "", upright)
         if sets.counts[index] == 0:
             draw.text((first_left, y + PICTURE[1] / 2), "none passes the rules", ORANGE, _font(TEXT_SIZE), anchor="lm")
     buffer = io.BytesIO()
@@ -580,13 +584,17 @@ def _header(title: str, notes: Sequence[str], width: int, colours: Mapping[str, 
     return header
 
 
-def _draw_picture(sheet: Image.Image, place: tuple[int, int], path: Path, label: str = "", frame: str = "") -> None:
-    """Fit a picture into the box at place (left, top), its label below it, with a coloured frame or a thin grey one."""
+def _draw_picture(
+    sheet: Image.Image, place: tuple[int, int], path: Path, label: str = "", frame: str = "", upright: bool = False
+) -> None:
+    """Fit a picture into the box at place (left, top), its label below it, with a coloured frame or a thin grey one.
+
+    ``upright`` as in `open_rgb`: a sheet shows what the model sees.
+    """
     left, top = place
     draw = ImageDraw.Draw(sheet)
     right, bottom = left + PICTURE[0] - 1, top + PICTURE[1] - 1
-    with Image.open(path) as file:
-        picture = file.convert("RGB")
+    picture = open_rgb(path, upright)
     # Inside the frame, so that a frame never hides a part of the picture.
     inner = (PICTURE[0] - 2 * FRAME, PICTURE[1] - 2 * FRAME)
     scale = min(inner[0] / picture.width, inner[1] / picture.height)

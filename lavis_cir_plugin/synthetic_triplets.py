@@ -27,7 +27,6 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lavis_cir_plugin.benchmarks.captions import caption_records
-from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.caption_edits import Edit, Phrases, plain
 from lavis_cir_plugin.index import build_index
 from lavis_cir_plugin.whole_files import replace_file
@@ -485,8 +484,7 @@ def contact_sheet(captions: Captions, triplets: Sequence[SyntheticTriplet], imag
         triplet, y = triplets[index], top + number * row_height
         for left, image in ((report.MARGIN, triplet.edit.image), (target_left, triplet.target)):
             path = images / captions.names[image]
-            open_rgb(path)  # raises a sentence
-            report._draw_picture(sheet, (left, y), path)
+            report._draw_picture(sheet, (left, y), path, "", "", True)
         report._draw_text(draw, (text_left, y), triplet.edit.text)
         for step, row in enumerate((triplet.edit.row, triplet.target_row)):
             lines = report._wrap(captions.texts[row], 14, _CAPTION_WIDTH)[:3]

@@ -110,6 +110,7 @@ class Benchmark:
         metrics: Ranking per group name to metrics in percent; empty where the targets are not public.
         selection_metric: The metric that chooses the best checkpoint.
         submissions: Ranking per group name to the test server's files, the content (for JSON) by file name.
+        upright: Whether its images are turned as their EXIF orientation says.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Benchmark:
     metrics: Callable[[Mapping[str, Ranking]], dict[str, float]]
     selection_metric: str
     submissions: Callable[[Mapping[str, Ranking]], dict[str, Any]] = no_submissions
+    upright: bool = False
 
     @property
     def has_targets(self) -> bool:
