@@ -43,7 +43,7 @@ from lavis_cir_plugin.benchmarks.json_lines import (
     read_lines,
     some_texts,
 )
-from lavis_cir_plugin.benchmarks.survey import listing
+from lavis_cir_plugin.benchmarks.survey import current_survey, listing
 
 SPLITS = ("train",)
 
@@ -141,6 +141,9 @@ def caption_records(path: Path, remedy: str = _NAME_THE_FILE) -> Iterator[Captio
         FileNotFoundError: the file does not exist.
     """
     if path.suffix == ".json":
+        survey = current_survey()
+        if survey is not None:
+            survey.files.append(path)
         for number, item in enumerate(read_records(path)):
             yield _example(item, partial(record_error, path, number))
         return
