@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from lavis_cir_plugin.interruption import interruptible
+
 # Each module offers add_command(subparsers), which sets ``run`` to a function of the parsed arguments.
 _COMMANDS = ("check", "gap", "adapters", "submission", "synthetic_triplets", "negatives")
 
@@ -19,13 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="lavis-cir", description="Look at runs and data without training.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name in _COMMANDS:
-        importlib.import_module(f"{__package__}.{name}").add_command(subparsers)
-    args = parser.parse_args(arguments)
-    try:
-        args.run(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"lavis-cir: {error}")
+    with interruptible("lavis-cir", lambda: "what it writes is whole or not there, so start it again."):
+        for name in _COMMANDS:
+            importlib.import_module(f"{__package__}.{name}").add_command(subparsers)
+        args = parser.parse_args(arguments)
+        try:
+            args.run(args)
+        except (ValueError, OSError) as error:
+            sys.exit(f"lavis-cir: {error}")
 
 
 if __name__ == "__main__":

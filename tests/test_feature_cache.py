@@ -321,9 +321,7 @@ def test_a_folder_that_is_not_what_its_name_says_is_refused(tmp_path, paths):
 def test_too_little_space_is_refused_before_anything_is_written(tmp_path, paths, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(7 * ROW_BYTES - 1))
-    with pytest.raises(
-        ValueError, match=r"7 images of 24 bytes need 168 bytes and .* has 167 bytes free; free some"
-    ):
+    with pytest.raises(ValueError, match=r"7 images of 24 bytes need 168 bytes and .* has 167 bytes free; free some"):
         filled(tmp_path / "c", paths)
     assert not (tmp_path / "c").exists()
 

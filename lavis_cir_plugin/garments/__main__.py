@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 
+from lavis_cir_plugin.interruption import interruptible
+
 from . import circo, cirr, fashioniq
 
 _WRITERS: Mapping[str, tuple[type, Callable[..., object]]] = {
@@ -35,10 +37,11 @@ def main() -> None:
     options = vars(parser.parse_args())
     root = options.pop("root")
     del options["benchmark"]
-    try:
-        write(root, config_class(**options))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    with interruptible("garments", lambda: f"{root} is not whole; start it again to write it anew."):
+        try:
+            write(root, config_class(**options))
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":
