@@ -60,6 +60,7 @@ if importlib.util.find_spec("lavis_cir_hook") is not None:
     import lavis_cir_hook
 
     lavis_cir_hook.install()
+    lavis_cir_hook.wait_passively()  # for lavis-cir, which loads torch before LAVIS
 
 if importlib.util.find_spec("lavis") is not None:
     register()
