@@ -149,3 +149,13 @@ def real_folder(name: str) -> Path:
 def real_annotations() -> Path:
     """Return the folder of the real annotation files (``CIR_DATA``), or skip."""
     return real_folder("fashionIQ_dataset").parent
+
+
+@pytest.fixture(scope="module")
+def blank_pictures():
+    """Leave the pictures in reports of runs blank in a file of tests that look at none."""
+    from launched import leave_pictures_blank
+
+    with pytest.MonkeyPatch.context() as patch:
+        leave_pictures_blank(patch)
+        yield

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import conftest  # noqa: F401 (registers small_clip, in spawned processes too)
+import conftest  # noqa: F401 (registers small_clip, in both processes too)
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launched import in_two_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_cir_plugin.models.clip_cir import ClipCir
@@ -74,7 +74,7 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(work, (str(folder),), nprocs=2)
+    in_two_processes(work, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
