@@ -151,11 +151,9 @@ def real_annotations() -> Path:
     return real_folder("fashionIQ_dataset").parent
 
 
-@pytest.fixture(scope="module")
-def blank_pictures():
-    """Leave the pictures in reports of runs blank in a file of tests that look at none."""
+@pytest.fixture
+def blank_pictures(monkeypatch):
+    """Leave the pictures in reports of runs blank, for tests that look at none; fixtures of a module draw theirs."""
     from launched import leave_pictures_blank
 
-    with pytest.MonkeyPatch.context() as patch:
-        leave_pictures_blank(patch)
-        yield
+    leave_pictures_blank(monkeypatch)

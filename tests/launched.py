@@ -74,6 +74,7 @@ def leave_pictures_blank(patch: pytest.MonkeyPatch) -> None:
     """Let the reports of runs write empty files in place of pictures, which take longer than a small run's training."""
     patch.setattr(report, "contact_sheet", lambda benchmark, group, ranking, path: replace_file(path, b""))
     patch.setattr(report, "training_curve", lambda folder, path, metric: replace_file(path, b""))
+    patch.setattr(report, "negatives_sheet", lambda sets, path: replace_file(path, b""))
 
 
 def _launch(command: str, arguments: list[str], log: str, random_queries: int, environment: Mapping[str, str]) -> None:

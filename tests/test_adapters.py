@@ -23,6 +23,7 @@ from lavis_cir_plugin.perturbation import WeightPerturbation
 from lavis_cir_plugin.perturbed_model import PerturbingOptimizer
 from lavis_cir_plugin.runners.wrf4cir import RunnerWrf4Cir
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 CLIP = {"vit_model": "clip_L", "vit_config": {"patch_size": 8, "width": 12, "layers": 2, "heads": 2}}
 EVERY_KIND = r".*\.(query|word_embeddings|patch_embed\.proj|qkv|fc1)"  # Linear, Embedding, Conv2d, read by weight
 

@@ -28,6 +28,7 @@ from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.processors import TargetPadProcessor
 from lavis_cir_plugin.shards import Shards
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 LINES = [{"image": "shoes/a.jpg", "caption": " a red shoe "}, {"image": "b.png", "caption": ["a boot", "a black boot"]}]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from launched import in_two_processes
+from launched import in_two_processes, leave_pictures_blank
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
@@ -495,6 +495,7 @@ def test_training_and_evaluation_through_the_launcher(project, tmp_path, monkeyp
     assert sum(calls) == 1 + len(images) == 1 + len(set(images))
     assert len(images) > 3 * 14  # those of the evaluation and some more
     assert (folder / "val" / "contact_sheet_dress.png").is_file()
+    leave_pictures_blank(monkeypatch)
     calls.clear()
     again, second = launch("train", project, tmp_path / "second", cache)
     assert second == first

@@ -15,6 +15,7 @@ from lavis_cir_plugin import PROJECTS, command_line, gap, launcher
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.tracking import RunLog
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 WORLD = {
     "train_triplets": 8, "train_images": 12, "val_queries": 3, "val_images": 6, "test_queries": 1, "test_images": 4,
     "image_width": 40, "image_height": 40,

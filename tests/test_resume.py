@@ -26,6 +26,7 @@ from lavis_cir_plugin.checkpoints import read_checkpoint, verify_checkpoint
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.runners import resumable
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 KILLS = int(os.environ.get("CIR_KILLS", "2"))
 WORLD = {
     "train_triplets": 12, "train_images": 20, "val_queries": 6, "val_images": 10, "test_queries": 3, "test_images": 6,

@@ -12,7 +12,7 @@ import torch
 from conftest import SMALL, make_scoring_model
 from omegaconf import OmegaConf
 
-from lavis_cir_plugin import PROJECTS, launcher
+from lavis_cir_plugin import PROJECTS, launcher, report
 from lavis_cir_plugin.checkpoints import read_checkpoint
 from lavis_cir_plugin.datasets import TripletDataset
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
@@ -22,6 +22,8 @@ from lavis_cir_plugin.preference_model import PreferenceModel
 from lavis_cir_plugin.tasks.retrieval_dpo import RetrievalDpoTask, _check_data
 from lavis_cir_plugin.tracking import read_steps
 
+DRAW_NEGATIVES = report.negatives_sheet
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 WORLD = {
     "train_triplets": 8, "train_images": 12, "val_queries": 8, "val_images": 14, "test_queries": 1, "test_images": 2,
     "image_width": 48, "image_height": 60,
@@ -447,7 +449,9 @@ def test_a_resumed_run_says_that_its_negatives_were_mined_by_other_rules(run, ca
     assert "fashioniq_000.npz was mined by other run.negatives; they count from the next mining on" in caplog.text
 
 
-def test_a_file_serves_where_the_pictures_have_moved(run):
+def test_a_file_serves_where_the_pictures_have_moved(run, monkeypatch):
+    """The sheet needs the pictures' places, so it is drawn here."""
+    monkeypatch.setattr(report, "negatives_sheet", DRAW_NEGATIVES)
     once = {"refresh": 0}
     file = run("first", max_epoch=1, negatives=once) / "negatives/fashioniq_000.npz"
     sets = load_negatives(file)

@@ -15,6 +15,7 @@ from lavis_cir_plugin.garments.questions import QuestionsConfig, make_questions
 from lavis_cir_plugin.models.tscir_composing import TscirComposing
 from lavis_cir_plugin.models.tscir_mapping import TscirMapping
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 PICTURES = {"train_images": 24, "val_images": 2, "captions_per_image": 2, "image_width": 48, "image_height": 60}
 SMALL_MODEL = {"clip_model": "small_clip", "image_size": 16, "injection_blocks": [1], "hidden_width": 8}
 RUN = {
