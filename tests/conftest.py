@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ SMALL: dict[str, Any] = {
     },
     "embed_dim": 6,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_clip_tokenizer():
+    """Read CLIP's vocabulary, which takes longer than a small model, once for all models of a name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_clip, "get_tokenizer", functools.cache(open_clip.get_tokenizer))
+        yield
 
 
 @pytest.fixture

@@ -411,7 +411,9 @@ def test_real_types_build_offline_at_full_size(model_type, millions, width, pixe
     """Towers of the published sizes; BERT-base Q-Former with 32 queries. Only the vocabulary is the shipped one."""
     cfg = OmegaConf.load(Blip2Cir.default_config_path(model_type)).model
     cfg.update({"pretrained": None, "tokenizer": SMALL["tokenizer"]})
-    with mock.patch.object(eva_vit, "trunc_normal_"):  # random values are beside the point here and cost a minute
+    with mock.patch.object(eva_vit, "trunc_normal_"), mock.patch.multiple(
+        torch.nn.init, kaiming_uniform_=mock.DEFAULT, uniform_=mock.DEFAULT
+    ):  # random values are beside the point here and cost a minute
         model = Blip2Cir.from_config(cfg)
     assert model.visual_encoder.num_features == width
     assert sum(p.numel() for p in model.visual_encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.5)
