@@ -1,4 +1,8 @@
-"""What several test files share: small real models and the real annotation files where they are."""
+"""What several test files share: small real models and the real annotation files where they are.
+
+Torch and open_clip, which take seconds, are imported where they are used: pytest-xdist's first process, which runs no
+test and before which no other one starts, reads this file too.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
-import torch
-
-# Towers small enough for milliseconds: small_clip; small_siglip, which is not causal and is read at its last position.
-open_clip.add_model_config(Path(__file__).parent / "open_clip")
 
 # Small enough for milliseconds, with every kind of layer of the real model.
 SMALL: dict[str, Any] = {
@@ -37,9 +36,21 @@ SMALL: dict[str, Any] = {
 }
 
 
+@functools.cache
+def add_small_towers() -> None:
+    """Let open_clip know towers small enough for milliseconds: small_clip; small_siglip, which is not causal and is
+    read at its last position."""
+    import open_clip
+
+    open_clip.add_model_config(Path(__file__).parent / "open_clip")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def one_clip_tokenizer():
-    """Read CLIP's vocabulary, which takes longer than a small model, once for all models of a name."""
+def small_towers():
+    """Add the small towers, and read CLIP's vocabulary, which takes longer than they do, once for all models."""
+    import open_clip
+
+    add_small_towers()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(open_clip, "get_tokenizer", functools.cache(open_clip.get_tokenizer))
         yield
@@ -48,6 +59,8 @@ def one_clip_tokenizer():
 @pytest.fixture
 def small_model():
     """Return a factory of small real ``blip2_cir`` models, each from the same seed."""
+    import torch
+
     from lavis_cir_plugin.models.blip2_cir import Blip2Cir
 
     def make(**changes: Any) -> Blip2Cir:
@@ -59,6 +72,8 @@ def small_model():
 
 def make_triplets(size: int, seed: int = 1) -> dict[str, Any]:
     """Return a random batch of triplets in LAVIS's keys."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     texts = ["is red", "has longer sleeves and no collar", "is more colorful", "plain blue", "is darker"]
     return {
@@ -86,10 +101,12 @@ SCORING_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make_scoring_model(name: str, seed: int = 0, **changes: Any) -> Any:
     """Return one of `SCORING_MODELS` with random weights."""
+    import torch
     from lavis.common.registry import registry
 
     import lavis_cir_plugin  # noqa: F401 (registers the models)
 
+    add_small_towers()
     arch, settings = SCORING_MODELS[name]
     torch.manual_seed(seed)
     return registry.get_model_class(arch)(**{**settings, **changes})
@@ -97,6 +114,8 @@ def make_scoring_model(name: str, seed: int = 0, **changes: Any) -> Any:
 
 def make_preferences(size: int, count: int = 1, seed: int = 1) -> dict[str, Any]:
     """Return a random batch of triplets with ``count`` negatives each, all there."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed + 100)
     return {
         **make_triplets(size, seed),

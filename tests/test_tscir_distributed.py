@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import conftest  # noqa: F401 (registers small_clip, in both processes too)
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import add_small_towers
 from launched import in_two_processes
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,6 +61,7 @@ def after_two_steps(stage, gamma, batch, wrap=lambda model: model):
 
 def work(rank, folder):
     torch.set_num_threads(1)
+    add_small_towers()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found = {}
     for stage in STAGES:
