@@ -59,6 +59,8 @@ def read_checkpoint(path_or_url: str) -> Any:
         FileNotFoundError, ValueError: As :func:`read_state`.
     """
     path = _local_file(path_or_url)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
@@ -66,6 +68,16 @@ def read_checkpoint(path_or_url: str) -> Any:
             f"checkpoint {path}: cannot be read as tensors and plain containers ({first_line(error)}). It is "
             "truncated, no checkpoint, or holds other Python objects, which are never unpickled."
         ) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read as safetensors ({first_line(error)}).") from error
 
 
 def write_checkpoint(content: Any, folder: Path, name: str, previous: str | None = None) -> None:

@@ -417,9 +417,7 @@ def _check_activation(clip_model: str, what: str, trained: bool, built: bool) ->
 
 def _clip_state(path: Path, clip_model: str, quick_gelu: bool) -> dict[str, Tensor]:
     """Return open_clip's state dictionary from any of the files that hold one."""
-    if path.suffix == ".safetensors":
-        state = _read_safetensors(path)
-    elif _is_archive(path):
+    if _is_archive(path):
         _check_activation(clip_model, f"OpenAI's weights in {path}", True, quick_gelu)
         state = torch.jit.load(str(path), map_location="cpu").state_dict()
     else:
@@ -434,16 +432,6 @@ def _clip_state(path: Path, clip_model: str, quick_gelu: bool) -> dict[str, Tens
             if name.startswith(prefix)
         }
     return {name: tensor.float() for name, tensor in state.items() if name not in _ARCHIVE_NUMBERS}
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return dict(load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read as safetensors ({first_line(error)}).") from error
 
 
 def _is_archive(path: Path) -> bool:
