@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 # Each module offers add_command(subparsers), which sets ``run`` to a function of the parsed arguments.
-_COMMANDS = ("check", "gap", "adapters", "submission", "synthetic_triplets", "negatives")
+_COMMANDS = ("check", "gap", "adapters", "export_command", "submission", "synthetic_triplets", "negatives")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

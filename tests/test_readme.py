@@ -19,6 +19,7 @@ from lavis_cir_plugin import (
     check,
     command_line,
     config,
+    export_command,
     gap,
     garments,
     negatives,
@@ -212,6 +213,7 @@ def test_every_lavis_cir_command_is_understood(monkeypatch):
     monkeypatch.setattr(submission, "_check", understood.append)
     monkeypatch.setattr(synthetic_triplets, "_run", understood.append)
     monkeypatch.setattr(negatives, "_show", understood.append)
+    monkeypatch.setattr(export_command, "_export", understood.append)
     joined = [re.sub(r"\\\n\s*", " ", block) for block in blocks("bash")]
     lines = [line for block in joined for line in block.splitlines() if line.startswith("lavis-cir ")]
     for line in lines:
