@@ -17,6 +17,7 @@ from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.checkpoints import load_strictly, read_state
 from lavis_cir_plugin.config import check_choice, check_flag, check_whole
 from lavis_cir_plugin.losses import contrastive_loss, symmetric_contrastive_loss
+from lavis_cir_plugin.models.combiner import Combiner, read_combiner
 from lavis_cir_plugin.open_clip_towers import (
     PIXELS,
     ImageTower,
@@ -55,7 +56,10 @@ class ClipCir(BaseModel):  # type: ignore[misc]
             ``inception`` (0.5). The data sets always hand over CLIP's; the tower converts.
         freeze_vit: Whether the image tower stays as loaded, in eval mode.
         freeze_text: Whether the text tower does, and the temperature.
-        fusion: ``sum``; or ``text``, a query that is the text's feature alone, as in the seed paper's Retrieval-DPO.
+        fusion: ``sum``; ``text``, a query that is the text's feature alone, as in the seed paper's Retrieval-DPO; or
+            ``combiner``, CLIP4Cir's network over both features (:class:`~lavis_cir_plugin.models.combiner.Combiner`).
+        combiner: Of that fusion: CLIP4Cir's file of the combiner; empty: a new one, to be trained. The CLIP that
+            CLIP4Cir has fine-tuned is a file for ``pretrained``.
         text_projection: Whether the text tower's last linear layer brings its features into the space of the images'.
             The released code of Retrieval-DPO leaves it out (``false``), so that scores say nothing; it can where
             both spaces happen to be of one width.
@@ -84,6 +88,7 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         freeze_text: bool = False,
         fusion: str = "sum",
         text_projection: bool = True,
+        combiner: str | None = None,
     ) -> None:
         super().__init__()
         self._build_towers(clip_model, pretrained, image_size, tokenizer, pixels, with_patches=False)
@@ -92,6 +97,10 @@ class ClipCir(BaseModel):  # type: ignore[misc]
             self.row_label = "text as query"
         if not text_projection:
             self.text_tower.skip_projection()
+        if fusion == "combiner":
+            self.row_label = "combiner"
+            width = self.image_tower.width
+            self.combiner = read_combiner(combiner, width) if combiner else Combiner(width)
         self._freeze(freeze_vit, freeze_text)
 
     def _build_towers(
@@ -145,7 +154,12 @@ class ClipCir(BaseModel):  # type: ignore[misc]
             if key in values:
                 check_flag(key, values[key])
         if "fusion" in values:
-            check_choice("fusion", values["fusion"], ("sum", "text"))
+            check_choice("fusion", values["fusion"], ("sum", "text", "combiner"))
+            if values["combiner"] and values["fusion"] != "combiner":
+                raise ValueError(
+                    f"model.combiner: {values['combiner']} would not be read, because model.fusion is "
+                    f"{values['fusion']}; set model.fusion: combiner."
+                )
         is_frozen = values.get("freeze_vit", True) or values.get("freeze_text", True)
         if is_frozen and not values["pretrained"]:
             raise ValueError(
@@ -153,6 +167,11 @@ class ClipCir(BaseModel):  # type: ignore[misc]
                 "(such as openai) or a file"
                 + (", or train both towers: model.freeze_vit=false." if "freeze_vit" in values else ".")
             )
+
+    @classmethod
+    def needs_finetuned(cls, cfg: Mapping[str, Any]) -> bool:
+        """Return whether a part of the model would be random without ``finetuned``: here, a new combiner."""
+        return cfg.get("fusion") == "combiner" and not cfg.get("combiner")
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> ClipCir:
@@ -209,6 +228,8 @@ class ClipCir(BaseModel):  # type: ignore[misc]
 
     def query_features(self, samples: Mapping[str, Any]) -> Tensor:
         """Return :meth:`encode_query` of ``image`` and ``text_input``, with gradients."""
+        if self.fusion == "combiner":
+            return self.combiner(self._tokens(samples["image"])[:, 0].float(), self._text(samples["text_input"]))
         text = self._unit_text(samples["text_input"])
         return text if self.fusion == "text" else F.normalize(self._unit_image(samples["image"]) + text, dim=-1)
 
@@ -222,7 +243,7 @@ class ClipCir(BaseModel):  # type: ignore[misc]
 
         Args:
             samples: ``image`` and ``text_input``, each only where the mode needs it.
-            mode: ``multimodal`` (the sum), ``image`` or ``text``.
+            mode: ``multimodal`` (as ``fusion`` says), ``image`` or ``text``.
 
         Raises:
             ValueError: If the mode is unknown.
@@ -266,7 +287,10 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         return F.normalize(self._tokens(image)[:, 0].float(), dim=-1)
 
     def _unit_text(self, texts: list[str]) -> Tensor:
-        return F.normalize(self.text_tower(self.text_tower.tokenize(texts)).float(), dim=-1)
+        return F.normalize(self._text(texts), dim=-1)
+
+    def _text(self, texts: list[str]) -> Tensor:
+        return self.text_tower(self.text_tower.tokenize(texts)).float()
 
 
 def image_ids(samples: Mapping[str, Any]) -> Tensor | None:
