@@ -378,7 +378,7 @@ def open_rgb(path: Path, upright: bool = False) -> Image.Image:
             floating point, which says nowhere what is black and what white.
     """
     with _truncation_is_an_error():
-        return _read(path, partial(_as_rgb, upright=upright))
+        return _read(path, partial(as_rgb, upright=upright))
 
 
 def decode_rgb(content: bytes, name: str, upright: bool = False) -> Image.Image:
@@ -390,7 +390,7 @@ def decode_rgb(content: bytes, name: str, upright: bool = False) -> Image.Image:
     with _truncation_is_an_error():
         try:
             with _opened(io.BytesIO(content)) as image:
-                return _as_rgb(image, upright)
+                return as_rgb(image, upright)
         except Exception as error:  # Pillow's decoders raise a dozen types on broken files
             raise _unreadable(name, not content, error) from error
 
@@ -407,7 +407,8 @@ _TURNS = {
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
-def _as_rgb(image: Image.Image, upright: bool = False) -> Image.Image:
+def as_rgb(image: Image.Image, upright: bool = False) -> Image.Image:
+    """Return a picture of any mode as RGB, by the rules of `open_rgb`."""
     turn = _turn(image) if upright else None
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # so older Pillows call it
         image = image.convert("I").point(lambda value: value / 257)
@@ -457,7 +458,7 @@ def image_problems(paths: Sequence[Path]) -> list[str]:
         try:
             kind = _read(path, _verified_format)
             if not (kind == "PNG" or (kind == "JPEG" and _ends_like_a_jpeg(path))):
-                _read(path, _as_rgb)
+                _read(path, as_rgb)
         except (ValueError, FileNotFoundError) as error:
             return str(error)
         return ""

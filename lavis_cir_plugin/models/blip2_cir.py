@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -22,9 +23,10 @@ from transformers import BertTokenizer
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.benchmarks.benchmark import did_you_mean
-from lavis_cir_plugin.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.checkpoints import count_blocks_in, load_strictly, read_state
 from lavis_cir_plugin.config import check_choice, check_flag, check_whole
 from lavis_cir_plugin.losses import LOSSES, TrainingOutputs
+from lavis_cir_plugin.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.fused_attention import fuse_attention
 from lavis_cir_plugin.pseudo_word import keep_as_buffers
 
@@ -36,9 +38,10 @@ _CHOICES = {
 }
 DEFAULT_LOSS_WEIGHTS = {"joint": {"itc": 1.0}, "sentence_prompt": {"itc": 1.0, "rtc": 1.0, "align": 1.0}}
 
-# The towers that BLIP-2's checkpoints hold, as LAVIS builds them before it downloads their weights.
+# The towers that BLIP-2's checkpoints hold: all blocks of EVA's and CLIP's published towers but the last. LAVIS's CLIP
+# tower builds one block less than `layers`, and LAVIS 1.0.2 asks it for 22, two less than the checkpoints have.
 _EVA_G = {"patch_size": 14, "embed_dim": 1408, "depth": 39, "num_heads": 16, "mlp_ratio": 4.3637}
-_CLIP_L = {"patch_size": 14, "width": 1024, "layers": 22, "heads": 16}
+_CLIP_L = {"patch_size": 14, "width": 1024, "layers": 24, "heads": 16}
 
 # Heads of BLIP-2's other objectives, which a checkpoint may hold and composed retrieval never calls.
 _UNUSED_IN_CHECKPOINTS = ("itm_head.", "Qformer.cls.", "Qformer.bert.embeddings.position_ids")
@@ -71,7 +74,8 @@ class Blip2Cir(Blip2Base):
     Args:
         vit_model: ``eva_clip_g`` or ``clip_L``.
         image_size: Pixels per side.
-        vit_config: Overrides of the tower's dimensions (``tiny`` uses them); empty for the published towers.
+        vit_config: Overrides of the tower's dimensions (``tiny`` uses them); empty for the published towers. Of
+            ``clip_L``, ``layers`` are one more than there are blocks.
         vit_precision: ``fp16`` or ``fp32`` storage of the tower; fp16 needs a GPU and a frozen tower.
         freeze_vit: Whether the image tower stays as loaded, in eval mode.
         use_grad_checkpoint: Recompute the tower's activations in the backward pass.
@@ -121,6 +125,7 @@ class Blip2Cir(Blip2Base):
         self.fusion, self.pooling = fusion, pooling
         self.loss_weights = _checked_loss_weights(fusion, loss_weights)
         self.freeze_vit = freeze_vit
+        self.is_depth_chosen = bool({"depth", "layers"} & set(vit_config or {}))
         self.max_txt_len = max_txt_len
         self.tokenizer = load_tokenizer(tokenizer)
 
@@ -229,16 +234,33 @@ class Blip2Cir(Blip2Base):
         """Load BLIP-2 weights in the published key layout; the learned prompt of ``sentence_prompt`` starts anew."""
         state = read_state(url_or_filename)
         if vit_pretrained and not any(name.startswith("visual_encoder.") for name in state):
-            state.update(self._tower_state(read_state(vit_pretrained)))
+            state.update(self._tower_state(read_state(vit_pretrained), vit_pretrained))
         load_strictly(self, state, url_or_filename, unused=_UNUSED_IN_CHECKPOINTS, fresh=("prompt_tokens",))
 
-    def _tower_state(self, tower: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Fit a tower's own published file to this tower, as LAVIS does: its last blocks and head are not used."""
+    def _tower_state(self, tower: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+        """Fit a tower's own published file to this tower, as LAVIS does: its last block and head are not used."""
         is_clip = isinstance(self.visual_encoder, ClipVisionTransformer)
+        own = self.visual_encoder.state_dict()
+        self._check_depth(count_blocks_in(tower), count_blocks_in(own), source)
         interpolate = clip_vit.interpolate_pos_embed if is_clip else eva_vit.interpolate_pos_embed
         interpolate(self.visual_encoder, tower)
-        own = self.visual_encoder.state_dict()
         return {f"visual_encoder.{name}": tensor for name, tensor in tower.items() if name in own}
+
+    def _check_depth(self, there: Mapping[str, int], here: Mapping[str, int], source: str) -> None:
+        """Refuse a tower of another depth: the first blocks of a deeper one would fit by name and shape.
+
+        A depth that ``model.vit_config`` names is meant, and more blocks in the file are logged.
+        """
+        for stack, count in here.items():
+            found = there.get(stack, 0)
+            said = f"{source} has {found} blocks of {stack} and this tower has {count}"
+            if found < count or (found > count + 1 and not self.is_depth_chosen):
+                raise ValueError(
+                    f"model.vit_pretrained: {said}; name the file of a tower with {count} or {count + 1}, whose last "
+                    "one is left out, or set model.vit_config to this file's depth."
+                )
+            if found > count:
+                logging.info("model.vit_pretrained: %s; the last of the file are left out", said)
 
     def load_checkpoint(self, url_or_filename: str) -> None:
         """Load a composed-retrieval checkpoint into this model; a frozen tower may be left out of the file."""
@@ -264,8 +286,9 @@ class Blip2Cir(Blip2Base):
         Returns:
             ``loss``, the weighted sum, and ``loss_<name>`` for each loss of the fusion.
         """
-        reference, target = self._embed_images(torch.cat([samples["image"], samples["target"]])).chunk(2)
-        ids, mask = self._tokenize(samples["text_input"])
+        pictures, texts = read_pairs(samples, self._tokens_shape)
+        reference, target = self._embed_images(torch.cat([pictures, read_pictures(samples, "target")])).chunk(2)
+        ids, mask = self._tokenize(texts)
         sentence = self._fuse(reference, ids, mask)
         targets = self._project_target(target)
         has_prompt = self.fusion == "sentence_prompt"
@@ -287,18 +310,19 @@ class Blip2Cir(Blip2Base):
         """Return unit-length query vectors ``(B, embed_dim)``.
 
         Args:
-            samples: ``image`` ``(B, 3, H, W)`` and ``text_input``, B strings; each only where the mode needs it.
+            samples: ``image`` ``(B, 3, H, W)`` and ``text_input``, B strings (one string is one text); each only where
+                the mode needs it.
             mode: ``multimodal``; ``text`` (a text-only pass, the fusion's own where it trains one); or ``image`` (the
                 mean of the reference's target vectors, so "find what looks the same").
 
         Raises:
-            ValueError: If the mode is unknown.
+            ValueError: If the mode is unknown, or the samples are no such batch.
         """
         check_choice("mode", mode, ("multimodal", "text", "image"))
         if mode == "image":
-            return F.normalize(self.encode_target(samples["image"]).mean(dim=1), dim=-1)
+            return F.normalize(self.encode_target(read_pictures(samples)).mean(dim=1), dim=-1)
         if mode == "text":
-            return self._project_text(*self._tokenize(samples["text_input"]))
+            return self._project_text(*self._tokenize(read_texts(samples)))
         return self.query_features(samples)
 
     @torch.no_grad()
@@ -313,8 +337,9 @@ class Blip2Cir(Blip2Base):
 
     def query_features(self, samples: Mapping[str, Any]) -> Tensor:
         """Return :meth:`encode_query` of ``image`` and ``text_input``, with gradients."""
-        ids, mask = self._tokenize(samples["text_input"])
-        return self._project_query(self._fuse(self._embed_images(samples["image"]), ids, mask), ids, mask)
+        pictures, texts = read_pairs(samples, self._tokens_shape)
+        ids, mask = self._tokenize(texts)
+        return self._project_query(self._fuse(self._embed_images(pictures), ids, mask), ids, mask)
 
     def target_features(self, image: Tensor) -> Tensor:
         """Return :meth:`encode_target`, with gradients."""
@@ -332,7 +357,7 @@ class Blip2Cir(Blip2Base):
             ValueError: If the mode is unknown.
         """
         check_choice("mode", mode, ("multimodal", "text", "image"))
-        image_embeds = self._query_outputs(self._embed_images(samples["image"])) if mode != "text" else None
+        image_embeds = self._query_outputs(self._embed_images(read_pictures(samples))) if mode != "text" else None
         return BlipOutputFeatures(
             image_embeds=image_embeds,
             image_embeds_proj=None if image_embeds is None else F.normalize(self.vision_proj(image_embeds), dim=-1),
@@ -364,8 +389,16 @@ class Blip2Cir(Blip2Base):
             tokens = self.visual_encoder(images)
         return tokens.half() if is_half else tokens
 
+    @property
+    def _tokens_shape(self) -> tuple[int, int]:
+        """Number and width of the tower's tokens of a picture."""
+        tower: Any = self.visual_encoder
+        patches = tower if isinstance(tower, ClipVisionTransformer) else tower.patch_embed
+        return int(patches.num_patches) + 1, int(tower.num_features)
+
     def _embed_images(self, image: Tensor) -> Tensor:
         """Pictures ``(B, 3, H, W)`` or tokens ``(B, P, vit width)`` to normalised tokens in float32."""
+        image = check_pictures(image, self._tokens_shape)
         tokens = image if image.ndim == 3 else self.image_features(image)
         # In float32 although LAVIS's layer takes any: a half-precision gradient into it would underflow.
         return self.ln_vision(tokens.float())
