@@ -1,4 +1,4 @@
-"""Time how soon ``lavis-cir`` answers, in processor time of whole processes, beside ``import torch`` and an older build.
+"""Time how soon ``lavis-cir`` answers: processor time of whole processes, beside ``import torch`` and an older build.
 
 All commands run in turns, each round in a process of its own, so that they meet the same machine. An older build is the
 folder of a checkout; it runs with the libraries of the interpreter that runs this script.
@@ -70,7 +70,7 @@ def entry(root: Path) -> str:
 
 
 def work_commands(folder: Path, circo: Path | None) -> dict[str, list[str]]:
-    """Return what a command line does: on a small tree written into ``folder``, and on CIRCO's files if they are there."""
+    """Return commands that work: on a small tree, which is written into ``folder``, and on CIRCO's files if given."""
     small = folder / "small"
     write_circo(small, 100)
     records = json.loads((small / "annotations" / "val.json").read_text())
