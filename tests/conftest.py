@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+# Tests run in as many processes as there are cores. With more threads than cores, each step of a small model waits for
+# threads that do not run; torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Small enough for milliseconds, with every kind of layer of the real model.
 SMALL: dict[str, Any] = {
     "vit_model": "eva_clip_g",
