@@ -8,7 +8,16 @@ import sys
 from collections.abc import Sequence
 
 # Each module offers add_command(subparsers), which sets ``run`` to a function of the parsed arguments.
-_COMMANDS = ("check", "gap", "adapters", "submission", "synthetic_triplets", "negatives")
+_COMMANDS = (
+    "check",
+    "gap",
+    "adapters",
+    "submission",
+    "synthetic_triplets",
+    "negatives",
+    "index_command",
+    "search_command",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
