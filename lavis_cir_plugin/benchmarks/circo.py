@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lavis_cir_plugin.benchmarks.annotation_files import (
     find_annotation,
@@ -39,8 +39,10 @@ from lavis_cir_plugin.benchmarks.types import (
 )
 from lavis_cir_plugin.core.sentences import listed, shown
 from lavis_cir_plugin.core.settings import config_from_mapping, is_text, one_of
-from lavis_cir_plugin.ranking.metrics import average_precision_at, recall_at
-from lavis_cir_plugin.ranking.ranks import Ranking
+from lavis_cir_plugin.ranking.metrics import HasRanks, as_lists, average_precision_at, recall_at
+
+if TYPE_CHECKING:
+    from lavis_cir_plugin.ranking.ranks import Ranking
 
 SPLITS = ("val", "test")
 CUTOFFS = (5, 10, 25, 50)
@@ -198,7 +200,7 @@ def _protocol(settings: CIRCOConfig, split: str, group: Group) -> str:
 
 
 def _metrics(
-    rankings: Mapping[str, Ranking], identifiers: Sequence[str], aspects: Mapping[str, Sequence[str]]
+    rankings: Mapping[str, HasRanks], identifiers: Sequence[str], aspects: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
     """Compute mAP@K, Recall@K of the target and mAP@10 of the queries with each semantic aspect, in percent.
 
@@ -208,12 +210,12 @@ def _metrics(
         aspects: By identifier. An aspect that no query has gives no metric.
     """
     ranking = rankings["circo"]
-    metrics = {f"mAP@{k}": average_precision_at(ranking.relevant_ranks, k) for k in CUTOFFS}
+    labelled = as_lists(ranking.relevant_ranks)
+    metrics = {f"mAP@{k}": average_precision_at(labelled, k) for k in CUTOFFS}
     metrics.update({f"Recall@{k}": recall_at(ranking.ranks, k) for k in CUTOFFS})
     for aspect in ASPECTS:
-        rows = [row for row, identifier in enumerate(identifiers) if aspect in aspects[identifier]]
-        if rows:
-            ranks = ranking.relevant_ranks[rows]
+        ranks = [row for row, identifier in zip(labelled, identifiers) if aspect in aspects[identifier]]
+        if ranks:
             metrics[f"mAP@{ASPECT_CUTOFF}_{aspect}"] = average_precision_at(ranks, ASPECT_CUTOFF)
     return metrics
 

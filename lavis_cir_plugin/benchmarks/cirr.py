@@ -10,10 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from statistics import fmean, harmonic_mean
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lavis_cir_plugin.benchmarks.annotation_files import (
     find_annotation,
@@ -44,8 +41,12 @@ from lavis_cir_plugin.benchmarks.types import (
 )
 from lavis_cir_plugin.core.sentences import listed, shown
 from lavis_cir_plugin.core.settings import config_from_mapping, is_text, one_of
-from lavis_cir_plugin.ranking.metrics import recall_at
-from lavis_cir_plugin.ranking.ranks import Ranking
+from lavis_cir_plugin.ranking.metrics import HasRanks, LabelledRanks, as_lists, recall_at
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lavis_cir_plugin.ranking.ranks import Ranking
 
 SPLITS = ("train", *EVALUATION_SPLITS)
 CUTOFFS = (1, 5, 10, 50)
@@ -218,7 +219,7 @@ def _protocol(settings: CIRRConfig, split: str, group: Group, available: Group, 
     return f"CIRR {name}, gallery of {gallery}, reference removed, {counted}, {labels}, {subset}, ties by gallery order"
 
 
-def _metrics(rankings: Mapping[str, Ranking], group: Group, settings: CIRRConfig) -> dict[str, float]:
+def _metrics(rankings: Mapping[str, HasRanks], group: Group, settings: CIRRConfig) -> dict[str, float]:
     """Compute R@K, R_subset@K, ``mean`` = (R@5 + R_subset@1) / 2 and a selected mean of the seven, in percent."""
     ranking = rankings["cirr"]
     metrics = _gallery_metrics(ranking, group.queries, settings.labels)
@@ -232,29 +233,30 @@ def _metrics(rankings: Mapping[str, Ranking], group: Group, settings: CIRRConfig
     return metrics
 
 
-def _gallery_metrics(ranking: Ranking, queries: Sequence[Query], labels: str) -> dict[str, float]:
+def _gallery_metrics(ranking: HasRanks, queries: Sequence[Query], labels: str) -> dict[str, float]:
     if labels == "soft":
-        width = ranking.relevant_ranks.shape[1]
-        rows = [[weight for _, weight in query.relevance] for query in queries]
-        weights = torch.tensor([row + [0.0] * (width - len(row)) for row in rows], dtype=torch.float64)
-        return {f"R@{k}": _soft_recall_at(ranking.relevant_ranks.cpu(), weights, k) for k in CUTOFFS}
+        weights = [[weight for _, weight in query.relevance] for query in queries]
+        return {f"R@{k}": _soft_recall_at(ranking.relevant_ranks, weights, k) for k in CUTOFFS}
     return {f"R@{k}": recall_at(ranking.ranks, k) for k in CUTOFFS}
 
 
-def _subset_metrics(ranking: Ranking) -> dict[str, float]:
+def _subset_metrics(ranking: HasRanks) -> dict[str, float]:
     return {f"R_subset@{k}": recall_at(ranking.subset_ranks, k) for k in SUBSET_CUTOFFS}
 
 
-def _soft_recall_at(relevant_ranks: Tensor, weights: Tensor, k: int) -> float:
+def _soft_recall_at(relevant_ranks: LabelledRanks, weights: Sequence[Sequence[float]], k: int) -> float:
     r"""Compute the mean over queries of :math:`\max(0, \max_{i \le K} w_{p_i})`, in percent.
 
     Args:
         relevant_ranks: ``(Q, T)``, 0-based rank of every labelled image; -1: padding, or not ranked.
-        weights: ``(Q, T)``, its weight.
+        weights: Those of each query's labelled images; what pads the ranks needs none.
         k: At least 1.
     """
-    is_found = (relevant_ranks >= 0) & (relevant_ranks < k)
-    return 100.0 * float(weights.masked_fill(~is_found, 0.0).amax(dim=1).clamp(min=0).mean())
+    best = (
+        max([0.0, *(weight for rank, weight in zip(ranks, own) if 0 <= rank < k)])
+        for ranks, own in zip(as_lists(relevant_ranks), weights)
+    )
+    return 100.0 * fmean(best)
 
 
 # -- submission ------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lavis_cir_plugin.benchmarks.annotation_files import (
     find_annotation,
@@ -58,8 +58,10 @@ from lavis_cir_plugin.benchmarks.types import (
 )
 from lavis_cir_plugin.core.sentences import shown
 from lavis_cir_plugin.core.settings import config_from_mapping, is_text, one_of, some_of
-from lavis_cir_plugin.ranking.metrics import recall_at
-from lavis_cir_plugin.ranking.ranks import Ranking
+from lavis_cir_plugin.ranking.metrics import HasRanks, recall_at
+
+if TYPE_CHECKING:
+    from lavis_cir_plugin.ranking.ranks import Ranking
 
 SPLITS = ("train", *EVALUATION_SPLITS)
 CUTOFFS = (10, 50)
@@ -319,7 +321,7 @@ def _protocol_name(settings: FashionIQConfig) -> str:
     return settings.protocol + (f" except {', '.join(changed)}" if changed else "")
 
 
-def _metrics(rankings: Mapping[str, Ranking], counts: Mapping[str, int], average: str) -> dict[str, float]:
+def _metrics(rankings: Mapping[str, HasRanks], counts: Mapping[str, int], average: str) -> dict[str, float]:
     """Compute recall per category, its means over categories (and over queries), and the means of those, in percent.
 
     The weights are the numbers of queries and not those of the ranks, so that the expectation of chance, which is

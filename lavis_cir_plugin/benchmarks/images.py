@@ -6,16 +6,15 @@ import io
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
-
-from PIL import Image, ImageFile
-from tqdm import tqdm  # type: ignore[import-untyped]
+from typing import TYPE_CHECKING, TypeVar
 
 from lavis_cir_plugin.benchmarks.survey import current_survey, listing
 from lavis_cir_plugin.core.sentences import listed
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 """Accepted file suffixes (any case); the first wins where a name has several files.
@@ -187,6 +186,8 @@ def decode_rgb(content: bytes, name: str) -> Image.Image:
     Raises:
         ValueError: it cannot be decoded.
     """
+    from PIL import Image  # here, because looking for files needs none of it
+
     with _truncation_is_an_error():
         try:
             with Image.open(io.BytesIO(content)) as image:
@@ -224,6 +225,9 @@ def verify_images(paths: Iterable[Path]) -> None:
 
 def image_problems(paths: Sequence[Path]) -> list[str]:
     """Say of each file why it is no whole image, in a sentence; an empty text where it is one. See `verify_images`."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     def problem(path: Path) -> str:
         try:
@@ -254,6 +258,8 @@ def _ends_like_a_jpeg(path: Path) -> bool:
 @contextmanager
 def _truncation_is_an_error() -> Iterator[None]:
     """Undo for a while that importing LAVIS makes Pillow fill what is missing of any picture with grey."""
+    from PIL import ImageFile
+
     with _pillow_settings:
         before = ImageFile.LOAD_TRUNCATED_IMAGES
         ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -264,6 +270,8 @@ def _truncation_is_an_error() -> Iterator[None]:
 
 
 def _read(path: Path, use: Callable[[Image.Image], T]) -> T:
+    from PIL import Image
+
     try:
         with Image.open(path) as image:
             return use(image)

@@ -48,8 +48,7 @@ from lavis_cir_plugin.benchmarks.types import (
 )
 from lavis_cir_plugin.core.sentences import shown
 from lavis_cir_plugin.core.settings import at_least, config_from_mapping, one_of
-from lavis_cir_plugin.ranking.metrics import recall_at
-from lavis_cir_plugin.ranking.ranks import Ranking
+from lavis_cir_plugin.ranking.metrics import HasRanks, recall_at
 
 SPLITS = ("train", "val")
 CUTOFFS = (1, 5, 10, 50)
@@ -169,7 +168,7 @@ def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
     return captions[0]
 
 
-def _metrics(rankings: Mapping[str, Ranking]) -> dict[str, float]:
+def _metrics(rankings: Mapping[str, HasRanks]) -> dict[str, float]:
     return {f"R@{k}": recall_at(rankings["lasco"].ranks, k) for k in CUTOFFS}
 
 

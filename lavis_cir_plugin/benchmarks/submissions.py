@@ -6,19 +6,33 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lavis_cir_plugin.benchmarks.types import Group
 from lavis_cir_plugin.core.sentences import listed, shown
-from lavis_cir_plugin.ranking.ranks import Ranking, padded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Row = list[Hashable]
 """The images of one query, best first, in the type in which the annotation names them."""
 
 _NOT_LISTED = 2**40  # a rank beyond every cutoff
+
+
+@dataclass(frozen=True)
+class ListedRanks:
+    """Ranks that a file gives, of which metrics are computed as of a `Ranking`.
+
+    Attributes:
+        ranks: ``(Q,)`` 0-based rank of the target; -1 where it is not listed.
+        subset_ranks: The same, for files that rank a subset.
+        relevant_ranks: ``(Q, T)`` 0-based rank of every labelled image, beyond every cutoff where it is not listed.
+    """
+
+    ranks: list[int]
+    subset_ranks: list[int]
+    relevant_ranks: list[list[int]]
 
 
 @dataclass
@@ -109,7 +123,9 @@ def by_query(group: Group, best: Tensor, images: Sequence[Any]) -> dict[str, lis
     return dict(zip((query.identifier for query in group.queries), rows))
 
 
-def ranks_in(rows: Sequence[Row], targets: Sequence[Hashable], relevant: Sequence[Sequence[Hashable]] = ()) -> Ranking:
+def ranks_in(
+    rows: Sequence[Row], targets: Sequence[Hashable], relevant: Sequence[Sequence[Hashable]] = ()
+) -> ListedRanks:
     """Return the ranks of labelled images in lists that end early.
 
     Args:
@@ -119,12 +135,12 @@ def ranks_in(rows: Sequence[Row], targets: Sequence[Hashable], relevant: Sequenc
         relevant: Labelled images per query; those that are not listed have a rank beyond every cutoff.
     """
     places = [{image: place for place, image in reversed(list(enumerate(row)))} for row in rows]
-    ranks = torch.tensor([place.get(target, -1) for place, target in zip(places, targets)])
-    labelled = padded(
+    ranks = [place.get(target, -1) for place, target in zip(places, targets)]
+    labelled = [
         [place.get(image, _NOT_LISTED + column) for column, image in enumerate(images)]
         for place, images in zip(places, relevant or [()] * len(rows))
-    )
-    return Ranking(ranks, ranks.new_empty(len(rows), 0), ranks, labelled)
+    ]
+    return ListedRanks(ranks, ranks, labelled)
 
 
 def gallery_beside(annotation: Path, gallery: Path | None, folders: Sequence[str], name: str) -> Path | None:

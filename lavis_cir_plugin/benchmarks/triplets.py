@@ -45,7 +45,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lavis_cir_plugin.benchmarks.images import image_folders, scan_tree, select_images
 from lavis_cir_plugin.benchmarks.json_lines import (
@@ -76,8 +76,10 @@ from lavis_cir_plugin.benchmarks.types import (
 )
 from lavis_cir_plugin.core.sentences import shown
 from lavis_cir_plugin.core.settings import at_least, config_from_mapping, is_text, one_of
-from lavis_cir_plugin.ranking.metrics import average_precision_at, recall_at
-from lavis_cir_plugin.ranking.ranks import Ranking
+from lavis_cir_plugin.ranking.metrics import HasRanks, as_lists, average_precision_at, recall_at
+
+if TYPE_CHECKING:
+    from lavis_cir_plugin.ranking.ranks import Ranking
 
 SPLITS = ("train", *EVALUATION_SPLITS)
 CUTOFFS = (1, 5, 10, 50)
@@ -88,7 +90,6 @@ TOP = 50
 
 _GALLERY_FILE = "gallery.txt"
 _REMEDY = "set datasets.triplets.build_info.root to the folder with train.jsonl, val.jsonl and test.jsonl"
-_NOT_RANKED = 2**40  # a rank beyond every cutoff
 _METRICS = (
     *(f"R@{k}" for k in CUTOFFS),
     *(f"mAP@{k}" for k in PRECISION_CUTOFFS),
@@ -266,12 +267,12 @@ def _protocol(settings: TripletsConfig, split: str, group: Group, available: Gro
     return ", ".join([*parts, "ties by gallery order"])
 
 
-def _metrics(rankings: Mapping[str, Ranking], has_several: bool, has_members: bool) -> dict[str, float]:
+def _metrics(rankings: Mapping[str, HasRanks], has_several: bool, has_members: bool) -> dict[str, float]:
     """Compute R@K, where a query has several targets mAP@K, and where the queries have members R_subset@K."""
     ranking = rankings["triplets"]
     ranks, labelled = ranking.ranks, ranking.relevant_ranks
     if has_several:
-        ranks = labelled.where(labelled >= 0, labelled.new_tensor(_NOT_RANKED)).amin(dim=1)
+        ranks = [min((rank for rank in row if rank >= 0), default=-1) for row in as_lists(labelled)]
     metrics = {f"R@{k}": recall_at(ranks, k) for k in CUTOFFS}
     if has_several:
         metrics.update({f"mAP@{k}": average_precision_at(labelled, k) for k in PRECISION_CUTOFFS})

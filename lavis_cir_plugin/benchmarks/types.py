@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from lavis_cir_plugin.ranking.metrics import HasRanks
     from lavis_cir_plugin.ranking.ranks import Ranking
 T = TypeVar("T")
 
@@ -107,7 +108,7 @@ class Benchmark:
     groups: tuple[Group, ...]
     image_paths: Mapping[str, Path]
     protocol: str
-    metrics: Callable[[Mapping[str, Ranking]], dict[str, float]]
+    metrics: Callable[[Mapping[str, HasRanks]], dict[str, float]]
     selection_metric: str
     submissions: Callable[[Mapping[str, Ranking]], dict[str, Any]] = no_submissions
 
@@ -117,7 +118,7 @@ class Benchmark:
         return all(query.target is not None for group in self.groups for query in group.queries)
 
 
-def no_metrics(rankings: Mapping[str, Ranking]) -> dict[str, float]:
+def no_metrics(rankings: Mapping[str, HasRanks]) -> dict[str, float]:
     """Return no metric: the targets of the split are not public."""
     return {}
 

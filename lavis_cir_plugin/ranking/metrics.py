@@ -1,14 +1,47 @@
-"""Compute recall and mean average precision from ranks."""
+"""Compute recall and mean average precision from ranks.
+
+Ranks are a tensor or plain lists, with the same result to the last bit: whole numbers are counted and sums are rounded
+once (`math.fsum`), whatever the order. So ranks in a file are scored without torch.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Union
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Ranks = Union["Tensor", Sequence[int]]
+"""``(Q,)``, one rank per query."""
+
+LabelledRanks = Union["Tensor", Sequence[Sequence[int]]]
+"""``(Q, T)``, one rank per labelled image of each query; lists may differ in length."""
 
 
-def recall_at(ranks: Tensor, k: int) -> float:
+class HasRanks(Protocol):
+    """What metrics read: a `Ranking`, or the ranks that a file gives."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """``(Q,)``: 0-based rank of the target; -1 for none."""
+
+    @property
+    def subset_ranks(self) -> Ranks:
+        """``(Q,)``: the same among the query's members."""
+
+    @property
+    def relevant_ranks(self) -> LabelledRanks:
+        """``(Q, T)``: 0-based rank of every labelled image; -1 pads."""
+
+
+def as_lists(values: Any) -> Any:
+    """Return the numbers of a tensor as lists, and lists as they are."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def recall_at(ranks: Ranks, k: int) -> float:
     """Compute Recall@K in percent: the share of queries whose target is among the first K.
 
     Args:
@@ -18,12 +51,13 @@ def recall_at(ranks: Tensor, k: int) -> float:
     Raises:
         ValueError: there is no query.
     """
-    if ranks.numel() == 0:
+    if len(ranks) == 0:
         raise ValueError("recall of zero queries is undefined; the split or group holds no query.")
-    return 100.0 * int(((ranks >= 0) & (ranks < k)).sum()) / ranks.numel()
+    found: int = sum(0 <= rank < k for rank in as_lists(ranks))
+    return 100.0 * found / len(ranks)
 
 
-def average_precision_at(relevant_ranks: Tensor, k: int) -> float:
+def average_precision_at(relevant_ranks: LabelledRanks, k: int) -> float:
     r"""Compute mAP@K in percent: average precision over several labelled images, the mean over queries.
 
     .. math:: \mathrm{AP@}K = \frac{1}{\min(K, |G|)} \sum_{g \in G,\; r_g < K}
@@ -41,13 +75,14 @@ def average_precision_at(relevant_ranks: Tensor, k: int) -> float:
     """
     if len(relevant_ranks) == 0:
         raise ValueError("average precision of zero queries is undefined; the split or group holds no query.")
-    counts = (relevant_ranks >= 0).sum(dim=1)
-    if not bool(counts.all()):
+    rows = [sorted(rank for rank in row if rank >= 0) for row in as_lists(relevant_ranks)]
+    if not all(rows):
         raise ValueError(
-            f"average precision is undefined for {int((counts == 0).sum()):,} of {len(counts):,} queries: they have no "
+            f"average precision is undefined for {rows.count([]):,} of {len(rows):,} queries: they have no "
             f"labelled image in the gallery."
         )
-    ranks = relevant_ranks.double().masked_fill(relevant_ranks < 0, math.inf).sort(dim=1).values
-    hits = torch.arange(1, ranks.shape[1] + 1, device=ranks.device)
-    precision = (hits / (ranks + 1)).masked_fill(ranks >= k, 0.0)
-    return 100.0 * float((precision.sum(dim=1) / counts.clamp(max=k)).mean())
+    precisions = (
+        math.fsum(hits / (rank + 1) for hits, rank in enumerate(row, start=1) if rank < k) / min(k, len(row))
+        for row in rows
+    )
+    return 100.0 * (math.fsum(precisions) / len(rows))

@@ -399,6 +399,18 @@ def test_average_precision_equals_a_walk_down_the_list(k: int):
     assert average_precision_at(rows, k) == pytest.approx(100 * sum(expected) / 40)
 
 
+def test_metrics_of_lists_and_of_tensors_are_the_same_whatever_the_order_of_queries():
+    """To the last bit: a file's lists end where a ranking's rows are padded, and sums are rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    lists = [torch.randperm(60, generator=generator)[: 1 + number % 14].tolist() for number in range(220)]
+    order = torch.randperm(220, generator=generator).tolist()
+    for k in (1, 5, 10, 50):
+        assert average_precision_at(padded(lists), k) == average_precision_at(lists, k)
+        assert average_precision_at([lists[row] for row in order], k) == average_precision_at(lists, k)
+        firsts = [row[0] for row in lists]
+        assert recall_at(torch.tensor(firsts), k) == recall_at(firsts, k)
+
+
 @pytest.mark.parametrize("ranks", [torch.empty(0, 3, dtype=torch.long), torch.tensor([[0], [-1]])])
 def test_average_precision_of_nothing_is_an_error(ranks: Tensor):
     with pytest.raises(ValueError, match=r"zero queries|1 of 2 queries: they have no labelled image"):
