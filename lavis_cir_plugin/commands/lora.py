@@ -9,18 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from omegaconf import OmegaConf
-
-from lavis_cir_plugin.training.lora import (
-    Lora,
-    build_model,
-    checkpoint_of,
-    merged_state,
-    read_lora_checkpoint,
-    write_peft_folder,
-)
-
 
 def add_command(subparsers: Any) -> None:
     """Add ``lavis-cir lora``."""
@@ -35,6 +23,19 @@ def add_command(subparsers: Any) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     """Write a peft folder, or with ``--merge`` a checkpoint of the whole model."""
+    import torch
+    from lavis.tasks.base_task import BaseTask
+    from omegaconf import OmegaConf
+
+    from lavis_cir_plugin.training.lora import (
+        Lora,
+        build_model,
+        checkpoint_of,
+        merged_state,
+        read_lora_checkpoint,
+        write_peft_folder,
+    )
+
     path = checkpoint_of(Path(os.path.expanduser(args.run_or_checkpoint)))
     output = Path(os.path.expanduser(args.output)).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -42,8 +43,6 @@ def _export(args: argparse.Namespace) -> None:
     saved = read_lora_checkpoint(str(path))
     if saved is None:
         raise ValueError(f"{path} holds no LoRA adapters (or is no checkpoint); name one of a run with run.lora.")
-    from lavis.tasks.base_task import BaseTask
-
     sections = saved["config"]
     model_cfg = OmegaConf.create({**sections["model"], "load_finetuned": True, "finetuned": str(path)})
     run_cfg = OmegaConf.create(sections["run"])

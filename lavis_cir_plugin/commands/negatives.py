@@ -8,11 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lavis_cir_plugin.data.negatives import load_negatives, rank_histogram
-from lavis_cir_plugin.methods.retrieval_dpo.negatives_sheet import negatives_sheet
-
-# -- lavis-cir negatives ---------------------------------------------------------------------------------------------
-
 
 def add_command(subparsers: Any) -> None:
     """Add ``lavis-cir negatives``."""
@@ -26,7 +21,6 @@ def add_command(subparsers: Any) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-
     if args.rows < 1:
         raise ValueError(f"--rows must be a whole number >= 1, got {args.rows}.")
     paths = _files_of(Path(os.path.expanduser(args.of)), args.epoch)
@@ -38,6 +32,10 @@ def _show(args: argparse.Namespace) -> None:
             f"--output {output} is one picture, and {args.of} has negatives of {len(paths)} data sets; name one of "
             f"{', '.join(map(str, paths))} in place of the run."
         )
+
+    from lavis_cir_plugin.data.negatives import load_negatives, rank_histogram
+    from lavis_cir_plugin.methods.retrieval_dpo.negatives_sheet import negatives_sheet
+
     for path in paths:
         sets = load_negatives(path)
         print(f"{path}\n  {sets.summary()}")

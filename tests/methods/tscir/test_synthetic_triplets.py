@@ -17,10 +17,10 @@ from PIL import Image
 
 from lavis_cir_plugin.benchmarks import triplets as reader
 from lavis_cir_plugin.commands import main
-from lavis_cir_plugin.commands.triplets import as_lines, read_captions
 from lavis_cir_plugin.methods.tscir import synthetic_triplets
 from lavis_cir_plugin.methods.tscir.caption_edits import plain, tokens
 from lavis_cir_plugin.methods.tscir.synthetic_triplets import Captions, ClipWords, HashedWords, make_triplets, nearest
+from lavis_cir_plugin.methods.tscir.triplets_file import as_lines, read_captions
 
 COLOURS, NOUNS = ("red", "blue", "orange"), ("dress", "shirt", "top")
 GRID = [(colour, noun) for colour in COLOURS for noun in NOUNS]

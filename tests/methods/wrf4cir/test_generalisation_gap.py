@@ -12,8 +12,9 @@ from PIL import Image
 from torch import nn
 
 from lavis_cir_plugin import PROJECTS
-from lavis_cir_plugin.commands import gap, main
+from lavis_cir_plugin.commands import main
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
+from lavis_cir_plugin.methods.wrf4cir import generalisation_gap as gap
 from lavis_cir_plugin.report.run_log import RunLog
 from lavis_cir_plugin.training import launcher
 

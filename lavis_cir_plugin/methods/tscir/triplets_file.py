@@ -1,0 +1,123 @@
+"""Captions read from a file, synthetic triplets written into one, and a contact sheet of them."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from lavis_cir_plugin.benchmarks.captions import caption_records
+from lavis_cir_plugin.benchmarks.images import open_rgb
+from lavis_cir_plugin.methods.tscir.synthetic_triplets import Captions, Made, SyntheticTriplet
+from lavis_cir_plugin.report import sheet_layout
+
+SHEET_ROWS, _CAPTION_WIDTH = 12, 330
+"""Triplets on a contact sheet, and pixels."""
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_captions(path: Path) -> Captions:
+    """Read captions from any file that the data set ``image_captions`` reads.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it cannot be read, holds no captions, or a record has no image or caption.
+    """
+    numbers: dict[str, int] = {}
+    texts, images = [], []
+    known: set[tuple[int, str]] = set()
+    for record in caption_records(path, remedy="name a file of captions"):
+        for text in record.captions:
+            image = numbers.setdefault(record.image, len(numbers))
+            if (image, text) not in known:
+                known.add((image, text))
+                texts.append(text)
+                images.append(image)
+    return Captions(list(numbers), texts, images)
+
+
+def as_lines(captions: Captions, triplets: Sequence[SyntheticTriplet]) -> str:
+    """Write triplets as JSON lines of the data set ``triplets``."""
+    return "".join(
+        json.dumps(
+            {
+                "reference": captions.names[triplet.edit.image],
+                "text": triplet.edit.text,
+                "target": captions.names[triplet.target],
+                "reference_caption": captions.texts[triplet.edit.row],
+            },
+            ensure_ascii=False,
+        )
+        + "\n"
+        for triplet in triplets
+    )
+
+
+# -- what was made ---------------------------------------------------------------------------------------------------
+
+
+def summary(captions: Captions, made: Made, count: int) -> str:
+    """Say what was made, what was refused and why, and show examples."""
+    lines = [
+        f"{len(made.triplets):,} triplets of {count:,} wanted, from {len(captions.texts):,} captions of "
+        f"{len(captions.names):,} images; {made.tried:,} edits tried",
+        *(f"  {number:>9,} refused: {reason}" for reason, number in made.refused.most_common()),
+    ]
+    for triplet in made.triplets[:: max(1, len(made.triplets) // 5)][:5]:
+        lines += [
+            f'  "{captions.texts[triplet.edit.row]}"',
+            f'    {triplet.edit.text}: "{captions.texts[triplet.target_row]}" ({triplet.similarity:.2f})',
+        ]
+    return "\n".join(lines)
+
+
+def contact_sheet(captions: Captions, triplets: Sequence[SyntheticTriplet], images: Path, seed: int) -> bytes:
+    """Draw some triplets, chosen at random: reference, modification, target, and both captions; a PNG.
+
+    Raises:
+        FileNotFoundError, ValueError: a picture is missing or broken.
+    """
+    from PIL import Image, ImageDraw
+
+    chosen = sorted(random.Random(seed).sample(range(len(triplets)), min(SHEET_ROWS, len(triplets))))
+    target_left = sheet_layout.MARGIN + sheet_layout.PICTURE[0] + 2 * sheet_layout.GAP + sheet_layout.TEXT_WIDTH
+    caption_left = target_left + sheet_layout.PICTURE[0] + sheet_layout.GAP
+    row_height = sheet_layout.PICTURE[1] + sheet_layout.LABEL_HEIGHT + sheet_layout.GAP
+    width = caption_left + _CAPTION_WIDTH + sheet_layout.MARGIN
+    top = sheet_layout.MARGIN + 72 + sheet_layout.LABEL_HEIGHT
+    sheet = Image.new("RGB", (width, top + len(chosen) * row_height + sheet_layout.MARGIN), sheet_layout.WHITE)
+    draw = ImageDraw.Draw(sheet)
+    note = f"{len(chosen)} of {len(triplets):,}, chosen at random with seed {seed}"
+    draw.text(
+        (sheet_layout.MARGIN, sheet_layout.MARGIN), "Synthetic triplets", sheet_layout.BLACK, sheet_layout.font(26)
+    )
+    draw.text((sheet_layout.MARGIN, sheet_layout.MARGIN + 40), note, sheet_layout.GREY, sheet_layout.font(15))
+    text_left = sheet_layout.MARGIN + sheet_layout.PICTURE[0] + sheet_layout.GAP
+    titles = {sheet_layout.MARGIN: "reference", text_left: "modification text", target_left: "target"}
+    for x, title in {**titles, caption_left: "captions of reference and target"}.items():
+        draw.text((x, top - sheet_layout.LABEL_HEIGHT), title, sheet_layout.GREY, sheet_layout.font(13))
+    for number, index in enumerate(chosen):
+        triplet, y = triplets[index], top + number * row_height
+        for left, image in ((sheet_layout.MARGIN, triplet.edit.image), (target_left, triplet.target)):
+            path = images / captions.names[image]
+            open_rgb(path)  # raises a sentence
+            sheet_layout.draw_picture(sheet, (left, y), path)
+        sheet_layout.draw_text(draw, (text_left, y), triplet.edit.text)
+        for step, row in enumerate((triplet.edit.row, triplet.target_row)):
+            lines = sheet_layout.wrapped(captions.texts[row], 14, _CAPTION_WIDTH)[:3]
+            place = (caption_left, y + step * sheet_layout.PICTURE[1] // 2)
+            draw.text(place, "\n".join(lines), sheet_layout.GREY, sheet_layout.font(14), spacing=4)
+        draw.text(
+            (text_left, y + sheet_layout.PICTURE[1]),
+            f"similarity {triplet.similarity:.2f}",
+            sheet_layout.GREY,
+            sheet_layout.font(13),
+            anchor="ls",
+        )
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
