@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ class Usage:
     peak_bytes: int
 
 
-def run(command: Sequence[str], on_line: Callable[[str], None]) -> Usage:
+def run(command: Sequence[str], on_line: Callable[[str], None], env: Mapping[str, str] | None = None) -> Usage:
     """Run a command, hand over each line of its standard output and error, and wait for its end.
 
     Linux counts the caller's own peak as the least peak of what it starts, so the caller has to stay the smaller one.
@@ -31,7 +31,7 @@ def run(command: Sequence[str], on_line: Callable[[str], None]) -> Usage:
         subprocess.CalledProcessError: the command failed.
     """
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
         for line in process.stdout or ():
             on_line(line.rstrip("\n"))
         _, status, used = os.wait4(process.pid, 0)
