@@ -45,7 +45,10 @@ def call_after_lavis(function: "Callable[[], None]") -> None:
     """Call a function at once if LAVIS has been imported, otherwise when it is; never while it is being imported."""
     lavis = sys.modules.get("lavis")
     if lavis is not None and not getattr(lavis.__spec__, "_initializing", False):
-        function()
+        from lavis_cir_hook.foreign_warnings import hidden
+
+        with hidden():
+            function()
     else:
         _after_lavis.append(function)
 
@@ -67,16 +70,21 @@ def _prepared() -> "ModuleSpec | None":
     if spec is None or spec.loader is None:
         return None
     from lavis_cir_hook import compat
+    from lavis_cir_hook.deferred import deferred
+    from lavis_cir_hook.foreign_warnings import hidden
 
-    needs_completion = compat.apply()
+    with hidden():
+        needs_completion = compat.apply()
     execute = spec.loader.exec_module
 
     def execute_and_complete(module: "ModuleType") -> None:
-        execute(module)
-        if needs_completion:
-            compat.complete()
-        while _after_lavis:
-            _after_lavis.pop(0)()
+        with hidden():
+            with deferred():
+                execute(module)
+            if needs_completion:
+                compat.complete()
+            while _after_lavis:
+                _after_lavis.pop(0)()
 
     spec.loader.exec_module = execute_and_complete  # type: ignore[method-assign]
     return spec

@@ -8,7 +8,6 @@ divides it by the length with the prompt, 4.57 by the length without.
 from __future__ import annotations
 
 import sys
-import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 TYPE_CHECKING = False
@@ -45,8 +44,6 @@ def apply() -> bool:
     for name in ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer"):
         if not hasattr(former_home, name):
             setattr(former_home, name, getattr(home, name))
-    # LAVIS imports timm.models.{hub,registry,layers,helpers}; timm serves them with a warning users cannot act on.
-    warnings.filterwarnings("ignore", message=r"Importing from timm\.models\.", category=FutureWarning)
     return True
 
 

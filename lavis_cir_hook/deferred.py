@@ -1,0 +1,43 @@
+"""Load libraries that LAVIS imports at its start, and hardly any run uses, when they are used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from importlib.util import LazyLoader
+from types import ModuleType
+
+_LIBRARIES = ("spacy",)
+"""Only those of which LAVIS says ``import name`` and no more at its start.
+
+spacy and what it imports take about a tenth of the processor time of LAVIS's import; Img2Prompt-VQA and FlanT5's
+lemmatizer use it. decord cannot be deferred: LAVIS takes ``VideoReader`` from it at once. Of pandas, others ask for
+attributes.
+"""
+
+
+class _Finder:
+    @staticmethod
+    def find_spec(
+        fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the spec of a library to be deferred, as the other finders give it but for its loader."""
+        if fullname not in _LIBRARIES:
+            return None
+        found = (finder.find_spec(fullname, path) for finder in sys.meta_path if finder is not _Finder)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = LazyLoader(spec.loader)  # type: ignore[arg-type]
+        return spec
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Let the libraries be imported without being executed; their first attribute that is asked for does that."""
+    sys.meta_path.insert(0, _Finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(_Finder)
