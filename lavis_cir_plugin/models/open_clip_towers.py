@@ -8,26 +8,21 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.convert import convert_state_dict
-from open_clip.model import CLIP, CustomTextCLIP, convert_to_custom_text_state_dict, resize_pos_embed
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import first_line, load_strictly, read_state
+from lavis_cir_plugin.core.pixels import CLIP_PIXELS
 from lavis_cir_plugin.core.sentences import did_you_mean
 
 PSEUDO_WORD = "*"
 """Stands for the image in a sentence."""
 
-CLIP_PIXELS = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-"""Mean and standard deviation with which LAVIS's processors, and those of this package, normalise pictures."""
 PIXELS = {"clip": CLIP_PIXELS, "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
 
 # What OpenAI's archives hold besides weights.
@@ -39,7 +34,25 @@ _PLACEHOLDERS = (PSEUDO_WORD, "@", "x")
 Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden states (B, L, W), positions (B,) of the pseudo-word, positions (B,) that are read) -> hidden states."""
 
-open_clip.add_model_config(CONFIGS / "models" / "open_clip_tiny.json")
+
+@cache
+def library() -> Any:
+    """Return the module ``open_clip``, which knows the tiny model; only models on CLIP import it.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    try:
+        import open_clip
+    except ModuleNotFoundError as error:
+        if error.name != "open_clip":
+            raise
+        raise ValueError(
+            "clip_cir, tscir_mapping, tscir_composing and lavis-cir triplets --clip-model need the library open_clip, "
+            "which is not installed; run pip install open_clip_torch, or choose another model.arch."
+        ) from error
+    open_clip.add_model_config(CONFIGS / "models" / "open_clip_tiny.json")
+    return open_clip
 
 
 def load_clip(clip_model: str, pretrained: str | None = None, image_size: int | None = None) -> nn.Module:
@@ -77,9 +90,9 @@ def pixel_normalisation(clip_model: str, pretrained: str | None, asked: str = "a
     """
     if asked != "auto":
         return PIXELS[asked]
-    tags = open_clip.list_pretrained_tags_by_model(clip_model)
+    tags = library().list_pretrained_tags_by_model(clip_model)
     tags = [pretrained] if pretrained in tags else tags
-    known = [open_clip.get_pretrained_cfg(clip_model, tag) for tag in tags]
+    known = [library().get_pretrained_cfg(clip_model, tag) for tag in tags]
     found = {(tuple(tag["mean"]), tuple(tag["std"])) for tag in known if tag.get("mean") and tag.get("std")}
     if len(found) > 1 and pretrained:
         raise ValueError(
@@ -137,14 +150,15 @@ class ImageTower(nn.Module):
             feature: Tensor = self.visual(images)
             return feature[:, None]
         trunk = getattr(self.visual, "trunk", self.visual)
-        if isinstance(self.visual, ModifiedResNet) or not hasattr(trunk, "forward_intermediates"):
+        is_resnet = isinstance(self.visual, library().modified_resnet.ModifiedResNet)
+        if is_resnet or not hasattr(trunk, "forward_intermediates"):
             raise ValueError(
                 f"model.clip_model: an image tower of type {type(trunk).__name__} gives no patches; take a ViT, or set "
                 "model.injection_blocks: []."
             )
         out = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")
         feature, patches = out["image_features"], out["image_intermediates"][-1]
-        if isinstance(self.visual, VisionTransformer):
+        if isinstance(self.visual, library().transformer.VisionTransformer):
             patches = patches @ self.visual.proj
         if patches.shape[-1] != feature.shape[-1]:
             raise ValueError(
@@ -188,7 +202,7 @@ class TextTower(nn.Module):
     @property
     def _text(self) -> Any:
         """What holds embeddings and blocks: the model itself, or its tower where open_clip keeps that apart."""
-        return self.clip.text if isinstance(self.clip, CustomTextCLIP) else self.clip
+        return self.clip.text if isinstance(self.clip, library().CustomTextCLIP) else self.clip
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -323,11 +337,11 @@ def check_clip_model(clip_model: Any) -> Mapping[str, Any]:
     Raises:
         ValueError: If open_clip does not know it, or its text tower is none that can be composed with.
     """
-    config = open_clip.get_model_config(clip_model)
+    config = library().get_model_config(clip_model)
     if config is None:
         raise ValueError(
-            f"model.clip_model: {clip_model!r} is no model of open_clip {open_clip.__version__}"
-            f"{did_you_mean(clip_model, open_clip.list_models())}"
+            f"model.clip_model: {clip_model!r} is no model of open_clip {library().__version__}"
+            f"{did_you_mean(clip_model, library().list_models())}"
         )
     text = config.get("text_cfg", {})
     reason = ""
@@ -352,7 +366,7 @@ def _build(clip_model: str, config: dict[str, Any], image_size: int | None) -> n
     """Build a model with random weights; open_clip's own function would warn of these before others are loaded."""
     if image_size is not None:
         config["vision_cfg"] = {**config["vision_cfg"], "image_size": image_size}
-    build = CustomTextCLIP if config.pop("custom_text", False) else CLIP
+    build = library().CustomTextCLIP if config.pop("custom_text", False) else library().CLIP
     try:
         clip: nn.Module = build(**config)
     except (RuntimeError, AssertionError) as error:  # of an image tower that this version of timm does not know
@@ -364,16 +378,16 @@ def _build(clip_model: str, config: dict[str, Any], image_size: int | None) -> n
 
 
 def _tokenizer(clip_model: str, folder: str | None) -> Callable[[Sequence[str]], Tensor]:
-    text = open_clip.get_model_config(clip_model)["text_cfg"]
+    text = library().get_model_config(clip_model)["text_cfg"]
     if folder and not text.get("hf_tokenizer_name"):
         raise ValueError(f"model.tokenizer: {clip_model} has CLIP's own tokenizer; leave model.tokenizer empty.")
     try:
         if folder:
             local = os.path.expanduser(folder)
             length = int(text["context_length"])
-            found = open_clip.tokenizer.HFTokenizer(local, context_length=length, **text.get("tokenizer_kwargs", {}))
+            found = library().tokenizer.HFTokenizer(local, context_length=length, **text.get("tokenizer_kwargs", {}))
         else:
-            found = open_clip.get_tokenizer(clip_model)
+            found = library().get_tokenizer(clip_model)
     except (OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(
             f"model.tokenizer: the tokenizer of {clip_model} cannot be had from "
@@ -385,7 +399,7 @@ def _tokenizer(clip_model: str, folder: str | None) -> Callable[[Sequence[str]],
 
 def _weights_file(clip_model: str, pretrained: str, quick_gelu: bool) -> Path:
     """Return the local file of a tag or path."""
-    tags = open_clip.list_pretrained_tags_by_model(clip_model)
+    tags = library().list_pretrained_tags_by_model(clip_model)
     if pretrained not in tags:
         path = Path(os.path.expanduser(pretrained))
         if not path.is_file():
@@ -395,10 +409,10 @@ def _weights_file(clip_model: str, pretrained: str, quick_gelu: bool) -> Path:
                 f"{clip_model} in open_clip (tags: {known})."
             )
         return path
-    tag = open_clip.get_pretrained_cfg(clip_model, pretrained)
+    tag = library().get_pretrained_cfg(clip_model, pretrained)
     _check_activation(clip_model, f"the weights {pretrained}", bool(tag.get("quick_gelu")), quick_gelu)
     try:
-        return Path(open_clip.download_pretrained(tag))
+        return Path(library().download_pretrained(tag))
     except Exception as error:  # whatever the hub's client raises
         raise FileNotFoundError(
             f"model.pretrained: {pretrained} of {clip_model} cannot be downloaded ({first_line(error)}). Without a "
@@ -455,13 +469,13 @@ def _is_archive(path: Path) -> bool:
 
 
 def _load(clip: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    state = dict(convert_state_dict(clip, state))
-    if isinstance(clip, CustomTextCLIP) and not any(name.startswith("text.") for name in state):
-        state = convert_to_custom_text_state_dict(state)
+    state = dict(library().convert.convert_state_dict(clip, state))
+    if isinstance(clip, library().CustomTextCLIP) and not any(name.startswith("text.") for name in state):
+        state = library().model.convert_to_custom_text_state_dict(state)
     for name in ("logit_scale", "logit_bias"):
         own = getattr(clip, name, None)
         if name in state and own is not None:
             state[name] = state[name].reshape(own.shape)
-    resize_pos_embed(state, clip)
+    library().model.resize_pos_embed(state, clip)
     constant = ("attn_mask", "text.attn_mask")
     load_strictly(clip, state, str(path), unused=constant, fresh=("logit_bias",))

@@ -10,11 +10,11 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
-from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group
+from lavis_cir_plugin.core.pixels import CLIP_PIXELS
 from lavis_cir_plugin.core.whole_or_nothing import replace_file
 from lavis_cir_plugin.ranking.ranks import Ranking
 from lavis_cir_plugin.report.sheet_layout import (
@@ -179,7 +179,7 @@ def attention_sheet(
 
 def _denormalised(picture: Tensor) -> Tensor:
     """Return a picture in colours from 0 to 1, ``(3, side, side)``."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    mean, std = (torch.tensor(values)[:, None, None] for values in CLIP_PIXELS)
     return _resized((picture.float().cpu() * std + mean).clamp(0, 1))
 
 

@@ -51,6 +51,17 @@ def words(count=3):
     return torch.randn(count, 12, generator=torch.Generator().manual_seed(2))
 
 
+def test_pictures_are_normalised_as_open_clip_says_of_openais_weights():
+    assert open_clip_towers.CLIP_PIXELS == (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+
+
+def test_without_open_clip_its_models_are_refused_with_what_to_install(monkeypatch):
+    open_clip_towers.library.cache_clear()
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ValueError, match=r"the library open_clip, which is not installed; run pip install open_clip_"):
+        load_clip("ViT-B-32-quickgelu")
+
+
 def test_row_0_is_open_clips_image_feature_and_the_rest_its_patches_in_the_same_space(clip):
     last = {}
     clip.visual.transformer.register_forward_hook(lambda module, inputs, output: last.update(tokens=output))
@@ -300,7 +311,7 @@ def test_wrong_missing_and_unreachable_weights_get_a_sentence(tmp_path, monkeypa
     def offline(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(open_clip_towers.open_clip, "download_pretrained", offline)
+    monkeypatch.setattr(open_clip, "download_pretrained", offline)
     with pytest.raises(FileNotFoundError, match=r"openai of ViT-B-32-quickgelu cannot be downloaded \(no route"):
         load_clip("ViT-B-32-quickgelu", "openai")
 
