@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,7 @@ from lavis_cir_plugin.ranking.ranks import Ranking, padded, rank
 from lavis_cir_plugin.report import chance, contact_sheets, curves, files, tables
 from lavis_cir_plugin.report.run_log import EPOCHS
 from lavis_cir_plugin.training.config import own_name
+from lavis_cir_plugin.training_history import trained_on
 
 TOP = 50
 """How many images per query a submission and a contact sheet can show."""
@@ -60,6 +61,8 @@ class ComposedRetrievalTask(BaseTask):
     * ``row_label``: what to call it in the tables, in place of "trained model".
     * ``baselines``: the modes of ``encode_query`` to compare it with, and what to call them; ``image`` and ``text``
       where it says nothing.
+    * ``is_zero_shot``: whether training on a benchmark's own training split has to be said beside the benchmark's
+      numbers.
     * ``attention_maps(samples)``, ``(B, maps, height, width)``: where it looks in the reference images, and
       ``attention_labels``, one name per map: drawn beside the contact sheets where there is one.
 
@@ -138,6 +141,8 @@ class ComposedRetrievalTask(BaseTask):
                     )
                 if split == "val":
                     self.validation_metric = dataset.benchmark.selection_metric
+        if getattr(registry.get_model_class(cfg.model_cfg.get("arch")), "is_zero_shot", False):
+            _tell_of_own_training(datasets, trained_on(cfg.model_cfg, cfg.datasets_cfg))
         return datasets
 
     def prepare(self, model: nn.Module, datasets: Mapping[str, Mapping[str, Any]], cfg: Any) -> None:
@@ -259,6 +264,15 @@ def _panels_of_methods() -> list[curves.Panel]:
 def folder_name(split: str) -> str:
     """Return the folder in a run's that a split's reports go to: ``val`` of ``val``, ``cirr_val`` of ``cirr.val``."""
     return split.replace(".", "_")
+
+
+def _tell_of_own_training(datasets: Mapping[str, Mapping[str, Any]], trained: set[str]) -> None:
+    """Say in the protocol line of each of these benchmarks that its numbers are not zero-shot."""
+    for name in trained & datasets.keys():
+        for dataset in datasets[name].values():
+            if isinstance(dataset, BenchmarkDataset):
+                protocol = f"{dataset.benchmark.protocol}; not zero-shot: trained on {name}'s own training split"
+                dataset.benchmark = replace(dataset.benchmark, protocol=protocol)
 
 
 def _keep_splits(section: Any, splits: list[str]) -> None:

@@ -66,6 +66,8 @@ class TscirMapping(ClipCir):
 
     row_label = "stage I"
     baselines: Mapping[str, str] = {"image": "image only", "text": "text only", "sum": "image + text"}
+    is_zero_shot = True
+    """Benchmarks on whose own training split it was trained say so in their protocol line."""
     needs_finetuned = True
     """To be evaluated: CLIP's weights alone leave the mapping random."""
     DEFAULT_LOSS_WEIGHTS: Mapping[str, float] = {"con": 1.0, "weak": 1.0, "sta": 0.2}
