@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -124,7 +125,8 @@ def load_strictly(
         may_lack: Names that the checkpoint may leave out because they were loaded before, likewise.
 
     Raises:
-        ValueError: If names are unexpected or missing, or shapes differ; with counts and the first of them.
+        ValueError: If names are unexpected or missing, or shapes differ; with counts, the first of them, and the
+            numbers of blocks where those differ.
     """
     own = model.state_dict()
     allowed = {*fresh, *may_lack}
@@ -147,6 +149,12 @@ def load_strictly(
             f"{len(reshaped)} keys of another shape (first: {name} is {tuple(known[name].shape)} there and "
             f"{tuple(own[name].shape)} here)"
         )
+    there, here = count_blocks_in(known), count_blocks_in(own)
+    problems += [
+        f"{there[stack]} blocks of {stack} there and {count} here"
+        for stack, count in here.items()
+        if there.get(stack, count) != count
+    ]
     if problems:
         raise ValueError(
             f"checkpoint {source}: {', '.join(problems)}; {loaded} of {len(own)} keys match. It belongs to another "
@@ -154,6 +162,20 @@ def load_strictly(
         )
     model.load_state_dict(known, strict=False)
     logging.info("loaded %d of %d tensors from %s", len(known), len(own), source)
+
+
+def count_blocks_in(names: Iterable[str]) -> dict[str, int]:
+    """Return how many numbered blocks each stack of a model has, by its name: 39 of ``visual_encoder.blocks``, say.
+
+    Args:
+        names: Of the model's tensors. A stack inside another one's blocks is not counted.
+    """
+    numbers: dict[str, set[str]] = {}
+    for name in names:
+        found = re.match(r"(.+?)\.(\d+)\.", name)
+        if found:
+            numbers.setdefault(found[1], set()).add(found[2])
+    return {stack: len(blocks) for stack, blocks in numbers.items()}
 
 
 def _is_among(name: str, entries: Collection[str]) -> bool:

@@ -13,6 +13,7 @@ from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 from torch import nn
 
+from lavis_cir_plugin.core.checkpoints import count_blocks_in
 from lavis_cir_plugin.models import open_clip_towers
 from lavis_cir_plugin.models.open_clip_towers import (
     CLIP_PIXELS,
@@ -295,6 +296,22 @@ def test_other_picture_sizes_interpolate_the_positions(tmp_path):
     assert large.visual.positional_embedding.shape == (1 + 36, 12)
     assert torch.equal(large.visual.positional_embedding[0], small.visual.positional_embedding[0])
     assert ImageTower(large.visual, with_patches=True).grid == 6
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+@pytest.mark.parametrize("stack", ["visual.transformer.resblocks", "transformer.resblocks"])
+def test_weights_with_another_number_of_blocks_are_refused_with_both_numbers(stack, change, tmp_path):
+    state = load_clip("small_clip").state_dict()
+    count = count_blocks_in(state)[stack]
+    last = {name: tensor for name, tensor in state.items() if name.startswith(f"{stack}.{count - 1}.")}
+    for name, tensor in last.items():
+        if change < 0:
+            del state[name]
+        else:
+            state[name.replace(f"{stack}.{count - 1}.", f"{stack}.{count}.")] = tensor
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=rf", {count + change} blocks of {stack} there and {count} here; "):
+        load_clip("small_clip", str(tmp_path / "other.pt"))
 
 
 def test_wrong_missing_and_unreachable_weights_get_a_sentence(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -18,7 +19,7 @@ from lavis.models.clip_vit import VisionTransformer as ClipVisionTransformer
 from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
-from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.core.checkpoints import count_blocks_in, load_strictly, read_state
 from lavis_cir_plugin.core.model_parts import keep_as_buffers
 from lavis_cir_plugin.core.sentences import did_you_mean
 from lavis_cir_plugin.core.settings import check_choice, check_flag, check_whole
@@ -34,9 +35,10 @@ _CHOICES = {
 }
 DEFAULT_LOSS_WEIGHTS = {"joint": {"itc": 1.0}, "sentence_prompt": {"itc": 1.0, "rtc": 1.0, "align": 1.0}}
 
-# The towers that BLIP-2's checkpoints hold, as LAVIS builds them before it downloads their weights.
+# The towers that BLIP-2's checkpoints hold: all blocks of EVA's and CLIP's published towers but the last. LAVIS's CLIP
+# tower builds one block less than `layers`, and LAVIS 1.0.2 asks it for 22, two less than the checkpoints have.
 _EVA_G = {"patch_size": 14, "embed_dim": 1408, "depth": 39, "num_heads": 16, "mlp_ratio": 4.3637}
-_CLIP_L = {"patch_size": 14, "width": 1024, "layers": 22, "heads": 16}
+_CLIP_L = {"patch_size": 14, "width": 1024, "layers": 24, "heads": 16}
 
 # Heads of BLIP-2's other objectives, which a checkpoint may hold and composed retrieval never calls.
 _UNUSED_IN_CHECKPOINTS = ("itm_head.", "Qformer.cls.", "Qformer.bert.embeddings.position_ids")
@@ -69,7 +71,8 @@ class Blip2Cir(Blip2Base):
     Args:
         vit_model: ``eva_clip_g`` or ``clip_L``.
         image_size: Pixels per side.
-        vit_config: Overrides of the tower's dimensions (``tiny`` uses them); empty for the published towers.
+        vit_config: Overrides of the tower's dimensions (``tiny`` uses them); empty for the published towers. Of
+            ``clip_L``, ``layers`` are one more than there are blocks.
         vit_precision: ``fp16`` or ``fp32`` storage of the tower; fp16 needs a GPU and a frozen tower.
         freeze_vit: Whether the image tower stays as loaded, in eval mode.
         use_grad_checkpoint: Recompute the tower's activations in the backward pass.
@@ -119,6 +122,7 @@ class Blip2Cir(Blip2Base):
         self.fusion, self.pooling = fusion, pooling
         self.loss_weights = _checked_loss_weights(fusion, loss_weights)
         self.freeze_vit = freeze_vit
+        self.is_depth_chosen = bool({"depth", "layers"} & set(vit_config or {}))
         self.max_txt_len = max_txt_len
         self.tokenizer = load_tokenizer(tokenizer)
 
@@ -227,16 +231,33 @@ class Blip2Cir(Blip2Base):
         """Load BLIP-2 weights in the published key layout; the learned prompt of ``sentence_prompt`` starts anew."""
         state = read_state(url_or_filename)
         if vit_pretrained and not any(name.startswith("visual_encoder.") for name in state):
-            state.update(self._tower_state(read_state(vit_pretrained)))
+            state.update(self._tower_state(read_state(vit_pretrained), vit_pretrained))
         load_strictly(self, state, url_or_filename, unused=_UNUSED_IN_CHECKPOINTS, fresh=("prompt_tokens",))
 
-    def _tower_state(self, tower: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Fit a tower's own published file to this tower, as LAVIS does: its last blocks and head are not used."""
+    def _tower_state(self, tower: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+        """Fit a tower's own published file to this tower, as LAVIS does: its last block and head are not used."""
         is_clip = isinstance(self.visual_encoder, ClipVisionTransformer)
+        own = self.visual_encoder.state_dict()
+        self._check_depth(count_blocks_in(tower), count_blocks_in(own), source)
         interpolate = clip_vit.interpolate_pos_embed if is_clip else eva_vit.interpolate_pos_embed
         interpolate(self.visual_encoder, tower)
-        own = self.visual_encoder.state_dict()
         return {f"visual_encoder.{name}": tensor for name, tensor in tower.items() if name in own}
+
+    def _check_depth(self, there: Mapping[str, int], here: Mapping[str, int], source: str) -> None:
+        """Refuse a tower of another depth: the first blocks of a deeper one would fit by name and shape.
+
+        A depth that ``model.vit_config`` names is meant, and more blocks in the file are logged.
+        """
+        for stack, count in here.items():
+            found = there.get(stack, 0)
+            said = f"{source} has {found} blocks of {stack} and this tower has {count}"
+            if found < count or (found > count + 1 and not self.is_depth_chosen):
+                raise ValueError(
+                    f"model.vit_pretrained: {said}; name the file of a tower with {count} or {count + 1}, whose last "
+                    "one is left out, or set model.vit_config to this file's depth."
+                )
+            if found > count:
+                logging.info("model.vit_pretrained: %s; the last of the file are left out", said)
 
     def load_checkpoint(self, url_or_filename: str) -> None:
         """Load a composed-retrieval checkpoint into this model; a frozen tower may be left out of the file."""

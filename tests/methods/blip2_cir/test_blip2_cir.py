@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 from unittest import mock
 
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
+from lavis_cir_plugin.core.checkpoints import count_blocks_in
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.models.tokenizer import load_tokenizer
 from lavis_cir_plugin.ranking.scoring import similarity
@@ -266,6 +268,68 @@ def test_a_tower_in_a_file_of_its_own_is_added(tmp_path, small_model):
     assert torch.equal(model.visual_encoder.cls_token, tower["cls_token"])
 
 
+TOWERS = {  # one that LAVIS builds with so many blocks
+    "eva_clip_g": lambda blocks: {"patch_size": 8, "embed_dim": 12, "depth": blocks, "num_heads": 2, "mlp_ratio": 2},
+    "clip_L": lambda blocks: {"patch_size": 8, "width": 12, "layers": blocks + 1, "heads": 2},
+}
+STACKS = {"eva_clip_g": "blocks", "clip_L": "transformer.resblocks"}
+
+
+def tower_files(folder, small_model, vit_model, blocks):
+    """The tower of a model with so many blocks in one file, the rest of a model in another."""
+    state = small_model(vit_model=vit_model, vit_config=TOWERS[vit_model](blocks)).state_dict()
+    tower = {name.split(".", 1)[1]: t for name, t in state.items() if name.startswith("visual_encoder.")}
+    torch.save({"model": {n: t for n, t in state.items() if not n.startswith("visual_encoder.")}}, folder / "q.pth")
+    torch.save(tower, folder / "vit.pth")
+    return {"pretrained": str(folder / "q.pth"), "vit_pretrained": str(folder / "vit.pth")}
+
+
+@pytest.mark.parametrize("vit_model", TOWERS)
+@pytest.mark.parametrize(("blocks", "is_taken"), [(1, False), (2, True), (3, True), (4, False)])
+def test_a_tower_of_another_depth_is_named_and_one_block_more_is_left_out(
+    vit_model, blocks, is_taken, tmp_path, small_model, caplog
+):
+    """A model of 2 blocks: EVA's and CLIP's published towers have one more than BLIP-2 uses."""
+    files = tower_files(tmp_path, small_model, vit_model, blocks)
+    model = small_model(vit_model=vit_model, vit_config=TOWERS[vit_model](2))
+    model.is_depth_chosen = False  # as for the published types, whose depth no config names
+    said = rf"vit\.pth has {blocks} blocks of {STACKS[vit_model]} and this tower has 2"
+    if not is_taken:
+        with pytest.raises(ValueError, match=rf"model\.vit_pretrained: .*{said}; name the file .* with 2 or 3"):
+            model.load_checkpoint_from_config(files)
+        return
+    with caplog.at_level("INFO"):
+        model.load_checkpoint_from_config(files)
+    assert bool(re.search(said, caplog.text)) is (blocks == 3)
+    tower = torch.load(files["vit_pretrained"], weights_only=True)
+    loaded = model.visual_encoder.state_dict()
+    assert loaded.keys() <= tower.keys()
+    assert all(torch.equal(tensor, tower[name]) for name, tensor in loaded.items())
+
+
+@pytest.mark.parametrize("vit_model", TOWERS)
+def test_a_depth_that_the_config_names_may_cut_a_tower_short(vit_model, tmp_path, small_model):
+    files = tower_files(tmp_path, small_model, vit_model, 4)
+    model = small_model(vit_model=vit_model, vit_config=TOWERS[vit_model](2))
+    model.load_checkpoint_from_config(files)
+    assert count_blocks_in(model.visual_encoder.state_dict()) == {STACKS[vit_model]: 2}
+
+
+@pytest.mark.parametrize("vit_model", TOWERS)
+def test_a_whole_checkpoint_of_another_depth_is_refused_with_both_numbers(vit_model, tmp_path, small_model):
+    """As SPRC's of ViT-L was, under a tower with two blocks too few."""
+    state = small_model(vit_model=vit_model, vit_config=TOWERS[vit_model](4)).state_dict()
+    torch.save({"model": state}, tmp_path / "sprc.pt")
+    said = rf"4 blocks of visual_encoder\.{STACKS[vit_model]} there and 2 here"
+    with pytest.raises(ValueError, match=said):
+        small_model(vit_model=vit_model, vit_config=TOWERS[vit_model](2)).load_checkpoint(str(tmp_path / "sprc.pt"))
+
+
+def test_blocks_are_counted_by_the_outermost_number():
+    names = ["a.blocks.0.mlp.1.w", "a.blocks.0.mlp.2.w", "a.blocks.1.x.w", "conv1.w", "b.7.w", "b.12.w"]
+    assert count_blocks_in(names) == {"a.blocks": 2, "b": 2}
+
+
 def test_a_run_without_its_frozen_tower_takes_it_from_pretrained(tmp_path, small_model):
     """LAVIS saves trained tensors only; alone they are refused, with the pretrained file they load."""
     source = small_model(freeze_vit=True)
@@ -404,17 +468,22 @@ def test_lavis_own_checkpoint_loads_and_gives_lavis_own_features(tmp_path, small
 
 
 @pytest.mark.parametrize(
-    ("model_type", "millions", "width", "pixels"),
-    [("pretrain", 985.9, 1408, 224), ("pretrain_vitL", 265.4, 1024, 224), ("coco", 986.5, 1408, 364)],
+    ("model_type", "millions", "blocks", "width", "pixels"),
+    [
+        ("pretrain", 985.9, {"blocks": 39}, 1408, 224),
+        ("pretrain_vitL", 290.6, {"transformer.resblocks": 23}, 1024, 224),
+        ("coco", 986.5, {"blocks": 39}, 1408, 364),
+    ],
 )
-def test_real_types_build_offline_at_full_size(model_type, millions, width, pixels):
+def test_real_types_build_offline_at_full_size(model_type, millions, blocks, width, pixels):
     """Towers of the published sizes; BERT-base Q-Former with 32 queries. Only the vocabulary is the shipped one."""
     cfg = OmegaConf.load(Blip2Cir.default_config_path(model_type)).model
     cfg.update({"pretrained": None, "tokenizer": SMALL["tokenizer"]})
     with mock.patch.object(eva_vit, "trunc_normal_"):  # random values are beside the point here and cost a minute
         model = Blip2Cir.from_config(cfg)
     assert model.visual_encoder.num_features == width
-    assert sum(p.numel() for p in model.visual_encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.5)
+    assert sum(p.numel() for p in model.visual_encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert count_blocks_in(model.visual_encoder.state_dict()) == blocks
     assert model.query_tokens.shape == (1, 32, 768)
     assert model.Qformer["bert"].config.num_hidden_layers == 12
     assert OmegaConf.load(Blip2Cir.default_config_path(model_type)).preprocess.vis_processor.eval.image_size == pixels
