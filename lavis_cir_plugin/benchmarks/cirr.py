@@ -59,6 +59,13 @@ SIZE_LIMIT = 5_000_000
 ANNOTATION_KEYS = frozenset({"pairid", "reference", "caption"})
 """By which a record of an annotation file is known."""
 
+_LABELS = {
+    "hard": "hard targets",
+    "soft": "soft labels (the best weight among the first K) in R@K and R_subset",
+    "cirplant": "soft labels (the best weight among the first K) in R@K and R_subset",
+    "artemis": "soft labels (the best weight among the first K) in R@K and R_subset, the latter among the best 50",
+    "covr": "R@K of hard targets, R_subset of soft labels (the best weight among the first K)",
+}
 _FILE_SPLITS = {"train": "train", "val": "val", "test": "test1", "seen": "train"}
 _ROOT_NAMES = ("cirr_dataset", "CIRR", "cirr")
 _SEVEN = (*(f"R@{k}" for k in CUTOFFS), *(f"R_subset@{k}" for k in SUBSET_CUTOFFS))
@@ -80,9 +87,10 @@ class CIRRConfig:
             it, or in ``img_raw/`` in or beside it) or its parent.
         annotations: Folder of the JSON files where it is not below ``root``.
         images: Folder with ``train/``, ``dev/`` and ``test1/`` where it is not below ``root``.
-        labels: What R@K counts. ``hard``: the share of queries with ``target_hard`` among the first K. ``soft``: the
-            best ``target_soft`` weight among the first K, at least 0, the mean over queries (CIRPLANT, ARTEMIS).
-            R_subset@K is always that of ``target_hard``.
+        labels: What recall counts. ``hard``: the share of queries with ``target_hard`` among the first K. ``soft``, the
+            same as ``cirplant``: the best ``target_soft`` weight among the first K, at least 0, the mean over queries;
+            in R@K and, among the members of the image set, in R_subset@K. ``artemis``: the same, but of the members
+            only those count that are among the best 50 of the gallery. ``covr``: R@K hard, R_subset@K soft.
         selection_metric: What chooses the best checkpoint: a metric of the split, or a mean of the seven recalls
             (CLIP4Cir, SPRC), which is then reported too.
         missing_images: ``error``, or ``skip`` what needs a missing image and say how much that is.
@@ -92,7 +100,7 @@ class CIRRConfig:
     root: str
     annotations: str | None = None
     images: str | None = None
-    labels: str = one_of("hard", "soft")
+    labels: str = one_of(*_LABELS)
     selection_metric: str = one_of("mean", *_SEVEN, *_MEANS_OF_SEVEN)
     missing_images: str = one_of("error", "skip")
     verify_images: bool = False
@@ -144,8 +152,8 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
     """Read the ``val``, ``test`` (file name ``test1``; without targets, hence without metrics) or ``seen`` split.
 
     The gallery is the split file: 137 images of test1 are never a reference. The reference is removed from every
-    ranking. The target is ``target_hard``; ``target_soft`` contradicts it in 42 queries of val and is read for
-    ``labels: soft`` alone. A blank caption is refused except in ``test``, where one is real (pairid 27098).
+    ranking. The target is ``target_hard``; ``target_soft`` contradicts it in 42 queries of val and is not read for
+    ``labels: hard``. A blank caption is refused except in ``test``, where one is real (pairid 27098).
 
     With ``missing_images: skip`` the gallery shrinks and queries that need a missing image, be it only as a member of
     their image set, are left out; the protocol line says how many.
@@ -206,9 +214,7 @@ def _protocol(settings: CIRRConfig, split: str, group: Group, available: Group, 
     if split == "seen":
         gallery = f"{len(group.gallery):,} training images drawn up to the size of val's"
         counted = f"{len(group.queries):,} of {len(available.queries):,} training queries"
-    labels = "hard targets"
-    if any(query.relevance for query in group.queries):
-        labels = "R@K of soft labels (the best weight among the first K), R_subset of hard targets"
+    labels = _LABELS[settings.labels if any(query.relevance for query in group.queries) else "hard"]
     others = " or ".join(map(str, sorted({len(query.members) for query in group.queries})))
     subset = (
         f"R_subset among the {others} other members of the image set"
@@ -225,7 +231,10 @@ def _metrics(rankings: Mapping[str, HasRanks], group: Group, settings: CIRRConfi
     metrics = _gallery_metrics(ranking, group.queries, settings.labels)
     if not all(query.members for query in group.queries):
         return metrics
-    metrics.update(_subset_metrics(ranking))
+    if settings.labels == "hard":
+        metrics.update(_subset_metrics(ranking))
+    else:
+        metrics.update(_soft_subset_metrics(ranking, group, TOP if settings.labels == "artemis" else None))
     metrics["mean"] = (metrics["R@5"] + metrics["R_subset@1"]) / 2
     selected = settings.selection_metric
     if selected in _MEANS_OF_SEVEN:
@@ -234,14 +243,32 @@ def _metrics(rankings: Mapping[str, HasRanks], group: Group, settings: CIRRConfi
 
 
 def _gallery_metrics(ranking: HasRanks, queries: Sequence[Query], labels: str) -> dict[str, float]:
-    if labels == "soft":
-        weights = [[weight for _, weight in query.relevance] for query in queries]
-        return {f"R@{k}": _soft_recall_at(ranking.relevant_ranks, weights, k) for k in CUTOFFS}
-    return {f"R@{k}": recall_at(ranking.ranks, k) for k in CUTOFFS}
+    if labels in ("hard", "covr"):
+        return {f"R@{k}": recall_at(ranking.ranks, k) for k in CUTOFFS}
+    return {f"R@{k}": _soft_recall_at(ranking.relevant_ranks, _weights(queries), k) for k in CUTOFFS}
 
 
 def _subset_metrics(ranking: HasRanks) -> dict[str, float]:
     return {f"R_subset@{k}": recall_at(ranking.subset_ranks, k) for k in SUBSET_CUTOFFS}
+
+
+def _soft_subset_metrics(ranking: Ranking, group: Group, best: int | None) -> dict[str, float]:
+    """Score each query's members by the soft labels; only those of the gallery's ``best`` count, if it says how many.
+
+    Who is better than a member of the best is one of them too, so that leaving the others out moves no rank.
+    """
+    ranks = []
+    rows = zip(group.queries, as_lists(ranking.subset_top), as_lists(ranking.relevant_ranks))
+    for query, members, gallery_ranks in rows:
+        place = {group.gallery[index]: rank for rank, index in enumerate(members) if index >= 0}
+        labelled = zip(query.relevance, gallery_ranks)
+        ranks.append([place.get(name, -1) if best is None or rank < best else -1 for (name, _), rank in labelled])
+    return {f"R_subset@{k}": _soft_recall_at(ranks, _weights(group.queries), k) for k in SUBSET_CUTOFFS}
+
+
+def _weights(queries: Sequence[Query]) -> list[list[float]]:
+    """Return the weights of the labelled images of each query."""
+    return [[weight for _, weight in query.relevance] for query in queries]
 
 
 def _soft_recall_at(relevant_ranks: LabelledRanks, weights: Sequence[Sequence[float]], k: int) -> float:
@@ -402,8 +429,8 @@ def _query(item: Mapping[str, Any], path: Path, number: int, split: str, labels:
             if isinstance(soft, dict)
             else (),
         )
-    if labels == "soft" and target is not None:
-        query = replace(query, relevance=_soft_labels(item, path, number))
+    if labels != "hard" and target is not None:
+        query = replace(query, relevance=_soft_labels(item, path, number, labels))
     if split == "seen" and "img_set" not in item:
         return query
     return replace(query, members=_other_members(item, query, path, number))
@@ -426,7 +453,7 @@ def _other_members(item: Mapping[str, Any], query: Query, path: Path, number: in
     return tuple(name for name in members if name != query.reference)
 
 
-def _soft_labels(item: Mapping[str, Any], path: Path, number: int) -> tuple[tuple[str, float], ...]:
+def _soft_labels(item: Mapping[str, Any], path: Path, number: int, setting: str) -> tuple[tuple[str, float], ...]:
     labels = item.get("target_soft")
     if (
         not isinstance(labels, dict)
@@ -437,7 +464,7 @@ def _soft_labels(item: Mapping[str, Any], path: Path, number: int) -> tuple[tupl
             path,
             number,
             "needs 'target_soft', which maps image names to weights from -1 to 1, for "
-            "datasets.cirr.build_info.labels = soft",
+            f"datasets.cirr.build_info.labels = {setting}",
         )
     return tuple((image_name(name, "target_soft", path, number), float(weight)) for name, weight in labels.items())
 

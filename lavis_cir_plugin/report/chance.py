@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -27,8 +27,9 @@ def expected_random(benchmark: Benchmark) -> dict[str, float]:
     n-1 equally often. Handing ``benchmark.metrics`` a :class:`Ranking` in which each rank occurs equally often
     therefore yields the expectation itself, for any K and for any sum or mean of recalls over groups.
 
-    A metric of several labelled images (mAP, soft labels) depends on their ranks together. Where a query has such
-    labels, the value is the mean of rankings drawn with a fixed seed, `RANDOM_QUERIES` queries in all.
+    A metric of several labelled images (mAP, soft labels) depends on their ranks together, and on those of the members.
+    Where a query has such labels, the value is the mean of rankings drawn with a fixed seed, `RANDOM_QUERIES` queries
+    in all.
 
     Queries of a group that differ in :math:`n` are weighted by their number. A query whose target is unknown, removed
     or not in the gallery keeps rank -1. ``top`` is empty.
@@ -51,7 +52,10 @@ def expected_random(benchmark: Benchmark) -> dict[str, float]:
 
 def _mean_of_drawn(benchmark: Benchmark) -> dict[str, float]:
     rng = random.Random(0)
-    known = [(group, set(group.gallery), _candidates(group)) for group in benchmark.groups]
+    known = [
+        (group, {name: number for number, name in enumerate(group.gallery)}, _candidates(group))
+        for group in benchmark.groups
+    ]
     rounds = [
         benchmark.metrics({group.name: _drawn(group, gallery, candidates, rng) for group, gallery, candidates in known})
         for _ in range(math.ceil(RANDOM_QUERIES / sum(len(group.queries) for group in benchmark.groups)))
@@ -59,22 +63,27 @@ def _mean_of_drawn(benchmark: Benchmark) -> dict[str, float]:
     return {metric: sum(values[metric] for values in rounds) / len(rounds) for metric in rounds[0]}
 
 
-def _drawn(group: Group, gallery: set[str], candidates: Sequence[tuple[int, int]], rng: random.Random) -> Ranking:
-    """Draw different ranks for the labelled images of each query; a target among them has the rank of its label."""
-    ranks, subset_ranks, relevant_ranks = [], [], []
+def _drawn(
+    group: Group, gallery: Mapping[str, int], candidates: Sequence[tuple[int, int]], rng: random.Random
+) -> Ranking:
+    """Draw different ranks for the labelled images and the members of each query, the target among them."""
+    ranks, subset_ranks, relevant_ranks, subset_top = [], [], [], []
     for query, (found, members) in zip(group.queries, candidates):
         removed = {query.reference} if group.reference_removed else set()
-        labelled = dict.fromkeys([name for name, _ in query.relevance] + [query.target or ""])
-        ranked = [name for name in labelled if name in gallery and name not in removed]
-        rank_of = dict(zip(ranked, rng.sample(range(len(gallery) - len(removed & gallery)), len(ranked))))
+        drawn = dict.fromkeys([*(name for name, _ in query.relevance), query.target or "", *query.members])
+        ranked = [name for name in drawn if name in gallery and name not in removed]
+        rank_of = dict(zip(ranked, rng.sample(range(len(gallery) - len(removed & gallery.keys())), len(ranked))))
+        best = sorted((name for name in query.members if name in rank_of), key=rank_of.__getitem__)
         ranks.append(rank_of.get(query.target or "", -1) if found else -1)
-        subset_ranks.append(rng.randrange(members) if members else -1)
+        subset_ranks.append(best.index(str(query.target)) if members else -1)
+        subset_top.append([gallery[name] for name in best])
         relevant_ranks.append([rank_of.get(name, -1) for name, _ in query.relevance])
     return Ranking(
         ranks=torch.tensor(ranks),
         top=torch.empty(len(ranks), 0, dtype=torch.int64),
         subset_ranks=torch.tensor(subset_ranks),
         relevant_ranks=padded(relevant_ranks),
+        subset_top=padded(subset_top),
     )
 
 

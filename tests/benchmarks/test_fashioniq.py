@@ -712,6 +712,32 @@ def test_real_validation_files(real: dict[str, str]):
         assert all(query.texts[0] for query in group.queries)
 
 
+def test_what_is_odd_in_the_real_files(real_annotations: Path):
+    """Val images in another category's train split, and empty captions, in val first ones; see docs/data.md."""
+    root = real_annotations / "fashionIQ_dataset"
+
+    def images(category: str, split: str) -> set[str]:
+        return set(json.loads((root / "image_splits" / f"split.{category}.{split}.json").read_text()))
+
+    names = ("dress", "shirt", "toptee")
+    shared = {(a, b): len(images(a, "val") & images(b, "train")) for a in names for b in names}
+    assert {pair: count for pair, count in shared.items() if count} == {
+        ("toptee", "shirt"): 392,
+        ("shirt", "toptee"): 419,
+    }
+    empty = {}
+    for split, name in ((split, name) for split in ("train", "val") for name in names):
+        records = json.loads((root / "captions" / f"cap.{name}.{split}.json").read_text())
+        blank = [record["captions"] for record in records if not all(text.strip() for text in record["captions"])]
+        assert split == "train" or all(second for _, second in blank)
+        empty[split, name] = len(blank)
+    assert {key: count for key, count in empty.items() if count} == {
+        ("train", "toptee"): 12,
+        ("val", "shirt"): 1,
+        ("val", "toptee"): 2,
+    }
+
+
 def test_real_val_split_galleries(real: dict[str, str]):
     galleries = {group.name: group.gallery for group in read_benchmark({**real, "gallery": "val"}, "val").groups}
     assert {name: len(gallery) for name, gallery in galleries.items()} == {

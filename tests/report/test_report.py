@@ -139,6 +139,30 @@ def test_expected_random_is_the_mean_of_all_rankings():
     assert chance.expected_random(benchmark) == pytest.approx(naive)
 
 
+def test_random_ranks_of_members_agree_with_those_of_the_gallery():
+    """One member of 5 has weight 1 and one 0.5: E[R_subset@1] = (1 + 0.5) / 5 = 30 %, of the target alone 20 %.
+
+    Members and gallery order the same images alike, in each drawn ranking.
+    """
+    gallery = ("ref", *(f"i{index}" for index in range(20)))
+    members = gallery[1:6]
+    group = Group("g", gallery, (Query("ref", ("x",), "i0", members, (("i0", 1.0), ("i3", 0.5))),) * 200, True)
+
+    def metrics(rankings):
+        ranking = rankings["g"]
+        first = ranking.subset_top[:, 0]
+        weights = torch.where(first == 1, 1.0, torch.where(first == 4, 0.5, 0.0))
+        places = [(row == index).nonzero()[0] for row in ranking.subset_top for index in (1, 4)]
+        before = torch.cat(places).view(-1, 2)
+        assert torch.equal(before[:, 0] < before[:, 1], ranking.relevant_ranks[:, 0] < ranking.relevant_ranks[:, 1])
+        assert torch.equal(before[:, 0], ranking.subset_ranks)
+        assert torch.equal(ranking.relevant_ranks[:, 0], ranking.ranks)
+        return {"soft": 100 * float(weights.mean()), "hard": recall_at(ranking.subset_ranks, 1)}
+
+    expected = chance.expected_random(make_benchmark([group], metrics=metrics))
+    assert expected == pytest.approx({"soft": 30, "hard": 20}, abs=1)
+
+
 def test_random_mean_average_precision_is_near_its_expectation():
     r"""Of n candidates G = 3 are right: E[AP@K] = sum_{i<=K} G/n (1 + (i-1) (G-1)/(n-1)) / i / min(K, G)."""
     gallery = tuple(f"i{index}" for index in range(20))
