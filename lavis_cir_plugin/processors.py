@@ -13,6 +13,8 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from lavis_cir_plugin.benchmarks.images import as_rgb
+
 
 def pad_to_ratio(image: Image.Image, target_ratio: float) -> Image.Image:
     """Pad the short side with black until the long side is at most ``target_ratio`` times the short one.
@@ -76,13 +78,25 @@ class ClipTwoViewsProcessor(BlipImageBaseProcessor):
         )
 
     def __call__(self, item: Image.Image) -> Tensor:
-        """Return ``(2, 3, image_size, image_size)`` float32 of an RGB picture."""
-        return torch.stack([view(item) for view in self.views])
+        """Return ``(2, 3, image_size, image_size)`` float32 of a picture of any mode.
+
+        Raises:
+            ValueError: If it is no PIL image.
+        """
+        picture = _picture(item, "clip_two_views")
+        return torch.stack([view(picture) for view in self.views])
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | None = None) -> ClipTwoViewsProcessor:
         """Build from a ``vis_processor`` section."""
         return cls(**{key: value for key, value in (cfg or {}).items() if key != "name"})
+
+
+def _picture(item: Any, processor: str) -> Image.Image:
+    """Return a PIL image as RGB, as the data sets open their files."""
+    if not isinstance(item, Image.Image):
+        raise ValueError(f"{processor} takes one PIL image, got {type(item).__name__}; open a file by PIL.Image.open.")
+    return as_rgb(item)
 
 
 def _is_scale(pair: Any) -> bool:
@@ -127,8 +141,12 @@ class TargetPadProcessor(BlipImageBaseProcessor):
         )
 
     def __call__(self, item: Image.Image) -> Tensor:
-        """Return ``(3, image_size, image_size)`` float32 of an RGB picture."""
-        return self.transform(pad_to_ratio(item, self.target_ratio))
+        """Return ``(3, image_size, image_size)`` float32 of a picture of any mode.
+
+        Raises:
+            ValueError: If it is no PIL image.
+        """
+        return self.transform(pad_to_ratio(_picture(item, "target_pad"), self.target_ratio))
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | None = None) -> TargetPadProcessor:

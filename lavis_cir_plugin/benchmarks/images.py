@@ -177,7 +177,7 @@ def open_rgb(path: Path) -> Image.Image:
         ValueError: it cannot be decoded (empty, truncated, not an image, too many pixels).
     """
     with _truncation_is_an_error():
-        return _read(path, _as_rgb)
+        return _read(path, as_rgb)
 
 
 def decode_rgb(content: bytes, name: str) -> Image.Image:
@@ -191,12 +191,13 @@ def decode_rgb(content: bytes, name: str) -> Image.Image:
     with _truncation_is_an_error():
         try:
             with Image.open(io.BytesIO(content)) as image:
-                return _as_rgb(image)
+                return as_rgb(image)
         except Exception as error:  # Pillow's decoders raise a dozen types on broken files
             raise _unreadable(name, not content, error) from error
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture of any mode as RGB, by the rules of `open_rgb`."""
     if image.mode.startswith("I"):
         return image.convert("I").point(lambda value: value / 257).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:

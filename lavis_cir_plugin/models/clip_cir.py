@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
 from lavis_cir_plugin.core.settings import check_choice, check_flag, check_whole
+from lavis_cir_plugin.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.contrastive_losses import contrastive_loss, symmetric_contrastive_loss
 from lavis_cir_plugin.models.open_clip_towers import (
     PIXELS,
@@ -197,9 +198,10 @@ class ClipCir(BaseModel):  # type: ignore[misc]
                 ``image_id`` ``(B,)``, equal for the same image.
         """
         if "target" not in samples:
-            images, texts = self._unit_image(samples["image"]), self._unit_text(samples["text_input"])
+            pictures, captions = read_pairs(samples, self.image_tower.tokens_shape)
+            images, texts = self._unit_image(pictures), self._unit_text(captions)
             return {"loss": symmetric_contrastive_loss(images, texts, self.temperature, image_ids(samples))}
-        query, targets = self.query_features(samples), self.target_features(samples["target"])
+        query, targets = self.query_features(samples), self.target_features(read_pictures(samples, "target"))
         return {"loss": contrastive_loss(query, targets, self.temperature, samples.get("target_id"))}
 
     @property
@@ -209,8 +211,10 @@ class ClipCir(BaseModel):  # type: ignore[misc]
 
     def query_features(self, samples: Mapping[str, Any]) -> Tensor:
         """Return :meth:`encode_query` of ``image`` and ``text_input``, with gradients."""
-        text = self._unit_text(samples["text_input"])
-        return text if self.fusion == "text" else F.normalize(self._unit_image(samples["image"]) + text, dim=-1)
+        if self.fusion == "text":
+            return self._unit_text(read_texts(samples))
+        pictures, texts = read_pairs(samples, self.image_tower.tokens_shape)
+        return F.normalize(self._unit_image(pictures) + self._unit_text(texts), dim=-1)
 
     def target_features(self, image: Tensor) -> Tensor:
         """Return :meth:`encode_target`, with gradients."""
@@ -221,16 +225,17 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         """Return unit-length query vectors ``(B, D)``.
 
         Args:
-            samples: ``image`` and ``text_input``, each only where the mode needs it.
+            samples: ``image`` ``(B, 3, H, W)`` and ``text_input``, B strings (one string is one text), each only where
+                the mode needs it.
             mode: ``multimodal`` (the sum), ``image`` or ``text``.
 
         Raises:
-            ValueError: If the mode is unknown.
+            ValueError: If the mode is unknown, or the samples are no such batch.
         """
         check_choice("mode", mode, ("multimodal", *self.baselines))
         if mode == "image":
-            return self._unit_image(samples["image"])
-        return self._unit_text(samples["text_input"]) if mode == "text" else self.query_features(samples)
+            return self._unit_image(read_pictures(samples))
+        return self._unit_text(read_texts(samples)) if mode == "text" else self.query_features(samples)
 
     @torch.no_grad()
     def encode_target(self, image: Tensor) -> Tensor:
@@ -245,7 +250,7 @@ class ClipCir(BaseModel):  # type: ignore[misc]
             ValueError: If the mode is unknown.
         """
         check_choice("mode", mode, ("multimodal", "text", "image"))
-        tokens = self._tokens(samples["image"]) if mode != "text" else None
+        tokens = self._tokens(read_pictures(samples)) if mode != "text" else None
         return BlipOutputFeatures(
             image_embeds=tokens,
             image_embeds_proj=None if tokens is None else F.normalize(tokens[:, 0], dim=-1),
@@ -260,6 +265,7 @@ class ClipCir(BaseModel):  # type: ignore[misc]
             return self.image_tower(images)
 
     def _tokens(self, image: Tensor) -> Tensor:
+        image = check_pictures(image, self.image_tower.tokens_shape)
         return image if image.ndim == 3 else self.image_features(image)
 
     def _unit_image(self, image: Tensor) -> Tensor:

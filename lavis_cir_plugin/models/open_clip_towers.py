@@ -142,6 +142,11 @@ class ImageTower(nn.Module):
         if self.grid**2 != probe.shape[1] - 1:
             raise ValueError(f"model.clip_model: the {probe.shape[1] - 1} patches of its image tower form no square.")
 
+    @property
+    def tokens_shape(self) -> tuple[int, int]:
+        """1 + P and D of what it returns of a picture."""
+        return 1 + self.grid**2, self.width
+
     def forward(self, images: Tensor) -> Tensor:
         """Return ``(B, 1 + P, D)`` of pictures ``(B, 3, H, W)`` normalised by CLIP's mean; P = 0 without patches."""
         if self.renormalises:

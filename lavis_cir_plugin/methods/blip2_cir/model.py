@@ -24,6 +24,7 @@ from lavis_cir_plugin.core.model_parts import keep_as_buffers
 from lavis_cir_plugin.core.sentences import did_you_mean
 from lavis_cir_plugin.core.settings import check_choice, check_flag, check_whole
 from lavis_cir_plugin.methods.blip2_cir.losses import LOSSES, TrainingOutputs
+from lavis_cir_plugin.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.fused_attention import fuse_attention
 from lavis_cir_plugin.models.tokenizer import load_tokenizer
 
@@ -283,8 +284,9 @@ class Blip2Cir(Blip2Base):
         Returns:
             ``loss``, the weighted sum, and ``loss_<name>`` for each loss of the fusion.
         """
-        reference, target = self._embed_images(torch.cat([samples["image"], samples["target"]])).chunk(2)
-        ids, mask = self._tokenize(samples["text_input"])
+        pictures, texts = read_pairs(samples, self._tokens_shape)
+        reference, target = self._embed_images(torch.cat([pictures, read_pictures(samples, "target")])).chunk(2)
+        ids, mask = self._tokenize(texts)
         sentence = self._fuse(reference, ids, mask)
         targets = self._project_target(target)
         has_prompt = self.fusion == "sentence_prompt"
@@ -306,18 +308,19 @@ class Blip2Cir(Blip2Base):
         """Return unit-length query vectors ``(B, embed_dim)``.
 
         Args:
-            samples: ``image`` ``(B, 3, H, W)`` and ``text_input``, B strings; each only where the mode needs it.
+            samples: ``image`` ``(B, 3, H, W)`` and ``text_input``, B strings (one string is one text); each only where
+                the mode needs it.
             mode: ``multimodal``; ``text`` (a text-only pass, the fusion's own where it trains one); or ``image`` (the
                 mean of the reference's target vectors, so "find what looks the same").
 
         Raises:
-            ValueError: If the mode is unknown.
+            ValueError: If the mode is unknown, or the samples are no such batch.
         """
         check_choice("mode", mode, ("multimodal", "text", "image"))
         if mode == "image":
-            return F.normalize(self.encode_target(samples["image"]).mean(dim=1), dim=-1)
+            return F.normalize(self.encode_target(read_pictures(samples)).mean(dim=1), dim=-1)
         if mode == "text":
-            return self._project_text(*self._tokenize(samples["text_input"]))
+            return self._project_text(*self._tokenize(read_texts(samples)))
         return self.query_features(samples)
 
     @torch.no_grad()
@@ -332,8 +335,9 @@ class Blip2Cir(Blip2Base):
 
     def query_features(self, samples: Mapping[str, Any]) -> Tensor:
         """Return :meth:`encode_query` of ``image`` and ``text_input``, with gradients."""
-        ids, mask = self._tokenize(samples["text_input"])
-        return self._project_query(self._fuse(self._embed_images(samples["image"]), ids, mask), ids, mask)
+        pictures, texts = read_pairs(samples, self._tokens_shape)
+        ids, mask = self._tokenize(texts)
+        return self._project_query(self._fuse(self._embed_images(pictures), ids, mask), ids, mask)
 
     def target_features(self, image: Tensor) -> Tensor:
         """Return :meth:`encode_target`, with gradients."""
@@ -351,7 +355,7 @@ class Blip2Cir(Blip2Base):
             ValueError: If the mode is unknown.
         """
         check_choice("mode", mode, ("multimodal", "text", "image"))
-        image_embeds = self._query_outputs(self._embed_images(samples["image"])) if mode != "text" else None
+        image_embeds = self._query_outputs(self._embed_images(read_pictures(samples))) if mode != "text" else None
         return BlipOutputFeatures(
             image_embeds=image_embeds,
             image_embeds_proj=None if image_embeds is None else F.normalize(self.vision_proj(image_embeds), dim=-1),
@@ -383,8 +387,16 @@ class Blip2Cir(Blip2Base):
             tokens = self.visual_encoder(images)
         return tokens.half() if is_half else tokens
 
+    @property
+    def _tokens_shape(self) -> tuple[int, int]:
+        """Number and width of the tower's tokens of a picture."""
+        tower: Any = self.visual_encoder
+        patches = tower if isinstance(tower, ClipVisionTransformer) else tower.patch_embed
+        return int(patches.num_patches) + 1, int(tower.num_features)
+
     def _embed_images(self, image: Tensor) -> Tensor:
         """Pictures ``(B, 3, H, W)`` or tokens ``(B, P, vit width)`` to normalised tokens in float32."""
+        image = check_pictures(image, self._tokens_shape)
         tokens = image if image.ndim == 3 else self.image_features(image)
         # In float32 although LAVIS's layer takes any: a half-precision gradient into it would underflow.
         return self.ln_vision(tokens.float())

@@ -15,6 +15,7 @@ from lavis_cir_plugin.core.settings import check_flag, check_whole
 from lavis_cir_plugin.methods.tscir.layers import ComposingAdapter
 from lavis_cir_plugin.methods.tscir.losses import mixed_negatives_loss, soft_text_alignment_loss
 from lavis_cir_plugin.methods.tscir.mapping import PLAIN_SENTENCE, TscirMapping, check_blocks
+from lavis_cir_plugin.model_inputs import read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.clip_cir import image_ids
 from lavis_cir_plugin.models.contrastive_losses import symmetric_contrastive_loss
 from lavis_cir_plugin.models.open_clip_towers import Edit, count_blocks
@@ -171,18 +172,19 @@ class TscirComposing(TscirMapping):
         Raises:
             ValueError: If the reference's captions are needed and missing, or pictures have two views.
         """
-        if samples["image"].ndim == 5:
+        if read_pictures(samples).ndim == 5:
             raise ValueError(
                 "tscir_composing trains on single views; set datasets.<name>.vis_processor.train.name: target_pad."
             )
+        pictures, texts = read_pairs(samples, self.image_tower.tokens_shape)
         if self.loss_weights["sta"] and "reference_caption" not in samples:
             raise ValueError(
                 "model.loss_weights.sta needs the captions of the reference images, which these triplets do not have; "
                 "set model.loss_weights.sta: 0."
             )
-        tokens, target_tokens = self._tokens(torch.cat([samples["image"], samples["target"]])).chunk(2)
+        tokens, target_tokens = self._tokens(torch.cat([pictures, read_pictures(samples, "target")])).chunk(2)
         reference, target = (nn.functional.normalize(t[:, 0].float(), dim=-1) for t in (tokens, target_tokens))
-        composed = self._sentences(samples["text_input"])
+        composed = self._sentences(texts)
         needs_plain = bool(self.loss_weights["reference"] or self.loss_weights["sta"])
         # One pass over both kinds of sentence: the tower costs by the call as well as by the row.
         plain = [PLAIN_SENTENCE] * len(composed) * needs_plain
@@ -195,7 +197,7 @@ class TscirComposing(TscirMapping):
             ),
             "reference": lambda: symmetric_contrastive_loss(reference, sentence, self.temperature, image_ids(samples)),
             "sta": lambda: soft_text_alignment_loss(
-                self._unit_text(samples["reference_caption"]),
+                self._unit_text(read_texts(samples, "reference_caption")),
                 sentence,
                 target if self.alignment_with_target else reference,
                 self.temperature,
@@ -208,7 +210,7 @@ class TscirComposing(TscirMapping):
         """Return unit-length query vectors ``(B, D)``; ``mapping`` leaves the adapters out, the rest as stage I.
 
         Raises:
-            ValueError: If the mode is unknown.
+            ValueError: If the mode is unknown, or the samples are no such batch.
         """
         if mode != "mapping":
             return super().encode_query(samples, mode)

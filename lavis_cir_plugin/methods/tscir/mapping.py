@@ -18,6 +18,7 @@ from lavis_cir_plugin.core.sentences import did_you_mean
 from lavis_cir_plugin.core.settings import check_choice, check_whole, is_number
 from lavis_cir_plugin.methods.tscir.layers import MappingNetwork, VisualInjection
 from lavis_cir_plugin.methods.tscir.losses import soft_text_alignment_loss
+from lavis_cir_plugin.model_inputs import check_counts, read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.clip_cir import ClipCir, image_ids
 from lavis_cir_plugin.models.contrastive_losses import symmetric_contrastive_loss
 from lavis_cir_plugin.models.open_clip_towers import PIXELS, PSEUDO_WORD, Edit, count_blocks, pixel_normalisation
@@ -235,7 +236,9 @@ class TscirMapping(ClipCir):
         Returns:
             ``loss``, the weighted sum, and ``loss_<name>`` of each.
         """
-        weak, view = self._two_views(samples["image"])
+        weak, view = self._two_views(read_pictures(samples))
+        if self.loss_weights["sta"]:
+            check_counts(weak, read_texts(samples))
         ids = image_ids(samples)
         sentence = self._read([PLAIN_SENTENCE] * len(weak), weak)
         images, weak_images = (F.normalize(tokens[:, 0].float(), dim=-1) for tokens in (view, weak))
@@ -243,7 +246,7 @@ class TscirMapping(ClipCir):
             "con": lambda: symmetric_contrastive_loss(images, sentence, self.temperature, ids),
             "weak": lambda: symmetric_contrastive_loss(weak_images, sentence, self.temperature, ids),
             "sta": lambda: soft_text_alignment_loss(
-                self._unit_text(samples["text_input"]), sentence, images, self.temperature
+                self._unit_text(read_texts(samples)), sentence, images, self.temperature
             ),
         }
         return self._weighted(losses)
@@ -266,11 +269,12 @@ class TscirMapping(ClipCir):
         """Return unit-length query vectors ``(B, D)``.
 
         Args:
-            samples: ``image`` and ``text_input``, each only where the mode needs it.
+            samples: ``image`` ``(B, 3, H, W)`` and ``text_input``, B strings (one string is one text), each only where
+                the mode needs it.
             mode: ``multimodal`` (the composed sentence), or plain CLIP: ``image``, ``text``, ``sum`` of both.
 
         Raises:
-            ValueError: If the mode is unknown.
+            ValueError: If the mode is unknown, or the samples are no such batch.
         """
         check_choice("mode", mode, ("multimodal", *self.baselines))
         return super().query_features(samples) if mode == "sum" else super().encode_query(samples, mode)
@@ -282,7 +286,7 @@ class TscirMapping(ClipCir):
 
     def query_features(self, samples: Mapping[str, Any]) -> Tensor:
         """Return the feature of the composed sentence, with gradients."""
-        return self._read(self._sentences(samples["text_input"]), self._tokens(samples["image"]))
+        return self._read(*self._composed(samples))
 
     @property
     def attention_labels(self) -> list[str]:
@@ -296,9 +300,14 @@ class TscirMapping(ClipCir):
         The mean over heads of the last layer's attention.
         """
         looked: list[Tensor] = []
-        self._read(self._sentences(samples["text_input"]), self._tokens(samples["image"]), looked)
+        self._read(*self._composed(samples), looked)
         grid = self.image_tower.grid
         return torch.stack(looked, dim=1).unflatten(2, (grid, grid))
+
+    def _composed(self, samples: Mapping[str, Any]) -> tuple[list[str], Tensor]:
+        """Return the sentences of queries and the tokens of their images."""
+        pictures, texts = read_pairs(samples, self.image_tower.tokens_shape)
+        return self._sentences(texts), self._tokens(pictures)
 
     def _sentences(self, texts: Sequence[str]) -> list[str]:
         before, after = self.template.split("{}")
