@@ -141,8 +141,9 @@ class ComposedRetrievalTask(BaseTask):
                     )
                 if split == "val":
                     self.validation_metric = dataset.benchmark.selection_metric
-        if getattr(registry.get_model_class(cfg.model_cfg.get("arch")), "is_zero_shot", False):
-            _tell_of_own_training(datasets, trained_on(cfg.model_cfg, cfg.datasets_cfg))
+        model = getattr(cfg, "model_cfg", None) or {}
+        if getattr(registry.get_model_class(model.get("arch")), "is_zero_shot", False):
+            _tell_of_own_training(datasets, trained_on(model, cfg.datasets_cfg))
         return datasets
 
     def prepare(self, model: nn.Module, datasets: Mapping[str, Mapping[str, Any]], cfg: Any) -> None:
