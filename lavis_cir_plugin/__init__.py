@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from pathlib import Path
+from typing import Any
 
 import lavis_cir_hook
 from lavis_cir_plugin import former_places
@@ -53,6 +54,13 @@ def _extend_model_zoo() -> None:
     for name, model in registry.mapping["model_name_mapping"].items():
         if model.__module__.startswith(__name__):
             model_zoo.model_zoo[name] = list(model.PRETRAINED_MODEL_CONFIG_DICT)
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``load_run`` when it is asked for."""
+    if name == "load_run":
+        return importlib.import_module(f"{__name__}.training.run_loading").load_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 former_places.install()

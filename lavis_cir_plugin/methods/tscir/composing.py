@@ -59,6 +59,8 @@ class TscirComposing(TscirMapping):
     """
 
     row_label = "stage I + II"
+    kept_in_checkpoints = ("mapping_checkpoint",)
+    """Keys of ``model`` that name files whose whole content a checkpoint of this model holds."""
     baselines: Mapping[str, str] = {**TscirMapping.baselines, "mapping": "stage I alone"}
     DEFAULT_LOSS_WEIGHTS: Mapping[str, float] = {"compose": 1.0, "reference": 1.0, "sta": 0.2}
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from lavis.common.registry import registry
 from torch import Tensor, nn
 
+from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint, state_in
 from lavis_cir_plugin.core.sentences import did_you_mean
 from lavis_cir_plugin.core.settings import check_choice, check_whole, is_number
@@ -65,6 +66,10 @@ class TscirMapping(ClipCir):
         ValueError: If a choice is unknown or impossible, with what is allowed.
     """
 
+    PRETRAINED_MODEL_CONFIG_DICT = {  # noqa: RUF012 (LAVIS's class attribute); the tiny text tower has fewer blocks than the defaults name
+        **ClipCir.PRETRAINED_MODEL_CONFIG_DICT,
+        "tiny": str(CONFIGS / "models" / "tscir_tiny.yaml"),
+    }
     row_label = "stage I"
     baselines: Mapping[str, str] = {"image": "image only", "text": "text only", "sum": "image + text"}
     is_zero_shot = True

@@ -12,7 +12,7 @@ import torch
 from conftest import SMALL, make_scoring_model
 from omegaconf import OmegaConf
 
-from lavis_cir_plugin import PROJECTS
+from lavis_cir_plugin import PROJECTS, load_run
 from lavis_cir_plugin.core.checkpoints import read_checkpoint
 from lavis_cir_plugin.data.benchmark_datasets import TripletDataset
 from lavis_cir_plugin.data.negatives import load_negatives
@@ -200,6 +200,9 @@ def test_the_working_recipe_logs_what_it_learns_and_its_checkpoint_is_a_plain_on
     evaluated = run("again", "evaluate", model=trained, datasets=on(elsewhere), test_splits=["val"])
     metrics, again = (json.loads((folder / "val/metrics.json").read_text()) for folder in (made, evaluated))
     assert again["metrics"] == metrics["metrics"]
+    weights, begun = load_run(made).model.state_dict(), read_checkpoint(start)["model"]
+    expected = {**begun, **read_checkpoint(str(made / "checkpoint_last.pth"))["model"]}
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
 def test_negatives_are_of_the_triplets_category(fused, world):

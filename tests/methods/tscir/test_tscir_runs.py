@@ -8,6 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from lavis_cir_plugin import load_run
 from lavis_cir_plugin.core.checkpoints import read_checkpoint
 from lavis_cir_plugin.data.benchmark_datasets import cache_root
 from lavis_cir_plugin.garments.questions import WORLD, QuestionGarments
@@ -114,6 +115,10 @@ def test_both_stages_then_a_benchmark_and_the_checkpoint_again(tmp_path, clip, m
     trained = composing(clip, None, load_finetuned=True, finetuned=str(made / "checkpoint_last.pth"))
     again = run(tmp_path / "again", trained, VAL, "evaluate", test_splits=["val"], train_splits=[])
     assert json.loads((again / "val/metrics.json").read_text())["metrics"] == metrics
+    loaded = load_run(made)
+    weights = loaded.model.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in state_of(made).items())
+    assert loaded.vis_processors["eval"].transform.transforms[0].size == 16
 
 
 @pytest.mark.parametrize("stage", ["mapping", "composing"])
