@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from statistics import fmean, harmonic_mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lavis_cir_plugin.benchmarks.annotation_files import (
     find_annotation,
@@ -234,7 +234,13 @@ def _metrics(rankings: Mapping[str, HasRanks], group: Group, settings: CIRRConfi
     if settings.labels == "hard":
         metrics.update(_subset_metrics(ranking))
     else:
-        metrics.update(_soft_subset_metrics(ranking, group, TOP if settings.labels == "artemis" else None))
+        metrics.update(
+            _soft_subset_metrics(
+                cast("Ranking", ranking),
+                group,  # no file is scored by soft labels
+                TOP if settings.labels == "artemis" else None,
+            )
+        )
     metrics["mean"] = (metrics["R@5"] + metrics["R_subset@1"]) / 2
     selected = settings.selection_metric
     if selected in _MEANS_OF_SEVEN:

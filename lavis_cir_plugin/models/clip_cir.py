@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
 from lavis_cir_plugin.core.settings import check_choice, check_flag, check_whole
-from lavis_cir_plugin.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.contrastive_losses import contrastive_loss, symmetric_contrastive_loss
+from lavis_cir_plugin.models.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.open_clip_towers import (
     PIXELS,
     ImageTower,

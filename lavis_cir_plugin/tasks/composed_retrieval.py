@@ -32,7 +32,7 @@ from lavis_cir_plugin.ranking.ranks import Ranking, padded, rank
 from lavis_cir_plugin.report import chance, contact_sheets, curves, files, tables
 from lavis_cir_plugin.report.run_log import EPOCHS
 from lavis_cir_plugin.training.config import own_name
-from lavis_cir_plugin.training_history import trained_on
+from lavis_cir_plugin.training.training_history import trained_on
 
 TOP = 50
 """How many images per query a submission and a contact sheet can show."""

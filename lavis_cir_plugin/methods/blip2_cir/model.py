@@ -24,8 +24,8 @@ from lavis_cir_plugin.core.model_parts import keep_as_buffers
 from lavis_cir_plugin.core.sentences import did_you_mean
 from lavis_cir_plugin.core.settings import check_choice, check_flag, check_whole
 from lavis_cir_plugin.methods.blip2_cir.losses import LOSSES, TrainingOutputs
-from lavis_cir_plugin.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.fused_attention import fuse_attention
+from lavis_cir_plugin.models.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.tokenizer import load_tokenizer
 
 _CHOICES = {

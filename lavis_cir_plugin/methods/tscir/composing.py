@@ -15,9 +15,9 @@ from lavis_cir_plugin.core.settings import check_flag, check_whole
 from lavis_cir_plugin.methods.tscir.layers import ComposingAdapter
 from lavis_cir_plugin.methods.tscir.losses import mixed_negatives_loss, soft_text_alignment_loss
 from lavis_cir_plugin.methods.tscir.mapping import PLAIN_SENTENCE, TscirMapping, check_blocks
-from lavis_cir_plugin.model_inputs import read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.clip_cir import image_ids
 from lavis_cir_plugin.models.contrastive_losses import symmetric_contrastive_loss
+from lavis_cir_plugin.models.model_inputs import read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.open_clip_towers import Edit, count_blocks
 
 

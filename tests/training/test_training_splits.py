@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask
 from lavis_cir_plugin.training import config, launcher
-from lavis_cir_plugin.training_history import trained_on
+from lavis_cir_plugin.training.training_history import trained_on
 
 FASHIONIQ, CIRR, CAPTIONS = {"fashioniq": ["train"]}, {"cirr": ["train"]}, {"garments_caption": ["train"]}
 EXPECTED = {

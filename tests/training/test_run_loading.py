@@ -232,6 +232,6 @@ def test_the_tiny_types_load_by_lavis_own_calls(model_class):
 
 
 def test_importing_the_package_loads_none_of_it():
-    code = "import sys, lavis_cir_plugin; print('lavis_cir_plugin.run_loading' in sys.modules)"
+    code = "import sys, lavis_cir_plugin; print('lavis_cir_plugin.training.run_loading' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split()[-1] == "False"
