@@ -180,7 +180,7 @@ def stopped_once(world, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "write_checkpoint", stop_after_four)
+        patch.setattr(resumable_runner, "write_checkpoint", stop_after_four)
         path = write_project(folder, world)
         with pytest.raises(KeyboardInterrupt):
             launcher.main("train", ["--cfg-path", path, "--options", f"run.output_dir={folder / 'out'}"])
@@ -283,7 +283,7 @@ def test_a_damaged_checkpoint_never_replaces_the_good_one_before(stopped, monkey
         saved.append(1)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "write_checkpoint", stop_after_one)
+    monkeypatch.setattr(resumable_runner, "write_checkpoint", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         go_on()
     for name in ("checkpoint_last.pth", "checkpoint_previous.pth"):

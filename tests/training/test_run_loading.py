@@ -21,6 +21,7 @@ from lavis_cir_plugin.methods.tscir.composing import TscirComposing
 from lavis_cir_plugin.methods.tscir.mapping import TscirMapping
 from lavis_cir_plugin.ranking.scoring import similarity
 from lavis_cir_plugin.training import config, launcher, lora
+from lavis_cir_plugin.training.lora import lora_pairs
 
 BLIP2 = {"arch": "blip2_cir", **SMALL}
 CLIP = {"clip_model": "small_clip", "image_size": 16}
@@ -118,9 +119,9 @@ def test_every_model_scores_as_it_did_in_its_run(name, tmp_path):
 def test_adapters_come_back_with_their_settings(name, tmp_path):
     lora = {"target_modules": ["c_fc"], "r": 2, "also_train": "^mapping|^adapters"} if "ing" in name else LORA
     built = write_run(tmp_path / "run", with_start(tmp_path, SCORING[name]), lora=lora)
-    assert lora.lora_pairs(built)
+    assert lora_pairs(built)
     loaded = load_run(tmp_path / "run" / "checkpoint_best.pth").model
-    assert len(lora.lora_pairs(loaded)) == len(lora.lora_pairs(built))
+    assert len(lora_pairs(loaded)) == len(lora_pairs(built))
     assert torch.equal(scores(loaded, make_triplets(3)), scores(built, make_triplets(3)))
 
 
