@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ def read_json(path: Path) -> Any:
         ValueError: it cannot be read (a folder, no permission), is not UTF-8 or not JSON (with line and column), or an
             object has a key twice.
     """
+    refuse_special(path)
     try:
         return parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -42,6 +44,20 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits; a key twice
         raise ValueError(f"{path} cannot be read as JSON: {error}; correct the file or copy it again.") from error
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse what waits for a writer when it is opened, or never ends: a named pipe, a socket, a device.
+
+    Raises:
+        ValueError: it is such a thing. A missing file, a folder and a regular file pass.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # opening it says what is wrong
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError(f"{path} is no regular file but a named pipe, socket or device; put a file in its place.")
 
 
 def parse_json(text: str) -> Any:

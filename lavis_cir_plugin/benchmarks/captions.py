@@ -90,6 +90,11 @@ def check_config(config: Mapping[str, Any]) -> None:
     CaptionsConfig.from_mapping(config)
 
 
+def image_folder(config: Mapping[str, Any]) -> Path:
+    """Return the folder below which the images lie; it need not exist."""
+    return _image_folder(CaptionsConfig.from_mapping(config))
+
+
 def read_captions(config: Mapping[str, Any]) -> tuple[list[CaptionedImage], dict[str, Path]]:
     """Read the captioned images in file order, and the paths of their files.
 
@@ -99,15 +104,14 @@ def read_captions(config: Mapping[str, Any]) -> tuple[list[CaptionedImage], dict
     """
     settings = CaptionsConfig.from_mapping(config)
     examples = first_or_drawn(list(caption_records(_file(settings))), settings.max_images, settings.seed)
-    guesses = [Path(settings.images) if settings.images else Path(settings.root) / "images"]
     scanned: dict[str, Path] = {}
-    for folder in image_folders(guesses, "image_captions"):
+    for folder in image_folders([_image_folder(settings)], "image_captions"):
         scanned = listing(scan_tree, folder)
     remedy = "add them (an image is named by its path below that folder with its suffix, such as shoes/a.jpg)"
     paths, _ = select_images(
         (example.image for example in examples),
         scanned,
-        str(guesses[0]),
+        str(_image_folder(settings)),
         remedy,
         "image_captions",
         settings.missing_images,
@@ -134,6 +138,10 @@ def caption_records(path: Path, remedy: str = _NAME_THE_FILE) -> Iterator[Captio
     for line, text in read_lines(path, remedy):
         refuse = partial(line_error, path, line)
         yield _example(parse_line(text, refuse, '{"image": ...}'), refuse)
+
+
+def _image_folder(settings: CaptionsConfig) -> Path:
+    return Path(settings.images) if settings.images else Path(settings.root) / "images"
 
 
 def _file(settings: CaptionsConfig) -> Path:

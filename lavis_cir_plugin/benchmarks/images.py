@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from lavis_cir_plugin.benchmarks.annotation_files import refuse_special
 from lavis_cir_plugin.benchmarks.survey import current_survey, listing
 from lavis_cir_plugin.core.sentences import listed
 
@@ -24,15 +28,30 @@ The published data sets need the first three. The others are what catalogues hol
 
 T = TypeVar("T")
 
+SYSTEM_FOLDERS = frozenset(
+    {
+        "@eadir", "@recently-snapshot", "@recycle", "@sharebin", "@tmp", "@__thumb", "#recycle", "#snapshot",
+        "__macosx", "$recycle.bin", "lost+found", "network trash folder", "system volume information",
+        "temporary items",
+    }
+)  # fmt: skip
+"""Folders, in lower case, that file servers and systems keep thumbnails, metadata and deleted files in.
+
+Those of Synology and QNAP, macOS and Windows; what begins with a dot is hidden and left out by that.
+"""
+
 _pillow_settings = threading.RLock()
+
+logger = logging.getLogger(__name__)
 
 
 def scan_images(folders: Iterable[Path]) -> dict[str, Path]:
     """Map the stem of every image file in the folders and in their direct sub-folders to its path.
 
     One directory listing per folder and no look into a single file, so that 120,000 files take seconds. Links that lead
-    nowhere and folders named like a picture are no image files. Where a stem occurs twice, earlier folders win, then
-    files outside sub-folders, then `SUFFIXES` order.
+    nowhere, named pipes and folders named like a picture are no image files, and what is hidden or in one of
+    `SYSTEM_FOLDERS` is left out. Where a stem occurs twice, earlier folders win, then files outside sub-folders, then
+    `SUFFIXES` order.
     """
     found: dict[str, Path] = {}
     for folder in folders:
@@ -57,35 +76,135 @@ def _listing(folder: Path, subfolders: bool) -> dict[str, Path]:
 def scan_tree(folder: Path) -> dict[str, Path]:
     """Map the path of every image file below a folder, relative to it and with ``/``, to its path; sorted.
 
-    As fast as `scan_images`. Links to folders are followed, but never twice into the same one on the way down.
+    As fast as `scan_images`. What stands there but is no picture of its owner's is left out, and a warning (in a survey
+    `Survey.left_out`) says how many: hidden files, files in hidden folders, in `SYSTEM_FOLDERS` and in the output
+    folders of runs, and what is no regular file. Links to folders are followed only into the tree, never up it.
     """
     found: dict[str, Path] = {}
+    left_out = _LeftOut()
+    root = os.path.realpath(folder)
 
     def descend(inside: str, above: frozenset[str]) -> None:
-        here = os.path.realpath(folder / inside)
-        if here in above:
-            return
-        names, below = _entries(folder / inside)
+        names, below = _entries(folder / inside, left_out)
         found.update((inside + name, folder / (inside + name)) for name in names)
         for name in below:
-            descend(f"{inside}{name}/", above | {here})
+            path = folder / (inside + name)
+            real = os.path.realpath(path)
+            if os.path.islink(path) and (real in above or _leads_out(root, real)):
+                left_out.add("links to folders out of the tree, up it or to what is left out", path)
+            elif _is_run(path):
+                left_out.add_pictures("in the output folders of runs", path)
+            else:
+                descend(f"{inside}{name}/", above | {real})
 
-    descend("", frozenset())
+    descend("", frozenset({root}))
+    left_out.say(folder)
     return dict(sorted(found.items()))
 
 
-def _entries(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of a folder's image files, and of its folders, sorted."""
+class _LeftOut:
+    """Counts what a scan leaves out, by the reason."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, Path] = {}
+
+    def add(self, reason: str, path: str | Path) -> None:
+        self._counts[reason] += 1
+        self._first.setdefault(reason, Path(path))
+
+    def add_pictures(self, reason: str, folder: str | Path) -> None:
+        """Add all files below a folder that are called like pictures."""
+        for place, _, names in os.walk(folder):
+            for name in filter(_is_called_a_picture, names):
+                self.add(reason, os.path.join(place, name))
+
+    def say(self, folder: Path) -> None:
+        """Log it, or tell it to the survey that is under way; nothing where nothing was left out."""
+        if not self._counts:
+            return
+        parts = [
+            f"{count:,} {reason} (first: {os.path.relpath(self._first[reason], folder)})"
+            for reason, count in self._counts.items()
+        ]
+        sentence = f"{sum(self._counts.values()):,} left out of {folder}: {', '.join(parts)}"
+        survey = current_survey()
+        if survey is None:
+            _warn_once(f"{sentence}.")
+        else:
+            survey.left_out[folder] = sentence
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    """Log a warning, once per process: several splits are read from one folder."""
+    logger.warning("%s", sentence)
+
+
+def _entries(folder: Path, left_out: _LeftOut | None = None) -> tuple[list[str], list[str]]:
+    """Return the names of a folder's image files, and of its folders, sorted; without what is hidden or a system's."""
     files, folders = [], []
     with os.scandir(folder) as scan:
         for entry in scan:
             # Asking the entry costs nothing but for links; of those, a circle would raise.
             is_link = entry.is_symlink()
             if os.path.isdir(entry) if is_link else entry.is_dir():
-                folders.append(entry.name)
-            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and (not is_link or os.path.isfile(entry)):
-                files.append(entry.name)
+                if not is_foreign(entry.name):
+                    folders.append(entry.name)
+                elif left_out is not None:
+                    left_out.add_pictures("in hidden or system folders", entry.path)
+            elif _is_called_a_picture(entry.name):
+                is_regular = os.path.isfile(entry) if is_link else entry.is_file()
+                if is_regular and not is_foreign(entry.name):
+                    files.append(entry.name)
+                elif left_out is not None:
+                    left_out.add("hidden" if is_regular else "that are no regular files", entry.path)
     return files, sorted(folders)
+
+
+def is_foreign(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden or a system's, so that it is no picture of its owner's."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
+def _is_called_a_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _leads_out(root: str, real: str) -> bool:
+    """Return whether a folder, both without links, lies outside a tree or in a part of it that is left out."""
+    if Path(root) not in (Path(real), *Path(real).parents):
+        return True
+    return any(is_foreign(part) for part in Path(real).relative_to(root).parts)
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether a folder is the output of a run: its ``log.txt`` begins with the config, a JSON object."""
+    log = folder / "log.txt"
+    with suppress(OSError):
+        if log.is_file():
+            with log.open("rb") as file:
+                return file.read(1) == b"{"
+    return False
+
+
+def refuse_output_inside(output: Path, folder: Path, key: str) -> None:
+    """Refuse an output folder inside an image folder: what a run writes there would be a picture to the next one.
+
+    Args:
+        output: The folder of all runs; need not exist.
+        folder: Of the images; need not exist.
+        key: Of the config that names the image folder, for the message.
+
+    Raises:
+        ValueError: it is that folder or lies below it, links followed.
+    """
+    inside, above = Path(os.path.realpath(output)), Path(os.path.realpath(folder))
+    if inside == above or above in inside.parents:
+        raise ValueError(
+            f"run.output_dir: {output} lies inside the image folder {folder} ({key}), where a later run would take "
+            "its sheets and curves for pictures; choose a folder outside."
+        )
 
 
 def find_images(
@@ -273,6 +392,7 @@ def _truncation_is_an_error() -> Iterator[None]:
 def _read(path: Path, use: Callable[[Image.Image], T]) -> T:
     from PIL import Image
 
+    refuse_special(path)
     try:
         with Image.open(path) as image:
             return use(image)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lavis_cir_plugin.benchmarks.annotation_files import parse_json
+from lavis_cir_plugin.benchmarks.annotation_files import parse_json, refuse_special
 from lavis_cir_plugin.benchmarks.survey import current_survey
 from lavis_cir_plugin.core.sentences import shown
 from lavis_cir_plugin.core.settings import is_text
@@ -28,6 +28,7 @@ def read_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
         ValueError: it cannot be read, is not UTF-8 or has no line.
     """
     survey = current_survey()
+    refuse_special(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
         if survey is not None:

@@ -21,6 +21,7 @@ class Survey:
         absent: Names of those that were not.
         paths: Images that were found.
         missing: Names of those that were not.
+        left_out: What is no picture among the images, a phrase by image folder.
         scans: Listings of folders, so that each folder is listed once however many splits are read.
     """
 
@@ -28,6 +29,7 @@ class Survey:
     absent: list[str] = field(default_factory=list)
     paths: dict[str, Path] = field(default_factory=dict)
     missing: dict[str, None] = field(default_factory=dict)
+    left_out: dict[Path, str] = field(default_factory=dict)
     scans: dict[Hashable, Any] = field(default_factory=dict)
 
 

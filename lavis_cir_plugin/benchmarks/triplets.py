@@ -30,8 +30,9 @@ key                    needed    value
 =====================  ========  ===================================================================================
 
 Other keys are ignored. The gallery of ``val`` and ``test`` is ``gallery.txt``, one image per line, in its order, or
-else every image below ``images/`` in sorted order: never just the images that queries mention, which would make the
-task easier than the catalogue is. References need not be in it; targets and members must be.
+else every image below ``images/`` in sorted order, but for what `scan_tree` leaves out: never just the images that
+queries mention, which would make the task easier than the catalogue is. References need not be in it; targets and
+members must be.
 
 Metrics in percent: R@1, 5, 10 and 50, the share of queries with a target (of several: any) among the first K. Where
 some query of the split has several targets, mAP@5, 10, 25 and 50 over min(K, targets), as CIRCO's. With ``members``
@@ -149,6 +150,11 @@ def check_config(config: Mapping[str, Any]) -> None:
         ValueError: every unknown key and impossible value.
     """
     TripletsConfig.from_mapping(config)
+
+
+def image_folder(config: Mapping[str, Any]) -> Path:
+    """Return the folder below which every image is one of the catalogue; it need not exist."""
+    return _image_folder(TripletsConfig.from_mapping(config))
 
 
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:

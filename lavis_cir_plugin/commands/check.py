@@ -176,12 +176,14 @@ class Findings:
         files: Annotation files.
         paths: Images by name.
         missing: Names of images that an annotation file asks for.
+        left_out: What is no picture among the images, a phrase by image folder.
     """
 
     readings: dict[tuple[str, str], Reading] = field(default_factory=dict)
     files: dict[Path, None] = field(default_factory=dict)
     paths: dict[str, Path] = field(default_factory=dict)
     missing: dict[str, None] = field(default_factory=dict)
+    left_out: dict[Path, str] = field(default_factory=dict)
 
     @property
     def is_usable(self) -> bool:
@@ -237,6 +239,7 @@ def survey(name: str, root: Path) -> Findings:
             findings.files.update(dict.fromkeys(seen.files))
             findings.paths.update(seen.paths)
             findings.missing.update(seen.missing)
+            findings.left_out.update(seen.left_out)
     return findings
 
 
@@ -285,6 +288,7 @@ def report(name: str, findings: Findings, root: Path) -> list[str]:
     if needed:
         where = f" in {_folders(findings.paths.values(), root)}" if findings.paths else ""
         lines.append(f"  images   {len(findings.paths):,} of {needed:,} that are needed{where}")
+    lines += [f"  {sentence}" for sentence in findings.left_out.values()]
     lines += [f"  {_verdict(way, data_set, findings)}" for way in data_set.ways]
     if absent:
         lines += [f"  missing files: {', '.join(absent)}", f"    note: {data_set.absent_files}"]

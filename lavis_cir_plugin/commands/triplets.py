@@ -79,3 +79,5 @@ def _check(args: argparse.Namespace, output: Path, images: Path | None, sheet: P
         raise ValueError("--contact-sheet needs --images, the folder of the images.")
     if sheet is not None and sheet.suffix != ".png":
         raise ValueError(f"--contact-sheet {sheet}: the picture is a PNG; choose a name that ends in .png.")
+    if sheet is not None and images is not None and images.resolve() in sheet.resolve().parents:
+        raise ValueError(f"--contact-sheet {sheet} lies inside --images {images}, as one more image; choose another.")

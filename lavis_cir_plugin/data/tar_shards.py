@@ -23,8 +23,8 @@ from braceexpand import braceexpand
 from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lavis_cir_plugin.benchmarks.annotation_files import parse_json
-from lavis_cir_plugin.benchmarks.images import SUFFIXES, decode_rgb
+from lavis_cir_plugin.benchmarks.annotation_files import parse_json, refuse_special
+from lavis_cir_plugin.benchmarks.images import SUFFIXES, decode_rgb, is_foreign
 from lavis_cir_plugin.benchmarks.json_lines import one_text, some_texts
 from lavis_cir_plugin.benchmarks.types import first_or_drawn
 from lavis_cir_plugin.core.sentences import listed, shown
@@ -71,7 +71,7 @@ class ShardsConfig:
         """
         root = Path(self.root)
         if self.shards is None:
-            paths = sorted(root.glob("*.tar"))
+            paths = sorted(path for path in root.glob("*.tar") if not is_foreign(path.name))
             if not paths:
                 raise FileNotFoundError(
                     f"caption_shards: {root} has no .tar file; set datasets.caption_shards.build_info.root to the "
@@ -189,6 +189,7 @@ class Shards:
 
 def _listing(path: Path, cache: Path | None, problems: list[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return what `_samples` finds, ``(N, 5)``; the kept listing of an unchanged shard that was whole."""
+    refuse_special(path)
     status = path.stat()
     shard = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
     kept = None if cache is None else cache / f"{hashlib.blake2b(shard.encode(), digest_size=16).hexdigest()}.npy"

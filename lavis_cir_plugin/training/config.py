@@ -10,6 +10,7 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lavis.common.optims
@@ -22,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import lavis_cir_plugin
+from lavis_cir_plugin.benchmarks.images import refuse_output_inside
 from lavis_cir_plugin.core.sentences import did_you_mean, unknown_key
 from lavis_cir_plugin.core.settings import as_plain, is_number
 from lavis_cir_plugin.training import lora
@@ -127,6 +129,7 @@ def check_values(cfg: Config, command: str) -> None:
         *_run_values(cfg.run_cfg, command),
         *_split_values(cfg, command),
         *_image_sizes(cfg),
+        *_output_place(cfg),
         *_model_values(cfg, command),
     ]
     if problems:
@@ -450,3 +453,17 @@ def _image_sizes(cfg: Config) -> Iterator[str]:
             if None not in (size, given) and size != given:
                 key = f"datasets.{name}.vis_processor.{stage}.image_size"
                 yield f"{key}: {given} differs from model.image_size: {size}."
+
+
+def _output_place(cfg: Config) -> Iterator[str]:
+    """Where every picture below a folder is one of the data set, no run may write its own ones there."""
+    for name, section in cfg.datasets_cfg.items():
+        module = getattr(registry.get_builder_class(name), "benchmark_module", None)
+        image_folder = getattr(module, "image_folder", None)
+        if image_folder is not None and isinstance(cfg.run_cfg.output_dir, str):
+            try:
+                folder = image_folder(as_plain(section.get("build_info")))
+                output = Path(os.path.expanduser(cfg.run_cfg.output_dir))
+                refuse_output_inside(output, folder, f"datasets.{name}.build_info")
+            except ValueError as error:
+                yield str(error)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import lavis_cir_plugin
 from lavis_cir_plugin import PROJECTS
+from lavis_cir_plugin.benchmarks.images import refuse_output_inside
 from lavis_cir_plugin.training import config, lora
 from lavis_cir_plugin.training.portable_runner import join_single_process
 from lavis_cir_plugin.training.resumable_runner import LAST, PREVIOUS, find_checkpoint, resumable
@@ -71,6 +72,7 @@ def run(command: str, args: argparse.Namespace) -> None:
 
     task = tasks.setup_task(cfg)
     datasets = task.build_datasets(cfg)
+    _refuse_output_among_images(Path(cfg.run_cfg.output_dir), datasets)
     model = lora.build_model(task, cfg)
     if hasattr(task, "prepare"):
         task.prepare(model, datasets, cfg)
@@ -115,6 +117,14 @@ def _output_folder(path: str) -> Path:
         raise OSError(
             f"run.output_dir: {folder} cannot be written ({error.strerror}); choose another folder."
         ) from error
+
+
+def _refuse_output_among_images(output: Path, datasets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse an output folder below a folder that some data set has images in."""
+    for name, splits in datasets.items():
+        folders = {path.parent for data in splits.values() for path in getattr(data, "image_paths", {}).values()}
+        for folder in sorted(folders):
+            refuse_output_inside(output, folder, f"of datasets.{name}")
 
 
 def _join_processes(run_cfg: DictConfig) -> None:
