@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -285,21 +285,27 @@ def image_folders(guesses: Sequence[Path], dataset: str) -> list[Path]:
     return existing
 
 
-def open_rgb(path: Path) -> Image.Image:
+def open_rgb(path: Path, upright: bool = False) -> Image.Image:
     """Open an image file as RGB, by content and not by suffix.
 
     Alpha and palette transparency are dropped and animations give their first frame, as in the field's reference
     implementations; 16-bit grey is scaled to 8 bits (Pillow alone would clip it to white).
 
+    Args:
+        path: The file.
+        upright: Turn and mirror it as its EXIF orientation says, as viewers do. The reference implementations of the
+            benchmarks do not, so theirs stay as they are stored.
+
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it cannot be decoded (empty, truncated, not an image, too many pixels).
+        ValueError: it cannot be decoded (empty, truncated, not an image, too many pixels), or is grey of 32 bits or
+            floating point, which says nowhere what is black and what white.
     """
     with _truncation_is_an_error():
-        return _read(path, as_rgb)
+        return _read(path, partial(as_rgb, upright=upright))
 
 
-def decode_rgb(content: bytes, name: str) -> Image.Image:
+def decode_rgb(content: bytes, name: str, upright: bool = False) -> Image.Image:
     """Decode the content of an image file as `open_rgb` does; ``name`` is what messages call it.
 
     Raises:
@@ -310,18 +316,54 @@ def decode_rgb(content: bytes, name: str) -> Image.Image:
     with _truncation_is_an_error():
         try:
             with Image.open(io.BytesIO(content)) as image:
-                return as_rgb(image)
+                return as_rgb(image, upright)
         except Exception as error:  # Pillow's decoders raise a dozen types on broken files
             raise _unreadable(name, not content, error) from error
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Return a picture of any mode as RGB, by the rules of `open_rgb`."""
-    if image.mode.startswith("I"):
-        return image.convert("I").point(lambda value: value / 257).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""Name of Pillow's transposition by EXIF orientation."""
+_ORIENTATION = 0x0112  # the EXIF tag
+
+
+def as_rgb(image: Image.Image, upright: bool = False) -> Image.Image:
+    """Return a picture of any mode as RGB, by the rules of `open_rgb`.
+
+    Raises:
+        ValueError: it is grey of 32 bits or floating point.
+    """
+    turn = _turn(image) if upright else None
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # so older Pillows call it
+        image = image.convert("I").point(lambda value: value / 257)
+    elif image.mode in ("I", "F"):
+        kind = "32 bits" if image.mode == "I" else "floating point"
+        raise ValueError(
+            f"it is grey of {kind}, which says nowhere what is black and what white; save it with 8 or 16 bits"
+        )
+    elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    picture = image.convert("RGB")
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return how a picture has to be turned or mirrored to stand upright; ``None`` if it stands so or does not say."""
+    from PIL import Image
+
+    image.load()  # newer Pillows turn a TIFF here, and take the tag away
+    try:
+        name = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow raises many types on broken EXIF data, which say nothing about the pixels
+        return None
+    return None if name is None else Image.Transpose[name]
 
 
 def verify_images(paths: Iterable[Path]) -> None:
@@ -353,7 +395,7 @@ def image_problems(paths: Sequence[Path]) -> list[str]:
         try:
             kind = _read(path, _verified_format)
             if not (kind == "PNG" or (kind == "JPEG" and _ends_like_a_jpeg(path))):
-                _read(path, lambda image: image.load())
+                _read(path, as_rgb)
         except (ValueError, FileNotFoundError) as error:
             return str(error)
         return ""

@@ -83,6 +83,9 @@ if TYPE_CHECKING:
     from lavis_cir_plugin.ranking.ranks import Ranking
 
 SPLITS = ("train", *EVALUATION_SPLITS)
+UPRIGHT = True
+"""One's own photographs are turned as their EXIF orientation says."""
+
 CUTOFFS = (1, 5, 10, 50)
 PRECISION_CUTOFFS = (5, 10, 25, 50)
 SUBSET_CUTOFFS = (1, 2, 3)
@@ -215,6 +218,7 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
         metrics=partial(_metrics, has_several=has_several, has_members=has_members) if has_targets else no_metrics,
         selection_metric=_selection_metric(settings, split, has_several, has_members),
         submissions=no_submissions if has_targets else partial(_submissions, group=group),
+        upright=UPRIGHT,
     )
 
 

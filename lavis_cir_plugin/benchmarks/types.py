@@ -101,6 +101,7 @@ class Benchmark:
         metrics: Ranking per group name to metrics in percent; empty where the targets are not public.
         selection_metric: The metric that chooses the best checkpoint.
         submissions: Ranking per group name to the test server's files, the content (for JSON) by file name.
+        upright: Whether its images are turned as their EXIF orientation says.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Benchmark:
     metrics: Callable[[Mapping[str, HasRanks]], dict[str, float]]
     selection_metric: str
     submissions: Callable[[Mapping[str, Ranking]], dict[str, Any]] = no_submissions
+    upright: bool = False
 
     @property
     def has_targets(self) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
@@ -37,7 +38,13 @@ def cache_root() -> Path:
 
 
 class CirDataset(Dataset):
-    """What the data sets of composed retrieval share: picture loading and a collater that drops nothing."""
+    """What the data sets of composed retrieval share: picture loading and a collater that drops nothing.
+
+    Attributes:
+        upright: Whether pictures are turned as their EXIF orientation says.
+    """
+
+    upright = False
 
     def __init__(self, image_paths: Mapping[str, Path], vis_processor: Processor, text_processor: Processor) -> None:
         self.image_paths = image_paths
@@ -55,7 +62,11 @@ class CirDataset(Dataset):
             return self.features[self.image_paths[name]]
         if name in self.preloaded:
             return self.preloaded[name]
-        return self.vis_processor(open_rgb(self.image_paths[name]))
+        return self.vis_processor(self.picture(name))
+
+    def picture(self, name: str) -> Image.Image:
+        """Return the picture as RGB, not yet preprocessed."""
+        return open_rgb(self.image_paths[name], self.upright)
 
     @property
     def is_deterministic(self) -> bool:
@@ -163,6 +174,7 @@ class BenchmarkDataset(CirDataset):
     def __init__(self, benchmark: Benchmark, vis_processor: Processor, text_processor: Processor) -> None:
         super().__init__(benchmark.image_paths, vis_processor, text_processor)
         self.benchmark = benchmark
+        self.upright = benchmark.upright
         # Categories of FashionIQ share images; each goes through the model once.
         self.names = list(dict.fromkeys(name for group in benchmark.groups for name in group.gallery))
         self.queries = QueryDataset(self)

@@ -117,18 +117,22 @@ class FeatureCache:
         root: Folder of all caches; this one lies below it in a folder that is named by its key.
         model: The key takes its class and its tower; the model itself is not kept.
         transform: From an RGB picture to ``(3, H, W)``, without randomness.
+        upright: Turn pictures first as their EXIF orientation says; it is part of the key.
 
     Raises:
         ValueError: If the folder's ``meta.json`` does not describe what the folder is named after.
     """
 
-    def __init__(self, root: Path, model: HasImageTower, transform: Callable[[Any], Tensor]) -> None:
-        self.identity, self.folder = _identified(root, model, transform, _own_name)
+    def __init__(
+        self, root: Path, model: HasImageTower, transform: Callable[[Any], Tensor], upright: bool = False
+    ) -> None:
+        self.identity, self.folder = _identified(root, model, transform, upright, _own_name)
         if not self.folder.is_dir():
-            former_identity, former_folder = _identified(root, model, transform, _former_name)
+            former_identity, former_folder = _identified(root, model, transform, upright, _former_name)
             if former_folder.is_dir():
                 self.identity, self.folder = former_identity, former_folder
         self.transform = transform
+        self.upright = upright
         self._file_lines = root / "files"
         self._rows: dict[str, tuple[str, int]] = {}  # path -> segment and row
         self._maps: dict[str, np.ndarray[Any, Any]] = {}
@@ -347,7 +351,7 @@ class FeatureCache:
                     logging.info(f"feature cache: {done:,} of {len(images):,} in {passed:.0f} s, {left:.0f} s to go")
 
     def _picture(self, name: str) -> Tensor:
-        return self.transform(open_rgb(Path(name)))
+        return self.transform(open_rgb(Path(name), self.upright))
 
     @torch.no_grad()
     def _features(self, model: HasImageTower, pictures: Tensor) -> Tensor:
@@ -403,7 +407,7 @@ class _Pictures(Dataset[Tensor]):
 
 
 def _identified(
-    root: Path, model: HasImageTower, transform: Callable[[Any], Tensor], named: Named
+    root: Path, model: HasImageTower, transform: Callable[[Any], Tensor], upright: bool, named: Named
 ) -> tuple[dict[str, Any], Path]:
     """Return what identifies a cache, and the folder that it is in."""
     identity = {
@@ -411,6 +415,7 @@ def _identified(
         "model": named(type(model)),
         "tower": fingerprint(model.image_tower, named),
         "transform": fingerprint(transform, named),
+        **({"upright": True} if upright else {}),
     }
     return identity, root / fingerprint(identity, named)
 

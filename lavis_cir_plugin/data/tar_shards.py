@@ -172,7 +172,7 @@ class Shards:
             with path.open("rb") as file:
                 content, text = _content(file, picture), _content(file, caption)
             try:
-                return decode_rgb(content, "the picture"), _captions(text, bool(is_json))
+                return decode_rgb(content, "the picture", upright=True), _captions(text, bool(is_json))
             except ValueError as error:
                 problem = f"{path}, sample {_key_at(path, picture)}: {error}"
                 if not self.skips_broken:

@@ -58,8 +58,8 @@ def contact_sheet(
     selection of successes, and its caption says so. Pictures keep their aspect ratio.
 
     Raises:
-        ValueError: the ranking does not have one entry per query.
-        OSError: a picture cannot be read or the sheet cannot be written.
+        ValueError: the ranking does not have one entry per query, or a picture cannot be read.
+        OSError: a picture is missing or the sheet cannot be written.
     """
     num_queries = len(group.queries)
     top, ranks = ranking.top, ranking.ranks
@@ -94,16 +94,17 @@ def contact_sheet(
         # A ranking with fewer than k candidates ends in -1, which would index the last image of the gallery.
         shown = [group.gallery[i] for i in top[index, :columns].tolist() if i >= 0]
         y = header.height + LABEL_HEIGHT + row * row_height
-        draw_picture(sheet, (MARGIN, y), benchmark.image_paths[query.reference])
+        draw_picture(sheet, (MARGIN, y), benchmark.image_paths[query.reference], "", "", benchmark.upright)
         draw_text(draw, (text_left, y), " / ".join(query.texts))
         for column, name in enumerate(shown):
             frame = GREEN if name in answers else ""
             label = f"{column + 1} (reference)" if name == query.reference else str(column + 1)
             place = (top_left + column * (PICTURE[0] + GAP), y)
-            draw_picture(sheet, place, benchmark.image_paths[name], label, frame)
+            draw_picture(sheet, place, benchmark.image_paths[name], label, frame, benchmark.upright)
         if rank >= columns and query.target is not None:
             label = f"rank {rank + 1:,}"
-            draw_picture(sheet, (answer_left, y), benchmark.image_paths[query.target], label, ORANGE)
+            answer = benchmark.image_paths[query.target]
+            draw_picture(sheet, (answer_left, y), answer, label, ORANGE, benchmark.upright)
         verdict = _verdict(rank, columns, len(answers), len(answers.intersection(shown)))
         draw.text((text_left, y + PICTURE[1]), *verdict, font(13), anchor="ls")
     buffer = io.BytesIO()

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
+from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group
 
 # The contact sheet, in pixels.
@@ -48,13 +49,17 @@ def draw_header(title: str, notes: Sequence[str], width: int, colours: Mapping[s
     return header
 
 
-def draw_picture(sheet: Image.Image, place: tuple[int, int], path: Path, label: str = "", frame: str = "") -> None:
-    """Fit a picture into the box at place (left, top), its label below it, with a coloured frame or a thin grey one."""
+def draw_picture(
+    sheet: Image.Image, place: tuple[int, int], path: Path, label: str = "", frame: str = "", upright: bool = False
+) -> None:
+    """Fit a picture into the box at place (left, top), its label below it, with a coloured frame or a thin grey one.
+
+    ``upright`` as in `open_rgb`: a sheet shows what the model sees.
+    """
     left, top = place
     draw = ImageDraw.Draw(sheet)
     right, bottom = left + PICTURE[0] - 1, top + PICTURE[1] - 1
-    with Image.open(path) as file:
-        picture = file.convert("RGB")
+    picture = open_rgb(path, upright)
     # Inside the frame, so that a frame never hides a part of the picture.
     inner = (PICTURE[0] - 2 * FRAME, PICTURE[1] - 2 * FRAME)
     scale = min(inner[0] / picture.width, inner[1] / picture.height)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm import tqdm
 
-from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query
 from lavis_cir_plugin.core.processes import fail_together, gather, share
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, CirDataset, cache_root
@@ -165,7 +164,7 @@ class ComposedRetrievalTask(BaseTask):
             return
         root = cache_root() / "features" if where is True else Path(os.path.expanduser(where)).absolute()
         check_tower(model)
-        alike: dict[str, list[CirDataset]] = {}
+        alike: dict[tuple[str, bool], list[CirDataset]] = {}
         for name, splits in datasets.items():
             for split, dataset in splits.items():
                 if not isinstance(dataset, CirDataset):
@@ -179,10 +178,10 @@ class ComposedRetrievalTask(BaseTask):
                         f"run.feature_cache: {key} is {type(dataset.vis_processor).__name__}, which may return "
                         f"something else each time; set {key}.name: target_pad or run.feature_cache: false."
                     )
-                alike.setdefault(fingerprint(dataset.vis_processor), []).append(dataset)
+                alike.setdefault((fingerprint(dataset.vis_processor), dataset.upright), []).append(dataset)
         model.to(torch.device(cfg.run_cfg.device))
         for members in alike.values():
-            cache = FeatureCache(root, model, members[0].vis_processor)
+            cache = FeatureCache(root, model, members[0].vis_processor, members[0].upright)
             paths = {path for dataset in members for path in dataset.image_paths.values()}
             workers = int(cfg.run_cfg.get("num_workers", 0))
             cache.fill(model, paths, batch_size=int(cfg.run_cfg.get("batch_size_eval", 64)), num_workers=workers)
@@ -338,8 +337,8 @@ class Evaluation:
         written = []
         for group in self.dataset.benchmark.groups:
             queries = [group.queries[index] for index in contact_sheets.drawn_queries(group, ATTENTION_ROWS)]
-            paths = [self.dataset.image_paths[query.reference] for query in queries]
-            pictures = torch.stack([processors[0](open_rgb(path)) for path in paths])  # also where features are cached
+            # The pictures themselves, also where features are cached.
+            pictures = torch.stack([processors[0](self.dataset.picture(query.reference)) for query in queries])
             samples = {"image": pictures, "text_input": [processors[1](query.texts[0]) for query in queries]}
             maps = self.model.attention_maps(prepare_sample(samples, self.cuda_enabled)).float().cpu()
             sheet = folder / f"attention_{group.name}.png"

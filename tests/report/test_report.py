@@ -414,9 +414,7 @@ def test_sheet_leaves_places_of_a_short_ranking_empty(tmp_path, pictures):
 
 def test_sheet_says_where_the_reference_was_retrieved(tmp_path, pictures, monkeypatch):
     labels = []
-    monkeypatch.setattr(
-        contact_sheets, "draw_picture", lambda sheet, place, path, label="", frame="": labels.append(label)
-    )
+    monkeypatch.setattr(contact_sheets, "draw_picture", lambda sheet, place, path, label, *_: labels.append(label))
     sheet(pictures, [Query("p0", ("x",), "p9")], [[4, 0, 5]], [8], tmp_path / "sheet.png")
     assert labels == ["", "1", "2 (reference)", "3", "rank 9"]
 

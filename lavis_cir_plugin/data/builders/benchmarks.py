@@ -102,7 +102,9 @@ class BenchmarkBuilder(BaseDatasetBuilder):
         if split == "train":
             triplets, image_paths = self.benchmark_module.read_train(build_info)
             text = self.benchmark_module.training_text
-            return TripletDataset(triplets, image_paths, vis_processor, text_processor, text)
+            dataset = TripletDataset(triplets, image_paths, vis_processor, text_processor, text)
+            dataset.upright = getattr(self.benchmark_module, "UPRIGHT", False)
+            return dataset
         return BenchmarkDataset(self.benchmark_module.read_benchmark(build_info, split), vis_processor, text_processor)
 
 

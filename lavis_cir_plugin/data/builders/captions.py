@@ -26,6 +26,8 @@ from lavis_cir_plugin.data.tar_shards import Shards
 class CaptionDataset(CirDataset):
     """Captioned image files. Of several captions of an example one is drawn each time it is read."""
 
+    upright = True
+
     def __init__(
         self,
         examples: Sequence[CaptionedImage],

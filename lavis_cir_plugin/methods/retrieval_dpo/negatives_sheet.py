@@ -42,7 +42,8 @@ def negatives_sheet(sets: NegativeSets, path: str | Path, rows: int = 8, columns
 
     Raises:
         FileNotFoundError: pictures to be drawn are no longer where they were mined.
-        OSError: one of them cannot be read or the sheet cannot be written.
+        ValueError: one of them cannot be read.
+        OSError: the sheet cannot be written.
     """
     chosen = sorted(random.Random(seed).sample(range(len(sets.targets)), min(rows, len(sets.targets))))
     columns = min(columns, sets.negatives.shape[1])
@@ -66,6 +67,7 @@ def negatives_sheet(sets: NegativeSets, path: str | Path, rows: int = 8, columns
     sheet = Image.new("RGB", (width, header.height + LABEL_HEIGHT + len(chosen) * row_height + MARGIN - GAP), WHITE)
     sheet.paste(header, (0, 0))
     draw = ImageDraw.Draw(sheet)
+    upright = bool(sets.about.get("upright", False))
     right_is_reference = sets.about.get("positive") == "image"
     titles = {
         MARGIN: "reference = positive" if right_is_reference else "reference",
@@ -81,15 +83,15 @@ def negatives_sheet(sets: NegativeSets, path: str | Path, rows: int = 8, columns
         draw_text(draw, (text_left, y), sets.texts[index])
         own = _rank_and_score(int(sets.target_ranks[index]), float(sets.target_scores[index]))
         labels = (own, "") if right_is_reference else ("", own)
-        draw_picture(sheet, (MARGIN, y), Path(sets.paths[reference]), labels[0])
-        draw_picture(sheet, (target_left, y), Path(sets.paths[target]), labels[1], GREEN)
+        draw_picture(sheet, (MARGIN, y), Path(sets.paths[reference]), labels[0], "", upright)
+        draw_picture(sheet, (target_left, y), Path(sets.paths[target]), labels[1], GREEN, upright)
         for column, image in enumerate(sets.negatives[index, :columns].tolist()):
             if image < 0:
                 break
             label = _rank_and_score(int(sets.ranks[index, column]), float(sets.scores[index, column]))
             label += " (reference)" if image == reference else ""
             place = (first_left + column * (PICTURE[0] + GAP), y)
-            draw_picture(sheet, place, Path(sets.paths[image]), label)
+            draw_picture(sheet, place, Path(sets.paths[image]), label, "", upright)
         if sets.counts[index] == 0:
             draw.text((first_left, y + PICTURE[1] / 2), "none passes the rules", ORANGE, font(TEXT_SIZE), anchor="lm")
     buffer = io.BytesIO()

@@ -191,7 +191,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
             if dataset.negatives is not None:
                 try:
                     sheets.append(negatives_sheet.negatives_sheet(dataset.negatives, run / f"negatives_{name}.png"))
-                except OSError as error:
+                except (ValueError, OSError) as error:
                     logging.warning("no sheet of the negatives: %s", error)
         return [*super()._report_run(run, curve_metric), *sheets]
 
@@ -271,6 +271,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
                 "seed": self.seed,
                 "positive": self.preference.positive,
                 "negatives": self._mining_settings(),
+                "upright": dataset.upright,
             },
             paths=self._paths(dataset, group.gallery),
             **arrays,
@@ -406,7 +407,9 @@ def training_benchmark(name: str, dataset: TripletDataset, seed: int, epoch: int
         for number, triplet in enumerate(dataset.triplets)
     )
     group = Group(name, tuple(dataset.image_paths), queries, reference_removed=False)
-    return Benchmark(name, "train", (group,), dataset.image_paths, f"{name} train", no_metrics, "")
+    return Benchmark(
+        name, "train", (group,), dataset.image_paths, f"{name} train", no_metrics, "", upright=dataset.upright
+    )
 
 
 def _setting_problems(run: Mapping[str, Any]) -> Iterator[str]:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lavis_cir_plugin.benchmarks.captions import caption_records
-from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.methods.tscir.synthetic_triplets import Captions, Made, SyntheticTriplet
 from lavis_cir_plugin.report import sheet_layout
 
@@ -104,8 +103,7 @@ def contact_sheet(captions: Captions, triplets: Sequence[SyntheticTriplet], imag
         triplet, y = triplets[index], top + number * row_height
         for left, image in ((sheet_layout.MARGIN, triplet.edit.image), (target_left, triplet.target)):
             path = images / captions.names[image]
-            open_rgb(path)  # raises a sentence
-            sheet_layout.draw_picture(sheet, (left, y), path)
+            sheet_layout.draw_picture(sheet, (left, y), path, "", "", True)
         sheet_layout.draw_text(draw, (text_left, y), triplet.edit.text)
         for step, row in enumerate((triplet.edit.row, triplet.target_row)):
             lines = sheet_layout.wrapped(captions.texts[row], 14, _CAPTION_WIDTH)[:3]
