@@ -4,7 +4,7 @@
 
     my_captions/
       captions.jsonl  or  captions.json
-      images/                                 JPEG, PNG, WebP, GIF or BMP, in folders to any depth
+      images/                                 JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF, to any depth
 
 A line of ``captions.jsonl`` is one JSON object, in UTF-8; blank lines are skipped. ``captions.json`` is a list of such
 objects, as LAVIS's captioning data sets have (COCO, Flickr30k, NoCaps)::

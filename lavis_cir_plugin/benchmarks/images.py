@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from lavis_cir_plugin.benchmarks.annotation_files import refuse_special
 from lavis_cir_plugin.benchmarks.survey import current_survey, listing
@@ -20,7 +21,19 @@ from lavis_cir_plugin.core.sentences import listed
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_HAS_AVIF = find_spec("PIL._avif") is not None  # since Pillow 11.3, where it was built with it
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if _HAS_AVIF else []))
+"""The only formats that are decoded, in Pillow's names, whatever a file is called; JPEG's decoder also takes MPO.
+
+Pillow knows some forty more. Nobody means them in a catalogue, their decoders are hardly read any more, and one hands
+PostScript to an interpreter outside.
+"""
+
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *([".avif"] if _HAS_AVIF else []),
+)
 """Accepted file suffixes (any case); the first wins where a name has several files.
 
 The published data sets need the first three. The others are what catalogues hold; files are opened by content anyway.
@@ -311,11 +324,9 @@ def decode_rgb(content: bytes, name: str, upright: bool = False) -> Image.Image:
     Raises:
         ValueError: it cannot be decoded.
     """
-    from PIL import Image  # here, because looking for files needs none of it
-
     with _truncation_is_an_error():
         try:
-            with Image.open(io.BytesIO(content)) as image:
+            with _opened(io.BytesIO(content)) as image:
                 return as_rgb(image, upright)
         except Exception as error:  # Pillow's decoders raise a dozen types on broken files
             raise _unreadable(name, not content, error) from error
@@ -431,12 +442,28 @@ def _truncation_is_an_error() -> Iterator[None]:
             ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
+def check_format(path: Path) -> None:
+    """Read as much of an image file as tells that it is of one of `FORMATS`; for those who open it themselves.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is of none, or has too many pixels.
+    """
+    _read(path, lambda image: None)
+
+
+def _opened(source: Path | BinaryIO) -> Image.Image:
+    """Open an image by one of the decoders that are meant; all of the package's pictures come this way."""
+    from PIL import Image  # here, because looking for files needs none of it
+
+    return Image.open(source, formats=FORMATS)
+
+
 def _read(path: Path, use: Callable[[Image.Image], T]) -> T:
-    from PIL import Image
 
     refuse_special(path)
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             return use(image)
     except FileNotFoundError:
         problem = "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
@@ -446,5 +473,19 @@ def _read(path: Path, use: Callable[[Image.Image], T]) -> T:
 
 
 def _unreadable(name: str, is_empty: bool, error: Exception) -> ValueError:
-    reason = "the file is empty" if is_empty else str(error) or type(error).__name__
-    return ValueError(f"{name} cannot be read as an image: {reason}.")
+    return ValueError(f"{name} cannot be read as an image: {'the file is empty' if is_empty else _reason(error)}.")
+
+
+def _reason(error: Exception) -> str:
+    """Say what is wrong with a picture, in our words where Pillow's lead nowhere."""
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is none of {', '.join(FORMATS)}, or of a kind of these that Pillow does not know"
+    if isinstance(error, Image.DecompressionBombError):
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return (
+            f"it says that it has more than {limit:,} pixels, which exceeds the limit of what is decoded (a small file "
+            "may claim any number, and fill the memory); scale it down, or leave out the lines that name it"
+        )
+    return str(error) or type(error).__name__

@@ -4,7 +4,7 @@
 
     my_catalogue/
       train.jsonl  val.jsonl  test.jsonl     those that are needed
-      images/                                 JPEG, PNG, WebP, GIF or BMP, in folders to any depth
+      images/                                 JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF, to any depth
       gallery.txt                             optional
 
 Each line of a ``.jsonl`` file is one JSON object, in UTF-8; blank lines are skipped::

@@ -150,9 +150,9 @@ def test_broken_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     for path, reason in [
         (touch(tmp_path / "empty.jpg"), "the file is empty"),
         (truncated, "truncated"),
-        (noise, "cannot identify"),
+        (noise, "it is none of JPEG, PNG, WEBP, GIF, BMP, TIFF"),
         (damaged, "."),
-        (huge_png(tmp_path / "huge.png"), "exceeds limit"),
+        (huge_png(tmp_path / "huge.png"), "more than 178,956,970 pixels, .* scale it down"),
     ]:
         with pytest.raises(ValueError, match=rf"{path.name} cannot be read as an image: .*{reason}"):
             open_rgb(path)
@@ -207,6 +207,8 @@ def test_a_tree_is_scanned_to_any_depth_in_sorted_order(tmp_path: Path):
         ("RGBA", (1, 2, 3, 255), ".webp", (1, 2, 3)),
         ("P", 0, ".gif", (0, 0, 0)),
         ("RGB", (1, 2, 3), ".bmp", (1, 2, 3)),
+        ("RGB", (1, 2, 3), ".tif", (1, 2, 3)),
+        ("L", 90, ".TIFF", (90, 90, 90)),
     ],
 )
 def test_every_mode_and_suffix_becomes_rgb(tmp_path: Path, mode: str, colour: object, suffix: str, expected: tuple):
@@ -222,7 +224,7 @@ def test_verification_finds_truncated_files_of_every_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lenient: bool
 ):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
-    for suffix in (".jpg", ".png", ".webp", ".gif", ".bmp"):
+    for suffix in (".jpg", ".png", ".webp", ".gif", ".bmp", ".tif"):
         path = saved(tmp_path / f"picture{suffix}", Image.effect_noise((64, 64), 50))
         whole = path.read_bytes()
         verify_images([path])
@@ -254,5 +256,7 @@ def test_verification_names_what_is_wrong_with_each_file(tmp_path: Path):
     page = tmp_path / "page.jpg"
     page.write_bytes(b"<html>404</html>")
     paths = [touch(tmp_path / "empty.jpg"), huge_png(tmp_path / "huge.png"), page, tmp_path / "absent.jpg"]
-    for problem, reason in zip(image_problems(paths), ["the file is empty", "exceeds limit", "identify", "not exist"]):
+    for problem, reason in zip(
+        image_problems(paths), ["the file is empty", "exceeds the limit", "it is none of JPEG", "not exist"]
+    ):
         assert reason in problem

@@ -231,7 +231,7 @@ def build(cache, monkeypatch):
 
 def test_lavis_reads_the_questions(build):
     datasets = build("garments_vqa")
-    assert type(datasets["train"]) is COCOVQADataset
+    assert isinstance(datasets["train"], COCOVQADataset)
     assert type(datasets["val"]) is COCOVQAEvalDataset
     batch = datasets["train"].collater([datasets["train"][i] for i in range(3)])
     assert batch["image"].shape == (3, 3, 64, 64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from lavis.common.registry import registry
@@ -14,10 +15,35 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
 from lavis_cir_plugin import CONFIGS
+from lavis_cir_plugin.benchmarks.images import check_format
 from lavis_cir_plugin.core.sentences import did_you_mean
 from lavis_cir_plugin.core.settings import as_plain
 from lavis_cir_plugin.data.benchmark_datasets import cache_root
 from lavis_cir_plugin.garments.questions import SPLITS, WORLD, QuestionGarments
+
+
+class _OnlyPictures:
+    """Put before a data set of LAVIS, lets it open files of our formats alone; it opens whatever Pillow knows."""
+
+    def __getitem__(self, index: int) -> Any:
+        check_format(Path(self.vis_root, self.annotation[index]["image"]))  # type: ignore[attr-defined]
+        return super().__getitem__(index)  # type: ignore[misc]
+
+
+class GarmentsVqa(_OnlyPictures, COCOVQADataset):  # type: ignore[misc]
+    """Questions on drawn garments, for training."""
+
+
+class GarmentsVqaEval(_OnlyPictures, COCOVQAEvalDataset):  # type: ignore[misc]
+    """Questions on drawn garments, for evaluation."""
+
+
+class GarmentsCaption(_OnlyPictures, COCOCapDataset):  # type: ignore[misc]
+    """Captions of drawn garments, for training."""
+
+
+class GarmentsCaptionEval(_OnlyPictures, COCOCapEvalDataset):  # type: ignore[misc]
+    """Captions of drawn garments, for evaluation."""
 
 
 class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
@@ -78,8 +104,8 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
 class GarmentsVqaBuilder(GarmentsBuilder):
     """Question answering on drawn garments, for LAVIS's ``vqa`` task."""
 
-    train_dataset_cls = COCOVQADataset
-    eval_dataset_cls = COCOVQAEvalDataset
+    train_dataset_cls = GarmentsVqa
+    eval_dataset_cls = GarmentsVqaEval
     annotation_files = {  # noqa: RUF012
         "train": ("vqa_train.json",),
         "val": ("vqa_val.json", "answer_list.json", "questions_val.json", "annotations_val.json"),
@@ -91,7 +117,7 @@ class GarmentsVqaBuilder(GarmentsBuilder):
 class GarmentsCaptionBuilder(GarmentsBuilder):
     """Captioning of drawn garments, for LAVIS's ``captioning`` task and ``local_captioning``."""
 
-    train_dataset_cls = COCOCapDataset
-    eval_dataset_cls = COCOCapEvalDataset
+    train_dataset_cls = GarmentsCaption
+    eval_dataset_cls = GarmentsCaptionEval
     annotation_files = {"train": ("caption_train.json",), "val": ("caption_val.json",)}  # noqa: RUF012
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "datasets/garments_caption/default.yaml")}  # noqa: RUF012

@@ -493,7 +493,7 @@ def test_data_without_triplets_or_with_random_pictures_are_refused(project, worl
         "train_images": 24, "val_images": 2, "captions_per_image": 1, "image_width": 48, "image_height": 60,
     }  # fmt: skip
     message = (
-        r"retrieval_dpo trains on triplets, and datasets\.garments_caption is CaptionDataset; leave its train split"
+        r"retrieval_dpo trains on triplets, and datasets\.garments_caption is GarmentsCaption; leave its train split"
     )
     refused(project, tmp_path / "captions", message, datasets=captions, feature_cache=False)
     crops = on(world)
