@@ -12,22 +12,23 @@ objects, as LAVIS's captioning data sets have (COCO, Flickr30k, NoCaps)::
     {"image": "shoes/a.jpg", "caption": "a red shoe"}
     {"image": "shoes/b.jpg", "caption": ["a boot", "a black boot with laces"]}
 
-``image`` is the picture's path below ``images/``, with ``/`` and the file's suffix. Of several captions in one object
-one is drawn each time it is read. Objects with the same image, of which COCO has five, are training samples each. Other
-keys are ignored.
+``image`` is the picture's path below ``images/``, with ``/`` and the file's suffix; `Spelling` says what may differ. Of
+several captions in one object one is drawn each time it is read. Objects with the same image, of which COCO has five,
+are training samples each. Other keys are ignored.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lavis_cir_plugin.benchmarks.annotation_files import read_records, record_error
-from lavis_cir_plugin.benchmarks.images import image_folders, scan_tree, select_images
-from lavis_cir_plugin.benchmarks.json_lines import Refusal, image_path, line_error, parse_line, read_lines, some_texts
+from lavis_cir_plugin.benchmarks.images import Spelling, image_folders, scan_tree, select_images
+from lavis_cir_plugin.benchmarks.json_lines import Refusal, image_path, line_error, parse_line, read_objects, some_texts
 from lavis_cir_plugin.benchmarks.survey import listing
 from lavis_cir_plugin.benchmarks.types import first_or_drawn, only_complete
 from lavis_cir_plugin.core.settings import at_least, config_from_mapping, one_of
@@ -107,6 +108,9 @@ def read_captions(config: Mapping[str, Any]) -> tuple[list[CaptionedImage], dict
     scanned: dict[str, Path] = {}
     for folder in image_folders([_image_folder(settings)], "image_captions"):
         scanned = listing(scan_tree, folder)
+    spelling = Spelling(scanned, "image_captions")
+    examples = [replace(example, image=spelling.of(example.image)) for example in examples]
+    spelling.say()
     remedy = "add them (an image is named by its path below that folder with its suffix, such as shoes/a.jpg)"
     paths, _ = select_images(
         (example.image for example in examples),
@@ -116,6 +120,7 @@ def read_captions(config: Mapping[str, Any]) -> tuple[list[CaptionedImage], dict
         "image_captions",
         settings.missing_images,
         settings.verify_images,
+        spelling.near,
     )
     return only_complete(examples, lambda example: example.image in paths, "image_captions", "caption"), paths
 
@@ -132,12 +137,25 @@ def caption_records(path: Path, remedy: str = _NAME_THE_FILE) -> Iterator[Captio
         FileNotFoundError: the file does not exist.
     """
     if path.suffix == ".json":
-        for number, item in enumerate(read_records(path)):
+        for number, item in enumerate(_list_of_records(path)):
             yield _example(item, partial(record_error, path, number))
         return
-    for line, text in read_lines(path, remedy):
+    for line, text in read_objects(path, remedy, ", or be called by a name that ends in .json"):
         refuse = partial(line_error, path, line)
         yield _example(parse_line(text, refuse, '{"image": ...}'), refuse)
+
+
+def _list_of_records(path: Path) -> list[dict[str, Any]]:
+    try:
+        return read_records(path)
+    except ValueError as error:
+        cause = error.__cause__
+        if isinstance(cause, json.JSONDecodeError) and cause.msg == "Extra data" and cause.lineno > 1:
+            raise ValueError(
+                f"{path} holds JSON lines and no list; give it a name that ends in .jsonl, or put its objects into a "
+                f"list."
+            ) from error
+        raise
 
 
 def _image_folder(settings: CaptionsConfig) -> Path:

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import threading
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -220,6 +221,66 @@ def refuse_output_inside(output: Path, folder: Path, key: str) -> None:
         )
 
 
+class Spelling:
+    """The files that names of one's own catalogue mean where they are spelt in another way.
+
+    File systems and programs write accents as one character or as two (Unicode's NFC and NFD), which look alike, and
+    suffixes in upper or lower case. A name that no file has exactly means the only one that differs in nothing else.
+
+    Args:
+        scanned: Path by the names of the files, as of `scan_tree`.
+        dataset: Its registered name, for the warning.
+    """
+
+    def __init__(self, scanned: Mapping[str, Path], dataset: str) -> None:
+        self.scanned = scanned
+        self.dataset = dataset
+        self._by_key: dict[str, list[str]] | None = None
+        self._respelt: dict[str, str] = {}
+
+    def of(self, name: str) -> str:
+        """Return the name of the file that is meant, or the name itself where there is none, or more than one."""
+        if name in self.scanned:
+            return name
+        if name in self._respelt:
+            return self._respelt[name]
+        if self._by_key is None:
+            self._by_key = {}
+            for found in self.scanned:
+                self._by_key.setdefault(_spelling_key(found), []).append(found)
+        meant = self._by_key.get(_spelling_key(name), [])
+        if len(meant) != 1:
+            return name
+        self._respelt[name] = meant[0]
+        return meant[0]
+
+    def near(self, name: str) -> str:
+        """Say what may be meant by a name that no file has, to follow the names in a message; empty for nothing."""
+        bare = _bare(name)
+        near = [found for found in self.scanned if _bare(found) == bare]
+        return f"; {name} may be {' or '.join(near[:3])}" if near else ""
+
+    def say(self) -> None:
+        """Warn of the names that mean a file of another spelling, once per process."""
+        if self._respelt:
+            name, found = next(iter(self._respelt.items()))
+            _warn_once(
+                f"{self.dataset}: {len(self._respelt):,} names mean files that are spelt in another Unicode form or "
+                f"with another case of the suffix (first: {name!a} is {found!a})."
+            )
+
+
+def _spelling_key(name: str) -> str:
+    stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name))
+    return stem + suffix.lower()
+
+
+def _bare(name: str) -> str:
+    """Return a name without folders, suffix, and differences of case and of Unicode's compatible forms."""
+    stem = os.path.splitext(name.rpartition("/")[2])[0]
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", stem).casefold())
+
+
 def find_images(
     names: Iterable[str], folders: Sequence[Path], dataset: str, missing_images: str, verify: bool = False
 ) -> tuple[dict[str, Path], list[str]]:
@@ -253,6 +314,7 @@ def select_images(
     dataset: str,
     missing_images: str,
     verify: bool,
+    near: Callable[[str], str] | None = None,
 ) -> tuple[dict[str, Path], list[str]]:
     """Select the named images of those that a scan found; as `find_images`.
 
@@ -264,6 +326,7 @@ def select_images(
         dataset: As there.
         missing_images: As there.
         verify: As there.
+        near: Says what may be meant by a missing name, as `Spelling.near`.
     """
     wanted = list(dict.fromkeys(names))
     missing = [name for name in wanted if name not in scanned]
@@ -274,7 +337,8 @@ def select_images(
         return {name: scanned[name] if name in scanned else Path(name) for name in wanted}, []
     if missing and (missing_images == "error" or len(missing) == len(wanted)):
         raise FileNotFoundError(
-            f"{dataset}: {len(missing):,} of {len(wanted):,} images are missing under {where} ({listed(missing)}); "
+            f"{dataset}: {len(missing):,} of {len(wanted):,} images are missing under {where} "
+            f"({listed(missing)}{near(missing[0]) if near else ''}); "
             f"{remedy}, or set datasets.{dataset}.build_info.missing_images to skip."
         )
     found = {name: scanned[name] for name in wanted if name in scanned}

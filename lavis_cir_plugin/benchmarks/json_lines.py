@@ -48,6 +48,31 @@ def read_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
     return lines
 
 
+def read_objects(path: Path, remedy: str, otherwise: str = "") -> list[tuple[int, str]]:
+    """Return the lines of a file of one JSON object per line, as `read_lines`; they are not parsed yet.
+
+    Args:
+        path: As there.
+        remedy: As there.
+        otherwise: What else can be done with a file that is one JSON array, for the message; empty for nothing.
+
+    Raises:
+        FileNotFoundError, ValueError: as there, or the file is one JSON array, or spreads an object over lines.
+    """
+    lines = read_lines(path, remedy)
+    start = "".join(text for _, text in lines[:2])
+    if start.startswith("[") and start[1:].lstrip()[:1] in ("{", "]"):
+        raise ValueError(
+            f"{path} is one JSON array; it must hold one object per line, without brackets and without commas between "
+            f"the lines, as jq -c '.[]' writes them{otherwise}."
+        )
+    if lines[0][1] == "{":
+        raise ValueError(
+            f"{path} spreads an object over several lines; it must hold each on one line, as jq -c . writes them."
+        )
+    return lines
+
+
 def parse_line(text: str, refuse: Refusal, example: str) -> dict[str, Any]:
     """Parse a line that holds one JSON object.
 
@@ -62,7 +87,8 @@ def parse_line(text: str, refuse: Refusal, example: str) -> dict[str, Any]:
     try:
         item = parse_json(text)
     except json.JSONDecodeError as error:
-        raise refuse(f"is not valid JSON: {error.msg} at column {error.colno}") from error
+        comma = " (no comma belongs at its end)" if text.endswith("},") else ""
+        raise refuse(f"is not valid JSON: {error.msg} at column {error.colno}{comma}") from error
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits; a key twice
         raise refuse(f"cannot be read as JSON: {error}") from error
     if not isinstance(item, dict):

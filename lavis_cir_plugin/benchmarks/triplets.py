@@ -16,7 +16,7 @@ Each line of a ``.jsonl`` file is one JSON object, in UTF-8; blank lines are ski
 key                    needed    value
 =====================  ========  ===================================================================================
 ``reference``          yes       An image: its path below ``images/``, with ``/`` and the file's suffix, as the file is
-                                 spelt.
+                                 spelt (but for what `Spelling` forgives).
 ``text``               yes       The modification, or a list of wordings: training draws one of them each time,
                                  evaluation averages the features of all.
 ``target``             train,    An image other than the reference, or a list of equally right ones; training makes a
@@ -48,7 +48,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis_cir_plugin.benchmarks.images import image_folders, scan_tree, select_images
+from lavis_cir_plugin.benchmarks.images import Spelling, image_folders, scan_tree, select_images
 from lavis_cir_plugin.benchmarks.json_lines import (
     Refusal,
     image_path,
@@ -56,6 +56,7 @@ from lavis_cir_plugin.benchmarks.json_lines import (
     one_text,
     parse_line,
     read_lines,
+    read_objects,
     some_texts,
 )
 from lavis_cir_plugin.benchmarks.seen_split import drawn_like
@@ -169,13 +170,15 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
     """
     settings = TripletsConfig.from_mapping(config)
     records = _read_records(settings, "train")
+    scanned = _scan(settings)
+    records = _spelt_as_files(settings, "train", records, Spelling(scanned, "triplets"))
     triplets = [
         Triplet(record.reference, target, record.texts, reference_caption=record.reference_caption)
         for record in records
         for target in record.targets
     ]
     used = [name for triplet in triplets for name in (triplet.reference, triplet.target)]
-    paths, _ = _select(settings, used, _scan(settings))
+    paths, _ = _select(settings, used, scanned)
     return complete_triplets(triplets, paths, "triplets"), paths
 
 
@@ -196,6 +199,7 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
     if split == "seen":
         settings = replace(settings, verify_images=False)  # reading the training split is what verifies its images
     records, scanned = _read_records(settings, split), _scan(settings)
+    records = _spelt_as_files(settings, split, records, Spelling(scanned, "triplets"))
     gallery = _gallery(settings, split, records, scanned)
     complete = available = Group("triplets", gallery, _queries(records), settings.reference == "removed")
     references = [record.reference for record in records]
@@ -251,7 +255,7 @@ def _gallery(
     path = _gallery_file(settings)
     if not path.is_file():
         return tuple(sorted({*scanned, *(name for record in records for name in record.images)}))
-    gallery = _read_gallery(path)
+    gallery = _read_gallery(path, Spelling(scanned, "triplets"))
     for record in records:
         outside = [name for name in (*record.targets, *record.members) if name not in gallery]
         if outside:
@@ -343,15 +347,22 @@ def _select(
     folder = _image_folder(settings)
     remedy = "add them (an image is named by its path below that folder with its suffix, such as shoes/a.jpg)"
     return select_images(
-        names, scanned, str(folder), remedy, "triplets", settings.missing_images, settings.verify_images
+        names,
+        scanned,
+        str(folder),
+        remedy,
+        "triplets",
+        settings.missing_images,
+        settings.verify_images,
+        Spelling(scanned, "triplets").near,
     )
 
 
-def _read_gallery(path: Path) -> dict[str, int]:
+def _read_gallery(path: Path, spelling: Spelling) -> dict[str, int]:
     """Return the line of every image of the gallery file."""
     lines: dict[str, int] = {}
     for line, text in read_lines(path, "put one image per line into it, or take it away"):
-        name = image_path(text, "image name", partial(line_error, path, line))
+        name = spelling.of(image_path(text, "image name", partial(line_error, path, line)))
         if lines.setdefault(name, line) != line:
             raise line_error(path, line, f"lists {shown(name)} like line {lines[name]}")
     return lines
@@ -359,7 +370,7 @@ def _read_gallery(path: Path) -> dict[str, int]:
 
 def _read_records(settings: TripletsConfig, split: str) -> list[_Record]:
     path = _file(settings, split)
-    records = [_record(line, path, number, split) for number, line in read_lines(path, _REMEDY)]
+    records = [_record(line, path, number, split) for number, line in read_objects(path, _REMEDY)]
     first: dict[str, int] = {}
     for record in records:
         if first.setdefault(record.identifier, record.line) != record.line:
@@ -372,6 +383,25 @@ def _read_records(settings: TripletsConfig, split: str) -> list[_Record]:
             name = key.replace("targets", "target")
             raise line_error(path, without[0], f"has no '{name}' and others have; give it on every line or on none")
     return _limited(records, settings) if split in ("train", "seen") else records
+
+
+def _spelt_as_files(
+    settings: TripletsConfig, split: str, records: Sequence[_Record], spelling: Spelling
+) -> list[_Record]:
+    """Call every image by the name of its file; raise ValueError where a reference then is its own target."""
+    path = _file(settings, split)
+    found = [_respelt(record, spelling, partial(line_error, path, record.line)) for record in records]
+    spelling.say()
+    return found
+
+
+def _respelt(record: _Record, spelling: Spelling, refuse: Refusal) -> _Record:
+    reference = spelling.of(record.reference)
+    targets, members = (tuple(dict.fromkeys(map(spelling.of, names))) for names in (record.targets, record.members))
+    if reference in targets:
+        raise refuse(f"has the reference {shown(reference)} as a target in another spelling, which says nothing")
+    members = tuple(name for name in members if name != reference)
+    return replace(record, reference=reference, targets=targets, members=members)
 
 
 def _limited(records: Sequence[_Record], settings: TripletsConfig) -> list[_Record]:

@@ -198,8 +198,12 @@ def plan_pictures(config: QuestionGarments) -> dict[str, dict[str, Garment]]:
     return plan
 
 
-def plan_questions(config: QuestionGarments, split: str, pictures: Mapping[str, Garment]) -> list[Question]:
+def plan_questions(
+    config: QuestionGarments, split: str, pictures: Mapping[str, Garment], section: str = "garments_vqa"
+) -> list[Question]:
     """Ask about a split's pictures: of each kind, as many questions for each answer as the rarest answer allows.
+
+    section: the data set that is being built, which an error names; captions come from the same world.
 
     Raises:
         ValueError: the pictures are too few for any kind of question.
@@ -209,7 +213,7 @@ def plan_questions(config: QuestionGarments, split: str, pictures: Mapping[str, 
     if not questions:
         raise ValueError(
             f"garments: {len(pictures)} pictures show no kind of question with all of its answers; raise "
-            f"datasets.garments_vqa.garments.{split}_images."
+            f"datasets.{section}.garments.{split}_images."
         )
     rng.shuffle(questions)
     return questions
@@ -248,7 +252,13 @@ def guess_rate(questions: Sequence[Question]) -> float:
     return 100 * sum(1 / kinds[question.kind] for question in questions) / max(len(questions), 1)
 
 
-def write_questions(root: Path, config: QuestionGarments, progress: bool = True, workers: int | None = None) -> Path:
+def write_questions(
+    root: Path,
+    config: QuestionGarments,
+    progress: bool = True,
+    workers: int | None = None,
+    section: str = "garments_vqa",
+) -> Path:
     """Write images/ and the annotation files of LAVIS's COCO-VQA and COCO-caption data sets below `root`; return it.
 
     ``vqa_train.json``, ``vqa_val.json``: the questions; ``answer_list.json``: the candidates; ``questions_val.json``
@@ -265,7 +275,7 @@ def write_questions(root: Path, config: QuestionGarments, progress: bool = True,
     with full_disk_named(root, len(pictures), size):
         write_json(root / "answer_list.json", answers())
         for split, garments in plan.items():
-            questions = plan_questions(config, split, garments)
+            questions = plan_questions(config, split, garments, section)
             write_json(root / f"vqa_{split}.json", _records(questions, with_answers=split == "train"))
             described = plan_captions(config, split, garments)
             if split == "train":

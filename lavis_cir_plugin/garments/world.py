@@ -154,7 +154,9 @@ class World:
     settings: type
     write: Callable[..., object]
 
-    def make(self, cache_root: Path, settings: Any, progress: bool = True, workers: int | None = None) -> Path:
+    def make(
+        self, cache_root: Path, settings: Any, progress: bool = True, workers: int | None = None, **options: Any
+    ) -> Path:
         """Return the folder ``<kind>-<hash>`` below `cache_root`; draw it on the first call only.
 
         The hash is of the generator's version and of the settings, so that the folder depends on nothing else.
@@ -164,13 +166,14 @@ class World:
             settings: Of the type `settings`.
             progress: Show a bar on a terminal.
             workers: Drawing processes; by default one per core.
+            options: What else ``write`` takes, of which no written byte depends.
 
         Raises:
             OSError: something could not be written; nothing of the unfinished world is left.
         """
         content = {"generator_version": self.version, **asdict(settings)}
         place = Path(cache_root) / f"{self.kind}-{digest(content)}"
-        return made_once(place, content, lambda folder: self.write(folder, settings, progress, workers))
+        return made_once(place, content, lambda folder: self.write(folder, settings, progress, workers, **options))
 
 
 def made_once(place: Path, settings: object, write: Callable[[Path], object]) -> Path:

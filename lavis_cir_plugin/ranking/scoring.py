@@ -191,7 +191,8 @@ def _norms(features: Tensor, name: str) -> Tensor:
     if len(bad):
         raise ValueError(
             f"{len(bad):,} of {len(features):,} {name} features are not finite (first: number {int(bad[0])}); "
-            f"the model has diverged, or its half precision overflows: evaluate an earlier checkpoint or use float32."
+            f"the weights have diverged, or half precision overflows: take other weights, or compute in float32 "
+            f"(run.amp: false, model.vit_precision: fp32)."
         )
     return norms
 

@@ -275,9 +275,11 @@ class ResumableRunner(PortableRunner):
             if isinstance(error, RuntimeError) and Path(_origin(error)).name != "serialization.py":
                 raise
             reason = getattr(error, "strerror", None) or "the file could not be finished"
+            has_earlier = any(folder.glob("checkpoint_*.pth"))
+            kept = "Earlier checkpoints there are untouched" if has_earlier else "There was none before"
             raise OSError(
-                f"no checkpoint could be written to {folder} ({reason}). Earlier checkpoints there are untouched; free "
-                "some space or set run.output_dir to another disk."
+                f"no checkpoint could be written to {folder} ({reason}). {kept}; free some space or set run.output_dir "
+                "to another disk."
             ) from error
         logging.info("checkpoint complete: %s", folder / name)
 
@@ -473,9 +475,12 @@ class _EpochInParts:
         values = {"lr": self.optimizer.param_groups[0]["lr"], "loss": numbers[0]}
         self.not_finite = 0 if math.isfinite(values["loss"]) else self.not_finite + 1
         if self.not_finite > (_NOT_FINITE_WITH_SCALER if self.runner.scaler else 0):
+            folder = Path(self.runner.output_dir)
+            has_last = (folder / LAST).is_file()
+            kept = f"{LAST} in {folder} is from before" if has_last else "No checkpoint had been written yet"
             raise ValueError(
                 f"the training loss is {values['loss']} in epoch {self.epoch}, batch {self.done}; lower run.init_lr, "
-                f"or set run.amp: false. {LAST} in {self.runner.output_dir} is from before."
+                f"or set run.amp: false. {kept}."
             )
         for name, value in {**values, **dict(zip(self.outputs, numbers[1:]))}.items():
             count, total = self.meters.get(name, (0, 0.0))

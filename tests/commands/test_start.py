@@ -13,7 +13,18 @@ import pytest
 from lavis_cir_plugin import commands
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"torch", "lavis", "numpy", "scipy", "PIL", "matplotlib", "omegaconf", "tqdm", "transformers", "open_clip"}
+HEAVY = {
+    "torch",
+    "lavis",
+    "numpy",
+    "scipy",
+    "PIL.Image",
+    "matplotlib",
+    "omegaconf",
+    "tqdm",
+    "transformers",
+    "open_clip",
+}
 NAMES = sorted({found.name for found in pkgutil.iter_modules(commands.__path__)} - {"main"})
 RUN = """
 import sys

@@ -232,7 +232,7 @@ def build(cache, monkeypatch):
 def test_lavis_reads_the_questions(build):
     datasets = build("garments_vqa")
     assert isinstance(datasets["train"], COCOVQADataset)
-    assert type(datasets["val"]) is COCOVQAEvalDataset
+    assert isinstance(datasets["val"], COCOVQAEvalDataset)
     batch = datasets["train"].collater([datasets["train"][i] for i in range(3)])
     assert batch["image"].shape == (3, 3, 64, 64)
     assert batch["weight"].tolist() == [1.0] * 3
@@ -242,7 +242,7 @@ def test_lavis_reads_the_questions(build):
 
 def test_lavis_reads_the_captions(build):
     datasets = build("garments_caption")
-    assert type(datasets["val"]) is COCOCapEvalDataset
+    assert isinstance(datasets["val"], COCOCapEvalDataset)
     assert len(datasets["train"]) == 60 * 2
     assert datasets["train"][0]["text_input"].startswith("a picture of a")
     sample_of_val = datasets["val"][0]

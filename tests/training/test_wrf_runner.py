@@ -196,6 +196,23 @@ def test_a_saved_optimizer_state_resumes(freeze_vit, make_runner, small_model, t
     assert resumed.optimizer.steps == {"perturbed": 9, "skipped": 0}
 
 
+def test_no_earlier_checkpoint_is_named_where_there_is_none(make_runner, monkeypatch):
+    """Neither by the first checkpoint that fails nor by a loss that is lost before it."""
+    runner = make_runner(resumable(RunnerBase))
+    forward = runner.model.forward
+
+    def fail(content, file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match=r"no checkpoint could be written to .*There was none before; free some space"):
+        runner._save_last(1, 0, {})
+    monkeypatch.undo()
+    monkeypatch.setattr(runner.model, "forward", lambda samples: {"loss": forward(samples)["loss"] * torch.nan})
+    with pytest.raises(ValueError, match=r"training loss is nan in epoch 0, .*No checkpoint had been written yet\.$"):
+        train(runner)
+
+
 def test_no_space_left_keeps_the_earlier_checkpoint(make_runner, tmp_path, monkeypatch):
     runner = make_runner()
     train(runner)

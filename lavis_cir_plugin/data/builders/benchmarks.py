@@ -67,7 +67,7 @@ class BenchmarkBuilder(BaseDatasetBuilder):
         try:
             cls.world.settings(**{key: value for key, value in settings.items() if key in known})
         except (ValueError, TypeError) as error:
-            yield str(error)
+            yield f"datasets.{name}.{error}"  # it begins with "garments: "
 
     def _download_data(self) -> None:
         """Draw the embedded world if the config asks for it; real data sets are never downloaded."""

@@ -55,6 +55,7 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
     * ``garments``: the fields of :class:`~lavis_cir_plugin.garments.questions.QuestionGarments`.
     """
 
+    section: str
     annotation_files: Mapping[str, tuple[str, ...]]
 
     @classmethod
@@ -78,14 +79,15 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
         try:
             QuestionGarments(**{key: value for key, value in garments.items() if key in known})
         except (ValueError, TypeError) as error:
-            yield str(error)
+            yield f"datasets.{name}.{error}"  # it begins with "garments: "
 
     def _download_data(self) -> None:
         """Draw the world, where a download would be."""
         self._with_files()
 
     def _with_files(self) -> Any:
-        root = WORLD.make(cache_root(), QuestionGarments(**as_plain(self.config.get("garments"))))
+        settings = QuestionGarments(**as_plain(self.config.get("garments")))
+        root = WORLD.make(cache_root(), settings, section=self.section)
         annotations = {
             split: {"storage": [str(root / name) for name in self.annotation_files[split]]}
             for split in (SPLITS if self.config.get("splits") is None else self.config.splits)
@@ -104,6 +106,7 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
 class GarmentsVqaBuilder(GarmentsBuilder):
     """Question answering on drawn garments, for LAVIS's ``vqa`` task."""
 
+    section = "garments_vqa"
     train_dataset_cls = GarmentsVqa
     eval_dataset_cls = GarmentsVqaEval
     annotation_files = {  # noqa: RUF012
@@ -117,6 +120,7 @@ class GarmentsVqaBuilder(GarmentsBuilder):
 class GarmentsCaptionBuilder(GarmentsBuilder):
     """Captioning of drawn garments, for LAVIS's ``captioning`` task and ``local_captioning``."""
 
+    section = "garments_caption"
     train_dataset_cls = GarmentsCaption
     eval_dataset_cls = GarmentsCaptionEval
     annotation_files = {"train": ("caption_train.json",), "val": ("caption_val.json",)}  # noqa: RUF012
