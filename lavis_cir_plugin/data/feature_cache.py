@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.core.processes import fail_together, gather, rank_and_world
+from lavis_cir_plugin.workers import worker_setup
 
 # Part of every key: raise it when a shipped model or processor comes to return something else under the same name.
 _FORMAT = 1
@@ -326,7 +327,11 @@ class FeatureCache:
         names = [source[image] for image in images]
         # A generator of its own, so that a run draws the same random numbers whether or not it computes features.
         loader = DataLoader(
-            _Pictures(names, self._picture), batch_size, num_workers=num_workers, generator=torch.Generator()
+            _Pictures(names, self._picture),
+            batch_size,
+            num_workers=num_workers,
+            generator=torch.Generator(),
+            worker_init_fn=worker_setup(),
         )
         with ExitStack() as stack:
             with _explained(self.folder):

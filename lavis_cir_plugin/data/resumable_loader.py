@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lavis_cir_plugin.core.random_state import get_random_state, seed_all, set_random_state
+from lavis_cir_plugin.workers import worker_setup
 
 
 def training_loader(dataset: Dataset[Any], seed: int, **options: Any) -> DataLoader[Any]:
@@ -23,12 +24,13 @@ def training_loader(dataset: Dataset[Any], seed: int, **options: Any) -> DataLoa
     Args:
         dataset: Map-style; each process gets its own share.
         seed: Of order and augmentation, the same on every process.
-        options: Of torch's DataLoader, other than sampler, shuffle and generator. What ``collate_fn`` draws itself is
-            not covered: it draws from the process's own generators.
+        options: Of torch's DataLoader, other than sampler, shuffle, generator and worker_init_fn. What
+            ``collate_fn`` draws itself is not covered: it draws from the process's own generators.
     """
     sampler = _EpochSampler(dataset, seed)
     # With a generator of its own the loader takes nothing from the global one when an epoch starts.
-    return DataLoader(_SeededDataset(dataset, seed), sampler=sampler, generator=torch.Generator(), **options)
+    own: dict[str, Any] = {"generator": torch.Generator(), "worker_init_fn": worker_setup()}
+    return DataLoader(_SeededDataset(dataset, seed), sampler=sampler, **own, **options)
 
 
 class EpochLoader:

@@ -21,13 +21,11 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from lavis_cir_plugin.locks import LOCKS_HOLD, held
+from lavis_cir_plugin.workers import worker_setup
+
 from .attributes import Garment
 from .drawing import draw
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may then both draw the world, and the first to finish wins.
-    fcntl = None  # type: ignore[assignment]
 
 _MARKER = "complete.json"
 _Job = tuple[Garment, tuple[int, int], str]
@@ -105,7 +103,8 @@ def _drawn(jobs: list[_Job], workers: int | None) -> Iterator[None]:
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method)) as pool:
+        context = multiprocessing.get_context(method)
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=worker_setup()) as pool:
             try:
                 yield from pool.map(_draw_job, jobs, chunksize=16)
             except BaseException:
@@ -189,10 +188,10 @@ def made_once(place: Path, settings: object, write: Callable[[Path], object]) ->
     if (place / _MARKER).is_file():
         return place
     root.mkdir(parents=True, exist_ok=True)
-    with _locked(root / f".{place.name}.lock"):
+    with held(root / f".{place.name}.lock", f"drawing {place}"):
         if (place / _MARKER).is_file():
             return place
-        if fcntl is not None:
+        if LOCKS_HOLD:
             for left_over in root.glob(f".{place.name}.part-*"):
                 shutil.rmtree(left_over, ignore_errors=True)
         part = Path(tempfile.mkdtemp(prefix=f".{place.name}.part-", dir=root))
@@ -215,12 +214,3 @@ def _moved(part: Path, place: Path) -> None:
     except OSError:
         if not (place / _MARKER).is_file():
             raise
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the system releases when its holder dies; without such locks, hold nothing."""
-    with path.open("w") as lock:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

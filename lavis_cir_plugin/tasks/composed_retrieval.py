@@ -32,6 +32,7 @@ from lavis_cir_plugin.report import chance, contact_sheets, curves, files, table
 from lavis_cir_plugin.report.run_log import EPOCHS
 from lavis_cir_plugin.training.config import own_name
 from lavis_cir_plugin.training.training_history import trained_on
+from lavis_cir_plugin.workers import worker_setup
 
 TOP = 50
 """How many images per query a submission and a contact sheet can show."""
@@ -403,6 +404,7 @@ class Evaluation:
             batch_size=self.loader.batch_size,
             num_workers=self.loader.num_workers if indices else 0,
             collate_fn=dataset.collater,
+            worker_init_fn=worker_setup(),
         )
         for samples in tqdm(loader, desc=label, disable=None if is_main_process() else True, leave=False):
             yield function(prepare_sample(samples, self.cuda_enabled)).float().cpu()

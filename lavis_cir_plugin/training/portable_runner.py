@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
 from lavis_cir_plugin.core.model_parts import frozen_names
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
+from lavis_cir_plugin.workers import worker_setup
 
 
 class PortableRunner:
@@ -64,7 +65,7 @@ class PortableRunner:
 
         def loader(dataset: Any, drop_last: bool = False, **options: Any) -> DataLoader[Any]:
             if not drop_last:  # LAVIS's mark of training on data of known length
-                return DataLoader(dataset, **options)
+                return DataLoader(dataset, worker_init_fn=worker_setup(), **options)
             del options["sampler"], options["shuffle"]
             return training_loader(dataset, seed, drop_last=True, **options)
 

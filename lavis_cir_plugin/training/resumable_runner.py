@@ -6,12 +6,13 @@ import json
 import logging
 import math
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -22,15 +23,12 @@ from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint, ve
 from lavis_cir_plugin.core.model_parts import frozen_names, momentum_copies
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
 from lavis_cir_plugin.data.resumable_loader import EpochLoader
+from lavis_cir_plugin.locks import FileLock, holder_of
 from lavis_cir_plugin.report.run_log import RunLog, progress
 from lavis_cir_plugin.training.portable_runner import PortableRunner
 
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may then resume one run
-    fcntl = None  # type: ignore[assignment]
-
 LAST, PREVIOUS = "checkpoint_last.pth", "checkpoint_previous.pth"
+_LOCK, _PATIENCE = ".running.lock", 0.5  # seconds, for processes that only look who holds it
 _LOGS = ("log.txt", "steps.csv", "epochs.csv", "evaluate.txt")
 _FINISHED = {"run_finished": True}
 # A scaler skips a step that has overflowed, so one such loss is no reason to stop.
@@ -576,51 +574,58 @@ def find_checkpoint(asked: str | None, output_dir: str, config: Mapping[str, Any
         config: Of this run, as LAVIS logs it.
 
     Returns:
-        None to start anew: nothing was asked for, or ``auto`` has nothing to go on from. Of a damaged last checkpoint
-        the one before.
+        None to start anew: nothing was asked for, or ``auto`` has nothing to go on from. A warning then says why an
+        unfinished run of the same config is left. Of a damaged last checkpoint the one before.
 
     Raises:
         FileNotFoundError: If there is no such file, or no checkpoint in the folder.
         ValueError: If every checkpoint there is damaged.
     """
-    if asked is None:
-        return None
-    if asked != "auto":
+    if asked is not None and asked != "auto":
         path = Path(os.path.expanduser(asked)).absolute()
         if path.is_dir():
             return _last_whole(path)
         return _last_whole(path.parent) if path.name == LAST else path
+    left: list[str] = []
     for log in sorted(Path(output_dir).glob("*/log.txt"), key=os.path.getmtime, reverse=True):
-        has_checkpoint = any((log.parent / name).is_file() for name in (LAST, PREVIOUS))
-        if has_checkpoint and _is_unfinished(log, config) and not _is_running(log.parent):
+        if not _is_unfinished(log, config):
+            continue
+        reason = _why_not(log.parent, asked)
+        if reason is None:
             return _last_whole(log.parent)
+        left.append(f"{log.parent} ({reason})")
+    if left:
+        others = f", and {len(left) - 1} more" if len(left) > 1 else ""
+        logging.warning("a new run starts beside an unfinished one of the same config: %s%s", left[0], others)
     return None
 
 
-def lock_run(folder: Path) -> TextIO:
-    """Mark a run's folder as in use until the returned file is closed or the process ends, however it ends.
+def _why_not(folder: Path, asked: str | None) -> str | None:
+    """Return why an unfinished run of the same config is not gone on with; None if it is."""
+    holder = holder_of(folder / _LOCK)
+    if holder is not None:
+        return f"it is still going on in {holder}"
+    if not any((folder / name).is_file() for name in (LAST, PREVIOUS)):
+        return f"it was stopped before its first {LAST}; run.save_every writes it sooner"
+    return None if asked == "auto" else "run.resume_ckpt_path=auto would go on with it"
+
+
+def lock_run(folder: Path) -> FileLock:
+    """Mark a run's folder as in use until the returned lock is released or the process ends, however it ends.
 
     Raises:
         ValueError: If another process trains there.
+        OSError: If the folder cannot be written.
     """
-    log = open(folder / "log.txt", "a")  # noqa: SIM115 (open as long as the run)
-    if fcntl is not None:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            log.close()
+    lock, begin = FileLock(folder / _LOCK, f"training in {folder}"), time.monotonic()
+    while not lock.take():
+        if time.monotonic() - begin > _PATIENCE:
             raise ValueError(
-                f"run.resume_ckpt_path: the run in {folder} is still going on in another process; wait for its end."
-            ) from None
-    return log
-
-
-def _is_running(folder: Path) -> bool:
-    try:
-        lock_run(folder).close()
-    except ValueError:
-        return True
-    return False
+                f"run.resume_ckpt_path: the run in {folder} is still going on in "
+                f"{holder_of(lock.path) or 'another process'}; wait for its end, or end that process."
+            )
+        time.sleep(_PATIENCE / 10)
+    return lock
 
 
 def _is_unfinished(log: Path, config: Mapping[str, Any]) -> bool:
