@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.core.processes import fail_together, gather, rank_and_world
+from lavis_cir_plugin.core.whole_or_nothing import size_text
 from lavis_cir_plugin.workers import worker_setup
 
 # Part of every key: raise it when a shipped model or processor comes to return something else under the same name.
@@ -302,16 +303,16 @@ class FeatureCache:
         size = self._row_bytes
         again = f" ({wrong:,} of them again, for a wrong check sum)" if wrong else ""
         logging.info(
-            f"feature cache: {total:,} images of {self._shape} {self._dtype}, {_size(size)}, in all "
-            f"{_size(total * size)}; {total - missing:,} are there, {missing:,} to compute{again}, "
-            f"{_size(missing * size)}; {self.folder}, {_size(free)} free"
+            f"feature cache: {total:,} images of {self._shape} {self._dtype}, {size_text(size)}, in all "
+            f"{size_text(total * size)}; {total - missing:,} are there, {missing:,} to compute{again}, "
+            f"{size_text(missing * size)}; {self.folder}, {size_text(free)} free"
         )
         line_size = 200
         if missing * (size + line_size) > free:
             raise ValueError(
-                f"run.feature_cache: {missing:,} images of {_size(size)} need {_size(missing * size)} and "
-                f"{existing} has {_size(free)} free; free some space, or set run.feature_cache to a folder on another "
-                "disk or to false."
+                f"run.feature_cache: {missing:,} images of {size_text(size)} need {size_text(missing * size)} and "
+                f"{existing} has {size_text(free)} free; free some space, or set run.feature_cache to a folder on "
+                "another disk or to false."
             )
 
     def _compute(
@@ -502,13 +503,6 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _new_name() -> str:
     return secrets.token_hex(8)
-
-
-def _size(count: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if count >= factor:
-            return f"{count / factor:,.1f} {unit}"
-    return f"{count / 1e3:,.1f} kB"
 
 
 def _progress(items: Iterable[Any] | None, label: str, total: int) -> tqdm:

@@ -6,9 +6,11 @@ sent to another, and the operating system drops and reads again what does not fi
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lavis_cir_plugin.core.processes import fail_together, gather, rank_and_world, share
+from lavis_cir_plugin.core.whole_or_nothing import size_text
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -23,7 +26,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 def shared_rows(path: Path, total: int, batches: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
     """Write this process's rows beside those of the others and return the rows of all, mapped from the file.
 
-    Every process calls this. The file has lost its name when it returns, so that nothing is left of it.
+    Every process calls this. The file loses its name as soon as all have it open, so that nothing is left of it,
+    however they end.
 
     Args:
         path: The file, in a folder that all processes see; an older one is replaced.
@@ -42,41 +46,48 @@ def shared_rows(path: Path, total: int, batches: Iterable[Tensor], dtype: torch.
     with fail_together(), _explained(path):
         if is_main:
             path.write_bytes(b"")
-    shape = None
-    with fail_together():
-        shape = _write(path, share(total), total, batches, dtype)
-    shape = next(found for found in gather(shape) if found is not None)
-    with fail_together(), _explained(path):
-        rows = np.memmap(path, _numpy(dtype), mode="r+", shape=(total, *shape))
-    if is_main:
-        with suppress(OSError):  # Windows keeps the name of an open file; the next evaluation replaces it
-            path.unlink()
+    with ExitStack() as stack:
+        with fail_together(), _explained(path):
+            file = stack.enter_context(path.open("r+b", buffering=0))
+        if is_main:
+            with suppress(OSError):  # Windows keeps the name of an open file; the next evaluation replaces it
+                path.unlink()
+        shape = None
+        with fail_together():
+            shape = _write(path, file, share(total), total, batches, dtype)
+        shape = next(found for found in gather(shape) if found is not None)
+        with fail_together(), _explained(path):
+            rows = np.memmap(file, _numpy(dtype), mode="r+", shape=(total, *shape))
     return torch.from_numpy(rows)
 
 
-def _write(path: Path, own: range, total: int, batches: Iterable[Tensor], dtype: torch.dtype) -> tuple[int, ...] | None:
+def _write(
+    path: Path, file: FileIO, own: range, total: int, batches: Iterable[Tensor], dtype: torch.dtype
+) -> tuple[int, ...] | None:
     """Write rows to their place in the file and return the shape of one; ``None`` if there are none."""
     shape: tuple[int, ...] | None = None
     done = 0
     for batch in batches:
         rows = batch.to("cpu", dtype).numpy()
         row_bytes = rows.nbytes // len(rows)
-        with _explained(path), path.open("r+b") as file:
+        with _explained(path):
             if shape is None:
-                _check_room(path, total, row_bytes)
+                _check_room(path, file, total, row_bytes)
             file.seek((own.start + done) * row_bytes)
-            file.write(rows.tobytes())
+            left = memoryview(rows.tobytes())
+            while left:  # an unbuffered file may take less than it is given, a full disk some of it
+                left = left[file.write(left) :]
         shape, done = rows.shape[1:], done + len(rows)
     if done != len(own):
         raise ValueError(f"{done:,} of {len(own):,} gallery images were encoded; the model must return a row for each.")
     return shape
 
 
-def _check_room(path: Path, total: int, row_bytes: int) -> None:
+def _check_room(path: Path, file: FileIO, total: int, row_bytes: int) -> None:
     """Refuse a gallery that will not fit before it is encoded."""
-    needed, free = total * row_bytes - path.stat().st_size, shutil.disk_usage(path.parent).free
+    needed, free = total * row_bytes - os.fstat(file.fileno()).st_size, shutil.disk_usage(path.parent).free
     if needed > free:
-        raise OSError(None, f"it needs {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free")
+        raise OSError(None, f"it needs {size_text(needed)} and {size_text(free)} are free")
 
 
 @contextmanager

@@ -263,7 +263,7 @@ def test_it_says_what_it_will_do(tmp_path, paths, caplog):
         cache, _ = filled(tmp_path / "c", paths)
         filled(tmp_path / "c", paths)
     first, *_, last = [record.message for record in caplog.records if "in all" in record.message]
-    assert "7 images of (2, 3) torch.float32, 0.0 kB, in all 0.2 kB; 0 are there, 7 to compute, 0.2 kB" in first
+    assert "7 images of (2, 3) torch.float32, 24 bytes, in all 168 bytes; 0 are there, 7 to compute, 168 bytes" in first
     assert "7 are there, 0 to compute" in last
     assert f"{cache.folder}, " in first
     assert first.endswith(" free")
@@ -354,7 +354,7 @@ def test_a_folder_that_is_not_what_its_name_says_is_refused(tmp_path, paths):
 def test_too_little_space_is_refused_before_anything_is_written(tmp_path, paths, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(7 * ROW_BYTES - 1))
-    with pytest.raises(ValueError, match=r"7 images of 0\.0 kB need 0\.2 kB and .* has 0\.2 kB free; free some space"):
+    with pytest.raises(ValueError, match=r"7 images of 24 bytes need 168 bytes and .* has 167 bytes free; free some"):
         filled(tmp_path / "c", paths)
     assert not (tmp_path / "c").exists()
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
+import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from lavis_cir_plugin.core.whole_or_nothing import size_text
 from lavis_cir_plugin.ranking.gallery_features import shared_rows
 
 
@@ -24,6 +28,47 @@ def test_batches_of_any_size_give_the_rows_and_leave_no_file(tmp_path, batch, dt
     read = shared_rows(tmp_path / "rows.tmp", 10, features.split(batch), dtype)
     assert torch.equal(read, features.to(dtype))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_file_has_no_name_while_it_is_written(tmp_path):
+    """So a process that is killed then leaves nothing, whatever the file has grown to."""
+
+    def batches():
+        for batch in rows(6, 5).split(2):
+            assert not list(tmp_path.iterdir())
+            yield batch
+
+    assert torch.equal(shared_rows(tmp_path / "rows.tmp", 6, batches(), torch.float32), rows(6, 5))
+
+
+def be_killed(folder):
+    def batches():
+        yield rows(2, 5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    shared_rows(folder / "rows.tmp", 6, batches(), torch.float32)
+
+
+def test_a_killed_process_leaves_no_file(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=be_killed, args=(tmp_path,))
+    process.start()
+    process.join(20)
+    assert process.exitcode == -signal.SIGKILL
+    assert not list(tmp_path.iterdir())
+
+
+def test_small_galleries_are_counted_in_small_units(tmp_path, monkeypatch):
+    """2 rows of 3 float32 are 24 bytes, where none is free."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match=r"it needs 24 bytes and 0 bytes are free"):
+        shared_rows(tmp_path / "rows.tmp", 2, [rows(2, 3)], torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1_500, "1.5 kB"), (2_000_000, "2.0 MB"), (4e9, "4.0 GB")]
+)
+def test_sizes_are_written_in_the_unit_that_shows_them(count, text):
+    assert size_text(count) == text
 
 
 def test_an_older_longer_file_is_replaced(tmp_path):
@@ -46,7 +91,7 @@ def test_a_gallery_that_does_not_fit_is_refused_after_its_first_batch(tmp_path, 
             seen.append(number)
             yield rows(10, 8)
 
-    sentence = r"rows\.tmp \(it needs 16 MB and 15 MB are free\); free some space, set run\.output_dir .* to float16"
+    sentence = r"\(it needs 16\.0 MB and 15\.0 MB are free\); free some space, set run\.output_dir .* to float16"
     with pytest.raises(OSError, match=sentence):
         shared_rows(tmp_path / "rows.tmp", 1_000_000, batches(), torch.float16)
     assert seen == [0]
