@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from lavis_cir_plugin import commands
+from lavis_cir_plugin.interruption import interruptible
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -22,15 +23,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="lavis-cir", description="Look at runs and data without training.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for found in pkgutil.iter_modules(commands.__path__):
-        module = importlib.import_module(f"{commands.__name__}.{found.name}")
-        if hasattr(module, "add_command"):
-            module.add_command(subparsers)
-    args = parser.parse_args(arguments)
-    try:
-        args.run(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"lavis-cir: {error}")
+    with interruptible("lavis-cir", lambda: "what it writes is whole or not there, so start it again."):
+        for found in pkgutil.iter_modules(commands.__path__):
+            module = importlib.import_module(f"{commands.__name__}.{found.name}")
+            if hasattr(module, "add_command"):
+                module.add_command(subparsers)
+        args = parser.parse_args(arguments)
+        try:
+            args.run(args)
+        except (ValueError, OSError) as error:
+            sys.exit(f"lavis-cir: {error}")
 
 
 if __name__ == "__main__":

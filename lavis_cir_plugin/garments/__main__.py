@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from lavis_cir_plugin import garments
+from lavis_cir_plugin.interruption import interruptible
 
 from .world import World
 
@@ -40,10 +41,11 @@ def main() -> None:
     options = vars(parser.parse_args())
     root = options.pop("root")
     del options["benchmark"]
-    try:
-        world.write(root, world.settings(**options))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    with interruptible("garments", lambda: f"{root} is not whole; start it again to write it anew."):
+        try:
+            world.write(root, world.settings(**options))
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":

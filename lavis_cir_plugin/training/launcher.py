@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 import lavis_cir_plugin
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.benchmarks.images import refuse_output_inside
+from lavis_cir_plugin.interruption import interruptible
 from lavis_cir_plugin.training import config, lora
 from lavis_cir_plugin.training.portable_runner import join_single_process
 from lavis_cir_plugin.training.resumable_runner import LAST, PREVIOUS, find_checkpoint, resumable
@@ -46,20 +47,29 @@ def main(command: str, arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m lavis.{command}")
     parser.add_argument("--cfg-path", required=True, help="YAML file; projects/... is also found where none is local")
     parser.add_argument("--options", nargs="+", action="extend", default=[], help="run.seed=1 and the like")
-    try:
-        run(command, parser.parse_args(arguments))
-    except (ValueError, OSError) as error:
-        sentence = _sentence(error)
-        if sentence is None:
-            raise
-        sys.exit(f"lavis.{command}: {sentence}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    args = parser.parse_args(arguments)
+    runners: list[Any] = []
+    with interruptible(f"lavis.{command}", lambda: _kept(command, runners)):
+        try:
+            run(command, args, runners.append)
+        except (ValueError, OSError) as error:
+            sentence = _sentence(error)
+            if sentence is None:
+                raise
+            sys.exit(f"lavis.{command}: {sentence}")
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
-def run(command: str, args: argparse.Namespace) -> None:
-    """Build config, task, data sets, model and runner as LAVIS's scripts do, then train or evaluate."""
+def run(command: str, args: argparse.Namespace, announce: Callable[[Any], None] = lambda runner: None) -> None:
+    """Build config, task, data sets, model and runner as LAVIS's scripts do, then train or evaluate.
+
+    Args:
+        command: ``train`` or ``evaluate``.
+        args: ``cfg_path`` and ``options``.
+        announce: Is called with the runner before it begins.
+    """
     cfg = complete(config.read_config(str(_find_config(args.cfg_path)), args.options))
     config.check_values(cfg, command)
     config.choose_splits(cfg, command)
@@ -78,6 +88,7 @@ def run(command: str, args: argparse.Namespace) -> None:
         task.prepare(model, datasets, cfg)
     runner_class = resumable(registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base")))
     runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
+    announce(runner)
     if command == "train":
         runner.train()
     else:
@@ -92,6 +103,17 @@ def complete(merged: DictConfig) -> Config:
         path = Path(folder) / "project.yaml"
         OmegaConf.save(merged, path)
         return Config(argparse.Namespace(cfg_path=str(path), options=[]))
+
+
+def _kept(command: str, runners: Sequence[Any]) -> str | None:
+    """Return what an interrupted command has kept and how to go on; the main process says it for all."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        return None
+    if not runners:
+        return "it had not begun, so start it again; drawn pictures and computed features that are whole are kept."
+    if command == "evaluate":
+        return "an evaluation keeps nothing until it is done, so start it again."
+    return str(runners[0].what_is_kept())
 
 
 def _find_config(path: str) -> Path:

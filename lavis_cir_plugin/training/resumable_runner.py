@@ -45,9 +45,9 @@ _MAY_DIFFER = ("resume_ckpt_path", "output_dir", "num_workers", "log_freq", "sav
 class ResumableRunner(PortableRunner):
     """Mix-in that goes before one of LAVIS's runners, epoch- or iteration-based; it copies no loop of theirs.
 
-    * ``checkpoint_last.pth`` is written after each epoch with its validation, and every ``run.save_every`` batches.
-      It holds weights, optimizer, scaler, left-over gradients, the random state of every process, the place in the
-      data, the best metric so far, and how long the logs were.
+    * ``checkpoint_last.pth`` is written after each epoch before its validation, again after it, and every
+      ``run.save_every`` batches. It holds weights, optimizer, scaler, left-over gradients, the random state of every
+      process, the place in the data, the best metric so far, and how long the logs were.
     * A checkpoint is written beside its place and then moved there; the one before stays as
       ``checkpoint_previous.pth`` and is used where the last one turns out to be damaged.
     * A run resumed from such a checkpoint goes on in its own folder and ends with the same weights, metrics and logs,
@@ -78,6 +78,7 @@ class ResumableRunner(PortableRunner):
         self._epoch = 0  # of the part that was trained last, and the batches done since the run began
         self._batches_done = 0
         self._next_place = 0  # where the run goes on once that part is done
+        self._kept: str | None = None  # up to where this process has saved or resumed the run
 
     # What differs between LAVIS's two loops: the unit that is counted, and where a resumed run begins.
 
@@ -92,6 +93,10 @@ class ResumableRunner(PortableRunner):
     @property
     def _end(self) -> int:
         return self.max_iters if self._counts_iterations else self.max_epoch
+
+    def _named(self, place: int, batches: int) -> str:
+        """Name a moment of the run for a reader: both are counted from 0, so that they are what is done."""
+        return f"iteration {place + batches}" if self._counts_iterations else f"epoch {place}, batch {batches}"
 
     def _start_at(self, place: int) -> None:
         setattr(self, "start_iters" if self._counts_iterations else "start_epoch", place)
@@ -156,6 +161,20 @@ class ResumableRunner(PortableRunner):
             self._save_last(self._next_place, 0, {})
         return super().evaluate(cur_epoch, skip_reload)
 
+    def what_is_kept(self) -> str:
+        """Return what an interrupted run has on the disk and how to go on, as the end of a sentence."""
+        if self.evaluate_only:
+            return "an evaluation keeps nothing until it is done, so start it again."
+        if self._kept is None:
+            return (
+                f"nothing was trained or saved yet (the first {LAST} comes after an epoch, or with run.save_every), so "
+                "start it again."
+            )
+        return (
+            f"{Path(self.output_dir) / LAST} holds the run up to {self._kept}; add --options "
+            "run.resume_ckpt_path=auto to the same command to go on from there."
+        )
+
     def eval_epoch(self, split_name: str, cur_epoch: Any, skip_reload: bool = False) -> Any:
         """Evaluate a split and keep the metric that decides about the best checkpoint."""
         result = super().eval_epoch(split_name, cur_epoch, skip_reload)
@@ -196,12 +215,14 @@ class ResumableRunner(PortableRunner):
         stock = getattr(self.task, name)
         setattr(self.task, name, lambda **arguments: stock(**part.arguments(arguments)))
         try:
-            stats = run()
+            stats = part.skip_all() if part.skipped == total else run()
             part.finish()
             self._train_means = part.means
         finally:
             delattr(self.task, name)
             part.bar.close()
+        if self.valid_splits and part.skipped < total:  # so that nothing is lost with an interrupted validation
+            self._save_last(place, total, part.meters)
         return {**stats, **part.stats()} if part.skipped or part.has_outputs else stats
 
     def _own(self, resumed: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,6 +272,7 @@ class ResumableRunner(PortableRunner):
         # In LAVIS's counts, for its own runners: iterations done, or the last epoch done.
         done = place if self._counts_iterations else place - 1
         self._write({**self._checkpoint(done), "progress": progress}, LAST, PREVIOUS)
+        self._kept = self._named(place, batches)
 
     def _checkpoint(self, done: Any) -> dict[str, Any]:
         """Return what LAVIS's checkpoints hold; frozen weights are left out, unless training moves them."""
@@ -375,6 +397,7 @@ class ResumableRunner(PortableRunner):
                     os.truncate(log, state["logs"].get(log.name, 0))
             if Path(path).name == PREVIOUS:  # the last one is damaged, and would become the previous one
                 (folder / LAST).unlink(missing_ok=True)
+        self._kept = self._named(state["place"], state["batches"])
         logging.info("resumed from %s: %s batches after %s", path, state["batches"], state["place"])
 
     def _append_to_log(self, record: Mapping[str, Any]) -> None:
@@ -424,6 +447,14 @@ class _EpochInParts:
             set_random_state(self.random_state, self.runner.device)
         own.update(data_loader=_Batches(self, rest), model=_Model(self), lr_scheduler=_Schedule(self, stock))
         return own
+
+    def skip_all(self) -> dict[str, Any]:
+        """Do what is left of a part whose batches were all done before a resume: LAVIS's loop cannot run over none."""
+        if self.random_state is not None:
+            set_random_state(self.random_state, self.runner.device)
+        if hasattr(self.runner.task, "begin_epoch"):
+            self.runner.task.begin_epoch(self.epoch, _Batches(self, 0))
+        return {}
 
     def before_batch(self) -> None:
         """Finish the batch before: log it, and save where it is time."""

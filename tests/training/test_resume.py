@@ -399,3 +399,52 @@ def test_a_loss_that_is_not_a_number_stops_the_run(stopped):
     with pytest.raises(SystemExit, match=r"training loss is (nan|inf) in epoch 1, batch \d+; lower run\.init_lr"):
         go_on("run.init_lr=1e30")
     verify_checkpoint(folder / "checkpoint_last.pth")
+
+
+@pytest.mark.parametrize("style", ["epochs", "iterations"])
+def test_what_ends_the_first_validation_loses_nothing_of_the_epoch(style, project, tmp_path, monkeypatch, capsys):
+    """SIGTERM as the first validation begins: one line, 143, and the run ends as if it had not been stopped."""
+    changes = {"max_epoch": 2, "save_every": None} if style == "epochs" else {**ITERATIONS, "save_every": None}
+    path = project(**changes)
+
+    def train(name):
+        launcher.main("train", ["--cfg-path", path, "--options", f"run.output_dir={tmp_path / name}"])
+
+    train("whole")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            resumable_runner.ResumableRunner, "eval_epoch", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+        )
+        with pytest.raises(SystemExit) as stopped:
+            train("stopped")
+    assert stopped.value.code == 143
+    (folder,) = (tmp_path / "stopped").iterdir()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lavis.train: stopped")]
+    place = "epoch 0, batch 9" if style == "epochs" else "iteration 5"
+    assert lines == [
+        f"lavis.train: stopped by SIGTERM; {folder}/checkpoint_last.pth holds the run up to {place}; add --options "
+        "run.resume_ckpt_path=auto to the same command to go on from there."
+    ]
+    steps = (folder / "steps.csv").read_text()
+    train("stopped")
+    assert (folder / "steps.csv").read_text().startswith(steps), "no batch is trained twice"
+    assert_same(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_at_a_run_with_workers_ends_it_with_one_line(signum, code, project, tmp_path):
+    path = project(num_workers=2, max_epoch=50)
+    output = tmp_path / "out"
+    (process,) = start(path, output)
+    end = time.monotonic() + 60
+    while not list(output.glob("*/checkpoint_last.pth")):
+        assert time.monotonic() < end
+        assert process.is_alive()
+        time.sleep(0.05)
+    os.kill(process.pid, signum)
+    process.join(30)
+    assert process.exitcode == code
+    said = Path(f"{output}.log").read_text()
+    assert said.count(f"lavis.train: stopped by {signal.Signals(signum).name}; ") == 1
+    assert "Traceback" not in said

@@ -154,12 +154,12 @@ class RetrievalDpoTask(ComposedRetrievalTask):
 
     def train_epoch(self, epoch: int, **arguments: Any) -> Any:
         """Mine negatives if it is time, then train an epoch of LAVIS's loop."""
-        self._begin_epoch(epoch, arguments["data_loader"])
+        self.begin_epoch(epoch, arguments["data_loader"])
         return super().train_epoch(epoch=epoch, **arguments)
 
     def train_iters(self, epoch: int, start_iters: int, iters_per_inner_epoch: int, **arguments: Any) -> Any:
         """Mine negatives if it is time, then train an inner epoch of LAVIS's loop."""
-        self._begin_epoch(start_iters // iters_per_inner_epoch, arguments["data_loader"])
+        self.begin_epoch(start_iters // iters_per_inner_epoch, arguments["data_loader"])
         return super().train_iters(
             epoch=epoch, start_iters=start_iters, iters_per_inner_epoch=iters_per_inner_epoch, **arguments
         )
@@ -197,8 +197,13 @@ class RetrievalDpoTask(ComposedRetrievalTask):
 
     # Negatives.
 
-    def _begin_epoch(self, epoch: int, data_loader: Any) -> None:
-        """Let the data sets return the negatives of this epoch."""
+    def begin_epoch(self, epoch: int, data_loader: Any) -> None:
+        """Let the data sets return the negatives of this epoch: mined now, or read from the run's file of them.
+
+        Args:
+            epoch: Counted from 0.
+            data_loader: Of this epoch; it is renewed where the negatives are new.
+        """
         at = self.mining.mined_at(epoch)
         for name, dataset in self.training.items():
             if self.in_use.get(name) == at or self.mining.file is not None:
