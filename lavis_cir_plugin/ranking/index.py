@@ -8,7 +8,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -38,8 +38,39 @@ GPU_HITS = 2048
 LEAST_BEAM = 64
 """How many vectors a search of a graph keeps in mind, at least."""
 
-_FORMAT = "lavis_cir_plugin index 1"
+_FORMAT = "lavis_cir_plugin index 2"
 _LONGEST_HEADER = 1000
+
+
+@dataclass(frozen=True)
+class Owners:
+    """The images behind each of V distinct vectors.
+
+    FAISS's graph links a vector to its nearest ones, so that many equal vectors link to each other alone and are cut
+    off from the rest. So equal vectors are indexed once.
+
+    Attributes:
+        first: ``(V,)`` ascending places, among all G x K vectors, where each distinct vector is for the first time.
+        bounds: ``(V + 1,)`` where the images of each begin and end in ``images``.
+        images: Gallery indices, ascending for each vector; an image is there once for each of its distinct vectors.
+    """
+
+    first: Tensor
+    bounds: Tensor
+    images: Tensor
+
+    def of(self, vectors: Tensor, width: int) -> Tensor:
+        """Return the images of vectors ``(Q, H)``, nearest first, -1 for none: ``(Q, up to width)``, -1 pads."""
+        bounds, images = self.bounds.to(vectors.device), self.images.to(vectors.device)
+        places = vectors.clamp(min=0)
+        counts = torch.where(vectors >= 0, bounds[places + 1] - bounds[places], 0)
+        ends = counts.cumsum(1)
+        column = torch.arange(min(width, int(ends[:, -1].max())), device=vectors.device).expand(len(vectors), -1)
+        column = column.contiguous()
+        hit = torch.searchsorted(ends, column, right=True).clamp(max=vectors.shape[1] - 1)
+        inside = column - (ends - counts).gather(1, hit)
+        found = images[(bounds[places.gather(1, hit)] + inside).clamp(max=len(images) - 1)]
+        return torch.where(column < ends[:, -1:], found, -1)
 
 
 @dataclass
@@ -50,13 +81,15 @@ class Index:
         kind: One of `KINDS`.
         gallery: ``(G, K, D)`` or ``(G, D)``; may be mapped from a file.
         longest: Length of the longest gallery feature.
-        vectors: FAISS's index of all G x K vectors; ``None`` for kind ``exact``.
+        vectors: FAISS's index of the V distinct ones of all G x K vectors; ``None`` for kind ``exact``.
+        owners: The images that each distinct vector belongs to; ``None`` where all G x K vectors are distinct.
     """
 
     kind: str
     gallery: Tensor
     longest: float
     vectors: Any = None
+    owners: Owners | None = None
     _on_gpu: Any = field(default=None, repr=False)
 
     def search(
@@ -91,7 +124,7 @@ class Index:
         hits = min(hits or HITS_PER_RESULT * k, self.vectors.ntotal)
         most = max(hits, min((k + 1) * self._per_image, self.vectors.ntotal))
         parts = []
-        for part in split(len(query), scoring.WORKING_BYTES, 16 * most):
+        for part in split(len(query), scoring.WORKING_BYTES, 16 * max(most, self._width(k))):
             candidates = self._candidates(query[part], k, excluded[part], hits, most)
             parts.append(rerank(query[part], self.gallery, candidates, k, longest=self.longest))
         scores, indices = zip(*parts)
@@ -106,6 +139,9 @@ class Index:
         path = Path(path)
         with replacing(path) as file:
             file.write(json.dumps(self._header()).encode() + b"\n")
+            if self.owners is not None:
+                for part in (self.owners.first, self.owners.bounds, self.owners.images):
+                    file.write(part.numpy().tobytes())
             if self.vectors is not None:
                 faiss = _faiss(self.kind)
                 faiss.write_index(self.vectors, faiss.PyCallbackIOWriter(file.write))
@@ -115,11 +151,18 @@ class Index:
     def _per_image(self) -> int:
         return 1 if self.gallery.dim() == 2 else self.gallery.shape[1]
 
+    def _width(self, k: int) -> int:
+        """Return how many owners of the nearest vectors hold all candidates: an image has `_per_image` vectors."""
+        return (k + SPARE + 1) * self._per_image
+
     def _candidates(self, query: Tensor, k: int, excluded: Tensor, hits: int, most: int) -> Tensor:
         """Return distinct images ``(Q, C)``, best first, -1 at the end; k to k + SPARE where FAISS finds so many."""
         while True:
             vectors = self._nearest(query, hits)
-            images = torch.where(vectors >= 0, vectors // self._per_image, -1)
+            if self.owners is None:
+                images = torch.where(vectors >= 0, vectors // self._per_image, -1)
+            else:
+                images = self.owners.of(vectors, self._width(k))
             images.masked_fill_(images == excluded.unsqueeze(1), -1)
             is_new = _first_occurrences(images) & (images >= 0)
             counts = is_new.sum(dim=1)
@@ -141,6 +184,7 @@ class Index:
             "kind": self.kind,
             "gallery": [list(self.gallery.shape), str(self.gallery.dtype), _checksum(self.gallery)],
             "longest": self.longest,
+            "owners": None if self.owners is None else [len(self.owners.first), len(self.owners.images)],
         }
 
     def _check(self, query: Tensor, k: int, excluded: Tensor | None, hits: int | None) -> None:
@@ -183,12 +227,14 @@ def build_index(kind: str, gallery: Tensor, *, lists: int | None = None, probes:
     longest = longest_feature(gallery)
     if kind == "exact":
         return Index(kind, gallery, longest)
-    faiss, count = _faiss(kind), gallery.numel() // gallery.shape[-1]
+    faiss, owners = _faiss(kind), _owners(gallery)
+    count = gallery.numel() // gallery.shape[-1] if owners is None else len(owners.first)
     if lists is None:
         lists = max(1, min(math.isqrt(count), count // VECTORS_PER_LIST))
     if kind == "ivf" and not 1 <= lists <= max(1, count // VECTORS_PER_LIST):
         raise ValueError(
-            f"{lists:,} lists need {VECTORS_PER_LIST * lists:,} vectors to be trained, the gallery has {count:,}; "
+            f"{lists:,} lists need {VECTORS_PER_LIST * lists:,} vectors to be trained, the gallery has {count:,} that "
+            f"differ; "
             f"set lists to {max(1, count // VECTORS_PER_LIST):,} or less, or use kind 'exact'."
         )
     vectors = _empty(faiss, kind, gallery.shape[-1], lists, links)
@@ -196,10 +242,16 @@ def build_index(kind: str, gallery: Tensor, *, lists: int | None = None, probes:
     if kind == "ivf":
         vectors.nprobe = probes
         vectors.cp.seed = 0
-        vectors.train(_rows(_sample(gallery, SAMPLE_PER_LIST * lists), scale))
+        vectors.train(_rows(_sample(gallery, SAMPLE_PER_LIST * lists, owners), scale))
     for part in split(len(gallery), scoring.WORKING_BYTES // 4, 8 * gallery[0].numel()):
-        vectors.add(_rows(gallery[part], scale))
-    return Index(kind, gallery, longest, vectors, _on_gpu(faiss, kind, vectors))
+        rows = gallery[part].reshape(-1, gallery.shape[-1])
+        if owners is not None:
+            begin = part.start * (gallery[0].numel() // gallery.shape[-1])
+            here = torch.searchsorted(owners.first, torch.tensor([begin, begin + len(rows)]))
+            rows = rows[(owners.first[here[0] : here[1]] - begin).to(rows.device)]
+        if len(rows):
+            vectors.add(_rows(rows, scale))
+    return Index(kind, gallery, longest, vectors, owners, _on_gpu(faiss, kind, vectors))
 
 
 def load_index(path: str | Path, gallery: Tensor) -> Index:
@@ -233,8 +285,10 @@ def load_index(path: str | Path, gallery: Tensor) -> Index:
         if index.kind != "exact":
             faiss = _faiss(index.kind)
             try:
+                if header["owners"] is not None:
+                    index.owners = _read_owners(file, *header["owners"])
                 index.vectors = faiss.read_index(faiss.PyCallbackIOReader(file.read))
-            except RuntimeError:
+            except (RuntimeError, ValueError, KeyError, TypeError):
                 raise ValueError(f"{path} is damaged; build it again.") from None
             index._on_gpu = _on_gpu(faiss, index.kind, index.vectors)
     return index
@@ -301,11 +355,65 @@ def _rows(features: Tensor, scale: float = 1.0) -> np.ndarray[Any, Any]:
     return np.ascontiguousarray((features.flatten(0, -2).double() * scale).float().cpu().numpy())
 
 
-def _sample(gallery: Tensor, count: int) -> Tensor:
-    """Draw so many feature vectors without repetition, always the same; all in order where there are fewer."""
+def _sample(gallery: Tensor, count: int, owners: Owners | None) -> Tensor:
+    """Draw so many distinct feature vectors, always the same; all in order where there are fewer."""
     vectors = gallery.flatten(0, -2)
-    chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:count].sort().values
+    total = len(vectors) if owners is None else len(owners.first)
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].sort().values
+    if owners is not None:
+        chosen = owners.first[chosen]
     return vectors[chosen.to(gallery.device)]
+
+
+def _owners(gallery: Tensor) -> Owners | None:
+    """Find the vectors that are equal bit by bit, and their images; None where there are none."""
+    rows = gallery.flatten(0, -2)
+    hashes = torch.cat([_hashes(rows[part]) for part in split(len(rows), scoring.WORKING_BYTES // 4, _cost(rows))])
+    order = hashes.argsort(stable=True)
+    is_first = torch.ones(len(rows), dtype=torch.bool)
+    is_first[1:] = hashes[order[1:]] != hashes[order[:-1]]
+    if bool(is_first.all()):
+        return None
+    leader = torch.empty_like(order)  # the first vector with the same hash
+    leader[order] = order[is_first][is_first.cumsum(0) - 1]
+    # Equal hashes prove nothing: a vector that differs from its leader stays on its own.
+    copies = (leader != torch.arange(len(rows))).nonzero().flatten()
+    for part in split(len(copies), scoring.WORKING_BYTES // 4, 2 * _cost(rows)):
+        some = copies[part]
+        own, others = rows[some.to(rows.device)], rows[leader[some].to(rows.device)]
+        leader[some] = torch.where((own == others).all(dim=1).cpu(), leader[some], some)
+    first, vector = leader.unique(return_inverse=True)
+    per_image = 1 if gallery.dim() == 2 else gallery.shape[1]
+    pairs = torch.stack([vector, torch.arange(len(rows)) // per_image]).unique(dim=1)  # sorted by vector, then image
+    if len(first) == len(rows):
+        return None
+    bounds = torch.searchsorted(pairs[0].contiguous(), torch.arange(len(first) + 1))
+    return Owners(first, bounds, pairs[1].contiguous())
+
+
+def _cost(rows: Tensor) -> int:
+    return 16 * rows.shape[1]
+
+
+def _hashes(rows: Tensor) -> Tensor:
+    """Return a number of 64 bits for each row ``(n, D)``, equal for equal rows: a weighted sum of the entries' bits."""
+    bits = rows.contiguous().cpu().view(_BITS[rows.element_size()]).long()
+    weights = torch.randint(-(2**63), 2**63 - 1, bits.shape[1:], generator=torch.Generator().manual_seed(0)) | 1
+    return (bits * weights).sum(dim=1)  # modulo 2^64
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _read_owners(file: BinaryIO, vectors: int, images: int) -> Owners:
+    """Read what `Index.save` wrote of them."""
+    parts = []
+    for count in (vectors, vectors + 1, images):
+        content = bytearray(file.read(8 * count))
+        if len(content) != 8 * count:
+            raise ValueError("the file is too short")
+        parts.append(torch.frombuffer(content, dtype=torch.int64))
+    return Owners(*parts)
 
 
 def _checksum(gallery: Tensor) -> int:
