@@ -5,14 +5,16 @@ package, puts a finder into ``sys.meta_path`` at every interpreter start, which 
 :class:`LavisFinder`, only when one of three names is imported.
 """
 
+import os
 import sys
 
 TYPE_CHECKING = False  # typing's own flag would import typing at every interpreter start
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, MutableMapping, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _LAUNCHERS = ("lavis.train", "lavis.evaluate")
 _after_lavis: "list[Callable[[], None]]" = []
 
@@ -29,6 +31,7 @@ class LavisFinder:
         fullname: absolute module name. path: ``lavis.__path__`` when ``fullname`` is a launcher, else None.
         """
         if fullname == "lavis":
+            wait_passively()
             return _prepared()
         if fullname in _LAUNCHERS:
             return _launcher(fullname, path)
@@ -62,6 +65,58 @@ def import_lavis() -> None:
     except ModuleNotFoundError as error:
         if error.name != "lavis":
             raise
+
+
+def wait_passively(
+    arguments: "Sequence[str] | None" = None, environment: "MutableMapping[str, str] | None" = None
+) -> None:
+    """Let OpenMP's threads sleep while they wait, in a CPU run of this project's commands; the user's own choice stays.
+
+    Waiting threads spin otherwise, and on cores that do other work they spin against each other. OpenMP reads its
+    settings once, when torch is loaded: under ``python -m lavis.train`` that is when ``lavis`` is imported.
+
+    arguments: the command line, ``sys.argv`` by default. environment: what to change, ``os.environ`` by default.
+    """
+    arguments = sys.argv if arguments is None else arguments
+    environment = os.environ if environment is None else environment
+    if any(name in environment for name in _WAITING) or not arguments:
+        return
+    # While the module of -m is being located, the first argument is "-m" itself.
+    is_launcher = arguments[0] == "-m" and any(argument.startswith("--cfg-path") for argument in arguments)
+    is_tool = os.path.splitext(os.path.basename(arguments[0]))[0] == "lavis-cir"
+    if is_tool or (is_launcher and _device(arguments[1:]) == "cpu"):
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def _device(arguments: "Sequence[str]") -> "str | None":
+    """Return ``run.device`` as a command line and its project file have it; None where neither names one."""
+    options = [argument for argument in arguments if argument.startswith("run.device=")]
+    if options:
+        return options[-1].partition("=")[2]
+    path = next((word.partition("=")[2] for word in arguments if word.startswith("--cfg-path=")), None)
+    if path is None and "--cfg-path" in arguments[:-1]:
+        path = arguments[arguments.index("--cfg-path") + 1]
+    if path is None:
+        return None
+    import re
+
+    for place in (os.path.expanduser(path), *_shipped(path)):
+        try:
+            with open(place, encoding="utf-8") as file:
+                found = re.search(r"""(?:^|[\s{,])device:\s*["']?(\w+)""", file.read())
+        except (OSError, ValueError):
+            continue
+        return found[1] if found else None
+    return None
+
+
+def _shipped(path: str) -> "list[str]":
+    """Return where a project of this package may lie: inside it in a wheel, beside it in a checkout."""
+    from importlib.util import find_spec
+
+    plugin = find_spec("lavis_cir_plugin") if path.startswith("projects") else None
+    folders = list(plugin.submodule_search_locations or ()) if plugin else []
+    return [os.path.join(place, path) for folder in folders for place in (folder, os.path.dirname(folder))]
 
 
 def _prepared() -> "ModuleSpec | None":

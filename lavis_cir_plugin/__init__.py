@@ -65,4 +65,5 @@ def __getattr__(name: str) -> Any:
 
 former_places.install()
 lavis_cir_hook.install()  # a checkout on PYTHONPATH has no .pth file that would have done this at start-up
+lavis_cir_hook.wait_passively()  # for lavis-cir, which loads torch before LAVIS
 lavis_cir_hook.call_after_lavis(register)

@@ -1,4 +1,4 @@
-"""What a worker process does first: it leaves interrupts to its parent, and it ends when its parent does."""
+"""What a worker process does first: it takes one thread, leaves interrupts to its parent, and ends when that does."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ def worker_setup() -> Callable[..., None]:
 def _begin(parent: int, *_: object) -> None:
     # Ctrl-C reaches all processes of a terminal; the parent stops its workers, without a traceback of each.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if "torch" in sys.modules:  # several workers with a thread for each core each would wait for each other
+        sys.modules["torch"].set_num_threads(1)
     if not (os.getppid() == parent and _killed_with_parent() and os.getppid() == parent):
         # Another system, a fork server between the two, or a parent that is gone already.
         threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
