@@ -167,10 +167,16 @@ class FeatureCache:
 
         Raises:
             ValueError: If there is too little free space (nothing has been written then), a picture cannot be read, or
-                its features are not finite.
+                its features are not finite; or if the processes of a run have different towers.
             OSError: If a row cannot be written, as on a full disk; earlier ones stay and count.
         """
         rank, world = rank_and_world()
+        if len(set(gather(str(self.folder)))) > 1:
+            raise ValueError(
+                "run.feature_cache: the frozen tower or its transform differs between the processes of this run, so "
+                "that they would train on different features; load the tower from a file (model.finetuned), or build "
+                "it from the same seed on each."
+            )
         names = sorted({str(path) for path in paths})
         with fail_together():
             files = self._identify(names[rank::world])

@@ -10,6 +10,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -184,6 +185,26 @@ def made_once(place: Path, settings: object, write: Callable[[Path], object]) ->
     Raises:
         OSError: something could not be written; nothing of the unfinished folder is left.
     """
+    try:
+        return _made_once(place, settings, write)
+    except OSError as error:
+        words = _in_words(error, place)
+        raise (OSError(words) if error.errno is None else OSError(error.errno, words)) from error
+
+
+def _in_words(error: OSError, place: Path) -> str:
+    """Say what could not be written, without the name of the unfinished folder, which is gone by then."""
+    begin = place.parent / f".{place.name}.part-"
+    reason = re.sub(rf"{re.escape(str(begin))}\w+", lambda _: str(place), error.strerror or str(error))
+    if reason.startswith("garments: "):
+        return reason
+    return (
+        f"garments: {place} cannot be drawn ({reason}); free some space there, or set XDG_CACHE_HOME to a folder that "
+        "can be written."
+    )
+
+
+def _made_once(place: Path, settings: object, write: Callable[[Path], object]) -> Path:
     root = place.parent
     if (place / _MARKER).is_file():
         return place

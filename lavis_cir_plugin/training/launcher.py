@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import logging
 import os
 import random
@@ -24,10 +26,12 @@ from lavis.common.dist_utils import get_rank, is_main_process, setup_for_distrib
 from lavis.common.logger import setup_logger
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 import lavis_cir_plugin
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.benchmarks.images import refuse_output_inside
+from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
 from lavis_cir_plugin.interruption import interruptible
 from lavis_cir_plugin.training import config, lora
 from lavis_cir_plugin.training.portable_runner import join_single_process
@@ -35,6 +39,9 @@ from lavis_cir_plugin.training.resumable_runner import LAST, PREVIOUS, find_chec
 
 # Long enough to download a checkpoint on one process while the others wait, short enough to notice a dead one.
 _PROCESS_TIMEOUT = timedelta(minutes=60)
+
+# What disks and folders refuse with, wherever in LAVIS or another library a file was to be written.
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO)
 
 
 def main(command: str, arguments: Sequence[str] | None = None) -> None:
@@ -83,7 +90,7 @@ def run(command: str, args: argparse.Namespace, announce: Callable[[Any], None] 
     task = tasks.setup_task(cfg)
     datasets = task.build_datasets(cfg)
     _refuse_output_among_images(Path(cfg.run_cfg.output_dir), datasets)
-    model = lora.build_model(task, cfg)
+    model = _build_model(task, cfg)
     if hasattr(task, "prepare"):
         task.prepare(model, datasets, cfg)
     runner_class = resumable(registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base")))
@@ -99,10 +106,8 @@ def run(command: str, args: argparse.Namespace, announce: Callable[[Any], None] 
 
 def complete(merged: DictConfig) -> Config:
     """Let LAVIS add the defaults of model and data sets; it insists on reading the project from a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "project.yaml"
-        OmegaConf.save(merged, path)
-        return Config(argparse.Namespace(cfg_path=str(path), options=[]))
+    # One in memory, so that no disk has to have room for it and no message names a file that is gone.
+    return Config(argparse.Namespace(cfg_path=io.StringIO(OmegaConf.to_yaml(merged)), options=[]))
 
 
 def _kept(command: str, runners: Sequence[Any]) -> str | None:
@@ -164,6 +169,22 @@ def _join_processes(run_cfg: DictConfig) -> None:
     setup_for_distributed(get_rank() == 0)
 
 
+def _build_model(task: Any, cfg: Any) -> nn.Module:
+    """Build the model from the same random numbers on every process; each goes on with numbers of its own.
+
+    So frozen weights that come from no file are the same everywhere, as are the features that a cache keeps of them.
+    """
+    if dist.get_world_size() == 1:
+        return lora.build_model(task, cfg)
+    state: list[Any] = [get_random_state()]
+    dist.broadcast_object_list(state)
+    set_random_state(state[0])
+    model = lora.build_model(task, cfg)
+    if get_rank() > 0:
+        _seed(int(cfg.run_cfg.seed) + get_rank())
+    return model
+
+
 def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
@@ -197,5 +218,13 @@ def _sentence(error: BaseException) -> str | None:
         *trace, message = str(error).strip().splitlines()
         origins = [line for line in trace if line.lstrip().startswith("File ")]
         return message.partition(": ")[2] if origins and package in origins[-1] else None
-    frames = traceback.extract_tb(error.__traceback__)
-    return str(error) if frames[-1].filename.startswith(package) else None
+    is_ours = traceback.extract_tb(error.__traceback__)[-1].filename.startswith(package)
+    if isinstance(error, OSError) and error.errno is not None:
+        if is_ours and error.strerror != os.strerror(error.errno):
+            return str(error.strerror)
+        if error.errno in _REFUSALS:
+            return (
+                f"{error.filename or 'a file'} cannot be written or read ({os.strerror(error.errno)}); free some space "
+                "there, or choose another folder (runs are below run.output_dir, the cache below XDG_CACHE_HOME)."
+            )
+    return str(error) if is_ours else None

@@ -9,7 +9,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -187,7 +187,8 @@ class ResumableRunner(PortableRunner):
         for key in ("best_epoch", "best_iters"):
             if isinstance(stats, dict) and key in stats:
                 stats[key] = self.best["epoch"]
-        super().log_stats(stats, split_name)
+        with _log_explained(self.output_dir):
+            super().log_stats(stats, split_name)
         if self._run_log is not None and isinstance(stats, dict):
             values = {key: value for key, value in stats.items() if not key.startswith("best_")}
             if split_name == "train":
@@ -197,7 +198,8 @@ class ResumableRunner(PortableRunner):
     def log_config(self) -> None:
         """Log the config at the start of a run, not again where it goes on."""
         if not self._continues:
-            super().log_config()
+            with _log_explained(self.output_dir):
+                super().log_config()
 
     # Training, interrupted or not.
 
@@ -402,7 +404,7 @@ class ResumableRunner(PortableRunner):
 
     def _append_to_log(self, record: Mapping[str, Any]) -> None:
         if is_main_process() and not self.evaluate_only:
-            with open(os.path.join(self.output_dir, "log.txt"), "a") as file:
+            with _log_explained(self.output_dir), open(os.path.join(self.output_dir, "log.txt"), "a") as file:
                 file.write(json.dumps(record) + "\n")
 
 
@@ -696,6 +698,17 @@ def _last_whole(folder: Path) -> Path:
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     keys = [key for key in {**before, **now} if key not in _MAY_DIFFER]
     return [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
+
+
+@contextmanager
+def _log_explained(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{Path(folder) / 'log.txt'} cannot be written ({error.strerror or error}); checkpoints there are "
+            "untouched. Free some space, or set run.output_dir to a folder on another disk."
+        ) from error
 
 
 def _origin(error: BaseException) -> str:
