@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from lavis_cir_plugin import commands
-from lavis_cir_plugin.interruption import interruptible
+from lavis_cir_plugin.core.interruption import interruptible
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

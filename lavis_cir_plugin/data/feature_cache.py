@@ -40,7 +40,7 @@ from tqdm import tqdm
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.core.processes import fail_together, gather, rank_and_world
 from lavis_cir_plugin.core.whole_or_nothing import size_text
-from lavis_cir_plugin.workers import worker_setup
+from lavis_cir_plugin.core.workers import worker_setup
 
 # Part of every key: raise it when a shipped model or processor comes to return something else under the same name.
 _FORMAT = 1

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lavis_cir_plugin.core.random_state import get_random_state, seed_all, set_random_state
-from lavis_cir_plugin.workers import worker_setup
+from lavis_cir_plugin.core.workers import worker_setup
 
 
 def training_loader(dataset: Dataset[Any], seed: int, **options: Any) -> DataLoader[Any]:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from lavis_cir_plugin import garments
-from lavis_cir_plugin.interruption import interruptible
+from lavis_cir_plugin.core.interruption import interruptible
 
 from .world import World
 

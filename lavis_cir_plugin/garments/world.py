@@ -22,8 +22,8 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lavis_cir_plugin.locks import LOCKS_HOLD, held
-from lavis_cir_plugin.workers import worker_setup
+from lavis_cir_plugin.core.locks import LOCKS_HOLD, held
+from lavis_cir_plugin.core.workers import worker_setup
 
 from .attributes import Garment
 from .drawing import draw

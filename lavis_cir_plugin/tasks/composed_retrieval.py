@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query
 from lavis_cir_plugin.core.processes import fail_together, gather, share
+from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, CirDataset, cache_root
 from lavis_cir_plugin.data.feature_cache import FeatureCache, check_tower, fingerprint
 from lavis_cir_plugin.ranking.gallery_features import DTYPES, shared_rows
@@ -32,7 +33,6 @@ from lavis_cir_plugin.report import chance, contact_sheets, curves, files, table
 from lavis_cir_plugin.report.run_log import EPOCHS
 from lavis_cir_plugin.training.config import own_name
 from lavis_cir_plugin.training.training_history import trained_on
-from lavis_cir_plugin.workers import worker_setup
 
 TOP = 50
 """How many images per query a submission and a contact sheet can show."""

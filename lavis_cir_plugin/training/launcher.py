@@ -31,8 +31,8 @@ from torch import nn
 import lavis_cir_plugin
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.benchmarks.images import refuse_output_inside
+from lavis_cir_plugin.core.interruption import interruptible
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
-from lavis_cir_plugin.interruption import interruptible
 from lavis_cir_plugin.training import config, lora
 from lavis_cir_plugin.training.portable_runner import join_single_process
 from lavis_cir_plugin.training.resumable_runner import LAST, PREVIOUS, find_checkpoint, resumable

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
 from lavis_cir_plugin.core.model_parts import frozen_names
+from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
-from lavis_cir_plugin.workers import worker_setup
 
 
 class PortableRunner:

@@ -20,10 +20,10 @@ from lavis.common.dist_utils import get_rank, get_world_size, is_main_process, m
 from torch import Tensor
 
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint, verify_checkpoint, write_checkpoint
+from lavis_cir_plugin.core.locks import FileLock, holder_of
 from lavis_cir_plugin.core.model_parts import frozen_names, momentum_copies
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
 from lavis_cir_plugin.data.resumable_loader import EpochLoader
-from lavis_cir_plugin.locks import FileLock, holder_of
 from lavis_cir_plugin.report.run_log import RunLog, progress
 from lavis_cir_plugin.training.portable_runner import PortableRunner
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import lavis_cir_plugin
-from lavis_cir_plugin import locks, workers
+from lavis_cir_plugin.core import locks, workers
+from lavis_cir_plugin.core.locks import FileLock, held, holder_of
 from lavis_cir_plugin.data.feature_cache import FeatureCache
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 from lavis_cir_plugin.garments import world
-from lavis_cir_plugin.locks import FileLock, held, holder_of
 from lavis_cir_plugin.tasks.composed_retrieval import Evaluation
 from lavis_cir_plugin.training import resumable_runner
 
@@ -132,7 +132,7 @@ def test_no_lock_is_taken_elsewhere():
     package = Path(lavis_cir_plugin.__file__).parent
     texts = {path.name: path.read_text() for path in package.rglob("*.py")}
     assert [name for name, text in texts.items() if "import fcntl" in text or "import filelock" in text] == ["locks.py"]
-    assert {name for name, text in texts.items() if "plugin.locks import" in text} == {"world.py", "resumable.py"}
+    assert {name for name, text in texts.items() if "core.locks import" in text} == {"world.py", "resumable_runner.py"}
 
 
 def hold_with_child(path, child_path):

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from lavis_cir_plugin.commands import main
-from lavis_cir_plugin.interruption import interruptible
+from lavis_cir_plugin.core.interruption import interruptible
 
 FORK = multiprocessing.get_context("fork")
 

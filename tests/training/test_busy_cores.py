@@ -13,7 +13,7 @@ import torch
 
 from lavis_cir_hook import wait_passively
 from lavis_cir_plugin import PROJECTS
-from lavis_cir_plugin.workers import worker_setup
+from lavis_cir_plugin.core.workers import worker_setup
 
 
 def policy(*arguments, **environment):
@@ -82,7 +82,7 @@ def test_it_is_set_before_lavis_loads_torch(tmp_path):
         "import os, sys\nprint(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)\nsys.exit(0)\n"
     )
     (tmp_path / "sitecustomize.py").write_text("import lavis_cir_hook\nlavis_cir_hook.install()\n")
-    checkout = Path(__file__).resolve().parents[1]
+    checkout = Path(__file__).resolve().parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{checkout}"
     command = [sys.executable, "-m", "lavis.train", "--cfg-path", "projects/wrf4cir/demo.yaml"]
