@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import regex  # type: ignore[import-untyped]  # unlike re, it knows marks and scripts
 from lavis.common.dist_utils import main_process
 from lavis.common.registry import registry
 from lavis.tasks.captioning import CaptionTask
@@ -16,6 +18,14 @@ from pycocoevalcap.bleu.bleu import Bleu  # type: ignore[import-untyped]
 from pycocoevalcap.cider.cider import Cider  # type: ignore[import-untyped]
 from torch import nn
 from torch.utils.data import Dataset
+
+# Scripts that put no blanks between words: Chinese, Japanese, and those of South-East Asia (Thai, Lao, Khmer, Burmese),
+# which Unicode puts into the line breaking class SA because only a dictionary finds their words.
+_UNSPACED = r"[\p{Han}\p{scx=Hira}\p{scx=Kana}\p{lb=SA}]"
+_CHARACTER = rf"[[\p{{L}}\p{{N}}]&&{_UNSPACED}]\p{{M}}*"
+# The two joiners (U+200C, U+200D) stand inside words of Persian and of India's scripts.
+_WORD = rf"[[\p{{L}}\p{{N}}']--{_UNSPACED}][[\p{{L}}\p{{M}}\p{{N}}'\u200c\u200d]--{_UNSPACED}]*"
+_TOKEN = regex.compile(f"(?V1){_CHARACTER}|{_WORD}")  # V1: differences and intersections of sets
 
 
 @registry.register_task("local_captioning")
@@ -50,6 +60,15 @@ class LocalCaptionTask(CaptionTask):
                 "run.task: local_captioning scores against the data set's own captions, and this split has none; "
                 "evaluate another split (run.valid_splits, run.test_splits)."
             )
+        texts = [text for record in self._annotation for text in _texts(record["caption"])]
+        wordless = [text for text in texts if not tokenized(text)]
+        if wordless:
+            logging.warning(
+                "%d of %d captions hold no letter and no digit (first: %r), so no generated caption agrees with them",
+                len(wordless),
+                len(texts),
+                wordless[0],
+            )
 
     def valid_step(self, model: nn.Module, samples: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Generate captions; each also carries the place of its record in the annotation."""
@@ -61,9 +80,8 @@ class LocalCaptionTask(CaptionTask):
     @main_process
     def _report_metrics(self, eval_result_file: str, split_name: str) -> dict[str, float]:
         results = json.loads(Path(eval_result_file).read_text())
-        references = [self._annotation[result["instance_id"]]["caption"] for result in results]
-        listed = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
-        scores = caption_scores([result["caption"] for result in results], listed)
+        references = [_texts(self._annotation[result["instance_id"]]["caption"]) for result in results]
+        scores = caption_scores([result["caption"] for result in results], references)
         with open(os.path.join(registry.get_path("output_dir"), "evaluate.txt"), "a") as file:
             file.write(json.dumps({split_name: scores}) + "\n")
         return {**scores, "agg_metrics": scores["CIDEr"] + scores["Bleu_4"]}
@@ -73,7 +91,9 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
     """Return ``CIDEr`` (0 to 10) and ``Bleu_4`` (fraction) of captions against their references.
 
     Texts are tokenized by :func:`tokenized`, so the numbers are close to, and not the same as, those of COCO's scorer.
-    CIDEr weighs words by their rarity in these references; with one picture all weights, and so CIDEr, are 0.
+    In scripts without blanks the n-grams are of characters, so scores are comparable within one script only.
+    CIDEr weighs words by their rarity in these references; with one picture all weights, and so CIDEr, are 0. Where no
+    reference holds a word, both scores are 0.
 
     Args:
         captions: One per picture.
@@ -83,11 +103,22 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
     """
     given = {place: [tokenized(text)] for place, text in enumerate(captions)}
     truth = {place: [tokenized(text) for text in texts] for place, texts in enumerate(references)}
+    if not any(text for texts in truth.values() for text in texts):  # pycocoevalcap takes the maximum of no numbers
+        return {"CIDEr": 0.0, "Bleu_4": 0.0}
     cider, _ = Cider().compute_score(truth, given)
     bleu, _ = Bleu(4).compute_score(truth, given, verbose=0)
     return {"CIDEr": float(cider), "Bleu_4": float(bleu[3])}
 
 
 def tokenized(text: str) -> str:
-    """Return the lower-case runs of letters, digits and apostrophes, joined by blanks: punctuation is no token."""
-    return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
+    """Return the words of a text in lower case, joined by blanks.
+
+    A word is a run of letters with their marks, digits and apostrophes of any script: punctuation, symbols and emoji
+    are no tokens. Of scripts that put no blanks between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each
+    letter with its marks is a token. Texts that Unicode holds to be the same (NFC, NFD) give the same tokens.
+    """
+    return " ".join(_TOKEN.findall(unicodedata.normalize("NFC", text.lower())))
+
+
+def _texts(captions: str | Sequence[str]) -> list[str]:
+    return [captions] if isinstance(captions, str) else list(captions)

@@ -7,7 +7,9 @@ import dataclasses
 import json
 import math
 import os
+import random
 import re
+import unicodedata
 from collections import Counter
 
 import pytest
@@ -50,7 +52,7 @@ from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation, ascent_step
 from lavis_cir_plugin.models.blip_tiny import BlipCaptionTiny, BlipVqaTiny
 from lavis_cir_plugin.models.tokenizer import load_tokenizer
-from lavis_cir_plugin.tasks.local_captioning import LocalCaptionTask, caption_scores
+from lavis_cir_plugin.tasks.local_captioning import LocalCaptionTask, caption_scores, tokenized
 from lavis_cir_plugin.training import config, launcher
 
 LARGE = QuestionGarments(seed=5, train_images=900, val_images=400)
@@ -390,6 +392,68 @@ def test_bleu_4_worked_by_hand():
     """Precisions 5/6, 4/5, 3/4, 2/3 of six words with the last one wrong: their geometric mean is (1/3) ** (1/4)."""
     scores = caption_scores(["a red dress with long collar"], [["a red dress with long sleeves"]])
     assert scores["Bleu_4"] == pytest.approx((1 / 3) ** 0.25, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("Kırmızı uzun elbise, mavi gömlek", "kırmızı uzun elbise mavi gömlek"),
+        ("Красное платье – с длинными рукавами.", "красное платье с длинными рукавами"),
+        ("فستان أحمر، طويل", "فستان أحمر طويل"),
+        ("می\u200cخواهم", "می\u200cخواهم"),  # one word of Persian
+        ("हिन्दी लाल।", "हिन्दी लाल"),  # vowel signs are marks, no letters
+        ("빨간 드레스", "빨간 드레스"),
+        ("红色的T恤,２件", "红 色 的 t 恤 ２ 件"),
+        ("ワンピースは、々", "ワ ン ピ ー ス は 々"),
+        ("ชุดสีแดง", "ชุ ด สี แ ด ง"),  # vowels above and below stay with their letter
+        ("❤️👗 !?", ""),
+        ("snake_case's 80s V-neck", "snake case's 80s v neck"),
+    ],
+)
+def test_words_of_any_script(text, tokens):
+    assert tokenized(text) == tokens
+    assert tokenized(unicodedata.normalize("NFD", text)) == tokens
+
+
+def test_plain_english_is_tokenized_as_it_was():
+    rng, characters = random.Random(0), [chr(code) for code in range(9, 127)]
+    for _ in range(300):
+        text = "".join(rng.choices(characters, k=40))
+        assert tokenized(text) == " ".join(re.findall("[a-z0-9']+", text.lower()))
+
+
+def test_a_wrong_letter_outside_a_to_z_makes_a_wrong_word():
+    """Of the 4-grams of 5 words with the first one wrong, the second of two is right: precisions 4/5, 3/4, 2/3, 1/2."""
+    right = "kırmızı uzun kollu mavi gömlek"
+    assert caption_scores([right], [[right]])["Bleu_4"] == pytest.approx(1, abs=1e-6)
+    scores = caption_scores([right.replace("kırmızı", "k rm z")], [[right]])
+    assert scores["Bleu_4"] < 0.9
+    scores = caption_scores([right.replace("kırmızı", "karmaza")], [[right]])
+    assert scores["Bleu_4"] == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25, abs=1e-6)
+
+
+def test_scripts_without_blanks_are_scored_by_characters():
+    """As the six words of `test_bleu_4_worked_by_hand`: the last of six characters is wrong."""
+    scores = caption_scores(["红色长连衣裤"], [["红色长连衣裙"]])
+    assert scores["Bleu_4"] == pytest.approx((1 / 3) ** 0.25, abs=1e-6)
+    references = [["красное платье в горошек"], ["синяя юбка без узора"]]
+    assert caption_scores([texts[0] for texts in references], references)["CIDEr"] == pytest.approx(10)
+
+
+def test_captions_without_a_word_score_nothing():
+    assert caption_scores(["red", ""], [["!!!"], ["👗", "..."]]) == {"CIDEr": 0.0, "Bleu_4": 0.0}
+    # With a word anywhere they are scored; a picture whose reference has none counts as 0.
+    one = caption_scores(["a b c d", "red"], [["a b c d"], ["..."]])
+    assert one["CIDEr"] == pytest.approx(5)
+
+
+def test_captions_without_a_word_are_told(build, caplog):
+    dataset = build("garments_caption", splits=["val"])["val"]
+    dataset.annotation[0]["caption"] = ["👗", "a red dress"]
+    task = LocalCaptionTask(num_beams=1, max_len=5, min_len=1, evaluate=False)
+    task.before_evaluation(BlipCaptionTiny(**TINY), dataset)
+    assert "1 of " in caplog.text
+    assert "captions hold no letter and no digit (first: '👗')" in caplog.text
 
 
 def test_a_split_without_captions_is_refused_before_anything_is_generated(build):
