@@ -4,34 +4,69 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lavis_cir_plugin.core.processes import fail_together, rank_and_world
+
+PREFERRED = ("model", "state_dict", "model_state_dict")
+"""Of several state dictionaries in one file, the first of these is taken."""
+
+WRAPPERS = ("module.", "model.", "_orig_mod.")
+"""What torch's DistributedDataParallel, Lightning and torch.compile put before every name."""
+
+INTEGERS = ("num_batches_tracked", "position_ids")
+"""Ends of the names of tensors that are integers in any model."""
+
+_IS_FOLDER = 0x10  # of a zip record's external attributes
+_ZIP = b"PK\x03\x04"
+_TERMINAL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class _NumpyType:
+    """Stands for numpy's data type while a number of numpy is read: no code of the file's choice is run."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+def _numpy_number(kind: _NumpyType, content: bytes) -> Any:
+    """Return the plain number that numpy's ``scalar(dtype, bytes)`` would return as one of its own."""
+    if kind.dtype.kind not in "biufc":
+        raise ValueError(f"a value of numpy's type {kind.dtype} is no number")
+    return np.frombuffer(content, kind.dtype, count=1)[0].item()
 
 
 def read_state(path_or_url: str) -> dict[str, Tensor]:
     """Return the state dictionary inside a checkpoint file.
 
     Understood are a bare state dictionary, LAVIS's and BLIP-2's ``{"model": ...}``, and any dictionary of which
-    exactly one value is a state dictionary, such as SPRC's ``{"epoch": ..., "Blip2QformerCirAlignPrompt": ...}``.
-    Only tensors and plain containers are unpickled (``weights_only``).
+    exactly one value is a state dictionary, such as SPRC's ``{"epoch": ..., "Blip2QformerCirAlignPrompt": ...}``; of
+    several the first of `PREFERRED` is taken. A prefix of `WRAPPERS` that all names share is taken off. Both are
+    logged. Only tensors, plain containers and numbers are unpickled (``weights_only``).
 
     Args:
         path_or_url: A local file, or a URL that is downloaded once into torch's hub cache.
 
     Raises:
         FileNotFoundError: If the file is missing or the download fails.
-        ValueError: If the file is not a checkpoint, holds anything but tensors and plain containers, or holds no
-            state dictionary or several.
+        ValueError: If the file is damaged, is not a checkpoint, holds anything but tensors and plain containers, or
+            holds no state dictionary or several, or tensors that are not dense (sparse, quantised, without values).
     """
     return state_in(read_checkpoint(path_or_url), path_or_url)
 
@@ -42,33 +77,130 @@ def state_in(content: Any, source: str) -> dict[str, Tensor]:
     Raises:
         ValueError: If there is none or are several; ``source`` is what the message calls the file.
     """
+    state = _chosen_state(content, source)
+    _check_dense(state, source)
+    return _without_wrappers(state, source)
+
+
+def _chosen_state(content: Any, source: str) -> dict[str, Tensor]:
     if _is_state(content):
         return dict(content)
     states = {key: value for key, value in content.items() if _is_state(value)} if isinstance(content, Mapping) else {}
-    if "model" in states:
-        return dict(states["model"])
-    if len(states) == 1:
-        return dict(next(iter(states.values())))
-    found = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-    raise ValueError(
-        f"checkpoint {source}: expected one state dictionary (name to tensor), found {len(states)} (content: {found})."
-    )
+    taken = next(iter(states)) if len(states) == 1 else next((key for key in PREFERRED if key in states), None)
+    if taken is None:
+        raise ValueError(f"checkpoint {source}: {_why_no_state(content, len(states))}.")
+    if len(states) > 1:
+        others = ", ".join(printable(key) for key in states if key != taken)
+        logging.warning("%s holds %d state dictionaries: %s is taken, not %s", source, len(states), taken, others)
+    return dict(states[taken])
+
+
+def _why_no_state(content: Any, count: int) -> str:
+    """Say why a content has no state dictionary that could be taken, to follow the file's name."""
+    if isinstance(content, Mapping):
+        for mapping in (content, *(value for value in content.values() if isinstance(value, Mapping))):
+            if count or not any(isinstance(item, Tensor) for item in mapping.values()):
+                continue
+            strangers = {key: item for key, item in mapping.items() if not isinstance(item, Tensor)}
+            for key, item in strangers.items():
+                return (
+                    f"{len(strangers)} of {len(mapping)} entries beside its tensors are none (first: {printable(key)}, "
+                    f"of type {type(item).__name__}); save the tensors in a dictionary of their own"
+                )
+            key = next(key for key in mapping if not isinstance(key, str))
+            return f"its tensors have names that are no text (first: {printable(key)}, of type {type(key).__name__})"
+    found = ", ".join(map(printable, content)) if isinstance(content, Mapping) else type(content).__name__
+    return f"expected one state dictionary (name to tensor), found {count} (content: {found or 'nothing'})"
+
+
+def _without_wrappers(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Take off the prefixes that other programs put before every name."""
+    taken_off = ""
+    while (
+        wrapper := next((word for word in WRAPPERS if all(name.startswith(word) for name in state)), None)
+    ) is not None:
+        state = {name[len(wrapper) :]: tensor for name, tensor in state.items()}
+        taken_off += wrapper
+    if taken_off:
+        logging.info("all names in %s begin with %r, which is left out", source, taken_off)
+    return state
 
 
 def read_checkpoint(path_or_url: str) -> Any:
     """Return the content of a checkpoint file, on the CPU; only tensors and plain containers are unpickled.
 
+    Numbers of numpy become plain ones. The check sums of torch's zip files are verified.
+
     Raises:
         FileNotFoundError, ValueError: As :func:`read_state`.
     """
     path = _local_file(path_or_url)
+    with path.open("rb") as file:
+        head = file.read(512)
+    if path.suffix == ".safetensors" or head[8:10] == b'{"':
+        return read_safetensors(path)
+    if head.startswith(_ZIP):
+        verify_checkpoint(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        with plain_numbers():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a foreign file's content decides which
         raise ValueError(
-            f"checkpoint {path}: cannot be read as tensors and plain containers ({first_line(error)}). It is "
-            "truncated, no checkpoint, or holds other Python objects, which are never unpickled."
-        ) from error
+            f"checkpoint {path}: cannot be read as tensors and plain containers, because {_why_unread(head, error)}."
+        ) from None
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a ``.safetensors`` file; raise ValueError if it is none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read as safetensors ({first_line(error)}).") from error
+
+
+def plain_numbers() -> AbstractContextManager[None]:
+    """Let ``torch.load(weights_only=True)`` read numbers of numpy, in files of numpy 1 and 2, as plain ones."""
+    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
+    allowed = [(_numpy_number, name) for name in names]
+    context: AbstractContextManager[None] = torch.serialization.safe_globals([*allowed, (_NumpyType, "numpy.dtype")])
+    return context
+
+
+def _why_unread(head: bytes, error: Exception) -> str:
+    """Say in words of our own what is wrong: torch's advise to unpickle whatever a file holds."""
+    text = head.lstrip().lower()
+    if not head:
+        return "it is empty"
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the weights: run 'git lfs pull' in its repository, or download the file"
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "it is a web page, not the weights: the server sent it in their place; download the file itself"
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        return "it is compressed: unpack it"
+    message = str(error)
+    if "TorchScript" in message:
+        return "it is a TorchScript archive: save model.state_dict() by torch.save"
+    for pattern in (
+        r"unsupported global:? (?:GLOBAL )?([\w.]+)",
+        r"but got <class '([\w.]+)'>",
+        r"function <[\w -]* ([\w.]+)",
+    ):
+        found = re.search(pattern, message, re.IGNORECASE)
+        if found:
+            return (
+                f"it holds an object of {found[1]} beside its tensors, and such objects are never unpickled: save "
+                "model.state_dict() alone by torch.save, in the program that wrote the file"
+            )
+    if head.startswith(_ZIP):  # its check sums are right
+        return "it is a zip file that torch.save did not write: if the weights lie in it, unpack it"
+    if head.startswith(b"\x80"):
+        return f"it is truncated or damaged ({type(error).__name__})"
+    return f"it is no checkpoint: it begins with {printable(head[:16])}"
 
 
 def write_checkpoint(content: Any, folder: Path, name: str, previous: str | None = None) -> None:
@@ -93,16 +225,23 @@ def write_checkpoint(content: Any, folder: Path, name: str, previous: str | None
 def verify_checkpoint(path: Path) -> None:
     """Compare every record of a checkpoint file with its check sum, which torch does not do when it loads one.
 
+    A file that was written without check sums (``torch.serialization.set_crc32_options(False)``) is said to be so.
+
     Raises:
         ValueError: If the file is cut short or any of its bytes differs.
     """
     try:
         with zipfile.ZipFile(path) as records:
-            damaged = records.testzip()
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+            # Of a record that is marked as a folder, torch reads nothing and returns whatever was in the memory.
+            folders = [record.filename for record in records.infolist() if record.external_attr & _IS_FOLDER]
+            if not any(record.CRC for record in records.infolist()) and not folders:
+                logging.warning("%s was written without check sums, so that damage in it would not be noticed", path)
+                return
+            damaged = folders[0] if folders else records.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as error:
         damaged = first_line(error)
     if damaged is not None:
-        raise ValueError(f"checkpoint {path} is damaged or was only half written ({damaged}).")
+        raise ValueError(f"checkpoint {path} is damaged or was only half written ({printable(damaged)}).")
 
 
 def load_strictly(
@@ -126,9 +265,10 @@ def load_strictly(
 
     Raises:
         ValueError: If names are unexpected or missing, or shapes differ; with counts, the first of them, and the
-            numbers of blocks where those differ.
+            numbers of blocks where those differ. If a tensor is not dense, or is no float where the model has one.
     """
     own = model.state_dict()
+    _check_dense(state, source)
     allowed = {*fresh, *may_lack}
     known = {name: tensor for name, tensor in state.items() if not _is_among(name, unused)}
     unexpected = [name for name in known if name not in own]
@@ -140,7 +280,7 @@ def load_strictly(
     loaded = len(known) - len(unexpected) - len(reshaped)
     problems = []
     if unexpected:
-        problems.append(f"{len(unexpected)} unexpected keys (first: {unexpected[0]})")
+        problems.append(f"{len(unexpected)} unexpected keys (first: {printable(unexpected[0])})")
     if missing:
         problems.append(f"{len(missing)} missing keys (first: {missing[0]})")
     if reshaped:
@@ -156,12 +296,95 @@ def load_strictly(
         if there.get(stack, count) != count
     ]
     if problems:
-        raise ValueError(
-            f"checkpoint {source}: {', '.join(problems)}; {loaded} of {len(own)} keys match. It belongs to another "
-            "model or type: check model.arch, model.model_type and model.fusion against it."
+        cause = _common_prefix(known, own) or (
+            "It belongs to another model or type: check model.arch, model.model_type and model.fusion against it."
         )
+        raise ValueError(f"checkpoint {source}: {', '.join(problems)}; {loaded} of {len(own)} keys match. {cause}")
+    _check_floats(known, own, source)
     model.load_state_dict(known, strict=False)
-    logging.info("loaded %d of %d tensors from %s", len(known), len(own), source)
+    _log_conversions(Counter((tensor.dtype, own[name].dtype) for name, tensor in known.items()), source)
+    kept = [name for name in own if name not in known]
+    if not kept:
+        logging.info("loaded all %d tensors of the model from %s", len(own), source)
+        return
+    logging.info(
+        "loaded %d tensors from %s; the model's other %d are not in it and stay as they are (first: %s)",
+        len(known),
+        source,
+        len(kept),
+        kept[0],
+    )
+
+
+def as_float32(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return a state dictionary whose floats are float32; what was converted is logged, integers stay.
+
+    Raises:
+        ValueError: If a tensor is of a type that holds no weights, other than `INTEGERS`.
+    """
+    strangers = {
+        name: tensor for name, tensor in state.items() if tensor.dtype not in _FLOATS and not name.endswith(INTEGERS)
+    }
+    for name, tensor in strangers.items():
+        raise _no_floats(source, len(strangers), f"{printable(name)} is {_short(tensor.dtype)}")
+    kinds = Counter((tensor.dtype, torch.float32) for tensor in state.values() if tensor.dtype in _FLOATS)
+    _log_conversions(kinds, source)
+    return {name: tensor.float() if tensor.dtype in _FLOATS else tensor for name, tensor in state.items()}
+
+
+def _check_dense(state: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError if a tensor has no values, or not one for each place."""
+    for name, tensor in state.items():
+        kinds = {
+            f"a {type(tensor).__name__}": not isinstance(tensor, Tensor),
+            "a quantised tensor": getattr(tensor, "is_quantized", False),
+            "a meta tensor, which has a shape and no values": getattr(tensor, "is_meta", False),
+            "a nested tensor": getattr(tensor, "is_nested", False),
+            "a sparse tensor": getattr(tensor, "layout", torch.strided) != torch.strided,
+        }
+        kind = next((kind for kind, is_so in kinds.items() if is_so), None)
+        if kind is not None:
+            raise ValueError(
+                f"checkpoint {source}: {printable(name)} is {kind}; save the weights as dense tensors "
+                "(tensor.to_dense(), tensor.dequantize())."
+            )
+
+
+def _check_floats(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError if a tensor is no float where the model has one: torch would cast True to 1.0."""
+    strangers = [name for name in state if own[name].is_floating_point() and state[name].dtype not in _FLOATS]
+    if strangers:
+        name = strangers[0]
+        here = f"{printable(name)} is {_short(state[name].dtype)} there and {_short(own[name].dtype)} here"
+        raise _no_floats(source, len(strangers), here)
+
+
+def _no_floats(source: str, count: int, first: str) -> ValueError:
+    return ValueError(
+        f"checkpoint {source}: {count} tensors are of a type that holds no weights (first: {first}); allowed are "
+        f"{', '.join(map(_short, _FLOATS))}: save it so, or name another file."
+    )
+
+
+def _log_conversions(kinds: Mapping[tuple[torch.dtype, torch.dtype], int], source: str) -> None:
+    for (there, here), count in kinds.items():
+        if there != here:
+            logging.info("converted %d tensors of %s from %s to %s", count, source, _short(there), _short(here))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).replace("torch.", "")
+
+
+def _common_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Say which prefix all names of a file have in common, if the model knows them without it; empty if it does not."""
+    parts = next(iter(state), "").split(".")[:-1]
+    for count in range(1, len(parts) + 1):
+        prefix = ".".join(parts[:count]) + "."
+        known = sum(name[len(prefix) :] in own for name in state)
+        if known and all(name.startswith(prefix) for name in state):
+            return f"All its names begin with {printable(prefix)}, and without that {known} of them match: take it off."
+    return ""
 
 
 def count_blocks_in(names: Iterable[str]) -> dict[str, int]:
@@ -219,9 +442,19 @@ def _fetch(url: str, cached: Path) -> None:
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(item, Tensor) for item in value.values())
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(name, str) and isinstance(item, Tensor) for name, item in value.items())
+    )
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """Return the first line of an error's message without terminal codes, or its type where it has none."""
+    text = _TERMINAL_CODES.sub("", str(error)).strip()
+    return printable(text.splitlines()[0]) if text else type(error).__name__
+
+
+def printable(value: Any) -> str:
+    """Return a value's text for a message: what a terminal would not print is escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(value))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
-from lavis_cir_plugin.core.checkpoints import first_line, load_strictly, read_state
+from lavis_cir_plugin.core.checkpoints import as_float32, first_line, load_strictly, read_state, verify_checkpoint
 from lavis_cir_plugin.core.pixels import CLIP_PIXELS
 from lavis_cir_plugin.core.sentences import did_you_mean
 
@@ -436,11 +436,9 @@ def _check_activation(clip_model: str, what: str, trained: bool, built: bool) ->
 
 def _clip_state(path: Path, clip_model: str, quick_gelu: bool) -> dict[str, Tensor]:
     """Return open_clip's state dictionary from any of the files that hold one."""
-    if path.suffix == ".safetensors":
-        state = _read_safetensors(path)
-    elif _is_archive(path):
+    if _is_archive(path):
         _check_activation(clip_model, f"OpenAI's weights in {path}", True, quick_gelu)
-        state = torch.jit.load(str(path), map_location="cpu").state_dict()
+        state = _read_archive(path)
     else:
         state = read_state(str(path))
     state = {name[7:] if name.startswith("module.") else name: tensor for name, tensor in state.items()}
@@ -452,17 +450,16 @@ def _clip_state(path: Path, clip_model: str, quick_gelu: bool) -> dict[str, Tens
             for name, tensor in state.items()
             if name.startswith(prefix)
         }
-    return {name: tensor.float() for name, tensor in state.items() if name not in _ARCHIVE_NUMBERS}
+    return as_float32({name: tensor for name, tensor in state.items() if name not in _ARCHIVE_NUMBERS}, str(path))
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def _read_archive(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a TorchScript file, whose check sums are verified."""
+    verify_checkpoint(path)
     try:
-        return dict(load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read as safetensors ({first_line(error)}).") from error
+        return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read as TorchScript ({first_line(error)}).") from error
 
 
 def _is_archive(path: Path) -> bool:

@@ -8,7 +8,6 @@ import functools
 import json
 import logging
 import os
-import pickle
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lavis_cir_plugin.core.checkpoints import load_strictly
+from lavis_cir_plugin.core.checkpoints import load_strictly, plain_numbers, verify_checkpoint
 from lavis_cir_plugin.core.model_parts import recomputing_modules
 from lavis_cir_plugin.core.sentences import did_you_mean
 from lavis_cir_plugin.core.settings import is_number
@@ -443,14 +442,17 @@ def read_lora_checkpoint(path: str) -> dict[str, Any] | None:
         return None
     try:
         # Mapped, so that looking at the names of a large model costs nothing.
-        content = torch.load(Path(os.path.expanduser(path)), map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError):
+        with plain_numbers():
+            content = torch.load(Path(os.path.expanduser(path)), map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # the model reads the file as well and says what is wrong with it
         return None
     state = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not any(".lora_" in str(name) for name in state):
         return None
+    verify_checkpoint(Path(os.path.expanduser(path)))
     config = content.get("config")
-    if not isinstance(config, Mapping) or "model" not in config or not (config.get("run") or {}).get("lora"):
+    sections = [config.get(key) for key in ("model", "run")] if isinstance(config, Mapping) else [None]
+    if not all(isinstance(section, Mapping) for section in sections) or not config["run"].get("lora"):
         raise ValueError(
             f"checkpoint {path} holds LoRA adapters without the run's config; use a file that the run wrote."
         )

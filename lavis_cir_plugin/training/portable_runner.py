@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint
 from lavis_cir_plugin.core.model_parts import frozen_names
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
@@ -87,7 +87,8 @@ class PortableRunner:
         if not os.path.isfile(path):
             logging.warning("no epoch of this run had a validation metric above 0; the last weights are evaluated.")
             return model
-        load_strictly(model, read_state(path), path, may_lack=frozen_names(model))
+        # The names are the model's own, so no prefix is taken off them.
+        load_strictly(model, read_checkpoint(path)["model"], path, may_lack=frozen_names(model))
         return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -254,11 +255,14 @@ def same(first, second):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("form", ["bare", "trainer", "safetensors", "clip_cir"])
+@pytest.mark.parametrize("form", ["bare", "trainer", "lightning", "safetensors", "clip_cir"])
 def test_weights_in_every_published_form_are_loaded(form, clip, kind, tmp_path):
     state, path = clip.state_dict(), tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.pt")
     if form == "trainer":  # open_clip's own training, on several GPUs
         torch.save({"epoch": 3, "name": "x", "state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+    elif form == "lightning":
+        content = {"state_dict": {f"model.{k}": v for k, v in state.items()}, "best_recall": np.float64(3.0)}
+        torch.save(content, path)
     elif form == "safetensors":
         save_file(state, path)
     elif form == "clip_cir":
@@ -281,6 +285,30 @@ def test_openais_archive_is_read_without_unpickling_and_only_into_quickgelu(tmp_
     message = r"OpenAI's weights in .*ViT\.pt were trained with QuickGELU and small_clip has GELU; set model"
     with pytest.raises(ValueError, match=message):
         load_clip("small_clip", str(tmp_path / "ViT.pt"))
+
+
+def test_a_damaged_archive_of_openai_is_refused(tmp_path, monkeypatch):
+    config = open_clip.get_model_config("small_clip")
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small_clip-quickgelu", {**config, "quick_gelu": True})
+    original = load_clip("small_clip-quickgelu")
+    archive(original.half().state_dict(), tmp_path / "ViT.pt")
+    content = bytearray((tmp_path / "ViT.pt").read_bytes())
+    content[content.index(original.token_embedding.weight.detach().numpy().tobytes()) + 5] ^= 2
+    (tmp_path / "ViT.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"ViT\.pt is damaged or was only half written"):
+        load_clip("small_clip-quickgelu", str(tmp_path / "ViT.pt"))
+
+
+def test_weights_of_other_types_are_converted_and_said_or_refused(tmp_path, caplog):
+    clip, path = load_clip("small_clip"), tmp_path / "weights.pt"
+    state = clip.bfloat16().state_dict()
+    torch.save(state, path)
+    caplog.set_level("INFO")
+    assert same(load_clip("small_clip", str(path)), clip.float())
+    assert f"converted {len(state)} tensors of {path} from bfloat16 to float32" in caplog.text
+    torch.save({**state, "positional_embedding": torch.ones(4, 2, dtype=torch.int64)}, path)
+    with pytest.raises(ValueError, match=r"a type that holds no weights \(first: positional_embedding is int64\)"):
+        load_clip("small_clip", str(path))
 
 
 def test_a_tag_of_another_activation_is_refused_before_anything_is_downloaded():
