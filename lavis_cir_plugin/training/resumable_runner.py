@@ -19,7 +19,13 @@ import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size, is_main_process, main_process
 from torch import Tensor
 
-from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint, verify_checkpoint, write_checkpoint
+from lavis_cir_plugin.core.checkpoints import (
+    load_strictly,
+    printable,
+    read_checkpoint,
+    verify_checkpoint,
+    write_checkpoint,
+)
 from lavis_cir_plugin.core.locks import FileLock, holder_of
 from lavis_cir_plugin.core.model_parts import frozen_names, momentum_copies
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
@@ -308,18 +314,8 @@ class ResumableRunner(PortableRunner):
     def _load_checkpoint(self, path: str) -> None:
         """Resume from ``checkpoint_last.pth``, or from a checkpoint of LAVIS's; frozen tensors may be left out."""
         saved = read_checkpoint(path)
-        missing = {"model", "optimizer"} - set(saved)
-        if missing:
-            raise ValueError(
-                f"run.resume_ckpt_path: {path} holds no {' and no '.join(sorted(missing))}, so it is no "
-                "checkpoint of a LAVIS run; to start from its weights set model.finetuned and model.load_finetuned."
-            )
         counts = "iters" if self._counts_iterations else "epoch"
-        if counts not in saved:
-            raise ValueError(
-                f"run.resume_ckpt_path: {path} counts no {counts}, so it was written by another kind of "
-                f"runner than run.runner: {self.config.run_cfg.get('runner')}; choose that runner."
-            )
+        check_saved(saved, path, counts, self.config.run_cfg.get("runner"))
         model = self.unwrap_dist_model(self.model)
         load_strictly(model, saved["model"], path, may_lack=frozen_names(model))
         self._check_optimizer(saved["optimizer"], path)
@@ -327,7 +323,7 @@ class ResumableRunner(PortableRunner):
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, own in zip(self.optimizer.param_groups, asked):
             group.update(own)
-        if self.scaler and saved["scaler"]:
+        if self.scaler and saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
         if "progress" in saved:
             self._continue(saved, path)
@@ -383,6 +379,9 @@ class ResumableRunner(PortableRunner):
         if not loaders:
             logging.warning("the training data is a stream, which begins anew")
         weights = dict(self.unwrap_dist_model(self.model).named_parameters())
+        unknown = [name for name in state["gradients"] if name not in weights]
+        if unknown:
+            raise _unusable(path, "progress.gradients", unknown[0], "of a tensor that this model has")
         for name, gradient in state["gradients"].items():
             weights[name].grad = gradient.to(weights[name].device)
         self._start_at(state["place"])
@@ -631,6 +630,105 @@ def find_checkpoint(asked: str | None, output_dir: str, config: Mapping[str, Any
         others = f", and {len(left) - 1} more" if len(left) > 1 else ""
         logging.warning("a new run starts beside an unfinished one of the same config: %s%s", left[0], others)
     return None
+
+
+def check_saved(saved: Any, path: str, counts: str, runner: Any) -> None:
+    """Check that a file's content is what a run saves, before anything of it is loaded.
+
+    Args:
+        saved: The content.
+        path: The file's name, for the messages.
+        counts: ``epoch`` or ``iters``, what this run counts.
+        runner: ``run.runner``.
+
+    Raises:
+        ValueError: The first that is missing or cannot be used.
+    """
+    missing = [key for key in ("model", "optimizer") if not isinstance(saved, Mapping) or key not in saved]
+    if missing:
+        raise ValueError(
+            f"run.resume_ckpt_path: {path} holds no {' and no '.join(missing)}, so it is no "
+            "checkpoint of a LAVIS run; to start from its weights set model.finetuned and model.load_finetuned."
+        )
+    if counts not in saved:
+        raise ValueError(
+            f"run.resume_ckpt_path: {path} counts no {counts}, so it was written by another kind of "
+            f"runner than run.runner: {runner}; choose that runner."
+        )
+    if "progress" in saved and "config" not in saved:
+        raise ValueError(
+            f"run.resume_ckpt_path: {path} holds progress and no config, so that nothing tells whether the order of "
+            "the data is the same; resume from another checkpoint of that run, or start a new one from these weights "
+            "(model.finetuned)."
+        )
+    is_state = _is_mapping_of(saved["model"], str, Tensor) and saved["model"]
+    groups = saved["optimizer"].get("param_groups") if isinstance(saved["optimizer"], Mapping) else None
+    is_optimizer = (
+        isinstance(groups, list)
+        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups)
+        and isinstance(saved["optimizer"].get("state"), Mapping)
+    )
+    checks = [
+        ("model", saved["model"], is_state, "tensors by name"),
+        ("optimizer", saved["optimizer"], is_optimizer, "an optimizer's state and param_groups"),
+        (counts, saved[counts], _is_whole(saved[counts], -1), "a whole number"),
+        ("scaler", saved.get("scaler"), isinstance(saved.get("scaler"), (Mapping, type(None))), "a mapping or null"),
+    ]
+    if "progress" in saved:
+        checks += _progress_checks(saved)
+    for key, value, is_right, what in checks:
+        if not is_right:
+            raise _unusable(path, key, value, what)
+
+
+def _progress_checks(saved: Mapping[str, Any]) -> list[tuple[str, Any, Any, str]]:
+    """Return key, value, whether it can be used, and what it must be, of all that a run goes on by."""
+    config, progress = saved["config"], saved["progress"]
+    is_config = isinstance(config, Mapping) and isinstance(config.get("run", {}), Mapping)
+    is_mapping = isinstance(progress, Mapping)
+    state: Mapping[str, Any] = progress if is_mapping else {}
+    processes, best = state.get("processes"), state.get("best")
+    is_own = isinstance(processes, list) and all(
+        isinstance(own, Mapping) and all(isinstance(own.get(key), Mapping) for key in ("random_state", "meters"))
+        for own in processes
+    )
+    parts: dict[str, tuple[Any, str]] = {
+        "place": (_is_whole(state.get("place")), "a whole number >= 0"),
+        "batches": (_is_whole(state.get("batches")), "a whole number >= 0"),
+        "taken": (_is_whole_list(state.get("taken")), "a list of whole numbers"),
+        "lengths": (_is_whole_list(state.get("lengths")), "a list of whole numbers"),
+        "processes": (is_own, "a list of each process's random_state and meters"),
+        "gradients": (_is_mapping_of(state.get("gradients"), str, Tensor), "tensors by name"),
+        "best": (isinstance(best, Mapping) and {"epoch", "metric"} <= best.keys(), "an epoch and a metric"),
+        "logs": (_is_mapping_of(state.get("logs"), str, int), "sizes by the name of the log"),
+    }
+    return [
+        ("config", config, is_config, "a run's config"),
+        ("progress", progress, is_mapping, "a mapping"),
+        *((f"progress.{key}", state.get(key), is_right, what) for key, (is_right, what) in parts.items()),
+    ]
+
+
+def _unusable(path: str, key: str, value: Any, what: str) -> ValueError:
+    """Return the error that names a value of a checkpoint, or its type where it is long."""
+    is_plain = value is None or isinstance(value, (bool, int, float, str)) or value in ({}, [])
+    written = printable(repr(value))[:80] if is_plain else f"a {type(value).__name__}"
+    return ValueError(
+        f"run.resume_ckpt_path: {path} has {key}: {written}, and it must be {what}; resume from another checkpoint of "
+        "that run, or start a new one from its weights (model.finetuned)."
+    )
+
+
+def _is_whole(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_whole_list(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_whole, value))
+
+
+def _is_mapping_of(value: Any, key: type, item: type) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(k, key) and isinstance(v, item) for k, v in value.items())
 
 
 def _why_not(folder: Path, asked: str | None) -> str | None:

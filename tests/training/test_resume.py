@@ -27,6 +27,7 @@ from lavis_cir_plugin.core import checkpoints
 from lavis_cir_plugin.core.checkpoints import read_checkpoint, verify_checkpoint
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.training import launcher, resumable_runner
+from lavis_cir_plugin.training.resumable_runner import check_saved
 
 KILLS = int(os.environ.get("CIR_KILLS", "2"))
 WORLD = {
@@ -240,6 +241,80 @@ def test_what_cannot_go_on_is_refused(run, message, stopped):
     _, go_on = stopped
     with pytest.raises(SystemExit, match=message):
         go_on(**run)
+
+
+def saved_content():
+    """Return the shape of a run's checkpoint, with progress."""
+    own = {"random_state": {"python": [3]}, "meters": {}}
+    return {
+        "model": {"weight": torch.zeros(2)},
+        "optimizer": {"state": {}, "param_groups": [{"params": [0]}]},
+        "config": {"run": {}},
+        "scaler": None,
+        "epoch": 0,
+        "progress": {
+            "place": 1, "batches": 0, "taken": [3], "lengths": [3], "processes": [own], "gradients": {},
+            "best": {"epoch": 0, "metric": 0.0}, "logs": {"log.txt": 7},
+        },
+    }  # fmt: skip
+
+
+def test_what_a_run_saves_can_be_gone_on_from(stopped_once):
+    check_saved(saved_content(), "x.pth", "epoch", "runner_base")
+    check_saved(read_checkpoint(str(stopped_once / "checkpoint_last.pth")), "x.pth", "epoch", "runner_base")
+    plain = {key: value for key, value in saved_content().items() if key in ("model", "optimizer", "epoch")}
+    check_saved(plain, "x.pth", "epoch", "runner_base")  # LAVIS's own, without a scaler
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        ("model", None, "has model: None, and it must be tensors by name;"),
+        ("model", {}, "has model: {}, and it must be tensors by name;"),
+        ("model", {"weight": 3}, "has model: a dict, and it must be tensors by name;"),
+        ("optimizer", {}, "has optimizer: {}, and it must be an optimizer's state and param_groups;"),
+        ("optimizer", [], r"has optimizer: \[\], and it must be an optimizer's"),
+        ("optimizer param_groups", [{}], "has optimizer: a dict, and it must be an optimizer's"),
+        ("epoch", "3", "has epoch: '3', and it must be a whole number;"),
+        ("epoch", True, "has epoch: True, and it must be a whole number;"),
+        ("scaler", 1, "has scaler: 1, and it must be a mapping or null;"),
+        ("config", None, "has config: None, and it must be a run's config;"),
+        ("config run", "x", "has config: a dict, and it must be a run's config;"),
+        ("progress", None, "has progress: None, and it must be a mapping;"),
+        ("progress", {}, r"has progress\.place: None, and it must be a whole number >= 0;"),
+        ("progress batches", -1, r"has progress\.batches: -1, and it must be a whole number >= 0;"),
+        ("progress taken", [1.5], r"has progress\.taken: a list, and it must be a list of whole numbers;"),
+        ("progress processes", [{}], r"has progress\.processes: a list, and it must be a list of each process's"),
+        ("progress gradients", {"weight": 1}, r"has progress\.gradients: a dict, and it must be tensors by name;"),
+        ("progress best", {}, r"has progress\.best: {}, and it must be an epoch and a metric;"),
+        ("progress logs", {"log.txt": "7"}, r"has progress\.logs: a dict, and it must be sizes by the name"),
+    ],
+)
+def test_what_nobody_can_go_on_from_gets_a_sentence(keys, value, message):
+    saved = saved_content()
+    *parents, last = keys.split()
+    inner = saved[parents[0]] if parents else saved
+    inner[last] = value
+    with pytest.raises(ValueError, match=rf"run\.resume_ckpt_path: x\.pth {message}"):
+        check_saved(saved, "x.pth", "epoch", "runner_base")
+
+
+@pytest.mark.parametrize("content", [[1], None, {"model": {}}, {"a": torch.zeros(1)}])
+def test_what_is_no_checkpoint_of_a_run_gets_a_sentence(content):
+    with pytest.raises(ValueError, match=r"x\.pth holds no .*optimizer, so it is no checkpoint of a LAVIS run"):
+        check_saved(content, "x.pth", "epoch", "runner_base")
+
+
+def test_progress_without_a_config_is_refused_by_the_run(stopped):
+    folder, go_on = stopped
+    saved = read_checkpoint(str(folder / "checkpoint_last.pth"))
+    torch.save({key: value for key, value in saved.items() if key != "config"}, folder / "checkpoint_last.pth")
+    with pytest.raises(SystemExit, match=r"holds progress and no config, so that nothing tells whether the order"):
+        go_on()
+    stranger = {**saved["progress"], "gradients": {"no.such": torch.zeros(1)}}
+    torch.save({**saved, "progress": stranger}, folder / "checkpoint_last.pth")
+    with pytest.raises(SystemExit, match=r"has progress\.gradients: 'no\.such', and it must be of a tensor that this"):
+        go_on()
 
 
 def test_another_number_of_processes_is_refused(stopped):

@@ -140,6 +140,9 @@ def with_losses(run: Run, folder: Path, batches: int) -> Run:
         return dataclasses.replace(run, notes=(*run.notes, note))
     try:
         saved = read_checkpoint(str(path))
+        config = saved.get("config") if isinstance(saved, Mapping) else None
+        if not isinstance(config, Mapping) or not isinstance(config.get("run"), Mapping) or "model" not in saved:
+            raise ValueError(f"{path} holds no weights with a run's config; name a folder that a run wrote.")
         label = f"{_settings(saved['config'])} ({run.label})"
         run = dataclasses.replace(run, label=label)
         with _one_process():

@@ -224,3 +224,12 @@ def test_a_run_whose_loss_cannot_be_computed_is_drawn_without(trained, tmp_path,
     assert "bare: the loss is not drawn: there is neither checkpoint_best.pth nor checkpoint_last.pth." in printed
     assert "the loss is not drawn: fashioniq: annotation file cap.dress.train.json is in none of" in printed
     assert Image.open(tmp_path / "gap.png").width == 7 * 150
+
+
+@pytest.mark.parametrize("content", [[1], {"x": torch.zeros(1)}, {"model": {}, "config": {"run": None}}])
+def test_a_checkpoint_without_a_runs_config_becomes_a_note(content, tmp_path):
+    torch.save(content, tmp_path / "checkpoint_best.pth")
+    run = gap.Run(label="a run", val={0: 1.0}, seen={}, best=0)
+    found = gap.with_losses(run, tmp_path, batches=1)
+    assert not found.losses
+    assert "checkpoint_best.pth holds no weights with a run's config; name a folder that a run wrote." in found.notes[0]
