@@ -34,6 +34,7 @@ from lavis_cir_plugin.core.whole_or_nothing import replacing
 SPLITS = ("train",)
 
 _BLOCK = 512  # a tar file ends with blocks of zeros
+_CHUNK = 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,10 @@ class ShardsConfig:
         return paths
 
 
+class _NoFurtherArchive(tarfile.ReadError):
+    """What follows a whole tar file in a shard is none."""
+
+
 @dataclass(frozen=True)
 class Member:
     """Where the content of a file lies in a shard: first byte and number of bytes."""
@@ -117,7 +122,8 @@ class Shards:
 
     A sample is the files of one shard that have the same path up to the first dot of the file name. It needs one
     picture (`SUFFIXES`) and a caption: a ``.txt`` file, or else a ``.json`` file with the key ``caption``, text or a
-    list of texts. Other files are ignored, as are names such as ``__index__``, webdataset's own.
+    list of texts. Other files are ignored, as are names such as ``__index__``, webdataset's own; ``a.1.jpg`` with
+    ``a.1.txt``, which belong to sample ``a`` by that rule, are named. Tar files joined end to end are read to the last.
 
     Args:
         config: A ``build_info``.
@@ -191,7 +197,8 @@ def _listing(path: Path, cache: Path | None, problems: list[str]) -> np.ndarray[
     """Return what `_samples` finds, ``(N, 5)``; the kept listing of an unchanged shard that was whole."""
     refuse_special(path)
     status = path.stat()
-    shard = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    # The 2 tells listings from those of version 0.4, which end with the first of several joined archives.
+    shard = f"2 {path.resolve()} {status.st_size} {status.st_mtime_ns}"
     kept = None if cache is None else cache / f"{hashlib.blake2b(shard.encode(), digest_size=16).hexdigest()}.npy"
     if kept is not None and kept.is_file():
         with suppress(ValueError, OSError, EOFError):  # damaged: list the shard again
@@ -207,29 +214,54 @@ def _listing(path: Path, cache: Path | None, problems: list[str]) -> np.ndarray[
 
 def _samples(path: Path, problems: list[str]) -> Iterator[tuple[int, int, int, int, bool]]:
     """List a shard: per sample start and size of picture and caption, and whether that is JSON; note what is broken."""
-    samples: dict[str, dict[str, Member]] = {}
-    twice: dict[str, str] = {}
+    # By archive and key: archives that are joined end to end may number their samples alike.
+    samples: dict[tuple[int, str], dict[str, Member]] = {}
+    twice: dict[tuple[int, str], str] = {}
     try:
-        for key, extension, member in _members(path):
-            if extension in samples.setdefault(key, {}):
-                twice[key] = extension
-            samples[key][extension] = member
+        for archive, key, extension, member in _members(path):
+            files = samples.setdefault((archive, key), {})
+            if extension in files:
+                twice[archive, key] = extension
+            files[extension] = member
     except (tarfile.TarError, OSError, ValueError) as error:
         problems.append(
             f"{path} cannot be read as a tar file after {len(samples):,} samples: {error} (a compressed one must be "
             f"unpacked to .tar)."
         )
-        if samples:
+        if samples and not isinstance(error, _NoFurtherArchive):
             samples.popitem()  # its end may be lost
     with path.open("rb") as file:
-        for key, files in samples.items():
+        for place, files in samples.items():
             pictures = [files[extension] for extension in files if f".{extension}" in SUFFIXES]
             caption, is_json = files.get("txt") or files.get("json"), "txt" not in files
-            problem = f"has two files .{twice[key]}" if key in twice else _problem(file, pictures, caption, is_json)
+            dotted = _dotted_pairs(files)
+            problem = f"has two files .{twice[place]}" if place in twice else _problem(file, pictures, caption, is_json)
+            if problem and dotted:
+                problem += f" ({_rule(place[1], dotted)})"
+            elif dotted:
+                logger.warning("%s: %s", path, _rule(place[1], dotted))
             if problem:
-                problems.append(f"{path}, sample {shown(key)} {problem}.")
+                problems.append(f"{path}, sample {shown(place[1])} {problem}.")
             elif caption is not None:
                 yield pictures[0].start, pictures[0].size, caption.start, caption.size, is_json
+
+
+def _dotted_pairs(files: Mapping[str, Member]) -> list[str]:
+    """Return what stands between the first and the last dot of names that would be pairs if the last one counted."""
+    kinds: dict[str, set[str]] = {}
+    for extension in files:
+        inner, dot, last = extension.rpartition(".")
+        if dot:
+            kinds.setdefault(inner, set()).add("picture" if f".{last}" in SUFFIXES else last)
+    return [inner for inner, found in kinds.items() if "picture" in found and found & {"txt", "json"}]
+
+
+def _rule(key: str, dotted: Sequence[str]) -> str:
+    first = shown(f"{key}.{dotted[0]}")
+    return (
+        f"a sample's name ends at the first dot of its files' names, so {len(dotted):,} pairs such as {first} are none "
+        "of their own; write these dots otherwise"
+    )
 
 
 def _problem(file: BinaryIO, pictures: Sequence[Member], caption: Member | None, is_json: bool) -> str:
@@ -245,24 +277,48 @@ def _problem(file: BinaryIO, pictures: Sequence[Member], caption: Member | None,
     return ""
 
 
-def _members(path: Path) -> Iterator[tuple[str, str, Member]]:
-    """Yield key, extension in lower case, and place of each file of a shard."""
+def _members(path: Path) -> Iterator[tuple[int, str, str, Member]]:
+    """Yield number of the archive, key, extension in lower case, and place of each file of a shard.
+
+    Tar files that were joined end to end are archives 0, 1, ... of one shard.
+    """
     with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # it would keep all
-            folder, name = os.path.split(member.name)
-            stem, _, extension = name.partition(".")
-            is_meta = name.startswith("__") and name.endswith("__")
-            if member.isreg() and stem and extension and not is_meta:
-                yield os.path.join(folder, stem), extension.lower(), Member(member.offset_data, member.size)
-        # tarfile takes a header that is cut or damaged, but for the first, for the end of the file.
-        file = tar.fileobj
-        if file is not None and (file.seek(tar.offset), file.read(_BLOCK))[1] != bytes(_BLOCK):
-            raise tarfile.ReadError(f"it is cut or damaged at byte {tar.offset:,}")
+        file: Any = tar.fileobj
+        part, archive, start = tar, 0, None
+        while True:
+            for member in part:
+                part.members = []  # type: ignore[attr-defined]  # it would keep all
+                folder, name = os.path.split(member.name)
+                stem, _, extension = name.partition(".")
+                is_meta = name.startswith("__") and name.endswith("__")
+                if member.isreg() and stem and extension and not is_meta:
+                    place = Member(member.offset_data, member.size)
+                    yield archive, os.path.join(folder, stem), extension.lower(), place
+            # tarfile takes a header that is cut or damaged, but for the first, for the end of the file.
+            if (file.seek(part.offset), file.read(_BLOCK))[1] != bytes(_BLOCK):
+                if archive and part.offset == start:
+                    raise _NoFurtherArchive(f"after its end, at byte {start:,}, it goes on with no tar file")
+                raise tarfile.ReadError(f"it is cut or damaged at byte {part.offset:,}")
+            start = _after_zeros(file, part.offset)
+            if start is None:
+                return
+            file.seek(start)
+            part, archive = tarfile.TarFile(fileobj=file), archive + 1
+
+
+def _after_zeros(file: BinaryIO, start: int) -> int | None:
+    """Return where the first block with anything but zeros begins, at or after ``start``; None where there is none."""
+    file.seek(start)
+    while chunk := file.read(_CHUNK):
+        rest = chunk.lstrip(b"\0")
+        if rest:
+            return start + (len(chunk) - len(rest)) // _BLOCK * _BLOCK
+        start += len(chunk)
+    return None
 
 
 def _key_at(path: Path, picture: Member) -> str:
-    return next(shown(key) for key, _, member in _members(path) if member == picture)
+    return next(shown(key) for _, key, _, member in _members(path) if member == picture)
 
 
 def _content(file: BinaryIO, member: Member) -> bytes:

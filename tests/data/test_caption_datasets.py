@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -315,6 +316,51 @@ def test_a_file_that_a_sample_has_twice_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r'sample "000000001" has two files \.txt'):
         Shards({"root": str(tmp_path)})
     assert len(Shards({"root": str(tmp_path), "skip_broken": True})) == 1
+
+
+def test_names_with_dots_are_told_the_rule(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    dotted = {f"heel 5.{size} cm.{end}": content for size in (1, 2) for end, content in (("jpg", b"x"), ("txt", "x"))}
+    shard(tmp_path / "0.tar", dotted)
+    rule = (
+        "a sample's name ends at the first dot of its files' names, so 2 pairs such as \"heel 5.1 cm\" are none of "
+        "their own; write these dots otherwise"
+    )
+    message = f'sample "heel 5" has 0 pictures; it must have one ({rule}).'
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Shards({"root": str(tmp_path)})
+    # Beside a whole sample of that name they are no part of the data, which is said.
+    shard(tmp_path / "0.tar", {"heel 5.png": picture(7), "heel 5.txt": "seven", **dotted})
+    samples = Shards({"root": str(tmp_path)})
+    assert [samples[index][1] for index in range(len(samples))] == [("seven",)]
+    assert f"0.tar: {rule}" in caplog.text
+
+
+def test_other_files_of_a_sample_are_no_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    shard(tmp_path / "0.tar", {**pairs(1), "000000001.mask.png": b"x", "000000001.meta.json": "{}"})
+    assert len(Shards({"root": str(tmp_path)})) == 1
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("zeros", [0, 512 * 7, 2**21])
+def test_shards_joined_end_to_end_are_read_to_the_last(tmp_path: Path, zeros: int):
+    """Also where each numbers its samples from the same number on, and more zeros lie between them than tar writes."""
+    parts = [pairs(1, 2), pairs(1), {"000000001.png": picture(3), "000000001.txt": "last"}]
+    contents = [shard(tmp_path / "part", files).read_bytes() for files in parts]
+    (tmp_path / "0.tar").write_bytes(bytes(zeros).join(contents))
+    samples = Shards({"root": str(tmp_path)})
+    texts = [samples[index][1][0] for index in range(len(samples))]
+    assert texts == ["grey 1", "grey 2", "grey 1", "last"]
+    assert [round(np.asarray(samples[index][0]).mean()) for index in range(4)] == [1, 2, 1, 3]
+
+
+def test_what_follows_a_shard_and_is_none_is_named(tmp_path: Path):
+    path = shard(tmp_path / "0.tar", pairs(1, 2))
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes() + b"x" * 600)
+    message = rf"after 2 samples: after its end, at byte {size:,}, it goes on with no tar file"
+    with pytest.raises(ValueError, match=message):
+        Shards({"root": str(tmp_path)})
+    assert len(Shards({"root": str(tmp_path), "skip_broken": True})) == 2
 
 
 @pytest.mark.parametrize("cut", [300, 512 + 100, 512 * 5])
