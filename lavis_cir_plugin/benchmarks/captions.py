@@ -29,7 +29,7 @@ from typing import Any
 from lavis_cir_plugin.benchmarks.annotation_files import read_records, record_error
 from lavis_cir_plugin.benchmarks.images import Spelling, image_folders, scan_tree, select_images
 from lavis_cir_plugin.benchmarks.json_lines import Refusal, image_path, line_error, parse_line, read_objects, some_texts
-from lavis_cir_plugin.benchmarks.survey import listing
+from lavis_cir_plugin.benchmarks.survey import current_survey, listing
 from lavis_cir_plugin.benchmarks.types import first_or_drawn, only_complete
 from lavis_cir_plugin.core.settings import at_least, config_from_mapping, one_of
 
@@ -137,6 +137,9 @@ def caption_records(path: Path, remedy: str = _NAME_THE_FILE) -> Iterator[Captio
         FileNotFoundError: the file does not exist.
     """
     if path.suffix == ".json":
+        survey = current_survey()
+        if survey is not None:
+            survey.files.append(path)
         for number, item in enumerate(_list_of_records(path)):
             yield _example(item, partial(record_error, path, number))
         return

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("val", "test")
 CUTOFFS = (5, 10, 25, 50)
+_DIGITS = 12
 ASPECT_CUTOFF = 10
 ASPECTS = (
     "cardinality",
@@ -250,8 +251,7 @@ def check_submission(content: Any, size: int, annotation: Path, gallery: Path | 
     path = gallery_beside(annotation, gallery, ("../COCO2017_unlabeled/annotations", ""), _GALLERY_FILE)
     names = None if path is None else _read_gallery(path)
     review.check_rows(TOP if names is None else min(TOP, len(names)), names)
-    if names is None:
-        review.without_gallery(_GALLERY_FILE)
+    review.note_gallery(path, len(names or ()), _GALLERY_FILE)
     own = [identifier for identifier, row in review.rows.items() if records[identifier].reference in row]
     if own:
         review.notes.append(f"queries with their own reference, which is never right: {len(own):,} ({listed(own)})")
@@ -264,9 +264,13 @@ def check_submission(content: Any, size: int, annotation: Path, gallery: Path | 
 
 
 def _as_number(value: Any) -> int | None:
-    """Return COCO's number: the server takes whole numbers and their digits as text."""
-    is_digits = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 12
-    return int(value) if type(value) is int or is_digits else None
+    """Return COCO's number: the server takes whole numbers and their digits as text.
+
+    COCO's files are named by twelve digits, so a negative or longer number cannot be one of its images.
+    """
+    is_digits = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= _DIGITS
+    number = int(value) if type(value) is int or is_digits else -1
+    return number if 0 <= number < 10**_DIGITS else None
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

@@ -329,6 +329,7 @@ def check_submission(content: Any, size: int, annotation: Path, gallery: Path | 
         review.refuse(f"file of {SIZE_LIMIT:,} bytes or more; write it without blanks and line breaks", f"{size:,}")
     lists = {key: value for key, value in content.items() if key not in ("version", "metric")}
     review.read_rows(lists, queries, lambda value: value if is_text(value) else None)
+    review.checked += ["version", "metric", "the file's size", "queries with their own reference"]
     for identifier, row in review.rows.items():
         if queries[identifier].reference in row:
             review.refuse("queries with their own reference", identifier)
@@ -337,10 +338,10 @@ def check_submission(content: Any, size: int, annotation: Path, gallery: Path | 
         path = gallery_beside(annotation, gallery, ("../image_splits", ""), split_name)
         names = None if path is None else _read_places(path)
         review.check_rows(TOP if names is None else min(TOP, len(names) - 1), names)
-        if names is None:
-            review.without_gallery(split_name)
+        review.note_gallery(path, len(names or ()), split_name)
     elif metric == "recall_subset":
         review.check_rows(SUBSET_TOP, None)
+        review.checked.append("the images' names (by each query's set)")
         for identifier in review.rows:
             members = {*queries[identifier].members, queries[identifier].reference}
             review.check_each("queries with an image that is not in their set", identifier, members)

@@ -379,6 +379,7 @@ def check_submission(content: Any, size: int, annotation: Path, gallery: Path | 
     review.read_rows(
         rankings, [str(number) for number in range(len(records))], lambda value: value if is_text(value) else None
     )
+    review.checked.append("candidates and captions of the records")
     for number, (record, item) in enumerate(zip(records, content)):
         given = (item.get("candidate"), item.get("captions")) if isinstance(item, dict) else ()
         if given != (record.candidate, list(record.captions)):
@@ -387,8 +388,7 @@ def check_submission(content: Any, size: int, annotation: Path, gallery: Path | 
     path = gallery_beside(annotation, gallery, ("../image_splits", ""), split_name)
     names = None if path is None else _read_names(path)
     review.check_rows(TOP if names is None else min(TOP, len(names)), names)
-    if names is None:
-        review.without_gallery(split_name)
+    review.note_gallery(path, len(names or ()), split_name)
     if has_targets and not review.problems:
         ranking = ranks_in(list(review.rows.values()), [record.target for record in records])
         review.metrics = {f"R@{k}": recall_at(ranking.ranks, k) for k in CUTOFFS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class Review:
         rows: By query, in the annotation's order, those that are lists of images.
         problems: Offenders by kind of problem; the test server refuses the file for any of them.
         notes: What is worth knowing and no problem.
+        checked: What was looked at, whatever was found.
+        unchecked: What could not be looked at, and why.
         metrics: In percent; empty where the annotation has no targets or the file has a problem.
     """
 
@@ -51,6 +54,8 @@ class Review:
     rows: dict[str, Row] = field(default_factory=dict)
     problems: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
 
     def refuse(self, kind: str, offender: str) -> None:
@@ -78,6 +83,7 @@ class Review:
                 self.refuse("queries with a value that is no image's name", f"{identifier} has {shown(wrong)}")
                 continue
             self.rows[identifier] = [image for image in images if image is not None]
+        self.checked.append("queries missing or unknown")
         known = set(identifiers)
         for identifier in content:
             if identifier not in known:
@@ -85,6 +91,7 @@ class Review:
 
     def check_rows(self, count: int, gallery: Collection[Hashable] | None) -> None:
         """Note every row that has not ``count`` distinct images, and unknown images where the gallery is known."""
+        self.checked += [f"exactly {count} images for each query", "images twice"]
         for identifier, row in self.rows.items():
             if len(row) != count:
                 self.refuse(f"queries without exactly {count} images", f"{identifier} has {len(row)}")
@@ -100,13 +107,20 @@ class Review:
         if stranger is not None:
             self.refuse(kind, f"{identifier} has {shown(stranger)}")
 
-    def without_gallery(self, name: str) -> None:
-        """Note that image names could not be checked."""
-        self.notes.append(f"image names were not checked, {name} is not beside the annotation; give it by --gallery")
+    def note_gallery(self, path: Path | None, count: int, name: str) -> None:
+        """Note by which file, with how many images, the images' names were checked, or which file was wanted for it."""
+        if path is None:
+            self.unchecked.append(
+                f"the images' names, because {name} is not beside the annotation: give it by --gallery"
+            )
+        else:
+            self.checked.append(f"the images' names (by the {count:,} of {path})")
 
     def __str__(self) -> str:
         """Return the findings, one a line."""
-        lines = [f"note: {note}" for note in self.notes]
+        lines = [f"checked: {', '.join(self.checked)}"] if self.checked else []
+        lines += [f"not checked: {what}" for what in self.unchecked]
+        lines += [f"note: {note}" for note in self.notes]
         lines += [f"refused: {kind}: {len(bad):,} ({listed(bad)})" for kind, bad in self.problems.items()]
         return "\n".join([self.title, *lines, *(f"{name}: {value:.2f}" for name, value in self.metrics.items())])
 
@@ -144,6 +158,14 @@ def ranks_in(
 
 
 def gallery_beside(annotation: Path, gallery: Path | None, folders: Sequence[str], name: str) -> Path | None:
-    """Return the gallery file: the given one, else the first of the folders' (relative to the annotation's), if any."""
-    places = [annotation.parent / folder / name for folder in folders]
+    """Return the gallery file: the given one, else the first of the folders' (relative to the annotation's), if any.
+
+    Where the annotation or its folder is a link, its target's neighbours count as well as the link's own.
+    """
+    places: list[Path] = []
+    for folder in folders:
+        # The system goes up (..) from the target of a linked folder; written out, the path goes up from the link.
+        beside_link = os.path.normpath(os.path.abspath(annotation.parent / folder))
+        bases = (annotation.parent / folder, Path(beside_link), annotation.resolve().parent / folder)
+        places += [base / name for base in bases]
     return gallery or next((place for place in places if place.is_file() and place != annotation), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -22,6 +23,17 @@ from lavis_cir_plugin.benchmarks.types import Group, without_missing
 from lavis_cir_plugin.core.sentences import listed
 
 MANY_FOLDERS = 4
+
+EVALUATION = "projects/clip_cir/eval_all.yaml"
+"""Evaluates the validation splits of several data sets with weights that are downloaded."""
+
+DEMO = "python -m lavis.train --cfg-path projects/wrf4cir/demo.yaml"
+"""Needs no data set."""
+
+EXIT_CODES = (
+    "The exit code is 0 if anything here can be run, be it with missing images left out; 1 if nothing can, or an image "
+    "that --verify opens is broken, or ROOT is no folder; 2 if the command line itself is wrong."
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,10 @@ class DataSet:
         absent_files: What to know when annotation files are missing.
         absent_images: What to know when images are missing.
         parts: Settings by name of the parts that are read by themselves, FashionIQ's categories.
+        reader: Module below ``benchmarks`` where it is not called as the data set.
+        unit: What it trains on.
+        training: Project file and options that train on it, without the folder.
+        is_evaluated: Whether `EVALUATION` takes it.
     """
 
     title: str
@@ -60,6 +76,10 @@ class DataSet:
     absent_files: str
     absent_images: str
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
+    reader: str = ""
+    unit: str = "triplets"
+    training: tuple[str, ...] = ()
+    is_evaluated: bool = False
 
 
 def _fashioniq_ways() -> tuple[Usage, ...]:
@@ -69,6 +89,17 @@ def _fashioniq_ways() -> tuple[Usage, ...]:
         by_gallery.setdefault(gallery, []).append(name)
     scored = (Usage(f"val by {', '.join(names)}", "val", {"gallery": name}) for name, names in by_gallery.items())
     return (Usage("training", "train"), *scored, Usage("test submission", "test", is_submission=True))
+
+
+def _beside_cirr(name: str) -> tuple[str, ...]:
+    """Return how to train on a data set without validation: CIRR's project, with this data set in CIRR's place."""
+    options = (
+        f"datasets.{name}.splits=[train]",
+        "datasets.cirr.splits=[]",
+        "run.valid_splits=[]",
+        "run.test_splits=[]",
+    )
+    return ("projects/blip2_cir/cirr.yaml", *options)
 
 
 DATA_SETS = {
@@ -87,6 +118,8 @@ DATA_SETS = {
             ".png, which is read as well"
         ),
         parts={name: {"categories": [name]} for name in ("dress", "shirt", "toptee")},
+        training=("projects/wrf4cir/fiq.yaml",),
+        is_evaluated=True,
     ),
     "cirr": DataSet(
         title="CIRR",
@@ -102,6 +135,8 @@ DATA_SETS = {
             "the images are NLVR2's: by its form, or by mail from CIRR's authors; fetched by their URLs many are gone, "
             "and the sub-folders train/0 to train/99 with them"
         ),
+        training=("projects/wrf4cir/cirr.yaml",),
+        is_evaluated=True,
     ),
     "circo": DataSet(
         title="CIRCO",
@@ -112,6 +147,7 @@ DATA_SETS = {
             "image_info_unlabeled2017.zip, to be unpacked in COCO2017_unlabeled/"
         ),
         absent_images="the images are COCO's unlabeled2017.zip, 123,403 files, to be unpacked in COCO2017_unlabeled/",
+        is_evaluated=True,
     ),
     "lasco": DataSet(
         title="LaSCo",
@@ -119,6 +155,7 @@ DATA_SETS = {
         published={},
         absent_files="lasco_train.json, lasco_val.json and lasco_val_corpus.json are in downloads/ of its repository",
         absent_images="the images are COCO's train2014.zip and val2014.zip",
+        training=_beside_cirr("lasco"),
     ),
     "laion_cir": DataSet(
         title="Laion-CIR-Combined",
@@ -126,6 +163,7 @@ DATA_SETS = {
         published={},
         absent_files="laion_combined_info.json comes with the pictures, by the link in the repository ZS-CIR",
         absent_images="image 306448 is the file 0306448.png of the authors' archive",
+        training=_beside_cirr("laion_cir"),
     ),
     "synthtriplets18m": DataSet(
         title="SynthTriplets18M",
@@ -133,6 +171,7 @@ DATA_SETS = {
         published={},
         absent_files="unpack shards of it: samples of a .json, a .source_image.jpg and a .target_image.jpg",
         absent_images="a sample has a .source_image.jpg and a .target_image.jpg",
+        training=_beside_cirr("synthtriplets18m"),
     ),
     "triplets": DataSet(
         title="Triplets of your own",
@@ -143,6 +182,22 @@ DATA_SETS = {
             "needed"
         ),
         absent_images="an image is named by its path below images/ with its suffix, such as shoes/a.jpg",
+        training=("projects/wrf4cir/triplets.yaml",),
+        is_evaluated=True,
+    ),
+    "image_captions": DataSet(
+        title="Pictures with captions",
+        ways=(Usage("training", "train"),),
+        published={},
+        absent_files="give the folder itself that has captions.jsonl or captions.json",
+        absent_images="an image is named by its path below images/ with its suffix, such as shoes/a.jpg",
+        reader="captions",
+        unit="captioned pictures",
+        training=(
+            "projects/tscir/mapping.yaml",
+            "datasets.image_captions.vis_processor.train.name=clip_two_views",
+            "datasets.caption_shards.splits=[]",
+        ),
     ),
 }  # fmt: skip
 """By registered name."""
@@ -193,7 +248,12 @@ class Findings:
 
 def add_command(subparsers: Any) -> None:
     """Add ``lavis-cir check``."""
-    parser = subparsers.add_parser("check", help="say what of the data sets is in a folder and what can be run with it")
+    parser = subparsers.add_parser(
+        "check",
+        help="say what of the data sets is in a folder and what can be run with it",
+        description="Say what of the data sets is in a folder, and what can be run with it. Nothing is written.",
+        epilog=EXIT_CODES,
+    )
     parser.add_argument("root", metavar="ROOT", help="folder of a data set, or of several; nothing is written")
     parser.add_argument("--verify", action="store_true", help="open every image that is needed and found")
     parser.set_defaults(run=_check)
@@ -205,10 +265,11 @@ def _check(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"{root} is no folder; give the folder of a data set, or the one that holds several.")
     start = time.perf_counter()
     found = {name: survey(name, root) for name in DATA_SETS}
-    for name, findings in found.items():
-        print("\n".join(report(name, findings, root)) + "\n")
+    for name in sorted(found, key=lambda name: not found[name].files):  # what is there before what is not
+        print("\n".join(report(name, found[name], root)) + "\n")
     broken = _verify(found.values()) if args.verify else []
     print(f"{root}: {time.perf_counter() - start:.1f} s" + ("" if args.verify else ", no image opened (--verify)"))
+    print("\n".join(next_step(found, root, has_broken=bool(broken))))
     if broken or not any(findings.is_usable for findings in found.values()):
         sys.exit(1)
 
@@ -227,7 +288,7 @@ def _verify(found: Iterable[Findings]) -> list[str]:
 
 def survey(name: str, root: Path) -> Findings:
     """Read all that a data set can be used for, with the reader that a run would use; write nothing."""
-    module = importlib.import_module(f"{benchmarks.__name__}.{name}")
+    module = importlib.import_module(f"{benchmarks.__name__}.{DATA_SETS[name].reader or name}")
     findings = Findings()
     scans: dict[Hashable, Any] = {}
     for way in DATA_SETS[name].ways:
@@ -246,6 +307,10 @@ def survey(name: str, root: Path) -> Findings:
 def _read(module: ModuleType, config: Mapping[str, Any], split: str, found: Mapping[str, Path]) -> Reading:
     """Read a split. ``found`` fills while it is read."""
     try:
+        if hasattr(module, "read_captions"):
+            examples, _ = module.read_captions(config)
+            usable = sum(example.image in found for example in examples)
+            return Reading(len(examples), usable, usable == len(examples))
         if split == "train":
             triplets, _ = module.read_train(config)
             usable = sum(triplet.reference in found and triplet.target in found for triplet in triplets)
@@ -282,8 +347,7 @@ def report(name: str, findings: Findings, root: Path) -> list[str]:
     for split, way in splits.items():
         counts = [_count(data_set, split, part, findings.readings[way.label, part]) for part in data_set.parts]
         if any(counts):
-            unit = "triplets" if split == "train" else "records"
-            lines.append(f"  {split:<8} {', '.join(count for count in counts if count)} {unit}")
+            lines.append(f"  {split:<8} {', '.join(count for count in counts if count)} {_unit(data_set, split)}")
     needed = len(findings.paths) + len(findings.missing)
     if needed:
         where = f" in {_folders(findings.paths.values(), root)}" if findings.paths else ""
@@ -296,6 +360,54 @@ def report(name: str, findings: Findings, root: Path) -> list[str]:
         lines.append(f"  missing images: {len(findings.missing):,} ({listed(list(findings.missing))})")
         lines.append(f"    note: {data_set.absent_images}")
     return lines
+
+
+def next_step(found: Mapping[str, Findings], root: Path, has_broken: bool = False) -> list[str]:
+    """Return what to do next and, as the last line, the command for it, which can be pasted."""
+    if has_broken:
+        return [
+            "next: replace the broken images, and look again:",
+            f"lavis-cir check {shlex.quote(str(root))} --verify",
+        ]
+    for name, findings in found.items():
+        options = _options(name, findings, root, ("train", "val"))
+        if options is not None:
+            return [f"next: train on {DATA_SETS[name].title}:", _command("train", *DATA_SETS[name].training, *options)]
+    for name, findings in found.items():
+        options = _options(name, findings, root, ("val",))
+        if options is not None:
+            others = [f"datasets.{other}.splits=[]" for other in ("fashioniq", "cirr", "circo") if other != name]
+            return [f"next: evaluate on {DATA_SETS[name].title}:", _command("evaluate", EVALUATION, *options, *others)]
+    return ["next: nothing here can be trained on or evaluated yet; this run draws its own pictures:", DEMO]
+
+
+def _options(name: str, findings: Findings, root: Path, splits: Collection[str]) -> list[str] | None:
+    """Return the options that let a run read these splits of a data set; None where it cannot or takes no data set."""
+    data_set = DATA_SETS[name]
+    trains = "train" in splits
+    if not (data_set.training if trains else data_set.is_evaluated):
+        return None
+    # A project for a data set that is not evaluated validates nothing.
+    needed = [split for split in splits if split == "train" or data_set.is_evaluated]
+    ways = [next(way for way in data_set.ways if way.split == split) for split in needed]
+    parts = [part for part in data_set.parts if all(findings.readings[way.label, part].usable for way in ways)]
+    if not parts:
+        return None
+    keys = f"datasets.{name}.build_info"
+    options = [f"{keys}.root={os.path.abspath(root)}"]
+    if len(parts) < len(data_set.parts):
+        options.append(f"{keys}.categories=[{','.join(parts)}]")
+    if not all(findings.readings[way.label, part].is_complete for way in ways for part in parts):
+        options.append(f"{keys}.missing_images=skip")
+    return options
+
+
+def _command(command: str, project: str, *options: str) -> str:
+    return f"python -m lavis.{command} --cfg-path {project} --options {' '.join(map(shlex.quote, options))}"
+
+
+def _unit(data_set: DataSet, split: str) -> str:
+    return data_set.unit if split == "train" else "queries"
 
 
 def _count(data_set: DataSet, split: str, part: str, reading: Reading) -> str:
@@ -317,7 +429,7 @@ def _verdict(way: Usage, data_set: DataSet, findings: Findings) -> str:
     read = {part: reading for part, reading in readings.items() if not reading.problem}
     count, usable = (sum(getattr(reading, key) for reading in read.values()) for key in ("count", "usable"))
     if read and not all(reading.is_complete for reading in read.values()):
-        unit = "triplets" if way.split == "train" else "records"
+        unit = _unit(data_set, way.split)
         each = ", ".join(f"{part} {reading.usable:,}" for part, reading in read.items() if part)
         reasons.append(
             f"{usable:,} of {count:,} {unit} have their images{f' ({each})' if each else ''}"

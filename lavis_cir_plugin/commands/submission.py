@@ -45,7 +45,10 @@ def _check(args: argparse.Namespace) -> None:
         print(f"refused: {path}, {path.stat().st_size:,} bytes")
         sys.exit(1)
     images = sorted({len(row) for row in review.rows.values()})
-    print(f"ok: {path}, {path.stat().st_size:,} bytes, {len(review.rows):,} queries with {images[0]} images each")
+    verdict = "ok as far as it was checked" if review.unchecked else "ok"
+    print(
+        f"{verdict}: {path}, {path.stat().st_size:,} bytes, {len(review.rows):,} queries with {images[0]} images each"
+    )
 
 
 def check(path: Path, annotation: Path, gallery: Path | None = None) -> Review:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,16 @@ def _run(args: argparse.Namespace) -> None:
     replace_file(output, as_lines(captions, made.triplets).encode())
     if sheet:
         replace_file(sheet, picture)
-    keys = f"datasets.triplets.build_info.root={output.parent}"
-    if images is None or images.resolve() != (output.parent / "images").resolve():
-        keys += f" and .images={images or 'the folder of the images'}"
-    print(f"Written: {output}{f' and {sheet}' if sheet else ''}; train with {keys}")
+    print(f"Written: {output}{f' and {sheet}' if sheet else ''}")
+    if images is None:
+        print("Train with these options, in place of IMAGES the folder of the images:")
+    else:
+        print("Train with these options:")
+    options = {"root": output.parent, "images": images or "IMAGES"}
+    if images is not None and images.resolve() == (output.parent / "images").resolve():
+        del options["images"]
+    words = [shlex.quote(f"datasets.triplets.build_info.{key}={folder}") for key, folder in options.items()]
+    print(" ".join(["--options", *words]))
 
 
 def _check(args: argparse.Namespace, output: Path, images: Path | None, sheet: Path | None) -> None:

@@ -133,6 +133,11 @@ class TripletDataset(CirDataset):
         """
         self.negatives, self.num_negatives, self.with_scores = negatives, count, with_scores
 
+    @property
+    def contents(self) -> str:
+        """How many triplets, and of how many pictures, for the log."""
+        return f"{len(self):,} triplets of {len(self.image_paths):,} pictures"
+
     def __len__(self) -> int:
         """Return the number of triplets."""
         return len(self.triplets)
@@ -179,6 +184,12 @@ class BenchmarkDataset(CirDataset):
         self.names = list(dict.fromkeys(name for group in benchmark.groups for name in group.gallery))
         self.queries = QueryDataset(self)
         self.texts = QueryDataset(self, with_image=False)
+
+    @property
+    def contents(self) -> str:
+        """How many pictures the gallery has, and how many queries there are, for the log."""
+        queries = sum(len(group.queries) for group in self.benchmark.groups)
+        return f"{len(self):,} gallery pictures, {queries:,} queries"
 
     def __len__(self) -> int:
         """Return the number of distinct gallery images."""

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -161,8 +162,8 @@ def build_model(task: Any, cfg: Any) -> nn.Module:
         if saved is not None:
             raise ValueError(
                 f"model.finetuned: {path} holds LoRA adapters; set run.lora as in the run that trained them, "
-                f"{json.dumps(saved['config']['run']['lora'])}, or merge them: lavis-cir lora {path} --merge "
-                "--output FOLDER."
+                f"{json.dumps(saved['config']['run']['lora'])}, or merge them by this command: lavis-cir "
+                f"lora {shlex.quote(str(path))} --merge --output merged"
             )
         stock: nn.Module = task.build_model(cfg)
         return stock

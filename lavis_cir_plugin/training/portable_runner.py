@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -59,6 +60,16 @@ class PortableRunner:
             self._wrapped_model = wrapped
         return wrapped
 
+    @property
+    def dataloaders(self) -> Any:
+        """LAVIS's loaders by split; the log says what each split holds, and not a number of "records"."""
+        root, words = logging.getLogger(), _InOwnWords(self)
+        root.addFilter(words)
+        try:
+            return super().dataloaders
+        finally:
+            root.removeFilter(words)
+
     def create_loaders(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Return LAVIS's loaders, in an order that can be resumed; on a CPU without its prefetcher, a CUDA stream."""
         seed = int(self.config.run_cfg.get("seed", 42))
@@ -101,6 +112,29 @@ def _replaced(module: ModuleType, names: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         vars(module).update(stock)
+
+
+class _InOwnWords(logging.Filter):
+    """Replaces LAVIS's "Loaded 60 records for val split from the dataset." by what these records are."""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__()
+        self.runner = runner  # its data sets are put in order by LAVIS just before
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        found = re.fullmatch(r"Loaded (\d+) records for (\w+) split from the dataset\.", record.getMessage())
+        if found:
+            record.msg, record.args = f"{found[2]}: {_contents(self.runner.datasets[found[2]])}", ()
+        return True
+
+
+def _contents(dataset: Any) -> str:
+    """Say what a data set holds, or each of those that LAVIS has concatenated."""
+    parts = dataset if isinstance(dataset, (list, tuple)) else getattr(dataset, "datasets", None)
+    if parts is not None:
+        return ", ".join(map(_contents, parts))
+    samples = f"{len(dataset):,} samples" if hasattr(dataset, "__len__") else "a stream"
+    return str(getattr(dataset, "contents", samples))
 
 
 def _synchronize_meter(meter: lavis_logger.SmoothedValue) -> None:

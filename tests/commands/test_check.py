@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import pytest
 from conftest import REAL, real_folder
 from PIL import Image
 
+from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.benchmarks import fashioniq
 from lavis_cir_plugin.benchmarks.survey import current_survey
 from lavis_cir_plugin.commands import check, main
+from lavis_cir_plugin.training import config
 
 CATEGORIES = ("dress", "shirt", "toptee")
 
@@ -58,8 +62,8 @@ def test_a_whole_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         "FashionIQ",
         "files    FashionIQ/captions/ (9 .json), FashionIQ/image_splits/ (9 .json)",
         "train    dress 2 (published: 5,985), shirt 2 (published: 5,988), toptee 2 (published: 6,027) triplets",
-        "val      dress 2 (published: 2,017), shirt 2 (published: 2,038), toptee 2 (published: 1,961) records",
-        "test     dress 2 (published: 2,024), shirt 2 (published: 2,038), toptee 2 (published: 2,056) records",
+        "val      dress 2 (published: 2,017), shirt 2 (published: 2,038), toptee 2 (published: 1,961) queries",
+        "test     dress 2 (published: 2,024), shirt 2 (published: 2,038), toptee 2 (published: 2,056) queries",
         "images   4 of 4 that are needed in FashionIQ/images/ (4 .png)",
         "training: yes",
         "val by clip4cir, searle, pic2word, covr, artemis: yes",
@@ -82,7 +86,7 @@ def test_a_missing_gallery_image_leaves_the_smaller_gallery(tmp_path: Path, caps
     assert "training: yes" in lines
     assert "val by cosmo, val_split: yes" in lines
     assert (
-        "val by clip4cir, searle, pic2word, covr, artemis: partly, 6 of 6 records have their images "
+        "val by clip4cir, searle, pic2word, covr, artemis: partly, 6 of 6 queries have their images "
         "(dress 2, shirt 2, toptee 2), the gallery lacks some, needs missing_images: skip"
     ) in lines
     assert "missing images: 1 (first: D)" in lines
@@ -97,7 +101,7 @@ def test_missing_images_are_counted_as_a_run_would_leave_them_out(tmp_path: Path
     config = {"root": str(tmp_path), "missing_images": "skip"}
     assert len(fashioniq.read_train(config)[0]) == 3
     assert sum(len(group.queries) for group in fashioniq.read_benchmark(config, "val").groups) == 3
-    assert "val by clip4cir, searle, pic2word, covr, artemis: partly, 3 of 6 records" in "".join(lines)
+    assert "val by clip4cir, searle, pic2word, covr, artemis: partly, 3 of 6 queries" in "".join(lines)
 
 
 def test_no_images_at_all_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -130,7 +134,7 @@ def test_missing_and_broken_annotation_files_are_the_reason(tmp_path: Path, caps
     assert "cap.shirt.train.json: record 0 (counting from 0) needs 'captions', a list of 2 texts" in training
     missing = "cap.dress.test.json, cap.dress.val.json, cap.shirt.test.json, cap.toptee.test.json"
     assert f"missing files: {missing}" in lines
-    assert "val      shirt 2 (published: 2,038), toptee 2 (published: 1,961) records" in lines
+    assert "val      shirt 2 (published: 2,038), toptee 2 (published: 1,961) queries" in lines
 
 
 def test_a_submission_needs_every_query(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -169,6 +173,83 @@ def test_triplets(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     ]
 
 
+def test_a_folder_of_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lines = [{"image": "a/x.jpg", "caption": "one"}, {"image": "y.png", "caption": ["two", "2"]}]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "x.jpg").touch()
+    output, code = run(capsys, tmp_path)
+    assert code == 0
+    assert part(output, "Pictures with captions") == [
+        "Pictures with captions",
+        "files    ./ (1 .jsonl)",
+        "train    2 captioned pictures",
+        "images   1 of 2 that are needed in images/a/ (1 .jpg)",
+        "training: partly, 1 of 2 captioned pictures have their images, needs missing_images: skip",
+        "missing images: 1 (first: y.png)",
+        "note: an image is named by its path below images/ with its suffix, such as shoes/a.jpg",
+    ]
+    assert output.startswith("Pictures with captions\n"), "what is there comes first"
+    # LAVIS's own form of the file
+    (tmp_path / "captions.jsonl").rename(tmp_path / "captions.json")
+    (tmp_path / "captions.json").write_text(json.dumps(lines))
+    assert "train    2 captioned pictures" in part(run(capsys, tmp_path)[0], "Pictures with captions")
+
+
+def test_exit_codes_are_in_the_help(capsys: pytest.CaptureFixture[str]):
+    assert run(capsys, "--help")[1] == 0
+    command_line_help = " ".join(check.EXIT_CODES.split())
+    with pytest.raises(SystemExit):
+        main.main(["check", "--help"])
+    assert command_line_help in " ".join(capsys.readouterr().out.split())
+
+
+def pasted(output: str) -> tuple[str, list[str]]:
+    """Return command and options of the last line, as a shell reads it; the config takes them."""
+    words = shlex.split(output.splitlines()[-1])
+    assert words[:2] == ["python", "-m"]
+    assert words[3] == "--cfg-path"
+    options = words[6:] if len(words) > 5 else []
+    config.read_config(str(PROJECTS.parent / words[4]), options)
+    return words[2], options
+
+
+def test_the_last_line_trains_on_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    root = tmp_path / "my data"
+    write_fashioniq(root)
+    assert pasted(run(capsys, root)[0]) == ("lavis.train", [f"datasets.fashioniq.build_info.root={root}"])
+    (root / "images" / "A.png").unlink()
+    (root / "captions" / "cap.dress.val.json").unlink()
+    command, options = pasted(run(capsys, root)[0])
+    assert command == "lavis.train"
+    assert options[1:] == [
+        "datasets.fashioniq.build_info.categories=[shirt,toptee]",
+        "datasets.fashioniq.build_info.missing_images=skip",
+    ]
+    for category in CATEGORIES:
+        (root / "captions" / f"cap.{category}.train.json").unlink()
+    command, options = pasted(run(capsys, root)[0])
+    assert command == "lavis.evaluate"
+    assert options[3:] == ["datasets.cirr.splits=[]", "datasets.circo.splits=[]"]
+    (root / "images" / "B.png").write_bytes(b"")
+    output, code = run(capsys, root, "--verify")
+    assert (output.splitlines()[-1], code) == (f"lavis-cir check '{root}' --verify", 1)
+    shutil.rmtree(root / "captions")
+    assert pasted(run(capsys, root)[0]) == ("lavis.train", [])
+
+
+def test_every_data_set_has_a_command(tmp_path: Path):
+    """What can be trained on is; CIRCO has no training split, so it is evaluated."""
+    complete = check.Reading(count=1, usable=1, is_complete=True)
+    for name, data_set in check.DATA_SETS.items():
+        readings = {(way.label, key): complete for way in data_set.ways for key in data_set.parts}
+        lines = check.next_step({name: check.Findings(readings=readings)}, tmp_path)
+        command, options = pasted("\n".join(lines))
+        assert command == ("lavis.evaluate" if name == "circo" else "lavis.train")
+        assert f"datasets.{name}.build_info.root={tmp_path}" in options
+        assert data_set.title in lines[0]
+
+
 def test_many_folders_are_written_as_one(tmp_path: Path):
     paths = [tmp_path / "train" / str(number) / f"x.{suffix}" for number in range(9) for suffix in ("png", "jpg")]
     assert check._folders([*paths, tmp_path / "dev" / "y.png"], tmp_path) == "train/*/ (9 .png, 9 .jpg), dev/ (1 .png)"
@@ -191,7 +272,7 @@ def test_verification_names_broken_images(tmp_path: Path, capsys: pytest.Capture
 def test_a_folder_with_nothing_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output, code = run(capsys, tmp_path)
     assert code == 1
-    assert output.count("nothing found") == len(check.DATA_SETS) == 7
+    assert output.count("nothing found") == len(check.DATA_SETS) == 8
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(SystemExit, match=r"nowhere is no folder; give the folder of a data set"):
         main.main(["check", str(tmp_path / "nowhere")])
@@ -200,11 +281,15 @@ def test_a_folder_with_nothing_and_none(tmp_path: Path, capsys: pytest.CaptureFi
 def test_every_benchmark_is_checked():
     """Every module with a reader, every split that has its own files, and FashionIQ's protocols each once."""
     folder = Path(fashioniq.__file__).parent
-    readers = {path.stem for path in folder.glob("*.py") if "\ndef read_train(" in path.read_text()}
-    assert set(check.DATA_SETS) == readers
+    readers = {
+        path.stem
+        for path in folder.glob("*.py")
+        if any(f"\ndef {name}(" in path.read_text() for name in ("read_train", "read_captions"))
+    }
+    assert {data_set.reader or name for name, data_set in check.DATA_SETS.items()} == readers
     for name, data_set in check.DATA_SETS.items():
         splits = {way.split for way in data_set.ways}
-        module = __import__(f"lavis_cir_plugin.benchmarks.{name}", fromlist=["SPLITS"])
+        module = __import__(f"lavis_cir_plugin.benchmarks.{data_set.reader or name}", fromlist=["SPLITS"])
         assert splits == set(module.SPLITS) - {"seen"}
     labels = " ".join(way.label for way in check.DATA_SETS["fashioniq"].ways)
     assert all(protocol in labels for protocol in fashioniq.PROTOCOLS)
@@ -227,7 +312,7 @@ def test_the_real_annotation_files(capsys: pytest.CaptureFixture[str]):
     assert code == 1
     assert "published:" not in output
     assert "train    dress 5,985, shirt 5,988, toptee 6,027 triplets" in output
-    assert "test     dress 2,024, shirt 2,038, toptee 2,056 records" in output
+    assert "test     dress 2,024, shirt 2,038, toptee 2,056 queries" in output
     assert "images   0 of 54,885 that are needed" in output
-    assert "val      4,181 records" in output
-    assert "test     4,148 records" in output
+    assert "val      4,181 queries" in output
+    assert "test     4,148 queries" in output

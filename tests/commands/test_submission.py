@@ -281,11 +281,14 @@ def test_without_a_gallery_names_are_not_checked_and_a_note_says_so(tmp_path: Pa
     ):
         review = check(path, annotation)
         assert review.problems == {}
-        assert "image names were not checked" in review.notes[0]
-        assert "--gallery" in review.notes[0]
+        (unchecked,) = review.unchecked
+        assert unchecked.startswith("the images' names, because ")
+        assert unchecked.endswith(" is not beside the annotation: give it by --gallery")
+        assert f"not checked: {unchecked}" in str(review)
         review = check(path, annotation, gallery)
         assert list(review.problems) == ["queries with an image that is not in the gallery"]
-        assert review.notes == []
+        assert review.notes == review.unchecked == []
+        assert f"the images' names (by the 60 of {gallery})" in review.checked
 
 
 @pytest.mark.parametrize(
@@ -317,11 +320,57 @@ def test_whatever_a_file_holds_is_refused_and_printed(tmp_path: Path, content: A
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
+def checked_by(annotation: Path) -> str:
+    split = annotation.parent / "../image_splits" / annotation.name.replace("cap.", "split.")
+    return (
+        "checked: queries missing or unknown, version, metric, the file's size, queries with their own reference, "
+        f"exactly 50 images for each query, images twice, the images' names (by the 60 of {split})"
+    )
+
+
+def test_the_command_says_what_was_not_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path, annotation = write(tmp_path / "file.json", circo_content()), circo_files(tmp_path)
+    (tmp_path / "COCO2017_unlabeled" / "annotations" / "image_info_unlabeled2017.json").unlink()
+    main.main(["submission", str(path), "--annotations", str(annotation)])
+    assert capsys.readouterr().out.splitlines() == [
+        "CIRCO, 2 queries of test.json",
+        "checked: queries missing or unknown, exactly 50 images for each query, images twice",
+        "not checked: the images' names, because image_info_unlabeled2017.json is not beside the annotation: give it "
+        "by --gallery",
+        f"ok as far as it was checked: {path}, {path.stat().st_size:,} bytes, 2 queries with 50 images each",
+    ]
+
+
+@pytest.mark.parametrize("wrong", [-5, -1051, 10**12, "-1051", "1" * 13])
+def test_numbers_that_cannot_be_cocos_are_refused_without_the_list(tmp_path: Path, wrong: Any):
+    annotation = circo_files(tmp_path)
+    (tmp_path / "COCO2017_unlabeled" / "annotations" / "image_info_unlabeled2017.json").unlink()
+    content = {**circo_content(), "1": [*IDS[2:51], wrong]}
+    problems = check(write(tmp_path / "file.json", content), annotation).problems
+    assert problems == {"queries with a value that is no image's name": [f"1 has {json.dumps(wrong)}"]}
+
+
+def test_linked_annotations_find_the_list_beside_the_link_or_its_target(tmp_path: Path):
+    """Going up (..) from a linked folder, the system arrives beside the folder that it points to."""
+    annotation = circo_files(tmp_path / "data")
+    content = write(tmp_path / "file.json", {**circo_content(), "1": [*IDS[2:51], 5]})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "annotations").symlink_to(annotation.parent)
+    (tmp_path / "test.json").symlink_to(annotation)
+    for place in (tmp_path / "mine" / "annotations" / "test.json", tmp_path / "test.json"):
+        assert list(check(content, place).problems) == ["queries with an image that is not in the gallery"]
+    (tmp_path / "data" / "COCO2017_unlabeled").rename(tmp_path / "mine" / "COCO2017_unlabeled")
+    for place in (tmp_path / "mine" / "annotations" / "test.json",):
+        assert list(check(content, place).problems) == ["queries with an image that is not in the gallery"]
+    assert check(content, annotation).unchecked
+
+
 def test_the_command_says_ok(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path, annotation = write(tmp_path / "file.json", cirr_content("recall")), cirr_files(tmp_path, with_targets=True)
     main.main(["submission", str(path), "--annotations", str(annotation)])
     assert capsys.readouterr().out.splitlines() == [
         'CIRR, 3 queries of cap.rc2.val.json, metric "recall"',
+        checked_by(annotation),
         "R@1: 33.33",
         "R@5: 100.00",
         "R@10: 100.00",
@@ -338,6 +387,7 @@ def test_the_command_names_every_problem_and_ends_with_1(tmp_path: Path, capsys:
     assert error.value.code == 1
     assert capsys.readouterr().out.splitlines() == [
         'CIRR, 3 queries of cap.rc2.test1.json, metric "recall"',
+        checked_by(annotation),
         'refused: unknown queries: 1 (first: "8")',
         "refused: queries without exactly 50 images: 2 (first: 7 has 49, 14 has 2)",
         'refused: queries with an image twice: 1 (first: 14 has "a")',

@@ -203,6 +203,7 @@ def test_every_kind_of_sample_is_read(tmp_path: Path):
     dataset = ShardDataset(samples, TargetPadProcessor(8), str.upper)
     assert {dataset[0]["text_input"] for _ in range(20)} == {"ONE", "1"}
     assert dataset.collater([dataset[0], dataset[1]])["image"].shape == (2, 3, 8, 8)
+    assert dataset.contents == "2 captioned pictures"
 
 
 @pytest.mark.parametrize(

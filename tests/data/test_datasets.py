@@ -36,6 +36,10 @@ def test_the_embedded_world_is_drawn_where_a_download_would_be(tmp_path, monkeyp
     assert isinstance(train, TripletDataset)
     assert isinstance(val, BenchmarkDataset)
     assert (len(train), len(val), len(val.queries)) == (3 * 8, 3 * 8, 3 * 4)
+    assert val.contents == "24 gallery pictures, 12 queries"
+    assert (
+        train.contents == f"24 triplets of {len({n for t in train.triplets for n in (t.reference, t.target)})} pictures"
+    )
     sample = train.collater([train[0], train[1]])
     assert sample["image"].shape == sample["target"].shape == (2, 3, 64, 64)
     assert sample["text_input"][0] == sample["text_input"][0].lower()

@@ -231,6 +231,21 @@ def test_no_space_left_keeps_the_earlier_checkpoint(make_runner, tmp_path, monke
     assert list((tmp_path / "out/job").glob(".*")) == []
 
 
+@pytest.mark.parametrize("kind", [RunnerWrf4Cir, resumable(RunnerIter)])
+def test_the_log_says_what_a_split_holds(kind, make_runner, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(Triplets, "contents", "what the data set says", raising=False)
+    iterations = {"max_iters": 4, "iters_per_inner_epoch": 2} if kind is not RunnerWrf4Cir else {}
+    assert make_runner(kind, splits=("val",), **iterations).dataloaders["train"]
+    assert {"train: what the data set says", "val: what the data set says"} <= set(caplog.messages)
+    caplog.clear()
+    monkeypatch.delattr(Triplets, "contents")
+    assert make_runner(kind, splits=("val",), **iterations).dataloaders["val"]
+    assert {"train: 12 samples", "val: 4 samples"} <= set(caplog.messages)
+    assert "records" not in caplog.text
+    assert not logging.getLogger().filters, "other messages of LAVIS stay as they are"
+
+
 def test_a_task_is_given_back_as_it_was(make_runner):
     runner = make_runner()
     runner.train_epoch(0)

@@ -38,6 +38,11 @@ class CaptionDataset(CirDataset):
         super().__init__(image_paths, vis_processor, text_processor)
         self.examples = examples
 
+    @property
+    def contents(self) -> str:
+        """How many captioned pictures, for the log."""
+        return f"{len(self):,} captioned pictures"
+
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.examples)
@@ -59,6 +64,11 @@ class ShardDataset(Dataset[dict[str, Any]]):
         self.samples = samples
         self.vis_processor = vis_processor
         self.text_processor = text_processor
+
+    @property
+    def contents(self) -> str:
+        """How many captioned pictures, for the log."""
+        return f"{len(self):,} captioned pictures"
 
     def __len__(self) -> int:
         """Return the number of examples."""

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -259,12 +260,25 @@ def test_the_command_writes_what_training_reads(world, capsys):
     run(world, "--images", str(world / "images"), "--count", "20", "--similarity", "0.99")
     printed = capsys.readouterr().out
     assert "20 triplets of 20 wanted, from 9 captions of 9 images" in printed
-    keys = f"train with datasets.triplets.build_info.root={world / 'made'} and .images={world / 'images'}"
-    assert printed.rstrip().endswith(keys)
+    keys = "datasets.triplets.build_info"
+    options = f"--options {keys}.root={world / 'made'} {keys}.images={world / 'images'}"
+    assert printed.splitlines()[-2:] == ["Train with these options:", options]
     triplets, paths = reader.read_train({"root": str(world / "made"), "images": str(world / "images")})
     assert len(triplets) == 20
     assert all(t.reference_caption.startswith("A ") and len(t.captions) == 1 for t in triplets)
     assert set(paths) == {name for t in triplets for name in (t.reference, t.target)}
+
+
+def test_the_last_line_can_be_pasted(world, capsys):
+    made, keys = world / "my folder", "datasets.triplets.build_info"
+    command = ["triplets", str(world / "captions.jsonl"), "--output", str(made), "--count", "5"]
+    main.main(command)
+    *_, said, options = capsys.readouterr().out.splitlines()
+    assert said == "Train with these options, in place of IMAGES the folder of the images:"
+    assert shlex.split(options) == ["--options", f"{keys}.root={made}", f"{keys}.images=IMAGES"]
+    (world / "images").rename(made / "images")
+    main.main([*command, "--images", str(made / "images"), "--overwrite"])
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1]) == ["--options", f"{keys}.root={made}"]
 
 
 def test_the_same_seed_writes_the_same_bytes(world):
