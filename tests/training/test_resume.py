@@ -444,9 +444,7 @@ def test_a_malicious_checkpoint_does_not_run(stopped, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("checkpoint_last.pth", "checkpoint_previous.pth"):
         torch.save({"model": Evil(), "optimizer": {}}, folder / name)
-    with pytest.raises(
-        SystemExit, match=r"an object of (posix|nt)\.system beside its tensors, and such objects are never"
-    ):
+    with pytest.raises(SystemExit, match=r"an object of (posix|nt)\.system beside its tensors, and such objects"):
         go_on()
     assert not (tmp_path / "pwned").exists()
     pickle.loads(pickle.dumps(Evil()))  # what would have happened
