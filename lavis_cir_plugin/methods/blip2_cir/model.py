@@ -24,6 +24,7 @@ from lavis_cir_plugin.core.model_parts import keep_as_buffers
 from lavis_cir_plugin.core.sentences import did_you_mean
 from lavis_cir_plugin.core.settings import check_choice, check_flag, check_whole
 from lavis_cir_plugin.methods.blip2_cir.losses import LOSSES, TrainingOutputs
+from lavis_cir_plugin.models.blip2_hub_weights import check_hub_config, read_blip2_weights
 from lavis_cir_plugin.models.fused_attention import fuse_attention
 from lavis_cir_plugin.models.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.tokenizer import load_tokenizer
@@ -229,11 +230,19 @@ class Blip2Cir(Blip2Base):
             load_strictly(self, state, finetuned, unused=_UNUSED_IN_CHECKPOINTS, may_lack=may_lack)
 
     def load_from_pretrained(self, url_or_filename: str, vit_pretrained: str | None = None) -> None:
-        """Load BLIP-2 weights in the published key layout; the learned prompt of ``sentence_prompt`` starts anew."""
-        state = read_state(url_or_filename)
+        """Load BLIP-2 weights in LAVIS's layout or transformers'; what neither has, such as the prompt, starts anew.
+
+        Args:
+            url_or_filename: A file, a URL, a folder of transformers or a hub name, as
+                :func:`~lavis_cir_plugin.models.blip2_hub_weights.read_blip2_weights` takes it.
+            vit_pretrained: The image tower's own file or URL, read only where the weights lack the tower.
+        """
+        state, lacks, config = read_blip2_weights(url_or_filename)
+        if config is not None:
+            check_hub_config(config, self, url_or_filename)
         if vit_pretrained and not any(name.startswith("visual_encoder.") for name in state):
             state.update(self._tower_state(read_state(vit_pretrained), vit_pretrained))
-        load_strictly(self, state, url_or_filename, unused=_UNUSED_IN_CHECKPOINTS, fresh=("prompt_tokens",))
+        load_strictly(self, state, url_or_filename, unused=_UNUSED_IN_CHECKPOINTS, fresh=("prompt_tokens", *lacks))
 
     def _tower_state(self, tower: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         """Fit a tower's own published file to this tower, as LAVIS does: its last block and head are not used."""

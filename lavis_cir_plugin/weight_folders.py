@@ -1,0 +1,143 @@
+"""Weights as transformers writes them: one file or shards with an index, in a folder, or named on the hub."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lavis_cir_plugin.core.checkpoints import first_line, read_state
+
+__all__ = ["FolderWeights", "is_hub_name", "read_folder"]
+
+# Stem and ending of the weights' file in each format, in the order in which transformers looks for them.
+_FORMATS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
+_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_FILE_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+
+
+class FolderWeights(NamedTuple):
+    """What a folder of transformers holds."""
+
+    state: dict[str, Tensor]
+    """Every tensor of its weights, under the names of the file."""
+    config: dict[str, Any]
+    """The content of ``config.json``; empty where there is none."""
+    path: Path
+    """The folder."""
+
+
+def is_hub_name(source: str) -> bool:
+    """Return whether a text reads as ``owner/name`` and there is no such file or folder."""
+    is_named = _HUB_NAME.fullmatch(source) is not None and not source.endswith(_FILE_ENDINGS)
+    return is_named and not Path(source).exists()
+
+
+def read_folder(source: str | Path) -> FolderWeights:
+    """Return the weights in a folder, or of a repository of the hub, which is downloaded once into the hub's cache.
+
+    Args:
+        source: A folder with ``model.safetensors`` or ``pytorch_model.bin``, or with shards of one of them and their
+            index; where both formats are there, safetensors are read, as transformers does. Or a hub name.
+
+    Raises:
+        FileNotFoundError: If there are no such files, or the hub cannot be reached.
+        ValueError: If the files contradict each other: a single file beside shards, a shard that the index does not
+            name or that holds other tensors than the index says.
+    """
+    folder = _downloaded(source) if isinstance(source, str) and is_hub_name(source) else Path(source).expanduser()
+    return FolderWeights(_read_weights(folder), read_config(folder), folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's ``config.json``; empty where there is none.
+
+    Raises:
+        ValueError: If it is no JSON object.
+    """
+    path = folder / "config.json"
+    return _read_object(path) if path.is_file() else {}
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    for stem, ending in _FORMATS:
+        single, index = folder / f"{stem}{ending}", folder / f"{stem}{ending}.index.json"
+        shards = sorted(path.name for path in folder.glob(f"{stem}-*-of-*{ending}"))
+        if single.is_file() and (index.is_file() or shards):
+            raise ValueError(
+                f"{folder} holds {single.name} and beside it {index.name if index.is_file() else shards[0]}, which may "
+                "be older or newer weights; remove those that are not meant."
+            )
+        if single.is_file():
+            return read_state(str(single))
+        if index.is_file():
+            return _read_shards(index, shards)
+        if shards:
+            raise FileNotFoundError(f"{folder} holds {shards[0]} without {index.name}, which says what belongs to it.")
+    raise FileNotFoundError(
+        f"{folder} is a folder with neither model.safetensors nor pytorch_model.bin, whole or in shards; name the "
+        "folder or the file that holds the weights."
+    )
+
+
+def _read_shards(index: Path, present: list[str]) -> dict[str, Tensor]:
+    places = _read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{index} has no weight_map that names a file for each tensor; get this file again.")
+    listed = sorted(set(places.values()))
+    strange = [name for name in listed if name not in present]
+    if strange:
+        raise FileNotFoundError(f"{index} names {strange[0]}, which is not in this folder; get the missing shards.")
+    stale = [name for name in present if name not in listed]
+    if stale:
+        raise ValueError(
+            f"{index.parent} holds {stale[0]}, which {index.name} does not name; remove the shards of other weights."
+        )
+    state: dict[str, Tensor] = {}
+    for name in listed:
+        shard = read_state(str(index.parent / name))
+        expected = {tensor for tensor, place in places.items() if place == name}
+        differing = sorted(expected ^ shard.keys())
+        if differing:
+            raise ValueError(
+                f"{index.parent / name} and {index.name} disagree on {len(differing)} tensors (first: {differing[0]}); "
+                "get both from the same source."
+            )
+        state.update(shard)
+    return state
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({first_line(error)}); get this file again.") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; get this file again.")
+    return dict(content)
+
+
+def _downloaded(name: str) -> Path:
+    """Return the hub cache's folder of a repository: safetensors alone where it has them, else the older format."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        for stem, ending in _FORMATS:
+            wanted = ["config.json", f"{stem}*{ending}", f"{stem}*{ending}.index.json"]
+            folder = Path(snapshot_download(name, allow_patterns=wanted))
+            if any(folder.glob(f"{stem}*{ending}")):
+                return folder
+    except Exception as error:  # whatever the hub's client raises
+        raise FileNotFoundError(
+            f"{name!r} is neither a file nor a folder (looked from {os.getcwd()}), and as a name on the Hugging Face "
+            f"hub it cannot be downloaded ({first_line(error)}). Without a network, download its files elsewhere and "
+            "set model.pretrained to their folder."
+        ) from error
+    logging.info("%s has weights in none of the two formats of transformers", name)
+    return folder

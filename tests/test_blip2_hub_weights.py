@@ -1,0 +1,342 @@
+"""BLIP-2 from the hub's files: transformers' own model beside ours, names and shapes at full size, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import nullcontext
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from conftest import SMALL
+from safetensors.torch import load_file, save_file
+
+from lavis_cir_plugin import CONFIGS
+from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
+from lavis_cir_plugin.models import blip2_hub_weights
+from lavis_cir_plugin.models.blip2_hub_weights import hub_config, read_blip2_weights, to_hub_names, to_lavis_names
+from lavis_cir_plugin.models.tokenizer import load_tokenizer
+
+# Two heads are not what transformers takes by default, in either part.
+VOCABULARY = len(load_tokenizer(SMALL["tokenizer"]))
+
+
+def transformers_model(tower_scale: float = 0.5):
+    """Return transformers' own class, small, with random weights everywhere, also in the keys' bias."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "Blip2ForImageTextRetrieval"):
+        pytest.skip(f"transformers {transformers.__version__} has no Blip2ForImageTextRetrieval, which came with 4.46")
+    torch.manual_seed(0)
+    vision = {"hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    qformer = {"vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = transformers.Blip2Config(
+        vision_config={**vision, "image_size": 16, "patch_size": 8},
+        qformer_config={
+            **qformer,
+            "intermediate_size": 16,
+            "max_position_embeddings": 40,
+            "encoder_hidden_size": 12,
+            "use_qformer_text_input": True,
+        },
+        num_query_tokens=3,
+        image_text_hidden_size=6,
+    )
+    model = transformers.Blip2ForImageTextRetrieval(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            in_tower = name.startswith("vision_model.e")  # embeddings and encoder
+            weight.normal_(0, tower_scale if in_tower else 0.5)
+    return model
+
+
+def our_model(source, **changes) -> Blip2Cir:
+    settings = {**SMALL, "vit_config": {**SMALL["vit_config"], "depth": 2}, **changes}
+    return Blip2Cir.from_config({**settings, "pretrained": str(source)}).eval()
+
+
+def assert_same_outputs(theirs, ours) -> None:
+    """Image, text and image-text outputs of texts of different lengths."""
+    pictures = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    texts = ["is red", "has longer sleeves and no collar", "is darker"]
+    ids, mask = ours._tokenize(texts)
+    with torch.no_grad():
+        out = theirs(pixel_values=pictures, input_ids=ids, attention_mask=mask)
+        targets = ours.encode_target(pictures)
+        sentences = ours.encode_query({"text_input": texts}, mode="text")
+        torch.testing.assert_close(targets, out.image_embeds, atol=1e-5, rtol=0)
+        torch.testing.assert_close(sentences, out.text_embeds, atol=1e-5, rtol=0)
+        scores = (targets @ sentences.T).amax(dim=1)
+        torch.testing.assert_close(scores, out.logits_per_image, atol=1e-5, rtol=0)
+        fused = ours.encode_query({"image": pictures, "text_input": texts})
+        torch.testing.assert_close(fused, fused_query(theirs, pictures, ids, mask), atol=1e-5, rtol=0)
+
+
+def fused_query(theirs, pictures, ids, mask):
+    """One pass over [queries; text] as transformers' matching mode makes it; the output at [CLS], projected."""
+    image = theirs.vision_model(pixel_values=pictures).last_hidden_state
+    queries = theirs.query_tokens.expand(len(ids), -1, -1)
+    hidden = theirs.qformer(
+        query_embeds=theirs.embeddings(input_ids=ids, query_embeds=queries),
+        query_length=queries.shape[1],
+        attention_mask=torch.cat([torch.ones(queries.shape[:2], dtype=mask.dtype), mask], dim=1),
+        encoder_hidden_states=image,
+        encoder_attention_mask=torch.ones(image.shape[:2]),
+    ).last_hidden_state
+    return F.normalize(theirs.text_projection(hidden[:, queries.shape[1]]), dim=-1)
+
+
+@pytest.mark.parametrize("shards", ["1GB", "4KB"])
+def test_a_folder_that_transformers_wrote_gives_its_outputs(shards, tmp_path):
+    theirs = transformers_model()
+    theirs.save_pretrained(tmp_path, max_shard_size=shards)
+    assert (tmp_path / "model.safetensors").exists() == (shards == "1GB")
+    assert_same_outputs(theirs, our_model(tmp_path))
+
+
+def test_the_file_itself_and_the_older_format_are_read_too(tmp_path):
+    theirs = transformers_model()
+    theirs.save_pretrained(tmp_path)
+    assert_same_outputs(theirs, our_model(tmp_path / "model.safetensors"))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    assert_same_outputs(theirs, our_model(tmp_path))
+
+
+def test_the_eps_of_ln_vision_is_all_that_differs(tmp_path):
+    """A tower of small weights makes tokens of a variance near eps: with LAVIS's eps in its place both are equal."""
+    theirs = transformers_model(tower_scale=0.002)
+    theirs.save_pretrained(tmp_path)
+    ours = our_model(tmp_path)
+    with pytest.raises(AssertionError):
+        assert_same_outputs(theirs, ours)
+    theirs.vision_model.post_layernorm.eps = 1e-5
+    assert_same_outputs(theirs, ours)
+
+
+def test_what_the_layout_lacks_starts_anew_and_is_said(tmp_path, caplog):
+    transformers_model().save_pretrained(tmp_path)
+    with caplog.at_level("INFO"):
+        model = our_model(tmp_path, fusion="sentence_prompt")
+    assert model.temp.item() == pytest.approx(0.07)
+    assert "eps of 1e-5" in caplog.text
+    assert "temperature" in caplog.text
+
+
+def hub_shapes(vision, qformer, patches, vocabulary, positions, queries, projection) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the published layout; vision and qformer: (width, layers, intermediate width, patch size)."""
+    width, layers, inner, patch = vision
+    shapes: dict[str, tuple[int, ...]] = {
+        "query_tokens": (1, queries, qformer[0]),
+        "vision_model.embeddings.class_embedding": (1, 1, width),
+        "vision_model.embeddings.position_embedding": (1, patches + 1, width),
+        "vision_model.embeddings.patch_embedding.weight": (width, 3, patch, patch),
+        "vision_model.embeddings.patch_embedding.bias": (width,),
+        "embeddings.word_embeddings.weight": (vocabulary, qformer[0]),
+        "embeddings.position_embeddings.weight": (positions, qformer[0]),
+    }
+
+    def linear(name, into, out):
+        shapes.update({f"{name}.weight": (out, into), f"{name}.bias": (out,)})
+
+    def norm(name, size):
+        shapes.update({f"{name}.weight": (size,), f"{name}.bias": (size,)})
+
+    for layer in range(layers):
+        name = f"vision_model.encoder.layers.{layer}"
+        norm(f"{name}.layer_norm1", width)
+        norm(f"{name}.layer_norm2", width)
+        linear(f"{name}.self_attn.qkv", width, 3 * width)
+        linear(f"{name}.self_attn.projection", width, width)
+        linear(f"{name}.mlp.fc1", width, inner)
+        linear(f"{name}.mlp.fc2", inner, width)
+    norm("vision_model.post_layernorm", width)
+    hidden, layers, inner, _ = qformer
+    norm("qformer.layernorm", hidden)
+    for layer in range(layers):
+        name = f"qformer.encoder.layer.{layer}"
+        kinds = {"attention": hidden, **({"crossattention": width} if layer % 2 == 0 else {})}
+        for kind, source in kinds.items():
+            linear(f"{name}.{kind}.attention.query", hidden, hidden)
+            linear(f"{name}.{kind}.attention.key", source, hidden)
+            linear(f"{name}.{kind}.attention.value", source, hidden)
+            linear(f"{name}.{kind}.output.dense", hidden, hidden)
+            norm(f"{name}.{kind}.output.LayerNorm", hidden)
+        for suffix in ("", "_query"):
+            linear(f"{name}.intermediate{suffix}.dense", hidden, inner)
+            linear(f"{name}.output{suffix}.dense", inner, hidden)
+            norm(f"{name}.output{suffix}.LayerNorm", hidden)
+    linear("vision_projection", hidden, projection)
+    linear("text_projection", hidden, projection)
+    linear("itm_head", hidden, 2)
+    return shapes
+
+
+SMALL_HUB = hub_shapes((12, 2, 24, 8), (8, 3, 16, 0), 4, VOCABULARY, 40, 3, 6)
+
+
+def full_size(pixels: int) -> dict[str, tuple[int, ...]]:
+    return hub_shapes((1408, 39, 6144, 14), (768, 12, 3072, 0), (pixels // 14) ** 2, 30523, 512, 32, 256)
+
+
+@pytest.fixture
+def full_size_model(tmp_path):
+    """Return a factory of ``blip2_cir`` in the size of the published checkpoints, without memory for its weights."""
+    vocabulary = tmp_path / "vocab.txt"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary.write_text("\n".join([*words, *(f"word{number}" for number in range(30522 - len(words)))]))
+
+    def make(pixels: int) -> Blip2Cir:
+        # LAVIS's tower reads numbers out of a tensor while it is built.
+        with torch.device("meta"), mock.patch.object(torch, "linspace", partial(torch.linspace, device="cpu")):
+            return Blip2Cir(image_size=pixels, tokenizer=str(vocabulary), vit_precision="fp32")
+
+    return make
+
+
+@pytest.mark.parametrize("pixels", [224, 364])
+def test_names_and_shapes_at_full_size_match_one_to_one(pixels, full_size_model):
+    state = {name: torch.empty(shape, device="meta") for name, shape in full_size(pixels).items()}
+    named = {
+        name: tuple(tensor.shape) for name, tensor in to_lavis_names(state, "hub").items() if "itm_head" not in name
+    }
+    model = full_size_model(pixels)
+    own = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name != "temp" and not name.endswith("position_ids")
+    }
+    assert named == own
+    back = {name: tuple(tensor.shape) for name, tensor in to_hub_names(model.state_dict()).items()}
+    assert back == {name: shape for name, shape in full_size(pixels).items() if "itm_head" not in name}
+
+
+def test_our_config_at_full_size_builds_transformers_model_of_these_names_and_shapes(full_size_model):
+    theirs = transformers_model()
+    with torch.device("meta"):
+        built = type(theirs)(type(theirs.config)(**hub_config(full_size_model(224))))
+    assert {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()} == full_size(224)
+
+
+def small_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """A small state dictionary in the hub's layout, written down without transformers."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SMALL_HUB.items()}
+
+
+def small_config(**vision) -> dict[str, object]:
+    return {"vision_config": {"num_attention_heads": 2, **vision}, "qformer_config": {"num_attention_heads": 2}}
+
+
+def test_every_tensor_arrives_under_its_own_name(tmp_path):
+    """Without transformers: attention of the tower by the equations over the hub's names, and a few tensors by hand."""
+    state = small_state()
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(small_config()))
+    model = our_model(tmp_path)
+    own = model.state_dict()
+    assert torch.equal(own["visual_encoder.cls_token"], state["vision_model.embeddings.class_embedding"])
+    assert torch.equal(own["ln_vision.bias"], state["vision_model.post_layernorm.bias"])
+    crossing = "encoder.layer.2.crossattention"
+    assert torch.equal(
+        own[f"Qformer.bert.{crossing}.self.key.weight"], state[f"qformer.{crossing}.attention.key.weight"]
+    )
+    tokens = torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(3))
+    name = "vision_model.encoder.layers.1.self_attn"
+    qkv = (tokens @ state[f"{name}.qkv.weight"].T + state[f"{name}.qkv.bias"])[0].view(5, 3, 2, 6)
+    query, key, value = (part.transpose(0, 1) for part in qkv.unbind(1))
+    mixed = (torch.softmax(query @ key.transpose(1, 2) / math.sqrt(6), dim=-1) @ value).transpose(0, 1).reshape(5, 12)
+    expected = mixed @ state[f"{name}.projection.weight"].T + state[f"{name}.projection.bias"]
+    with torch.no_grad():
+        found = model.visual_encoder.blocks[1].attn(tokens)[0]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_there_and_back_changes_only_the_keys_bias():
+    state = small_state()
+    back = to_hub_names(to_lavis_names(state, "hub"))
+    assert back.keys() == state.keys()
+    for name, tensor in state.items():
+        if name.endswith("qkv.bias"):
+            query, key, value = back[name].chunk(3)
+            assert torch.equal(query, tensor[:12])
+            assert not key.any()
+            assert torch.equal(value, tensor[24:])
+        else:
+            assert torch.equal(back[name], tensor)
+
+
+def write(folder, state, config=None) -> None:
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config or small_config()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("vision_model.post_layernorm.bias"), "1 missing keys .first: ln_vision.bias"),
+        (lambda state: state.update({"language_projection.weight": torch.ones(1)}), "language_projection.weight"),
+        (lambda state: state.update({"qformer.extra": torch.ones(1)}), "qformer.extra.; take weights of"),
+        (lambda state: state.update({"query_tokens": torch.ones(1, 4, 8)}), r"query_tokens is \(1, 4, 8\) there"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message, tmp_path):
+    state = small_state()
+    change(state)
+    write(tmp_path, state)
+    with pytest.raises(ValueError, match=message):
+        our_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, nullcontext()),
+        (small_config(num_attention_heads=4), "num_attention_heads: 4 and this model has 2; set model.vit_config.num"),
+        ({"vision_config": {"num_attention_heads": 2}}, "qformer_config.num_attention_heads: 12 and this model has 2"),
+        (small_config(hidden_act="quick_gelu"), "hidden_act: quick_gelu and this model has gelu; take other weights"),
+    ],
+)
+def test_settings_that_no_tensor_shows_are_compared(config, message, tmp_path):
+    """Without a config.json nothing can be compared; absent keys in one have transformers' defaults."""
+    write(tmp_path, small_state())
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    else:
+        (tmp_path / "config.json").unlink()
+    with message if not isinstance(message, str) else pytest.raises(ValueError, match=message):
+        our_model(tmp_path)
+
+
+def test_another_image_tower_is_refused(tmp_path):
+    write(tmp_path, small_state())
+    tower = {"patch_size": 8, "width": 8, "layers": 1, "heads": 2}
+    with pytest.raises(ValueError, match=r"EVA-CLIP's image tower alone and model\.vit_model is clip_L"):
+        our_model(tmp_path, vit_model="clip_L", vit_config=tower)
+
+
+def test_a_hub_name_is_downloaded(tmp_path):
+    write(tmp_path, small_state())
+    with mock.patch("huggingface_hub.snapshot_download", return_value=str(tmp_path)) as download:
+        model = our_model("Salesforce/blip2-itm-vit-g")
+    assert download.call_args.args == ("Salesforce/blip2-itm-vit-g",)
+    assert torch.equal(model.query_tokens, load_file(tmp_path / "model.safetensors")["query_tokens"])
+
+
+def test_without_a_network_each_source_names_the_others():
+    url = "https://storage.example.invalid/models/BLIP2/blip2_finetune_coco.pth"
+    refused = mock.patch("lavis.common.dist_utils.download_cached_file", side_effect=OSError("HTTP Error 403"))
+    with refused, pytest.raises(FileNotFoundError, match=r"403.*hub has the same weights as Salesforce/.*-g-coco"):
+        read_blip2_weights(url)
+    with refused, pytest.raises(FileNotFoundError, match=r"local file\.$"):
+        read_blip2_weights("https://storage.example.invalid/models/BLIP2/blip2_pretrained_vitL.pth")
+    offline = mock.patch("huggingface_hub.snapshot_download", side_effect=ConnectionError("no network"))
+    with offline, pytest.raises(FileNotFoundError, match=r"no network.*of LAVIS: .*blip2_pretrained\.pth"):
+        read_blip2_weights("Salesforce/blip2-itm-vit-g")
+
+
+def test_the_files_of_lavis_that_the_hub_has_are_those_of_our_types():
+    configs = "".join(path.read_text() for path in (CONFIGS / "models").glob("blip2_cir_*.yaml"))
+    assert all(f"/{file}\n" in configs for file in blip2_hub_weights.HUB_NAMES)
