@@ -14,7 +14,7 @@ import yaml
 from lavis.common.config import Config
 from omegaconf import OmegaConf
 
-from lavis_cir_plugin import garments
+from lavis_cir_plugin import export_command, garments
 from lavis_cir_plugin.benchmarks import cirr, fashioniq
 from lavis_cir_plugin.benchmarks.captions import CaptionsConfig
 from lavis_cir_plugin.benchmarks.circo import CIRCOConfig
@@ -204,6 +204,7 @@ def test_every_lavis_cir_command_is_understood(monkeypatch):
     monkeypatch.setattr(submission, "_check", understood.append)
     monkeypatch.setattr(triplets, "_run", understood.append)
     monkeypatch.setattr(negatives, "_show", understood.append)
+    monkeypatch.setattr(export_command, "_export", understood.append)
     joined = [re.sub(r"\\\n\s*", " ", block) for block in blocks("bash")]
     lines = [line for block in joined for line in block.splitlines() if line.startswith("lavis-cir ")]
     for line in lines:

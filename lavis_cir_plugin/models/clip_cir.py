@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
 from lavis_cir_plugin.core.settings import check_choice, check_flag, check_whole
+from lavis_cir_plugin.models.combiner import Combiner, read_combiner
 from lavis_cir_plugin.models.contrastive_losses import contrastive_loss, symmetric_contrastive_loss
 from lavis_cir_plugin.models.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.open_clip_towers import (
@@ -56,7 +57,10 @@ class ClipCir(BaseModel):  # type: ignore[misc]
             ``inception`` (0.5). The data sets always hand over CLIP's; the tower converts.
         freeze_vit: Whether the image tower stays as loaded, in eval mode.
         freeze_text: Whether the text tower does, and the temperature.
-        fusion: ``sum``; or ``text``, a query that is the text's feature alone, as in the seed paper's Retrieval-DPO.
+        fusion: ``sum``; ``text``, a query that is the text's feature alone, as in the seed paper's Retrieval-DPO; or
+            ``combiner``, CLIP4Cir's network over both features (:class:`~lavis_cir_plugin.models.combiner.Combiner`).
+        combiner: Of that fusion: CLIP4Cir's file of the combiner; empty: a new one, to be trained. The CLIP that
+            CLIP4Cir has fine-tuned is a file for ``pretrained``.
         text_projection: Whether the text tower's last linear layer brings its features into the space of the images'.
             The released code of Retrieval-DPO leaves it out (``false``), so that scores say nothing; it can where
             both spaces happen to be of one width.
@@ -85,6 +89,7 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         freeze_text: bool = False,
         fusion: str = "sum",
         text_projection: bool = True,
+        combiner: str | None = None,
     ) -> None:
         super().__init__()
         self._build_towers(clip_model, pretrained, image_size, tokenizer, pixels, with_patches=False)
@@ -93,6 +98,10 @@ class ClipCir(BaseModel):  # type: ignore[misc]
             self.row_label = "text as query"
         if not text_projection:
             self.text_tower.skip_projection()
+        if fusion == "combiner":
+            self.row_label = "combiner"
+            width = self.image_tower.width
+            self.combiner = read_combiner(combiner, width) if combiner else Combiner(width)
         self._freeze(freeze_vit, freeze_text)
 
     def _build_towers(
@@ -146,7 +155,12 @@ class ClipCir(BaseModel):  # type: ignore[misc]
             if key in values:
                 check_flag(key, values[key])
         if "fusion" in values:
-            check_choice("fusion", values["fusion"], ("sum", "text"))
+            check_choice("fusion", values["fusion"], ("sum", "text", "combiner"))
+            if values["combiner"] and values["fusion"] != "combiner":
+                raise ValueError(
+                    f"model.combiner: {values['combiner']} would not be read, because model.fusion is "
+                    f"{values['fusion']}; set model.fusion: combiner."
+                )
         is_frozen = values.get("freeze_vit", True) or values.get("freeze_text", True)
         if is_frozen and not values["pretrained"]:
             raise ValueError(
@@ -154,6 +168,11 @@ class ClipCir(BaseModel):  # type: ignore[misc]
                 "(such as openai) or a file"
                 + (", or train both towers: model.freeze_vit=false." if "freeze_vit" in values else ".")
             )
+
+    @classmethod
+    def needs_finetuned(cls, cfg: Mapping[str, Any]) -> bool:
+        """Return whether a part of the model would be random without ``finetuned``: here, a new combiner."""
+        return cfg.get("fusion") == "combiner" and not cfg.get("combiner")
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> ClipCir:
@@ -214,6 +233,8 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         if self.fusion == "text":
             return self._unit_text(read_texts(samples))
         pictures, texts = read_pairs(samples, self.image_tower.tokens_shape)
+        if self.fusion == "combiner":
+            return self.combiner(self._tokens(pictures)[:, 0].float(), self._text(texts))
         return F.normalize(self._unit_image(pictures) + self._unit_text(texts), dim=-1)
 
     def target_features(self, image: Tensor) -> Tensor:
@@ -227,7 +248,7 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         Args:
             samples: ``image`` ``(B, 3, H, W)`` and ``text_input``, B strings (one string is one text), each only where
                 the mode needs it.
-            mode: ``multimodal`` (the sum), ``image`` or ``text``.
+            mode: ``multimodal`` (as ``fusion`` says), ``image`` or ``text``.
 
         Raises:
             ValueError: If the mode is unknown, or the samples are no such batch.
@@ -272,7 +293,10 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         return F.normalize(self._tokens(image)[:, 0].float(), dim=-1)
 
     def _unit_text(self, texts: list[str]) -> Tensor:
-        return F.normalize(self.text_tower(self.text_tower.tokenize(texts)).float(), dim=-1)
+        return F.normalize(self._text(texts), dim=-1)
+
+    def _text(self, texts: list[str]) -> Tensor:
+        return self.text_tower(self.text_tower.tokenize(texts)).float()
 
 
 def image_ids(samples: Mapping[str, Any]) -> Tensor | None:

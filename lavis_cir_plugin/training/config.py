@@ -434,7 +434,10 @@ def _model_values(cfg: Config, command: str) -> Iterator[str]:
         yield str(error)
     if cfg.run_cfg.device == "cpu" and cfg.model_cfg.get("vit_precision") == "fp16":
         yield "model.vit_precision: 'fp16' needs a GPU; on a CPU set model.vit_precision: fp32."
-    has_weights = cfg.model_cfg.get("pretrained") and not getattr(model_class, "needs_finetuned", False)
+    needs_finetuned = getattr(model_class, "needs_finetuned", False)
+    if callable(needs_finetuned):
+        needs_finetuned = needs_finetuned(cfg.model_cfg)
+    has_weights = cfg.model_cfg.get("pretrained") and not needs_finetuned
     if command == "evaluate" and not (has_weights or cfg.model_cfg.get("load_finetuned")):
         yield (
             "lavis.evaluate would score random weights: set model.load_finetuned=true and "

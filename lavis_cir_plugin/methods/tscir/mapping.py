@@ -74,8 +74,6 @@ class TscirMapping(ClipCir):
     baselines: Mapping[str, str] = {"image": "image only", "text": "text only", "sum": "image + text"}
     is_zero_shot = True
     """Benchmarks on whose own training split it was trained say so in their protocol line."""
-    needs_finetuned = True
-    """To be evaluated: CLIP's weights alone leave the mapping random."""
     DEFAULT_LOSS_WEIGHTS: Mapping[str, float] = {"con": 1.0, "weak": 1.0, "sta": 0.2}
 
     clip_fingerprint: Tensor
@@ -152,6 +150,11 @@ class TscirMapping(ClipCir):
         blocks = count_blocks(values["clip_model"])
         check_blocks("injection_blocks", values["injection_blocks"], blocks - 1)
         cls._check_loss_weights(values["loss_weights"])
+
+    @classmethod
+    def needs_finetuned(cls, cfg: Mapping[str, Any]) -> bool:
+        """Return whether a part of the model would be random without ``finetuned``: CLIP's weights hold no mapping."""
+        return True
 
     @classmethod
     def _check_loss_weights(cls, weights: Any) -> None:

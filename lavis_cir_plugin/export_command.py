@@ -1,0 +1,126 @@
+"""``lavis-cir export``: the whole model of a run, for transformers, as safetensors, or as LAVIS reads it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+FORMATS = ("transformers", "safetensors", "lavis")
+
+
+def add_command(subparsers: Any) -> None:
+    """Add ``lavis-cir export``."""
+    parser = subparsers.add_parser("export", help="write the whole model of a run, its frozen tower included")
+    parser.add_argument("run_or_checkpoint", metavar="RUN", help="output folder of a run, or one of its checkpoints")
+    parser.add_argument("--output", required=True, help="a new or empty folder")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="transformers",
+        help="transformers: Blip2ForImageTextRetrieval, of blip2_cir alone; safetensors: model.safetensors under this "
+        "project's names; lavis: checkpoint.pth, which model.finetuned loads",
+    )
+    parser.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> None:
+    checkpoint = _checkpoint_of(Path(os.path.expanduser(args.run_or_checkpoint)))
+    output = Path(os.path.expanduser(args.output)).absolute()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} exists and is not an empty folder; choose another.")
+    model = load_run_model(checkpoint)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as staging:
+        content = Path(staging) / "content"
+        content.mkdir()
+        _WRITERS[args.format](model, content)
+        os.replace(content, output)
+    print(f"{output}: {', '.join(sorted(found.name for found in output.iterdir()))}")
+
+
+def load_run_model(checkpoint: Path) -> Any:
+    """Return the model that a run's checkpoint belongs to, built from the config inside and with its weights loaded.
+
+    Raises:
+        ValueError: If the file holds no config, so that it is not a run's, or does not match it.
+        FileNotFoundError: If it, or the weights of the frozen parts that it leaves out, are missing.
+    """
+    from lavis.tasks.base_task import BaseTask
+    from omegaconf import OmegaConf
+
+    import lavis_cir_plugin  # noqa: F401 (registers the models)
+    from lavis_cir_plugin.core.checkpoints import read_checkpoint
+    from lavis_cir_plugin.training.lora import build_model
+
+    content = read_checkpoint(str(checkpoint))
+    config = content.get("config") if isinstance(content, Mapping) else None
+    if not isinstance(config, Mapping) or not {"model", "run"} <= config.keys():
+        raise ValueError(f"{checkpoint} holds no config; name the folder of a run, or a checkpoint that it wrote.")
+    model_cfg = OmegaConf.create({**config["model"], "load_finetuned": True, "finetuned": str(checkpoint)})
+    cfg = SimpleNamespace(model_cfg=model_cfg, run_cfg=OmegaConf.create(config["run"]))
+    return build_model(BaseTask(), cfg).eval()
+
+
+def _whole_state(model: Any) -> dict[str, Any]:
+    """Return every tensor of a model, adapters merged, each in memory of its own as safetensors want it."""
+    from lavis_cir_plugin.training.lora import merged_state
+
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in merged_state(model).items()}
+
+
+def _write_transformers(model: Any, folder: Path) -> None:
+    """Write a folder for ``Blip2ForImageTextRetrieval.from_pretrained``, all in float32.
+
+    Its matching head is left out, since composed retrieval has none: transformers says so and draws a random one.
+    """
+    from safetensors.torch import save_file
+
+    from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
+    from lavis_cir_plugin.models.blip2_hub_weights import EXTRA_FILE, EXTRA_TENSORS, hub_config, to_hub_names
+
+    if not isinstance(model, Blip2Cir):
+        raise ValueError(
+            f"--format transformers writes blip2_cir alone, and this run trained {type(model).__name__}; take "
+            "--format safetensors or lavis."
+        )
+    config = {**hub_config(model), "torch_dtype": "float32"}
+    state = _whole_state(model)
+    named = {name: tensor.float() for name, tensor in to_hub_names(state).items()}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file({name: state[name] for name in EXTRA_TENSORS if name in state}, folder / EXTRA_FILE)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    model.tokenizer.save_pretrained(folder)
+
+
+def _write_safetensors(model: Any, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(_whole_state(model), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_lavis(model: Any, folder: Path) -> None:
+    import torch
+
+    torch.save({"model": _whole_state(model)}, folder / "checkpoint.pth")
+
+
+def _checkpoint_of(run: Path) -> Path:
+    if run.is_file():
+        return run
+    for name in ("checkpoint_best.pth", "checkpoint_last.pth"):
+        if (run / name).is_file():
+            return run / name
+    raise FileNotFoundError(f"{run} is neither a checkpoint nor a folder with checkpoint_best.pth.")
+
+
+_WRITERS: Mapping[str, Callable[[Any, Path], None]] = {
+    "transformers": _write_transformers,
+    "safetensors": _write_safetensors,
+    "lavis": _write_lavis,
+}
