@@ -29,6 +29,8 @@ class MappingNetwork(nn.Module):
         hidden_width: Of the two hidden layers.
         dropout: >= 0 and < 1.
         with_patches: Whether there is :math:`W_p`; without injection it would have no gradient.
+        activation: ``relu``; or ``gelu``, after which comes the dropout, as in SEARLE's network (arXiv 2303.15247) and
+            LinCIR's. It then has a buffer of this name, so that no checkpoint of the one is loaded into the other.
 
     Source: TSCIR (arXiv 2504.17990), stage I.
     """
@@ -40,22 +42,28 @@ class MappingNetwork(nn.Module):
         hidden_width: int = 512,
         dropout: float = 0.1,
         with_patches: bool = True,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         self.word = nn.Sequential(
             nn.Linear(feature_width, hidden_width),
-            nn.Dropout(dropout),
-            nn.ReLU(),
+            *_between(activation, dropout),
             nn.Linear(hidden_width, hidden_width),
-            nn.Dropout(dropout),
-            nn.ReLU(),
+            *_between(activation, dropout),
             nn.Linear(hidden_width, word_width),
         )
+        if activation == "gelu":
+            self.register_buffer("gelu", torch.ones(1))
         self.patches = nn.Linear(feature_width, feature_width) if with_patches else None
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the word ``(B, W)`` and the patches ``(B, P, D)`` of an image's tokens ``(B, 1 + P, D)``."""
         return self.word(tokens[:, 0]), None if self.patches is None else self.patches(tokens[:, 1:])
+
+
+def _between(activation: str, dropout: float) -> tuple[nn.Module, nn.Module]:
+    """Return what follows a hidden layer."""
+    return (nn.GELU(), nn.Dropout(dropout)) if activation == "gelu" else (nn.Dropout(dropout), nn.ReLU())
 
 
 class VisualInjection(nn.Module):

@@ -23,6 +23,7 @@ from lavis_cir_plugin.models.clip_cir import ClipCir, image_ids
 from lavis_cir_plugin.models.contrastive_losses import symmetric_contrastive_loss
 from lavis_cir_plugin.models.model_inputs import check_counts, read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.open_clip_towers import PIXELS, PSEUDO_WORD, Edit, count_blocks, pixel_normalisation
+from lavis_cir_plugin.models.phi_weights import check_clip, load_phi, read_phi
 
 PLAIN_SENTENCE = f"a photo of {PSEUDO_WORD}"
 """The sentence that says no more than the image."""
@@ -46,12 +47,15 @@ class TscirMapping(ClipCir):
     v' and v.
 
     Pic2Word (arXiv 2302.03084) is the special case ``injection_blocks: []``, ``loss_weights: {weak: 0, sta: 0}`` on
-    single views. SEARLE's two orders of FashionIQ's captions are the data set's ``captions: both_orders_avg``.
+    single views. SEARLE's two orders of FashionIQ's captions are the data set's ``captions: both_orders_avg``. ``phi``
+    loads the published networks of Pic2Word, SEARLE and LinCIR.
 
     Args:
         clip_model, pretrained, image_size, tokenizer, pixels: As of ``clip_cir``; CLIP's weights.
         template: A query's sentence: ``*``, a word of its own, is the image and ``{}`` after it the modification text.
-        hidden_width: Of the mapping network.
+        phi: A published file of Pic2Word, SEARLE or LinCIR in place of a random mapping network; needs
+            ``injection_blocks: []``. Of LinCIR's, one that was trained without ``--l2_normalize``, which no file tells.
+        hidden_width: Of the mapping network; with ``phi`` the file says.
         dropout: In the mapping network, >= 0 and < 1.
         injection_blocks: Text blocks, from 0, after which there is an injection. The published [3, 7, 9, 11] count
             twelve blocks from 0, and after the last one an injection is without effect: the sentence is read at another
@@ -87,6 +91,7 @@ class TscirMapping(ClipCir):
         tokenizer: str | None = None,
         pixels: str = "auto",
         template: str = "a photo of * that {}",
+        phi: str | None = None,
         hidden_width: int = 512,
         dropout: float = 0.1,
         injection_blocks: Sequence[int] = (3, 7, 9),
@@ -107,8 +112,8 @@ class TscirMapping(ClipCir):
             )
         self.loss_weights = {**self.DEFAULT_LOSS_WEIGHTS, **dict(loss_weights or {})}
         self.injection_blocks = check_blocks("injection_blocks", injection_blocks, len(self.text_tower.blocks) - 1)
+        self._build_mapping(phi, hidden_width, dropout)
         features, words = self.image_tower.width, self.text_tower.width
-        self.mapping = MappingNetwork(features, words, hidden_width, dropout, with_patches=bool(self.injection_blocks))
         # By the block's number, so that a checkpoint with other blocks cannot be loaded by mistake.
         self.injections = nn.ModuleDict(
             {
@@ -119,6 +124,17 @@ class TscirMapping(ClipCir):
         self.register_buffer("clip_fingerprint", weights_fingerprint(self.image_tower, self.text_tower))
         self.silent_settings = _silent_settings(clip_model, pretrained, pixels, injection_heads)
         self._freeze(image=True, text=True)
+
+    def _build_mapping(self, phi: str | None, hidden_width: int, dropout: float) -> None:
+        widths = self.image_tower.width, self.text_tower.width
+        if not phi:
+            has_patches = bool(self.injection_blocks)
+            self.mapping = MappingNetwork(*widths, hidden_width, dropout, with_patches=has_patches)
+            return
+        found = read_phi(phi)
+        check_clip(found, self.image_tower.visual, self.text_tower.clip, phi)
+        self.mapping = MappingNetwork(*widths, found.hidden_width, dropout, False, found.activation)
+        load_phi(found, self.mapping.word, phi)
 
     @classmethod
     def check_config(cls, cfg: Mapping[str, Any]) -> None:
@@ -135,6 +151,11 @@ class TscirMapping(ClipCir):
             raise ValueError(
                 f"model.template must hold one {PSEUDO_WORD} for the image and after it one {{}} for the text, such as "
                 f"'a photo of {PSEUDO_WORD} that {{}}', got {template!r}."
+            )
+        if values.get("phi") and list(values["injection_blocks"]):
+            raise ValueError(
+                f"model.phi: {values['phi']} is a network without injection, and model.injection_blocks are "
+                f"{list(values['injection_blocks'])}; set model.injection_blocks: []."
             )
         for key in ("hidden_width", "injection_width", "injection_heads", "injection_layers"):
             check_whole(key, values[key])
@@ -154,7 +175,7 @@ class TscirMapping(ClipCir):
     @classmethod
     def needs_finetuned(cls, cfg: Mapping[str, Any]) -> bool:
         """Return whether a part of the model would be random without ``finetuned``: CLIP's weights hold no mapping."""
-        return True
+        return not cfg.get("phi")
 
     @classmethod
     def _check_loss_weights(cls, weights: Any) -> None:
