@@ -231,9 +231,13 @@ def published_layout(model):
     }
 
 
-def test_a_sprc_checkpoint_loads_and_scores_the_same(tmp_path, small_model, triplets):
+CLIP_TOWER = {"vit_model": "clip_L", "vit_config": {"patch_size": 8, "width": 8, "layers": 1, "heads": 2}}
+
+
+@pytest.mark.parametrize("tower", [{}, CLIP_TOWER], ids=["ViT-g", "ViT-L"])
+def test_a_sprc_checkpoint_loads_and_scores_the_same(tower, tmp_path, small_model, triplets):
     """SPRC's file: {"epoch", "Blip2QformerCirAlignPrompt": whole state}; scores against the independent reading."""
-    model = small_model(fusion="sentence_prompt", freeze_vit=True).eval()
+    model = small_model(fusion="sentence_prompt", freeze_vit=True, **tower).eval()
     state = published_layout(model)
     torch.save({"epoch": 3, "Blip2QformerCirAlignPrompt": state}, tmp_path / "tuned_blip_best.pt")
     model.load_checkpoint(str(tmp_path / "tuned_blip_best.pt"))
