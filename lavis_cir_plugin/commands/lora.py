@@ -30,13 +30,13 @@ def _export(args: argparse.Namespace) -> None:
     from lavis_cir_plugin.training.lora import (
         Lora,
         build_model,
-        checkpoint_of,
         merged_state,
         read_lora_checkpoint,
         write_peft_folder,
     )
+    from lavis_cir_plugin.training.run_loading import checkpoint_in
 
-    path = checkpoint_of(Path(os.path.expanduser(args.run_or_checkpoint)))
+    path = checkpoint_in(Path(os.path.expanduser(args.run_or_checkpoint)))
     output = Path(os.path.expanduser(args.output)).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} exists and is not an empty folder; choose another.")

@@ -498,20 +498,6 @@ def _load_adapters(model: nn.Module, state: Mapping[str, Tensor], path: str) -> 
     load_strictly(model, state, path, may_lack=[name for name, weight in weights.items() if not weight.requires_grad])
 
 
-def checkpoint_of(run: Path) -> Path:
-    """Return the best checkpoint of a run's folder, else its last one; a checkpoint is returned as it is.
-
-    Raises:
-        FileNotFoundError: the folder has neither.
-    """
-    if run.is_file():
-        return run
-    for name in ("checkpoint_best.pth", "checkpoint_last.pth"):
-        if (run / name).is_file():
-            return run / name
-    raise FileNotFoundError(f"{run} is neither a checkpoint nor a folder with checkpoint_best.pth.")
-
-
 def _is_last_part(part: str, name: str) -> bool:
     return name == part or name.endswith(f".{part}")
 

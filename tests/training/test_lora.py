@@ -441,7 +441,7 @@ def test_exports_that_would_mislead_are_refused(trained, tmp_path, small_model):
     sentence = refused(main.main, ["lora", str(trained.run), "--output", str(tmp_path / "full")])
     assert sentence.endswith("full exists and is not an empty folder; choose another.")
     sentence = refused(main.main, ["lora", str(tmp_path), "--output", str(tmp_path / "x")])
-    assert sentence.endswith("is neither a checkpoint nor a folder with checkpoint_best.pth.")
+    assert "is neither a checkpoint nor the folder of a run with one (checkpoint_best.pth, " in sentence
     torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "other.pth")
     sentence = refused(main.main, ["lora", str(tmp_path / "other.pth"), "--output", str(tmp_path / "x")])
     assert "holds no LoRA adapters" in sentence

@@ -23,8 +23,8 @@ from lavis_cir_plugin.core.checkpoints import count_blocks_in, load_strictly, re
 from lavis_cir_plugin.core.model_parts import keep_as_buffers
 from lavis_cir_plugin.core.sentences import did_you_mean
 from lavis_cir_plugin.core.settings import check_choice, check_flag, check_whole
+from lavis_cir_plugin.methods.blip2_cir.hub_weights import check_hub_config, read_blip2_weights
 from lavis_cir_plugin.methods.blip2_cir.losses import LOSSES, TrainingOutputs
-from lavis_cir_plugin.models.blip2_hub_weights import check_hub_config, read_blip2_weights
 from lavis_cir_plugin.models.fused_attention import fuse_attention
 from lavis_cir_plugin.models.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.tokenizer import load_tokenizer
@@ -234,7 +234,7 @@ class Blip2Cir(Blip2Base):
 
         Args:
             url_or_filename: A file, a URL, a folder of transformers or a hub name, as
-                :func:`~lavis_cir_plugin.models.blip2_hub_weights.read_blip2_weights` takes it.
+                :func:`~lavis_cir_plugin.methods.blip2_cir.hub_weights.read_blip2_weights` takes it.
             vit_pretrained: The image tower's own file or URL, read only where the weights lack the tower.
         """
         state, lacks, config = read_blip2_weights(url_or_filename)

@@ -19,11 +19,11 @@ from lavis_cir_plugin.core.sentences import did_you_mean
 from lavis_cir_plugin.core.settings import check_choice, check_whole, is_number
 from lavis_cir_plugin.methods.tscir.layers import MappingNetwork, VisualInjection
 from lavis_cir_plugin.methods.tscir.losses import soft_text_alignment_loss
+from lavis_cir_plugin.methods.tscir.phi_weights import check_clip, load_phi, read_phi
 from lavis_cir_plugin.models.clip_cir import ClipCir, image_ids
 from lavis_cir_plugin.models.contrastive_losses import symmetric_contrastive_loss
 from lavis_cir_plugin.models.model_inputs import check_counts, read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.open_clip_towers import PIXELS, PSEUDO_WORD, Edit, count_blocks, pixel_normalisation
-from lavis_cir_plugin.models.phi_weights import check_clip, load_phi, read_phi
 
 PLAIN_SENTENCE = f"a photo of {PSEUDO_WORD}"
 """The sentence that says no more than the image."""

@@ -11,8 +11,8 @@ from conftest import SMALL_CLIP, make_triplets
 from omegaconf import OmegaConf
 
 from lavis_cir_plugin.methods.tscir.mapping import TscirMapping
+from lavis_cir_plugin.methods.tscir.phi_weights import read_phi
 from lavis_cir_plugin.models.open_clip_towers import load_clip
-from lavis_cir_plugin.models.phi_weights import read_phi
 from lavis_cir_plugin.training.config import _model_values
 
 HIDDEN = 9

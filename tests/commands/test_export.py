@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 from conftest import SMALL, SMALL_TSCIR, make_scoring_model, make_triplets
+from hub_blip2 import assert_same_outputs, small_config, small_state
 from safetensors.torch import load_file, save_file
-from test_blip2_hub_weights import assert_same_outputs, small_config, small_state
 
 from lavis_cir_plugin.commands import main
-from lavis_cir_plugin.export_command import FORMATS
+from lavis_cir_plugin.commands.export import FORMATS
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 
 
@@ -29,6 +29,7 @@ def run(tmp_path):
     section = {
         **SMALL,
         "arch": "blip2_cir",
+        "model_type": "tiny",
         "vit_config": {**SMALL["vit_config"], "depth": 2},
         "freeze_vit": True,
         "fusion": "sentence_prompt",
@@ -89,7 +90,7 @@ def test_transformers_loads_the_folder_and_gives_the_same_scores(run, tmp_path):
 
 def test_other_models_leave_in_the_two_formats_that_hold_them(tmp_path):
     model = make_scoring_model("mapping").eval()
-    section = {**SMALL_TSCIR, "arch": "tscir_mapping"}
+    section = {**SMALL_TSCIR, "arch": "tscir_mapping", "model_type": "tiny"}
     clip = {**model.image_tower.visual.state_dict(prefix="visual."), **model.text_tower.clip.state_dict()}
     torch.save(clip, tmp_path / "clip.pt")
     folder = written_run(tmp_path / "run", model, {**section, "pretrained": str(tmp_path / "clip.pt")})
@@ -107,9 +108,9 @@ def test_other_models_leave_in_the_two_formats_that_hold_them(tmp_path):
 def test_what_is_no_run_and_a_folder_in_use_are_refused(run, tmp_path):
     folder, trained = run
     torch.save({"model": trained.state_dict()}, tmp_path / "bare.pth")
-    with pytest.raises(SystemExit, match="holds no config; name the folder of a run"):
+    with pytest.raises(SystemExit, match="holds no weights with the config of a run"):
         export(tmp_path / "bare.pth", tmp_path / "out", "lavis")
-    with pytest.raises(SystemExit, match="neither a checkpoint nor a folder"):
+    with pytest.raises(SystemExit, match="neither a checkpoint nor the folder"):
         export(tmp_path / "base", tmp_path / "out", "lavis")
     with pytest.raises(SystemExit, match="is not an empty folder"):
         export(folder, folder, "lavis")

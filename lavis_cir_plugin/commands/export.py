@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 FORMATS = ("transformers", "safetensors", "lavis")
@@ -30,11 +29,12 @@ def add_command(subparsers: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    checkpoint = _checkpoint_of(Path(os.path.expanduser(args.run_or_checkpoint)))
+    from lavis_cir_plugin import load_run
+
     output = Path(os.path.expanduser(args.output)).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} exists and is not an empty folder; choose another.")
-    model = load_run_model(checkpoint)
+    model = load_run(args.run_or_checkpoint).model
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as staging:
         content = Path(staging) / "content"
@@ -42,29 +42,6 @@ def _export(args: argparse.Namespace) -> None:
         _WRITERS[args.format](model, content)
         os.replace(content, output)
     print(f"{output}: {', '.join(sorted(found.name for found in output.iterdir()))}")
-
-
-def load_run_model(checkpoint: Path) -> Any:
-    """Return the model that a run's checkpoint belongs to, built from the config inside and with its weights loaded.
-
-    Raises:
-        ValueError: If the file holds no config, so that it is not a run's, or does not match it.
-        FileNotFoundError: If it, or the weights of the frozen parts that it leaves out, are missing.
-    """
-    from lavis.tasks.base_task import BaseTask
-    from omegaconf import OmegaConf
-
-    import lavis_cir_plugin  # noqa: F401 (registers the models)
-    from lavis_cir_plugin.core.checkpoints import read_checkpoint
-    from lavis_cir_plugin.training.lora import build_model
-
-    content = read_checkpoint(str(checkpoint))
-    config = content.get("config") if isinstance(content, Mapping) else None
-    if not isinstance(config, Mapping) or not {"model", "run"} <= config.keys():
-        raise ValueError(f"{checkpoint} holds no config; name the folder of a run, or a checkpoint that it wrote.")
-    model_cfg = OmegaConf.create({**config["model"], "load_finetuned": True, "finetuned": str(checkpoint)})
-    cfg = SimpleNamespace(model_cfg=model_cfg, run_cfg=OmegaConf.create(config["run"]))
-    return build_model(BaseTask(), cfg).eval()
 
 
 def _whole_state(model: Any) -> dict[str, Any]:
@@ -81,8 +58,8 @@ def _write_transformers(model: Any, folder: Path) -> None:
     """
     from safetensors.torch import save_file
 
+    from lavis_cir_plugin.methods.blip2_cir.hub_weights import EXTRA_FILE, EXTRA_TENSORS, hub_config, to_hub_names
     from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
-    from lavis_cir_plugin.models.blip2_hub_weights import EXTRA_FILE, EXTRA_TENSORS, hub_config, to_hub_names
 
     if not isinstance(model, Blip2Cir):
         raise ValueError(
@@ -108,15 +85,6 @@ def _write_lavis(model: Any, folder: Path) -> None:
     import torch
 
     torch.save({"model": _whole_state(model)}, folder / "checkpoint.pth")
-
-
-def _checkpoint_of(run: Path) -> Path:
-    if run.is_file():
-        return run
-    for name in ("checkpoint_best.pth", "checkpoint_last.pth"):
-        if (run / name).is_file():
-            return run / name
-    raise FileNotFoundError(f"{run} is neither a checkpoint nor a folder with checkpoint_best.pth.")
 
 
 _WRITERS: Mapping[str, Callable[[Any, Path], None]] = {

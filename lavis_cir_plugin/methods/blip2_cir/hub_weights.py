@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_cir_plugin.core.checkpoints import read_state
-from lavis_cir_plugin.weight_folders import FolderWeights, is_hub_name, read_config, read_folder
+from lavis_cir_plugin.core.weight_folders import FolderWeights, is_hub_name, read_config, read_folder
 
 __all__ = [
     "EXTRA_FILE",

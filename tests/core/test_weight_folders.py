@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lavis_cir_plugin.weight_folders import is_hub_name, read_folder
+from lavis_cir_plugin.core.weight_folders import is_hub_name, read_folder
 
 STATE = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0]), "c": torch.tensor([[4.0]])}
 FIRST, SECOND = "model-00001-of-00002", "model-00002-of-00002"
