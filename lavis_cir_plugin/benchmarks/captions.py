@@ -29,7 +29,7 @@ from typing import Any
 from lavis_cir_plugin.benchmarks.annotation_files import read_records, record_error
 from lavis_cir_plugin.benchmarks.images import Spelling, image_folders, scan_tree, select_images
 from lavis_cir_plugin.benchmarks.json_lines import Refusal, image_path, line_error, parse_line, read_objects, some_texts
-from lavis_cir_plugin.benchmarks.survey import current_survey, listing
+from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, current_survey, listing
 from lavis_cir_plugin.benchmarks.types import first_or_drawn, only_complete
 from lavis_cir_plugin.core.settings import at_least, config_from_mapping, one_of
 
@@ -180,3 +180,22 @@ def _example(item: Mapping[str, Any], refuse: Refusal) -> CaptionedImage:
         image=image_path(item["image"], "image", refuse),
         captions=some_texts(item["caption"], "caption", refuse),
     )
+
+
+# -- lavis-cir check ------------------------------------------------------------------------------------------------
+
+
+CHECKLIST = Checklist(
+    title="Pictures with captions",
+    ways=(Usage("training", "train"),),
+    published={},
+    absent_files="give the folder itself that has captions.jsonl or captions.json",
+    absent_images="an image is named by its path below images/ with its suffix, such as shoes/a.jpg",
+    name="image_captions",
+    unit="captioned pictures",
+    training=(
+        "projects/tscir/mapping.yaml",
+        "datasets.image_captions.vis_processor.train.name=clip_two_views",
+        "datasets.caption_shards.splits=[]",
+    ),
+)

@@ -26,6 +26,7 @@ from lavis_cir_plugin.benchmarks.annotation_files import (
 )
 from lavis_cir_plugin.benchmarks.images import find_images, image_folders
 from lavis_cir_plugin.benchmarks.submissions import Review, by_query, gallery_beside, ranks_in
+from lavis_cir_plugin.benchmarks.survey import Checklist, Usage
 from lavis_cir_plugin.benchmarks.types import (
     Benchmark,
     Group,
@@ -384,3 +385,19 @@ def _find_images(settings: CIRCOConfig, names: Sequence[str]) -> tuple[dict[str,
     folders = image_folders([Path(settings.images)] if settings.images else guesses, "circo")
     folder = folders[0]  # the last is above the first
     return find_images(names, [folder], "circo", settings.missing_images, settings.verify_images)
+
+
+# -- lavis-cir check ------------------------------------------------------------------------------------------------
+
+
+CHECKLIST = Checklist(
+    title="CIRCO",
+    ways=(Usage("val", "val"), Usage("test submission", "test", is_submission=True)),
+    published={("val", ""): 220, ("test", ""): 800},
+    absent_files=(
+        "val.json and test.json are in CIRCO's repository, the list of the gallery is COCO's "
+        "image_info_unlabeled2017.zip, to be unpacked in COCO2017_unlabeled/"
+    ),
+    absent_images="the images are COCO's unlabeled2017.zip, 123,403 files, to be unpacked in COCO2017_unlabeled/",
+    is_evaluated=True,
+)

@@ -26,6 +26,7 @@ from lavis_cir_plugin.benchmarks.annotation_files import (
 from lavis_cir_plugin.benchmarks.images import find_images, image_folders
 from lavis_cir_plugin.benchmarks.seen_split import drawn_like
 from lavis_cir_plugin.benchmarks.submissions import Review, by_query, gallery_beside, ranks_in
+from lavis_cir_plugin.benchmarks.survey import Checklist, Usage
 from lavis_cir_plugin.benchmarks.types import (
     EVALUATION_SPLITS,
     Benchmark,
@@ -490,3 +491,25 @@ def _top_folder(place: str) -> str:
     """Return ``train`` of ``./train/34/train-11041-2-img0.png``: its images are found by name below it."""
     parts = PurePosixPath(place).parts
     return parts[0] if len(parts) > 1 else ""
+
+
+# -- lavis-cir check ------------------------------------------------------------------------------------------------
+
+
+CHECKLIST = Checklist(
+    title="CIRR",
+    ways=(
+        Usage("training", "train"),
+        Usage("val, hard labels", "val"),
+        Usage("val, soft labels", "val", {"labels": "soft"}),
+        Usage("test1 submission", "test", is_submission=True),
+    ),
+    published={("train", ""): 28_225, ("val", ""): 4_181, ("test", ""): 4_148},
+    absent_files="captions/ and image_splits/ are on the branch cirr_dataset of CIRR's repository, not on main",
+    absent_images=(
+        "the images are NLVR2's: by its form, or by mail from CIRR's authors; fetched by their URLs many are gone, "
+        "and the sub-folders train/0 to train/99 with them"
+    ),
+    training=("projects/wrf4cir/cirr.yaml",),
+    is_evaluated=True,
+)

@@ -43,6 +43,7 @@ from lavis_cir_plugin.benchmarks.annotation_files import (
 from lavis_cir_plugin.benchmarks.images import find_images, image_folders
 from lavis_cir_plugin.benchmarks.seen_split import drawn_like
 from lavis_cir_plugin.benchmarks.submissions import Review, by_query, gallery_beside, ranks_in
+from lavis_cir_plugin.benchmarks.survey import Checklist, Usage
 from lavis_cir_plugin.benchmarks.types import (
     EVALUATION_SPLITS,
     Benchmark,
@@ -454,3 +455,35 @@ def _find_images(settings: FashionIQConfig, names: Iterable[str]) -> tuple[dict[
     guesses = [base / folder for base in _bases(settings) for folder in _IMAGE_FOLDERS]
     folders = image_folders([Path(settings.images)] if settings.images else guesses, "fashioniq")
     return find_images(names, folders, "fashioniq", settings.missing_images, settings.verify_images)
+
+
+# -- lavis-cir check ------------------------------------------------------------------------------------------------
+
+
+def _usages() -> tuple[Usage, ...]:
+    """Return one way of scoring per gallery: what else the protocols differ in needs no other files."""
+    by_gallery: dict[str, list[str]] = {}
+    for name, (gallery, *_) in PROTOCOLS.items():
+        by_gallery.setdefault(gallery, []).append(name)
+    scored = (Usage(f"val by {', '.join(names)}", "val", {"gallery": name}) for name, names in by_gallery.items())
+    return (Usage("training", "train"), *scored, Usage("test submission", "test", is_submission=True))
+
+
+CHECKLIST = Checklist(
+    title="FashionIQ",
+    ways=_usages(),
+    published={
+        ("train", "dress"): 5_985, ("train", "shirt"): 5_988, ("train", "toptee"): 6_027,
+        ("val", "dress"): 2_017, ("val", "shirt"): 2_038, ("val", "toptee"): 1_961,
+        ("test", "dress"): 2_024, ("test", "shirt"): 2_038, ("test", "toptee"): 2_056,
+    },
+    absent_files="captions/ and image_splits/ are in the repository fashion-iq of its authors",
+    absent_images=(
+        "all of FashionIQ is 74,381 distinct images (77,683 counts those of two categories twice), and training "
+        "needs those of its triplets; many of the shop's links are dead, so most people use a re-upload, often as "
+        ".png, which is read as well"
+    ),
+    parts={name: {"categories": [name]} for name in ("dress", "shirt", "toptee")},
+    training=("projects/wrf4cir/fiq.yaml",),
+    is_evaluated=True,
+)  # fmt: skip

@@ -35,6 +35,7 @@ from typing import Any
 from lavis_cir_plugin.benchmarks.annotation_files import find_annotation, read_json, record_error
 from lavis_cir_plugin.benchmarks.images import find_images, image_folders
 from lavis_cir_plugin.benchmarks.json_lines import Refusal, one_text
+from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, beside_cirr
 from lavis_cir_plugin.benchmarks.types import Triplet, complete_triplets, first_or_drawn
 from lavis_cir_plugin.core.sentences import listed, shown
 from lavis_cir_plugin.core.settings import at_least, config_from_mapping, is_text, one_of
@@ -161,3 +162,16 @@ def _with_captions(triplets: list[Triplet], path: Path) -> list[Triplet]:
             f"datasets.laion_cir.build_info.reference_captions: null."
         )
     return [replace(triplet, reference_caption=captions[triplet.reference]) for triplet in triplets]
+
+
+# -- lavis-cir check ------------------------------------------------------------------------------------------------
+
+
+CHECKLIST = Checklist(
+    title="Laion-CIR-Combined",
+    ways=(Usage("training", "train"),),
+    published={},
+    absent_files="laion_combined_info.json comes with the pictures, by the link in the repository ZS-CIR",
+    absent_images="image 306448 is the file 0306448.png of the authors' archive",
+    training=beside_cirr("laion_cir"),
+)

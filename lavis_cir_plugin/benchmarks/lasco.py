@@ -35,6 +35,7 @@ from lavis_cir_plugin.benchmarks.annotation_files import (
 )
 from lavis_cir_plugin.benchmarks.images import find_images, image_folders
 from lavis_cir_plugin.benchmarks.json_lines import one_text
+from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, beside_cirr
 from lavis_cir_plugin.benchmarks.types import (
     Benchmark,
     Group,
@@ -220,3 +221,16 @@ def _read_corpus(path: Path) -> dict[str, int]:
         if numbers.setdefault(name, number) != number:
             raise record_error(path, number, f"has path = {shown(file)} like record {numbers[name]}")
     return numbers
+
+
+# -- lavis-cir check ------------------------------------------------------------------------------------------------
+
+
+CHECKLIST = Checklist(
+    title="LaSCo",
+    ways=(Usage("training", "train"), Usage("val", "val")),
+    published={},
+    absent_files="lasco_train.json, lasco_val.json and lasco_val_corpus.json are in downloads/ of its repository",
+    absent_images="the images are COCO's train2014.zip and val2014.zip",
+    training=beside_cirr("lasco"),
+)

@@ -1,8 +1,8 @@
-"""Reading annotation files without their images: what `lavis-cir check` needs to know of the readers."""
+"""Read annotation files without their images, and say what there is to look for, for ``lavis-cir check``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -10,6 +10,63 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Scan = TypeVar("Scan")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One thing that a data set can be used for.
+
+    Attributes:
+        label: What it is called.
+        split: The split that it reads.
+        settings: Keys of ``build_info`` that make it.
+        is_submission: Whether it makes a test server's file, which needs every query.
+    """
+
+    label: str
+    split: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    is_submission: bool = False
+
+
+@dataclass(frozen=True)
+class Checklist:
+    """What ``lavis-cir check`` looks for of a data set, which brings it as ``CHECKLIST``.
+
+    Attributes:
+        title: As its authors write it.
+        ways: What it can be used for.
+        published: Triplets or queries by split and part, of the published files; none for one's own data.
+        absent_files: What to know when annotation files are missing.
+        absent_images: What to know when images are missing.
+        parts: Settings by name of the parts that are read by themselves, FashionIQ's categories.
+        name: As it is registered, if its module is called otherwise.
+        unit: What it trains on.
+        training: Project file and options that train on it, without the folder.
+        is_evaluated: Whether ``projects/clip_cir/eval_all.yaml`` takes it.
+    """
+
+    title: str
+    ways: tuple[Usage, ...]
+    published: Mapping[tuple[str, str], int]
+    absent_files: str
+    absent_images: str
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
+    name: str = ""
+    unit: str = "triplets"
+    training: tuple[str, ...] = ()
+    is_evaluated: bool = False
+
+
+def beside_cirr(name: str) -> tuple[str, ...]:
+    """Return how to train on a data set without validation: CIRR's project, with this data set in CIRR's place."""
+    options = (
+        f"datasets.{name}.splits=[train]",
+        "datasets.cirr.splits=[]",
+        "run.valid_splits=[]",
+        "run.test_splits=[]",
+    )
+    return ("projects/blip2_cir/cirr.yaml", *options)
 
 
 @dataclass

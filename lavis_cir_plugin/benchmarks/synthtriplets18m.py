@@ -26,7 +26,7 @@ from typing import Any
 from lavis_cir_plugin.benchmarks.annotation_files import read_json
 from lavis_cir_plugin.benchmarks.images import scan_images, select_images
 from lavis_cir_plugin.benchmarks.json_lines import image_path, line_error, one_text, read_lines
-from lavis_cir_plugin.benchmarks.survey import current_survey, listing
+from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, beside_cirr, current_survey, listing
 from lavis_cir_plugin.benchmarks.types import Triplet, complete_triplets, first_or_drawn
 from lavis_cir_plugin.core.sentences import shown
 from lavis_cir_plugin.core.settings import at_least, config_from_mapping, one_of
@@ -148,3 +148,16 @@ def _with_captions(triplet: Triplet, path: Path) -> Triplet:
         captions=(one_text(record["target_caption"], "target_caption", refuse),),
         reference_caption="" if source is None else one_text(source, "source_caption", refuse),
     )
+
+
+# -- lavis-cir check ------------------------------------------------------------------------------------------------
+
+
+CHECKLIST = Checklist(
+    title="SynthTriplets18M",
+    ways=(Usage("training", "train"),),
+    published={},
+    absent_files="unpack shards of it: samples of a .json, a .source_image.jpg and a .target_image.jpg",
+    absent_images="a sample has a .source_image.jpg and a .target_image.jpg",
+    training=beside_cirr("synthtriplets18m"),
+)

@@ -61,7 +61,7 @@ from lavis_cir_plugin.benchmarks.json_lines import (
 )
 from lavis_cir_plugin.benchmarks.seen_split import drawn_like
 from lavis_cir_plugin.benchmarks.submissions import by_query
-from lavis_cir_plugin.benchmarks.survey import listing
+from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, listing
 from lavis_cir_plugin.benchmarks.types import (
     EVALUATION_SPLITS,
     Benchmark,
@@ -455,3 +455,19 @@ def _images(value: Any, key: str, refuse: Refusal) -> tuple[str, ...]:
     if not names or len(set(names)) < len(names):
         raise refuse(f"has {key} = {shown(value)}; it must be an image, or a list of distinct ones")
     return names
+
+
+# -- lavis-cir check ------------------------------------------------------------------------------------------------
+
+
+CHECKLIST = Checklist(
+    title="Triplets of your own",
+    ways=(Usage("training", "train"), Usage("val", "val"), Usage("test", "test")),
+    published={},
+    absent_files=(
+        "give the folder itself that has train.jsonl, val.jsonl or test.jsonl; only those that a run reads are needed"
+    ),
+    absent_images="an image is named by its path below images/ with its suffix, such as shoes/a.jpg",
+    training=("projects/wrf4cir/triplets.yaml",),
+    is_evaluated=True,
+)

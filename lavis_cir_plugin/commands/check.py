@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import pkgutil
 import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from lavis_cir_plugin import benchmarks
-from lavis_cir_plugin.benchmarks import fashioniq
 from lavis_cir_plugin.benchmarks.images import image_problems
-from lavis_cir_plugin.benchmarks.survey import surveying
+from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, surveying
 from lavis_cir_plugin.benchmarks.types import Group, without_missing
 from lavis_cir_plugin.core.sentences import listed
 
@@ -36,171 +37,24 @@ EXIT_CODES = (
 )
 
 
-@dataclass(frozen=True)
-class Usage:
-    """One thing that a data set can be used for.
+@cache
+def data_sets() -> dict[str, ModuleType]:
+    """Return the modules below ``benchmarks`` with a ``CHECKLIST``, by registered name; the published ones first."""
+    names = [found.name for found in pkgutil.iter_modules(benchmarks.__path__)]
+    modules = [importlib.import_module(f"{benchmarks.__name__}.{name}") for name in names]
+    found = {m.CHECKLIST.name or name: m for name, m in zip(names, modules) if hasattr(m, "CHECKLIST")}
 
-    Attributes:
-        label: What it is called.
-        split: The split that it reads.
-        settings: Keys of ``build_info`` that make it.
-        is_submission: Whether it makes a test server's file, which needs every query.
-    """
+    def place(name: str) -> tuple[int, bool, str]:
+        checklist = found[name].CHECKLIST
+        return -len(checklist.published), checklist.unit != "triplets", name
 
-    label: str
-    split: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    is_submission: bool = False
+    return {name: found[name] for name in sorted(found, key=place)}
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """What is looked for.
-
-    Attributes:
-        title: As its authors write it.
-        ways: What it can be used for.
-        published: Triplets or queries by split and part, of the published files; none for one's own data.
-        absent_files: What to know when annotation files are missing.
-        absent_images: What to know when images are missing.
-        parts: Settings by name of the parts that are read by themselves, FashionIQ's categories.
-        reader: Module below ``benchmarks`` where it is not called as the data set.
-        unit: What it trains on.
-        training: Project file and options that train on it, without the folder.
-        is_evaluated: Whether `EVALUATION` takes it.
-    """
-
-    title: str
-    ways: tuple[Usage, ...]
-    published: Mapping[tuple[str, str], int]
-    absent_files: str
-    absent_images: str
-    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
-    reader: str = ""
-    unit: str = "triplets"
-    training: tuple[str, ...] = ()
-    is_evaluated: bool = False
-
-
-def _fashioniq_ways() -> tuple[Usage, ...]:
-    """Return one way of scoring per gallery: what else the protocols differ in needs no other files."""
-    by_gallery: dict[str, list[str]] = {}
-    for name, (gallery, *_) in fashioniq.PROTOCOLS.items():
-        by_gallery.setdefault(gallery, []).append(name)
-    scored = (Usage(f"val by {', '.join(names)}", "val", {"gallery": name}) for name, names in by_gallery.items())
-    return (Usage("training", "train"), *scored, Usage("test submission", "test", is_submission=True))
-
-
-def _beside_cirr(name: str) -> tuple[str, ...]:
-    """Return how to train on a data set without validation: CIRR's project, with this data set in CIRR's place."""
-    options = (
-        f"datasets.{name}.splits=[train]",
-        "datasets.cirr.splits=[]",
-        "run.valid_splits=[]",
-        "run.test_splits=[]",
-    )
-    return ("projects/blip2_cir/cirr.yaml", *options)
-
-
-DATA_SETS = {
-    "fashioniq": DataSet(
-        title="FashionIQ",
-        ways=_fashioniq_ways(),
-        published={
-            ("train", "dress"): 5_985, ("train", "shirt"): 5_988, ("train", "toptee"): 6_027,
-            ("val", "dress"): 2_017, ("val", "shirt"): 2_038, ("val", "toptee"): 1_961,
-            ("test", "dress"): 2_024, ("test", "shirt"): 2_038, ("test", "toptee"): 2_056,
-        },
-        absent_files="captions/ and image_splits/ are in the repository fashion-iq of its authors",
-        absent_images=(
-            "all of FashionIQ is 74,381 distinct images (77,683 counts those of two categories twice), and training "
-            "needs those of its triplets; many of the shop's links are dead, so most people use a re-upload, often as "
-            ".png, which is read as well"
-        ),
-        parts={name: {"categories": [name]} for name in ("dress", "shirt", "toptee")},
-        training=("projects/wrf4cir/fiq.yaml",),
-        is_evaluated=True,
-    ),
-    "cirr": DataSet(
-        title="CIRR",
-        ways=(
-            Usage("training", "train"),
-            Usage("val, hard labels", "val"),
-            Usage("val, soft labels", "val", {"labels": "soft"}),
-            Usage("test1 submission", "test", is_submission=True),
-        ),
-        published={("train", ""): 28_225, ("val", ""): 4_181, ("test", ""): 4_148},
-        absent_files="captions/ and image_splits/ are on the branch cirr_dataset of CIRR's repository, not on main",
-        absent_images=(
-            "the images are NLVR2's: by its form, or by mail from CIRR's authors; fetched by their URLs many are gone, "
-            "and the sub-folders train/0 to train/99 with them"
-        ),
-        training=("projects/wrf4cir/cirr.yaml",),
-        is_evaluated=True,
-    ),
-    "circo": DataSet(
-        title="CIRCO",
-        ways=(Usage("val", "val"), Usage("test submission", "test", is_submission=True)),
-        published={("val", ""): 220, ("test", ""): 800},
-        absent_files=(
-            "val.json and test.json are in CIRCO's repository, the list of the gallery is COCO's "
-            "image_info_unlabeled2017.zip, to be unpacked in COCO2017_unlabeled/"
-        ),
-        absent_images="the images are COCO's unlabeled2017.zip, 123,403 files, to be unpacked in COCO2017_unlabeled/",
-        is_evaluated=True,
-    ),
-    "lasco": DataSet(
-        title="LaSCo",
-        ways=(Usage("training", "train"), Usage("val", "val")),
-        published={},
-        absent_files="lasco_train.json, lasco_val.json and lasco_val_corpus.json are in downloads/ of its repository",
-        absent_images="the images are COCO's train2014.zip and val2014.zip",
-        training=_beside_cirr("lasco"),
-    ),
-    "laion_cir": DataSet(
-        title="Laion-CIR-Combined",
-        ways=(Usage("training", "train"),),
-        published={},
-        absent_files="laion_combined_info.json comes with the pictures, by the link in the repository ZS-CIR",
-        absent_images="image 306448 is the file 0306448.png of the authors' archive",
-        training=_beside_cirr("laion_cir"),
-    ),
-    "synthtriplets18m": DataSet(
-        title="SynthTriplets18M",
-        ways=(Usage("training", "train"),),
-        published={},
-        absent_files="unpack shards of it: samples of a .json, a .source_image.jpg and a .target_image.jpg",
-        absent_images="a sample has a .source_image.jpg and a .target_image.jpg",
-        training=_beside_cirr("synthtriplets18m"),
-    ),
-    "triplets": DataSet(
-        title="Triplets of your own",
-        ways=(Usage("training", "train"), Usage("val", "val"), Usage("test", "test")),
-        published={},
-        absent_files=(
-            "give the folder itself that has train.jsonl, val.jsonl or test.jsonl; only those that a run reads are "
-            "needed"
-        ),
-        absent_images="an image is named by its path below images/ with its suffix, such as shoes/a.jpg",
-        training=("projects/wrf4cir/triplets.yaml",),
-        is_evaluated=True,
-    ),
-    "image_captions": DataSet(
-        title="Pictures with captions",
-        ways=(Usage("training", "train"),),
-        published={},
-        absent_files="give the folder itself that has captions.jsonl or captions.json",
-        absent_images="an image is named by its path below images/ with its suffix, such as shoes/a.jpg",
-        reader="captions",
-        unit="captioned pictures",
-        training=(
-            "projects/tscir/mapping.yaml",
-            "datasets.image_captions.vis_processor.train.name=clip_two_views",
-            "datasets.caption_shards.splits=[]",
-        ),
-    ),
-}  # fmt: skip
-"""By registered name."""
+def checklist_of(name: str) -> Checklist:
+    """Return what is looked for of a data set."""
+    checklist: Checklist = data_sets()[name].CHECKLIST
+    return checklist
 
 
 @dataclass(frozen=True)
@@ -264,7 +118,7 @@ def _check(args: argparse.Namespace) -> None:
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder; give the folder of a data set, or the one that holds several.")
     start = time.perf_counter()
-    found = {name: survey(name, root) for name in DATA_SETS}
+    found = {name: survey(name, root) for name in data_sets()}
     for name in sorted(found, key=lambda name: not found[name].files):  # what is there before what is not
         print("\n".join(report(name, found[name], root)) + "\n")
     broken = _verify(found.values()) if args.verify else []
@@ -288,11 +142,11 @@ def _verify(found: Iterable[Findings]) -> list[str]:
 
 def survey(name: str, root: Path) -> Findings:
     """Read all that a data set can be used for, with the reader that a run would use; write nothing."""
-    module = importlib.import_module(f"{benchmarks.__name__}.{DATA_SETS[name].reader or name}")
+    module, checklist = data_sets()[name], checklist_of(name)
     findings = Findings()
     scans: dict[Hashable, Any] = {}
-    for way in DATA_SETS[name].ways:
-        for part, settings in DATA_SETS[name].parts.items():
+    for way in checklist.ways:
+        for part, settings in checklist.parts.items():
             config = {"root": str(root), **way.settings, **settings}
             with surveying(scans) as seen:
                 reading = _read(module, config, way.split, seen.paths)
@@ -336,7 +190,7 @@ def _usable(group: Group, found: Mapping[str, Path]) -> int:
 
 def report(name: str, findings: Findings, root: Path) -> list[str]:
     """Return what was found of one data set, a line each."""
-    data_set = DATA_SETS[name]
+    data_set = checklist_of(name)
     absent = sorted({file for reading in findings.readings.values() for file in reading.absent})
     if not findings.files:
         return [f"{data_set.title}: nothing found", f"  note: {data_set.absent_files}"]
@@ -372,18 +226,24 @@ def next_step(found: Mapping[str, Findings], root: Path, has_broken: bool = Fals
     for name, findings in found.items():
         options = _options(name, findings, root, ("train", "val"))
         if options is not None:
-            return [f"next: train on {DATA_SETS[name].title}:", _command("train", *DATA_SETS[name].training, *options)]
+            return [
+                f"next: train on {checklist_of(name).title}:",
+                _command("train", *checklist_of(name).training, *options),
+            ]
     for name, findings in found.items():
         options = _options(name, findings, root, ("val",))
         if options is not None:
             others = [f"datasets.{other}.splits=[]" for other in ("fashioniq", "cirr", "circo") if other != name]
-            return [f"next: evaluate on {DATA_SETS[name].title}:", _command("evaluate", EVALUATION, *options, *others)]
+            return [
+                f"next: evaluate on {checklist_of(name).title}:",
+                _command("evaluate", EVALUATION, *options, *others),
+            ]
     return ["next: nothing here can be trained on or evaluated yet; this run draws its own pictures:", DEMO]
 
 
 def _options(name: str, findings: Findings, root: Path, splits: Collection[str]) -> list[str] | None:
     """Return the options that let a run read these splits of a data set; None where it cannot or takes no data set."""
-    data_set = DATA_SETS[name]
+    data_set = checklist_of(name)
     trains = "train" in splits
     if not (data_set.training if trains else data_set.is_evaluated):
         return None
@@ -406,11 +266,11 @@ def _command(command: str, project: str, *options: str) -> str:
     return f"python -m lavis.{command} --cfg-path {project} --options {' '.join(map(shlex.quote, options))}"
 
 
-def _unit(data_set: DataSet, split: str) -> str:
+def _unit(data_set: Checklist, split: str) -> str:
     return data_set.unit if split == "train" else "queries"
 
 
-def _count(data_set: DataSet, split: str, part: str, reading: Reading) -> str:
+def _count(data_set: Checklist, split: str, part: str, reading: Reading) -> str:
     """Write a number of triplets or queries, and the published one where that is another."""
     if not reading.count:
         return ""
@@ -419,7 +279,7 @@ def _count(data_set: DataSet, split: str, part: str, reading: Reading) -> str:
     return f"{part} {reading.count:,}{differs}".strip()
 
 
-def _verdict(way: Usage, data_set: DataSet, findings: Findings) -> str:
+def _verdict(way: Usage, data_set: Checklist, findings: Findings) -> str:
     """Say whether a data set can be used in a way: ``yes``, or ``partly`` or ``no`` and why."""
     readings = {part: findings.readings[way.label, part] for part in data_set.parts}
     if all(reading.is_complete for reading in readings.values()):

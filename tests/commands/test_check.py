@@ -241,7 +241,8 @@ def test_the_last_line_trains_on_what_is_there(tmp_path: Path, capsys: pytest.Ca
 def test_every_data_set_has_a_command(tmp_path: Path):
     """What can be trained on is; CIRCO has no training split, so it is evaluated."""
     complete = check.Reading(count=1, usable=1, is_complete=True)
-    for name, data_set in check.DATA_SETS.items():
+    for name in check.data_sets():
+        data_set = check.checklist_of(name)
         readings = {(way.label, key): complete for way in data_set.ways for key in data_set.parts}
         lines = check.next_step({name: check.Findings(readings=readings)}, tmp_path)
         command, options = pasted("\n".join(lines))
@@ -272,7 +273,7 @@ def test_verification_names_broken_images(tmp_path: Path, capsys: pytest.Capture
 def test_a_folder_with_nothing_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output, code = run(capsys, tmp_path)
     assert code == 1
-    assert output.count("nothing found") == len(check.DATA_SETS) == 8
+    assert output.count("nothing found") == len(check.data_sets()) == 8
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(SystemExit, match=r"nowhere is no folder; give the folder of a data set"):
         main.main(["check", str(tmp_path / "nowhere")])
@@ -286,12 +287,11 @@ def test_every_benchmark_is_checked():
         for path in folder.glob("*.py")
         if any(f"\ndef {name}(" in path.read_text() for name in ("read_train", "read_captions"))
     }
-    assert {data_set.reader or name for name, data_set in check.DATA_SETS.items()} == readers
-    for name, data_set in check.DATA_SETS.items():
-        splits = {way.split for way in data_set.ways}
-        module = __import__(f"lavis_cir_plugin.benchmarks.{data_set.reader or name}", fromlist=["SPLITS"])
+    assert {module.__name__.rpartition(".")[2] for module in check.data_sets().values()} == readers
+    for name, module in check.data_sets().items():
+        splits = {way.split for way in check.checklist_of(name).ways}
         assert splits == set(module.SPLITS) - {"seen"}
-    labels = " ".join(way.label for way in check.DATA_SETS["fashioniq"].ways)
+    labels = " ".join(way.label for way in check.checklist_of("fashioniq").ways)
     assert all(protocol in labels for protocol in fashioniq.PROTOCOLS)
 
 
