@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CIR_DATA ?= ../shared/data
-PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
 BIN := $(VENV)/bin
 LAVIS := $(shell sed -n 's/^ *\(salesforce-lavis==[^;]*\);.*/\1/p' setup.cfg)

@@ -1,17 +1,21 @@
-"""What several test files share: small real models and the real annotation files where they are."""
+"""What several test files share: small real models and the real annotation files where they are.
+
+Torch and open_clip, which take seconds, are imported where they are used: pytest-xdist's first process, which runs no
+test and before which no other one starts, reads this file too.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
-import torch
 
-# Towers small enough for milliseconds: small_clip; small_siglip, which is not causal and is read at its last position.
-open_clip.add_model_config(Path(__file__).parent / "open_clip")
+# Tests run in as many processes as there are cores. With more threads than cores, each step of a small model waits for
+# threads that do not run; torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Small enough for milliseconds, with every kind of layer of the real model.
 SMALL: dict[str, Any] = {
@@ -36,9 +40,31 @@ SMALL: dict[str, Any] = {
 }
 
 
+@functools.cache
+def add_small_towers() -> None:
+    """Let open_clip know towers small enough for milliseconds: small_clip; small_siglip, which is not causal and is
+    read at its last position."""
+    import open_clip
+
+    open_clip.add_model_config(Path(__file__).parent / "open_clip")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_towers():
+    """Add the small towers, and read CLIP's vocabulary, which takes longer than they do, once for all models."""
+    import open_clip
+
+    add_small_towers()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_clip, "get_tokenizer", functools.cache(open_clip.get_tokenizer))
+        yield
+
+
 @pytest.fixture
 def small_model():
     """Return a factory of small real ``blip2_cir`` models, each from the same seed."""
+    import torch
+
     from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 
     def make(**changes: Any) -> Blip2Cir:
@@ -50,6 +76,8 @@ def small_model():
 
 def make_triplets(size: int, seed: int = 1) -> dict[str, Any]:
     """Return a random batch of triplets in LAVIS's keys."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     texts = ["is red", "has longer sleeves and no collar", "is more colorful", "plain blue", "is darker"]
     return {
@@ -77,10 +105,12 @@ SCORING_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make_scoring_model(name: str, seed: int = 0, **changes: Any) -> Any:
     """Return one of `SCORING_MODELS` with random weights."""
+    import torch
     from lavis.common.registry import registry
 
     import lavis_cir_plugin  # noqa: F401 (registers the models)
 
+    add_small_towers()
     arch, settings = SCORING_MODELS[name]
     torch.manual_seed(seed)
     return registry.get_model_class(arch)(**{**settings, **changes})
@@ -88,6 +118,8 @@ def make_scoring_model(name: str, seed: int = 0, **changes: Any) -> Any:
 
 def make_preferences(size: int, count: int = 1, seed: int = 1) -> dict[str, Any]:
     """Return a random batch of triplets with ``count`` negatives each, all there."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed + 100)
     return {
         **make_triplets(size, seed),
@@ -149,3 +181,11 @@ def real_folder(name: str) -> Path:
 def real_annotations() -> Path:
     """Return the folder of the real annotation files (``CIR_DATA``), or skip."""
     return real_folder("fashionIQ_dataset").parent
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch):
+    """Leave the pictures in reports of runs blank, for tests that look at none; fixtures of a module draw theirs."""
+    from launched import leave_pictures_blank
+
+    leave_pictures_blank(monkeypatch)

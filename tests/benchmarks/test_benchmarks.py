@@ -190,16 +190,17 @@ def test_circo_script_removes_its_features(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_full_size_script_from_annotations_to_report(annotations, tmp_path):
+def test_full_size_script_from_annotations_to_report(script, annotations, tmp_path, monkeypatch, capsys):
     """3 x 7 training triplets, 3 x 7 queries, 3 x 8 gallery images; 3 x 16 pictures drawn in the first run only."""
     (tmp_path / "sitecustomize.py").write_text("import lavis_cir_hook\nlavis_cir_hook.install()\n")  # as installed
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(SCRIPTS / "fashioniq_full_size.py"), "--image-width", "32"]
-    command += ["--annotations", str(annotations), "--work", str(tmp_path / "work")]
-    command += ["--options", "run.batch_size_train=4", "run.num_workers=0"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    table, report = done.stdout.split("FashionIQ at full size")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["--image-width", "32", "--annotations", str(annotations), "--work", str(tmp_path / "work")]
+    arguments += ["--options", "run.batch_size_train=4", "run.num_workers=0"]
+    full_size = script("fashioniq_full_size")
+    monkeypatch.setattr(sys, "argv", [full_size.__file__, *arguments])
+    full_size.main()
+    table, report = capsys.readouterr().out.split("FashionIQ at full size")
     assert "trained model" in table
     assert "21 training triplets, 21 queries, 24 gallery images (NOT" in report
     assert "48 drawn, 0 already there" in report

@@ -5,11 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import random
 import re
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import webdataset
+from launched import finish, in_two_processes, start_launcher
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
@@ -33,6 +30,8 @@ from lavis_cir_plugin.processors import TargetPadProcessor
 from lavis_cir_plugin.training import launcher
 
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 LINES = [{"image": "shoes/a.jpg", "caption": " a red shoe "}, {"image": "b.png", "caption": ["a boot", "a black boot"]}]
 
 
@@ -442,7 +441,7 @@ def shares(rank: int, root: str) -> None:
 def test_two_processes_see_each_sample_once_an_epoch(tmp_path: Path):
     shard(tmp_path / "0.tar", pairs(*range(5)))
     shard(tmp_path / "1.tar", pairs(*range(5, 12)))
-    mp.spawn(shares, (str(tmp_path),), nprocs=2)
+    in_two_processes(shares, str(tmp_path))
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for epoch in (slice(0, 3), slice(3, 6)):
         texts = [text for rank in seen for batch in rank[epoch] for text in batch]
@@ -524,16 +523,9 @@ def test_a_model_trains_on_captions_beside_a_benchmark(names, world, tmp_path, m
 
 
 def test_two_processes_train_on_shards_together(world, tmp_path):
-    code = "import runpy, lavis_cir_hook as hook; hook.install(); runpy.run_module('lavis.train', run_name='__main__')"
-    (tmp_path / "start.py").write_text(code)
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = ["start.py", "--cfg-path", project(tmp_path, world, ("caption_shards", "image_captions"))]
-    places = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    environment = {**os.environ, **places, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    arguments = ["--cfg-path", project(tmp_path, world, ("caption_shards", "image_captions"))]
+    log = tmp_path / "printed.txt"
+    finish(start_launcher("train", arguments, log, world_size=2, XDG_CACHE_HOME=str(tmp_path / "cache")), log)
     assert any("train_loss" in row for row in logged(tmp_path))
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import make_scoring_model
+from launched import in_two_processes, leave_pictures_blank
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
@@ -408,7 +408,7 @@ def work(rank, folder):
 
 def test_two_processes_share_the_work_and_read_all(tmp_path, paths):
     """7 pictures: one probe each, then 4 and 3; what fails in one process ends both."""
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    in_two_processes(work, str(tmp_path))
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [(calls[1:], again) for calls, again, _ in results] == [([2, 2], []), ([2, 1], [])]
     assert sorted(message.split(":")[0] for *_, message in results)[1] == "another process stopped"
@@ -528,6 +528,7 @@ def test_training_and_evaluation_through_the_launcher(project, tmp_path, monkeyp
     assert sum(calls) == 1 + len(images) == 1 + len(set(images))
     assert len(images) > 3 * 14  # those of the evaluation and some more
     assert (folder / "val" / "contact_sheet_dress.png").is_file()
+    leave_pictures_blank(monkeypatch)
     calls.clear()
     again, second = launch("train", project, tmp_path / "second", cache)
     assert second == first

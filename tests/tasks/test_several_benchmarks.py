@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from launched import finish, start_launcher
 from lavis.common.registry import registry
 from lavis.datasets.builders import base_dataset_builder
 from omegaconf import OmegaConf
@@ -30,7 +27,6 @@ from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask
 from lavis_cir_plugin.training import config, launcher
 from lavis_cir_plugin.training.config import ConfigError
 
-ROOT = Path(__file__).parents[2]
 FASHIONIQ = {
     "train_triplets": 8, "train_images": 12, "val_queries": 3, "val_images": 20, "test_queries": 2, "test_images": 6,
     "image_width": 48, "image_height": 60,
@@ -366,24 +362,12 @@ def test_the_same_command_resumes(trained, capsys, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_evaluate_the_same(trained, tmp_path):
     path, run = trained
-    script = tmp_path / "evaluate.py"
-    script.write_text(
-        "from lavis_cir_plugin.report import chance\nfrom lavis_cir_plugin.training import launcher\n"
-        f"chance.RANDOM_QUERIES = {FEW}\nlauncher.main('evaluate')\n"
-    )
     options = [
         "run.test_splits=[val]", f"run.output_dir={tmp_path / 'out'}",
         "model.load_finetuned=true", f"model.finetuned={run / 'checkpoint_best.pth'}",
     ]  # fmt: skip
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run(
-        [*command, str(script), "--cfg-path", path, "--options", *options],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    arguments, log = ["--cfg-path", path, "--options", *options], tmp_path / "printed.txt"
+    finish(start_launcher("evaluate", arguments, log, world_size=2, random_queries=FEW), log)
     (other,) = (tmp_path / "out").iterdir()
     assert (other / "summary.json").read_text() == (run / "summary.json").read_text()
-    assert result.stdout.count("fashioniq_val |") == 1
+    assert log.read_text().count("fashioniq_val |") == 1

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import SMALL, make_triplets
+from launched import in_two_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_cir_plugin.core.processes import fail_together, share
@@ -114,7 +114,7 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(work, (str(folder),), nprocs=2)
+    in_two_processes(work, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -25,6 +25,7 @@ from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir
 from lavis_cir_plugin.training import config, launcher
 from lavis_cir_plugin.training.lora import Lora, add_adapters, build_model, lora_pairs, merged_state, run_problems
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 CLIP = {"vit_model": "clip_L", "vit_config": {"patch_size": 8, "width": 12, "layers": 2, "heads": 2}}
 EVERY_KIND = r".*\.(query|word_embeddings|patch_embed\.proj|qkv|fc1)"  # Linear, Embedding, Conv2d, read by weight
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -14,12 +13,12 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from launched import finish, start_launcher
 from omegaconf import OmegaConf
 
 from lavis_cir_plugin import PROJECTS
@@ -29,6 +28,7 @@ from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.training import launcher, resumable_runner
 from lavis_cir_plugin.training.resumable_runner import check_saved
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 KILLS = int(os.environ.get("CIR_KILLS", "2"))
 WORLD = {
     "train_triplets": 12, "train_images": 20, "val_queries": 6, "val_images": 10, "test_queries": 3, "test_images": 6,
@@ -71,38 +71,14 @@ def project(tmp_path, world):
     return lambda **run: write_project(tmp_path, world, **run)
 
 
-def work(project, output, environment):
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    log = open(f"{output}.log", "a")  # noqa: SIM115 (open as long as the process)
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    launcher.main("train", ["--cfg-path", project, "--options", f"run.output_dir={output}"])
-
-
 def start(project, output, world_size=1):
-    """Start the processes of a run; a fork server has imported torch and LAVIS for them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lavis_cir_plugin.training.launcher"])
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(world_size):
-        environment = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_PORT": port}
-        environment = {**environment, "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": 1} if world_size > 1 else {}
-        environment = {name: str(value) for name, value in environment.items()}
-        processes.append(context.Process(target=work, args=(project, str(output), environment)))
-        processes[-1].start()
-    return processes
+    """Start the processes of a run."""
+    arguments = ["--cfg-path", project, "--options", f"run.output_dir={output}"]
+    return start_launcher("train", arguments, log_of(output), world_size)
 
 
-def finish(processes, output):
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * len(processes), Path(f"{output}.log").read_text()[
-        -3000:
-    ]
+def log_of(output):
+    return Path(f"{output}.log")
 
 
 def is_finished(output, folder="*"):
@@ -148,7 +124,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(world_size, style, project, tmp
     """SIGKILL to all processes at random moments of the run, also while a checkpoint is written."""
     path = project(**(ITERATIONS if style == "iterations" else {}))
     begin = time.monotonic()
-    finish(start(path, tmp_path / "whole", world_size), tmp_path / "whole")
+    finish(start(path, tmp_path / "whole", world_size), log_of(tmp_path / "whole"))
     duration = time.monotonic() - begin
     expected = outcome(tmp_path / "whole")
     moments = random.Random(f"{world_size}/{style}")
@@ -161,7 +137,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(world_size, style, project, tmp
         for process in processes:
             process.join()
         if not is_finished(output):
-            finish(start(path, output, world_size), output)
+            finish(start(path, output, world_size), log_of(output))
         for folder in output.iterdir():
             if not (folder / "log.txt").is_file() or not is_finished(folder.parent, folder.name):
                 shutil.rmtree(folder)  # killed before there was anything to go on from

@@ -67,7 +67,10 @@ class ReferencePolicy:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+        shared: dict[int, Any] = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+        # A tokenizer has no weights, and copying a vocabulary takes longer than copying a small model.
+        tokenizers = [part.tokenizer for part in model.modules() if hasattr(part, "tokenizer")]
+        shared.update({id(tokenizer): tokenizer for tokenizer in tokenizers})
         self.model: Any = copy.deepcopy(model, shared).requires_grad_(False).eval()
 
     @torch.no_grad()

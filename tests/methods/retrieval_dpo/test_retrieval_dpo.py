@@ -17,6 +17,7 @@ from lavis_cir_plugin.core.checkpoints import read_checkpoint
 from lavis_cir_plugin.data.benchmark_datasets import TripletDataset
 from lavis_cir_plugin.data.negatives import load_negatives
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
+from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
 from lavis_cir_plugin.methods.retrieval_dpo.mining import Mining
 from lavis_cir_plugin.methods.retrieval_dpo.preference_model import PreferenceModel
 from lavis_cir_plugin.methods.retrieval_dpo.task import RetrievalDpoTask, _check_data
@@ -24,6 +25,8 @@ from lavis_cir_plugin.models.open_clip_towers import load_clip
 from lavis_cir_plugin.report.run_log import read_steps
 from lavis_cir_plugin.training import launcher
 
+DRAW_NEGATIVES = negatives_sheet.negatives_sheet
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 WORLD = {
     "train_triplets": 8, "train_images": 12, "val_queries": 8, "val_images": 14, "test_queries": 1, "test_images": 2,
     "image_width": 48, "image_height": 60,
@@ -452,7 +455,9 @@ def test_a_resumed_run_says_that_its_negatives_were_mined_by_other_rules(run, ca
     assert "fashioniq_000.npz was mined by other run.negatives; they count from the next mining on" in caplog.text
 
 
-def test_a_file_serves_where_the_pictures_have_moved(run):
+def test_a_file_serves_where_the_pictures_have_moved(run, monkeypatch):
+    """The sheet needs the pictures' places, so it is drawn here."""
+    monkeypatch.setattr(negatives_sheet, "negatives_sheet", DRAW_NEGATIVES)
     once = {"refresh": 0}
     file = run("first", max_epoch=1, negatives=once) / "negatives/fashioniq_000.npz"
     sets = load_negatives(file)

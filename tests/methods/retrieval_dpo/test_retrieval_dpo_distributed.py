@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import make_preferences, make_scoring_model
+from launched import in_two_processes
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
@@ -136,7 +136,7 @@ def work(rank, folder):
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     draw(folder)
-    mp.spawn(work, (str(folder),), nprocs=2)
+    in_two_processes(work, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import conftest  # noqa: F401 (registers small_clip, in spawned processes too)
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from conftest import add_small_towers
+from launched import in_two_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_cir_plugin.methods.tscir.composing import TscirComposing
@@ -61,6 +61,7 @@ def after_two_steps(stage, gamma, batch, wrap=lambda model: model):
 
 def work(rank, folder):
     torch.set_num_threads(1)
+    add_small_towers()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found = {}
     for stage in STAGES:
@@ -74,7 +75,7 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(work, (str(folder),), nprocs=2)
+    in_two_processes(work, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -16,6 +16,7 @@ from lavis_cir_plugin.methods.tscir.composing import TscirComposing
 from lavis_cir_plugin.methods.tscir.mapping import TscirMapping
 from lavis_cir_plugin.training import launcher
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 PICTURES = {"train_images": 24, "val_images": 2, "captions_per_image": 2, "image_width": 48, "image_height": 60}
 SMALL_MODEL = {"clip_model": "small_clip", "image_size": 16, "injection_blocks": [1], "hidden_width": 8}
 RUN = {

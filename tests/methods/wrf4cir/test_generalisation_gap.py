@@ -18,6 +18,7 @@ from lavis_cir_plugin.methods.wrf4cir import generalisation_gap as gap
 from lavis_cir_plugin.report.run_log import RunLog
 from lavis_cir_plugin.training import launcher
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 WORLD = {
     "train_triplets": 8, "train_images": 12, "val_queries": 3, "val_images": 6, "test_queries": 1, "test_images": 4,
     "image_width": 40, "image_height": 40,
