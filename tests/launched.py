@@ -68,7 +68,7 @@ def start_launcher(
 def finish(processes: Sequence[BaseProcess], log: Path) -> None:
     """Wait for the processes of a run, which must succeed."""
     for process in processes:
-        process.join(120)
+        process.join(600)
     assert [process.exitcode for process in processes] == [0] * len(processes), log.read_text()[-3000:]
 
 

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from lavis_cir_plugin.benchmarks.types import Group, Query, images_of
-
-if TYPE_CHECKING:
-    pass
-
-
-# -- the split `seen` ------------------------------------------------------------------------------------------------
 
 
 def drawn_like(training: Group, val: Group, seed: int = 0) -> Group:
@@ -50,19 +43,19 @@ def drawn_like(training: Group, val: Group, seed: int = 0) -> Group:
     return replace(training, gallery=gallery, queries=tuple(queries[index] for index in drawn))
 
 
-def _clusters(queries: Iterable[Query]) -> list[list[Query]]:
+def _clusters(queries: Sequence[Query]) -> list[list[Query]]:
     """Sort queries so that no image occurs in two clusters and no cluster can be parted; in order of first queries."""
-    leader: dict[str, str] = {}
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def find(name: str) -> str:
-        while leader.setdefault(name, name) != name:
-            leader[name] = name = leader[leader[name]]
-        return name
-
+    numbers: dict[str, int] = {}
+    edges = []
     for query in queries:
-        for name in images_of(query):
-            leader[find(name)] = find(query.reference)
-    clusters: dict[str, list[Query]] = {}
+        reference, *others = (numbers.setdefault(name, len(numbers)) for name in (query.reference, *images_of(query)))
+        edges += [(reference, other) for other in others]
+    graph = coo_array(([True] * len(edges), tuple(zip(*edges)) or ((), ())), shape=(len(numbers), len(numbers)))
+    _, labels = connected_components(graph, directed=False)
+    clusters: dict[int, list[Query]] = {}
     for query in queries:
-        clusters.setdefault(find(query.reference), []).append(query)
+        clusters.setdefault(int(labels[numbers[query.reference]]), []).append(query)
     return list(clusters.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group
@@ -18,20 +17,17 @@ from lavis_cir_plugin.core.pixels import CLIP_PIXELS
 from lavis_cir_plugin.core.whole_or_nothing import replace_file
 from lavis_cir_plugin.ranking.ranks import Ranking
 from lavis_cir_plugin.report.sheet_layout import (
-    GAP,
+    FRAME,
     GREEN,
     GREY,
-    LABEL_HEIGHT,
-    MARGIN,
     ORANGE,
-    PICTURE,
     SECTION_GAP,
     TEXT_WIDTH,
-    WHITE,
-    draw_header,
-    draw_picture,
-    draw_text,
-    font,
+    Cell,
+    Column,
+    Picture,
+    Words,
+    draw_sheet,
     title_of,
 )
 
@@ -70,46 +66,41 @@ def contact_sheet(
         )
     columns = min(columns, top.shape[1])
     chosen = drawn_queries(group, rows, seed)
-    text_left = MARGIN + PICTURE[0] + GAP
-    top_left = text_left + TEXT_WIDTH + SECTION_GAP
-    answer_left = top_left + columns * (PICTURE[0] + GAP) - GAP + SECTION_GAP
-    row_height = PICTURE[1] + LABEL_HEIGHT + GAP
-    width = answer_left + PICTURE[0] + MARGIN
+    layout = [
+        Column("reference"),
+        Column("modification text", TEXT_WIDTH),
+        Column("retrieved, best first", space=SECTION_GAP),
+        *[Column()] * (columns - 1),
+        Column("right answer" if benchmark.has_targets else "", space=SECTION_GAP),
+    ]
+    lines = [_line(benchmark, group, index, top[index, :columns].tolist(), int(ranks[index])) for index in chosen]
     colours = {GREEN: f"right answer among the first {columns}", ORANGE: "right answer ranked lower"}
-    title, notes = title_of(benchmark, group), _protocol(benchmark, group, len(chosen), seed)
-    header = draw_header(title, notes, width, colours if benchmark.has_targets else {})
-    sheet = Image.new("RGB", (width, header.height + LABEL_HEIGHT + len(chosen) * row_height + MARGIN - GAP), WHITE)
-    sheet.paste(header, (0, 0))
-    draw = ImageDraw.Draw(sheet)
-    y = header.height
-    titles = {MARGIN: "reference", text_left: "modification text", top_left: "retrieved, best first"}
-    if benchmark.has_targets:
-        titles[answer_left] = "right answer"
-    for x, title in titles.items():
-        draw.text((x, y - 4), title, GREY, font(13))
-    for row, index in enumerate(chosen):
-        query, rank = group.queries[index], int(ranks[index])
-        labelled = {query.target, *(name for name, weight in query.relevance if weight == 1)}
-        answers = labelled - {None, query.reference}  # CIRR's soft labels call some references right
-        # A ranking with fewer than k candidates ends in -1, which would index the last image of the gallery.
-        shown = [group.gallery[i] for i in top[index, :columns].tolist() if i >= 0]
-        y = header.height + LABEL_HEIGHT + row * row_height
-        draw_picture(sheet, (MARGIN, y), benchmark.image_paths[query.reference], "", "", benchmark.upright)
-        draw_text(draw, (text_left, y), " / ".join(query.texts))
-        for column, name in enumerate(shown):
-            frame = GREEN if name in answers else ""
-            label = f"{column + 1} (reference)" if name == query.reference else str(column + 1)
-            place = (top_left + column * (PICTURE[0] + GAP), y)
-            draw_picture(sheet, place, benchmark.image_paths[name], label, frame, benchmark.upright)
-        if rank >= columns and query.target is not None:
-            label = f"rank {rank + 1:,}"
-            answer = benchmark.image_paths[query.target]
-            draw_picture(sheet, (answer_left, y), answer, label, ORANGE, benchmark.upright)
-        verdict = _verdict(rank, columns, len(answers), len(answers.intersection(shown)))
-        draw.text((text_left, y + PICTURE[1]), *verdict, font(13), anchor="ls")
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return replace_file(Path(path), buffer.getvalue())
+    notes = _protocol(benchmark, group, len(chosen), seed)
+    title = title_of(benchmark, group)
+    content = draw_sheet(title, notes, layout, lines, colours=colours if benchmark.has_targets else None)
+    return replace_file(Path(path), content)
+
+
+def _line(benchmark: Benchmark, group: Group, index: int, top: Sequence[int], rank: int) -> list[Cell]:
+    """Return the cells of one query: reference, text, retrieved pictures, and the right answer if it is not shown."""
+    query, columns = group.queries[index], len(top)
+    labelled = {query.target, *(name for name, weight in query.relevance if weight == 1)}
+    answers = labelled - {None, query.reference}  # CIRR's soft labels call some references right
+
+    def picture(name: str, label: str = "", frame: str = "") -> Picture:
+        return Picture(benchmark.image_paths[name], label, frame, benchmark.upright)
+
+    # A ranking with fewer than k candidates ends in -1, which would index the last image of the gallery.
+    shown = [group.gallery[image] for image in top if image >= 0]
+    retrieved: list[Cell] = [None] * columns
+    for column, name in enumerate(shown):
+        label = f"{column + 1} (reference)" if name == query.reference else str(column + 1)
+        retrieved[column] = picture(name, label, GREEN if name in answers else "")
+    verdict, colour = _verdict(rank, columns, len(answers), len(answers.intersection(shown)))
+    text = Words(" / ".join(query.texts), foot=verdict, foot_colour=colour)
+    lower = query.target is not None and rank >= columns
+    answer = picture(str(query.target), f"rank {rank + 1:,}", ORANGE) if lower else None
+    return [picture(query.reference), text, *retrieved, answer]
 
 
 def drawn_queries(group: Group, rows: int, seed: int = 0) -> list[int]:
@@ -151,31 +142,22 @@ def attention_sheet(
             f"attention_sheet: {len(rows)} pictures and {len(labels)} labels need maps of the shape "
             f"({len(rows)}, {len(labels)}, h, w), got {tuple(maps.shape)}."
         )
-    text_left = MARGIN + ATTENTION_SIDE + GAP
-    map_left = text_left + TEXT_WIDTH + SECTION_GAP
-    row_height = ATTENTION_SIDE + 2 * LABEL_HEIGHT + GAP
-    width = max(map_left + len(labels) * (ATTENTION_SIDE + GAP) - GAP + MARGIN, 1000)
     meaning = "Colours: from 0 to the largest weight of each map, whose multiple of the average weight stands below it"
-    notes = (*_protocol(benchmark, group, len(rows), seed), meaning)
-    header = draw_header(title_of(benchmark, group), notes, width)
-    sheet = Image.new("RGB", (width, header.height + LABEL_HEIGHT + len(rows) * row_height + MARGIN - GAP), WHITE)
-    sheet.paste(header, (0, 0))
-    draw = ImageDraw.Draw(sheet)
-    for x, title in {MARGIN: "reference", text_left: "modification text", map_left: "where the model looks"}.items():
-        draw.text((x, header.height - 4), title, GREY, font(13))
-    for row, index in enumerate(rows):
-        y = header.height + LABEL_HEIGHT + row * row_height
-        picture = _denormalised(pictures[row])
-        sheet.paste(_as_image(picture), (MARGIN, y))
-        draw_text(draw, (text_left, y), " / ".join(group.queries[index].texts))
-        for column, (label, weights) in enumerate(zip(labels, maps[row])):
-            x = map_left + column * (ATTENTION_SIDE + GAP)
-            sheet.paste(_as_image(_overlaid(picture, weights)), (x, y))
+    box = (ATTENTION_SIDE + 2 * FRAME, ATTENTION_SIDE + 2 * FRAME)
+    layout = [
+        Column("reference", box[0]),
+        Column("modification text", TEXT_WIDTH),
+        Column("where the model looks", box[0], SECTION_GAP),
+        *[Column(width=box[0])] * (len(labels) - 1),
+    ]
+    lines: list[list[Cell]] = []
+    for index, picture, attention in zip(rows, map(_denormalised, pictures), maps):
+        lines.append([Picture(_as_image(picture)), Words(" / ".join(group.queries[index].texts))])
+        for label, weights in zip(labels, attention):
             peak = f"{label}: {float(weights.max() / weights.mean()):.1f} x average"
-            draw.text((x + ATTENTION_SIDE / 2, y + ATTENTION_SIDE + 4), peak, GREY, font(13), anchor="ma")
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return replace_file(Path(path), buffer.getvalue())
+            lines[-1].append(Picture(_as_image(_overlaid(picture, weights)), peak))
+    notes = (*_protocol(benchmark, group, len(rows), seed), meaning)
+    return replace_file(Path(path), draw_sheet(title_of(benchmark, group), notes, layout, lines, box))
 
 
 def _denormalised(picture: Tensor) -> Tensor:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from lavis_cir_plugin.benchmarks.types import Benchmark
 
@@ -33,39 +39,39 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark)
 
 
 def _line_per_ranking(rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark) -> list[str]:
-    names = ["", "percent", *rows]
-    blocks = [[name.ljust(max(map(len, names))) for name in names]]
-    columns = _columns(rows, benchmark)
-    for heading, keys in columns.items():
-        cells = [[label.rjust(6), *(_percent(row, key) for row in rows.values())] for label, key in keys.items()]
-        lines = ["  ".join(cell.rjust(len(column[0])) for cell, column in zip(line, cells)) for line in zip(*cells)]
-        width = max(len(heading), len(lines[0]))
-        blocks.append([heading.center(width), *(line.rjust(width) for line in lines)])
-    headings, labels, *body = _bordered(blocks)
-    border = _border(blocks)
-    return [border, *([headings] if set(columns) - {OVERALL} else []), labels, border, *body, border]
+    groups = _columns(rows, benchmark)
+    with_headings = set(groups) != {OVERALL}
+    columns = [
+        (f"{heading}\n{label}" if with_headings else label, [_percent(row, key) for row in rows.values()])
+        for heading, keys in groups.items()
+        for label, key in keys.items()
+    ]
+    return _table(("\npercent" if with_headings else "percent", list(rows)), columns)
 
 
 def _line_per_metric(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
     metrics = list(dict.fromkeys(key for row in rows.values() for key in row))
-    blocks = [[name.ljust(max(map(len, ["percent", *metrics]))) for name in ["percent", *metrics]]]
-    for name, row in rows.items():
-        blocks.append([cell.rjust(max(6, len(name))) for cell in [name, *(_percent(row, key) for key in metrics)]])
-    labels, *body = _bordered(blocks)
-    return [_border(blocks), labels, _border(blocks), *body, _border(blocks)]
+    columns = [(name, [_percent(row, key) for key in metrics]) for name, row in rows.items()]
+    return _table(("percent", metrics), columns)
+
+
+def _table(names: tuple[str, Sequence[str]], columns: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """Return the lines of a table: a column of names, then columns of numbers, each with its heading."""
+    table = Table(box=box.ASCII2)
+    table.add_column(Text(names[0]), no_wrap=True)
+    for heading, _ in columns:
+        table.add_column(Text(heading), justify="right", no_wrap=True, min_width=6)
+    for cells in zip(names[1], *(cells for _, cells in columns)):
+        table.add_row(*map(Text, cells))
+    # The caller decides what is too wide, so the console must not: it would shorten cells.
+    console = Console(file=io.StringIO(), width=100_000, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().splitlines()
 
 
 def _percent(row: Mapping[str, float], metric: str) -> str:
-    return f"{row[metric]:6.2f}" if metric in row else "-"
-
-
-def _bordered(blocks: Sequence[Sequence[str]]) -> list[str]:
-    """Put columns of equally long cells side by side."""
-    return [" | ".join(line).join(("| ", " |")) for line in zip(*blocks)]
-
-
-def _border(blocks: Sequence[Sequence[str]]) -> str:
-    return "-+-".join("-" * len(block[0]) for block in blocks).join(("+-", "-+"))
+    return f"{row[metric]:.2f}" if metric in row else "-"
 
 
 def _columns(rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark) -> dict[str, dict[str, str]]:
@@ -89,12 +95,8 @@ def summary_table(results: Mapping[str, tuple[Benchmark, Mapping[str, Mapping[st
     rankings keep the order in which they first occur; one that a benchmark lacks shows as ``-``.
     """
     names = list(dict.fromkeys(name for _, rows in results.values() for name in rows))
-    cells = ["", "percent", *names]
-    blocks = [[cell.ljust(max(map(len, cells))) for cell in cells]]
+    columns = []
     for heading, (benchmark, rows) in results.items():
         metric = benchmark.selection_metric
-        column = [heading, metric, *(_percent(rows.get(name, {}), metric) for name in names)]
-        blocks.append([cell.rjust(max(map(len, column))) for cell in column])
-    headings, labels, *body = _bordered(blocks)
-    border = _border(blocks)
-    return "\n".join([border, headings, labels, border, *body, border])
+        columns.append((f"{heading}\n{metric}", [_percent(rows.get(name, {}), metric) for name in names]))
+    return "\n".join(_table(("\npercent", names), columns))

@@ -54,7 +54,7 @@ def disguised(tmp_path: Path) -> Path:
 
 
 def draw(path: Path) -> None:
-    sheet_layout.draw_picture(Image.new("RGB", (300, 300)), (0, 0), path)
+    sheet_layout.draw_picture(Image.new("RGB", (300, 300)), (0, 0), sheet_layout.Picture(path))
 
 
 def item_of(kind: type, record: dict[str, Any]) -> Callable[[Path], Any]:

@@ -52,7 +52,7 @@ def be_killed(folder):
 def test_a_killed_process_leaves_no_file(tmp_path):
     process = multiprocessing.get_context("fork").Process(target=be_killed, args=(tmp_path,))
     process.start()
-    process.join(20)
+    process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert not list(tmp_path.iterdir())
 

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
-
 from lavis_cir_plugin.core.whole_or_nothing import replace_file
 from lavis_cir_plugin.data.negatives import NegativeSets
 from lavis_cir_plugin.report.sheet_layout import (
-    GAP,
     GREEN,
-    GREY,
-    LABEL_HEIGHT,
-    MARGIN,
     ORANGE,
-    PICTURE,
     SECTION_GAP,
-    TEXT_SIZE,
     TEXT_WIDTH,
-    WHITE,
-    draw_header,
-    draw_picture,
-    draw_text,
-    font,
+    Cell,
+    Column,
+    Picture,
+    Words,
+    draw_sheet,
 )
 
 
@@ -48,11 +39,6 @@ def negatives_sheet(sets: NegativeSets, path: str | Path, rows: int = 8, columns
     chosen = sorted(random.Random(seed).sample(range(len(sets.targets)), min(rows, len(sets.targets))))
     columns = min(columns, sets.negatives.shape[1])
     _check_pictures(sets, chosen, columns)
-    text_left = MARGIN + PICTURE[0] + GAP
-    target_left = text_left + TEXT_WIDTH + GAP
-    first_left = target_left + PICTURE[0] + SECTION_GAP
-    row_height = PICTURE[1] + LABEL_HEIGHT + GAP
-    width = first_left + columns * (PICTURE[0] + GAP) - GAP + MARGIN
     settings = ", ".join(f"{key} {json.dumps(value)}" for key, value in sets.about.get("negatives", {}).items())
     notes = [
         f"Shown: {len(chosen)} of {len(sets.targets):,} triplets, chosen at random with seed {seed}, with the hardest "
@@ -63,40 +49,33 @@ def negatives_sheet(sets: NegativeSets, path: str | Path, rows: int = 8, columns
     ]
     name, way = sets.about.get("dataset", "a data set"), "mined" if sets.is_mined else "drawn"
     title = f"Negatives of {name}, {way} at the beginning of epoch {sets.about.get('epoch', 0)}"
-    header = draw_header(title, notes, width)
-    sheet = Image.new("RGB", (width, header.height + LABEL_HEIGHT + len(chosen) * row_height + MARGIN - GAP), WHITE)
-    sheet.paste(header, (0, 0))
-    draw = ImageDraw.Draw(sheet)
-    upright = bool(sets.about.get("upright", False))
-    right_is_reference = sets.about.get("positive") == "image"
-    titles = {
-        MARGIN: "reference = positive" if right_is_reference else "reference",
-        text_left: "modification text",
-        target_left: "target",
-        first_left: "negatives",
-    }
-    for x, word in titles.items():
-        draw.text((x, header.height - 4), word, GREY, font(13))
-    for row, index in enumerate(chosen):
-        y = header.height + LABEL_HEIGHT + row * row_height
-        reference, target = int(sets.references[index]), int(sets.targets[index])
-        draw_text(draw, (text_left, y), sets.texts[index])
-        own = _rank_and_score(int(sets.target_ranks[index]), float(sets.target_scores[index]))
-        labels = (own, "") if right_is_reference else ("", own)
-        draw_picture(sheet, (MARGIN, y), Path(sets.paths[reference]), labels[0], "", upright)
-        draw_picture(sheet, (target_left, y), Path(sets.paths[target]), labels[1], GREEN, upright)
-        for column, image in enumerate(sets.negatives[index, :columns].tolist()):
-            if image < 0:
-                break
-            label = _rank_and_score(int(sets.ranks[index, column]), float(sets.scores[index, column]))
-            label += " (reference)" if image == reference else ""
-            place = (first_left + column * (PICTURE[0] + GAP), y)
-            draw_picture(sheet, place, Path(sets.paths[image]), label, "", upright)
-        if sets.counts[index] == 0:
-            draw.text((first_left, y + PICTURE[1] / 2), "none passes the rules", ORANGE, font(TEXT_SIZE), anchor="lm")
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return replace_file(Path(path), buffer.getvalue())
+    layout = [
+        Column("reference = positive" if sets.about.get("positive") == "image" else "reference"),
+        Column("modification text", TEXT_WIDTH),
+        Column("target"),
+        Column("negatives", space=SECTION_GAP),
+        *[Column()] * (columns - 1),
+    ]
+    lines = [_line(sets, index, columns) for index in chosen]
+    return replace_file(Path(path), draw_sheet(title, notes, layout, lines))
+
+
+def _line(sets: NegativeSets, index: int, columns: int) -> list[Cell]:
+    """Return the cells of one triplet: reference, text, target and its first negatives."""
+    reference, target = int(sets.references[index]), int(sets.targets[index])
+
+    def picture(image: int, label: str = "", frame: str = "") -> Picture:
+        return Picture(Path(sets.paths[image]), label, frame, bool(sets.about.get("upright", False)))
+
+    own = _rank_and_score(int(sets.target_ranks[index]), float(sets.target_scores[index]))
+    labels = (own, "") if sets.about.get("positive") == "image" else ("", own)
+    line: list[Cell] = [picture(reference, labels[0]), Words(sets.texts[index]), picture(target, labels[1], GREEN)]
+    for column, image in enumerate(sets.negatives[index, :columns].tolist()):
+        if image < 0:
+            break
+        label = _rank_and_score(int(sets.ranks[index, column]), float(sets.scores[index, column]))
+        line.append(picture(image, label + (" (reference)" if image == reference else "")))
+    return line if sets.counts[index] else [*line, Words("none passes the rules", ORANGE)]
 
 
 def _check_pictures(sets: NegativeSets, triplets: Sequence[int], columns: int) -> None:

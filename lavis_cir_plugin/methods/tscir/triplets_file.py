@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 from collections.abc import Sequence
@@ -10,10 +9,10 @@ from pathlib import Path
 
 from lavis_cir_plugin.benchmarks.captions import caption_records
 from lavis_cir_plugin.methods.tscir.synthetic_triplets import Captions, Made, SyntheticTriplet
-from lavis_cir_plugin.report import sheet_layout
+from lavis_cir_plugin.report.sheet_layout import TEXT_WIDTH, Cell, Column, Picture, Words, draw_sheet
 
-SHEET_ROWS, _CAPTION_WIDTH = 12, 330
-"""Triplets on a contact sheet, and pixels."""
+SHEET_ROWS = 12
+"""Number of triplets on a contact sheet."""
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -80,42 +79,21 @@ def contact_sheet(captions: Captions, triplets: Sequence[SyntheticTriplet], imag
     Raises:
         FileNotFoundError, ValueError: a picture is missing or broken.
     """
-    from PIL import Image, ImageDraw
-
     chosen = sorted(random.Random(seed).sample(range(len(triplets)), min(SHEET_ROWS, len(triplets))))
-    target_left = sheet_layout.MARGIN + sheet_layout.PICTURE[0] + 2 * sheet_layout.GAP + sheet_layout.TEXT_WIDTH
-    caption_left = target_left + sheet_layout.PICTURE[0] + sheet_layout.GAP
-    row_height = sheet_layout.PICTURE[1] + sheet_layout.LABEL_HEIGHT + sheet_layout.GAP
-    width = caption_left + _CAPTION_WIDTH + sheet_layout.MARGIN
-    top = sheet_layout.MARGIN + 72 + sheet_layout.LABEL_HEIGHT
-    sheet = Image.new("RGB", (width, top + len(chosen) * row_height + sheet_layout.MARGIN), sheet_layout.WHITE)
-    draw = ImageDraw.Draw(sheet)
-    note = f"{len(chosen)} of {len(triplets):,}, chosen at random with seed {seed}"
-    draw.text(
-        (sheet_layout.MARGIN, sheet_layout.MARGIN), "Synthetic triplets", sheet_layout.BLACK, sheet_layout.font(26)
-    )
-    draw.text((sheet_layout.MARGIN, sheet_layout.MARGIN + 40), note, sheet_layout.GREY, sheet_layout.font(15))
-    text_left = sheet_layout.MARGIN + sheet_layout.PICTURE[0] + sheet_layout.GAP
-    titles = {sheet_layout.MARGIN: "reference", text_left: "modification text", target_left: "target"}
-    for x, title in {**titles, caption_left: "captions of reference and target"}.items():
-        draw.text((x, top - sheet_layout.LABEL_HEIGHT), title, sheet_layout.GREY, sheet_layout.font(13))
-    for number, index in enumerate(chosen):
-        triplet, y = triplets[index], top + number * row_height
-        for left, image in ((sheet_layout.MARGIN, triplet.edit.image), (target_left, triplet.target)):
-            path = images / captions.names[image]
-            sheet_layout.draw_picture(sheet, (left, y), path, "", "", True)
-        sheet_layout.draw_text(draw, (text_left, y), triplet.edit.text)
-        for step, row in enumerate((triplet.edit.row, triplet.target_row)):
-            lines = sheet_layout.wrapped(captions.texts[row], 14, _CAPTION_WIDTH)[:3]
-            place = (caption_left, y + step * sheet_layout.PICTURE[1] // 2)
-            draw.text(place, "\n".join(lines), sheet_layout.GREY, sheet_layout.font(14), spacing=4)
-        draw.text(
-            (text_left, y + sheet_layout.PICTURE[1]),
-            f"similarity {triplet.similarity:.2f}",
-            sheet_layout.GREY,
-            sheet_layout.font(13),
-            anchor="ls",
+    layout = [
+        Column("reference"),
+        Column("modification text", TEXT_WIDTH),
+        Column("target"),
+        Column("caption of the reference", TEXT_WIDTH),
+        Column("caption of the target", TEXT_WIDTH),
+    ]
+    lines: list[list[Cell]] = []
+    for triplet in map(triplets.__getitem__, chosen):
+        reference, target = (
+            Picture(images / captions.names[image], upright=True) for image in (triplet.edit.image, triplet.target)
         )
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()
+        text = Words(triplet.edit.text, foot=f"similarity {triplet.similarity:.2f}")
+        own, others = (Words(captions.texts[row]) for row in (triplet.edit.row, triplet.target_row))
+        lines.append([reference, text, target, own, others])
+    note = f"{len(chosen)} of {len(triplets):,}, chosen at random with seed {seed}"
+    return draw_sheet("Synthetic triplets", [note], layout, lines)
