@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lavis_cir_plugin.core.locks import LOCKS_HOLD, held
+from lavis_cir_plugin.core.locks import SYSTEM_HAS_LOCKS, hold_lock
 from lavis_cir_plugin.core.workers import worker_setup
 
 from .attributes import Garment
@@ -209,10 +209,10 @@ def _made_once(place: Path, settings: object, write: Callable[[Path], object]) -
     if (place / _MARKER).is_file():
         return place
     root.mkdir(parents=True, exist_ok=True)
-    with held(root / f".{place.name}.lock", f"drawing {place}"):
+    with hold_lock(root / f".{place.name}.lock", f"drawing {place}"):
         if (place / _MARKER).is_file():
             return place
-        if LOCKS_HOLD:
+        if SYSTEM_HAS_LOCKS:
             for left_over in root.glob(f".{place.name}.part-*"):
                 shutil.rmtree(left_over, ignore_errors=True)
         part = Path(tempfile.mkdtemp(prefix=f".{place.name}.part-", dir=root))

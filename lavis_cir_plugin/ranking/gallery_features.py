@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lavis_cir_plugin.core.processes import fail_together, gather, rank_and_world, share
-from lavis_cir_plugin.core.whole_or_nothing import size_text
+from lavis_cir_plugin.core.atomic_files import size_text
+from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, rank_and_world, share
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -43,20 +43,20 @@ def shared_rows(path: Path, total: int, batches: Iterable[Tensor], dtype: torch.
         ValueError: the number of rows is not the share's, or another process failed.
     """
     is_main = rank_and_world()[0] == 0
-    with fail_together(), _explained(path):
+    with fail_in_all_processes(), _explained(path):
         if is_main:
             path.write_bytes(b"")
     with ExitStack() as stack:
-        with fail_together(), _explained(path):
+        with fail_in_all_processes(), _explained(path):
             file = stack.enter_context(path.open("r+b", buffering=0))
         if is_main:
             with suppress(OSError):  # Windows keeps the name of an open file; the next evaluation replaces it
                 path.unlink()
         shape = None
-        with fail_together():
+        with fail_in_all_processes():
             shape = _write(path, file, share(total), total, batches, dtype)
         shape = next(found for found in gather(shape) if found is not None)
-        with fail_together(), _explained(path):
+        with fail_in_all_processes(), _explained(path):
             rows = np.memmap(file, _numpy(dtype), mode="r+", shape=(total, *shape))
     return torch.from_numpy(rows)
 

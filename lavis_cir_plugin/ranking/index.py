@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
-from lavis_cir_plugin.core.sentences import did_you_mean
-from lavis_cir_plugin.core.whole_or_nothing import replacing
+from lavis_cir_plugin.core.atomic_files import replacing
+from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.ranking import scoring
 from lavis_cir_plugin.ranking.ranks import rank, rerank
 from lavis_cir_plugin.ranking.scoring import longest_feature, split

@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group
-from lavis_cir_plugin.core.pixels import CLIP_PIXELS
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.core.atomic_files import replace_file
+from lavis_cir_plugin.core.normalisation import CLIP_MEAN_AND_STD
 from lavis_cir_plugin.ranking.ranks import Ranking
 from lavis_cir_plugin.report.sheet_layout import (
     GAP,
@@ -180,7 +180,7 @@ def attention_sheet(
 
 def _denormalised(picture: Tensor) -> Tensor:
     """Return a picture in colours from 0 to 1, ``(3, side, side)``."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in CLIP_PIXELS)
+    mean, std = (torch.tensor(values)[:, None, None] for values in CLIP_MEAN_AND_STD)
     return _resized((picture.float().cpu() * std + mean).clamp(0, 1))
 
 

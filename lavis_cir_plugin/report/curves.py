@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.core.atomic_files import replace_file
 from lavis_cir_plugin.report.run_log import EPOCHS, STEPS, read_epochs, read_steps
 from lavis_cir_plugin.report.sheet_layout import BLUE, GREEN, GREY, LIGHT_GREY, ORANGE
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_cir_plugin.benchmarks.types import Benchmark
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.core.atomic_files import replace_file
 
 
 def write_summary(path: str | Path, results: Mapping[str, tuple[Benchmark, Mapping[str, Mapping[str, float]]]]) -> Path:

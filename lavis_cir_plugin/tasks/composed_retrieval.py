@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm import tqdm
 
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query
-from lavis_cir_plugin.core.processes import fail_together, gather, share
+from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, share
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, CirDataset, cache_root
 from lavis_cir_plugin.data.feature_cache import FeatureCache, check_tower, fingerprint
@@ -324,7 +324,7 @@ class Evaluation:
             self.gallery = self.encode_gallery()
         groups = self.dataset.benchmark.groups
         own: dict[str, Ranking] = {}
-        with fail_together():
+        with fail_in_all_processes():
             own = self._own_rankings(mode, self.gallery, top_k)
         everybody = gather(own)
         return {

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lavis_cir_plugin.core.whole_or_nothing import size_text
+from lavis_cir_plugin.core.atomic_files import size_text
 from lavis_cir_plugin.ranking.gallery_features import shared_rows
 
 

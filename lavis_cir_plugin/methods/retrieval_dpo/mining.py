@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
 from lavis_cir_plugin.benchmarks.types import Triplet
-from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.settings import is_number
 from lavis_cir_plugin.ranking import scoring
 from lavis_cir_plugin.ranking.index import KINDS, VECTORS_PER_LIST, Index, build_index
