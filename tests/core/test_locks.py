@@ -65,7 +65,7 @@ def draw_slowly(job):
 def draw_world(folder):
     world._draw_job = draw_slowly
     jobs = [(None, (32, 32), str(folder / f"{number}.png")) for number in range(100)]
-    world.made_once(folder / "world", {}, lambda part: list(world._drawn(jobs, 2)))
+    world.make_once(folder / "world", {}, lambda part: list(world._draw_all(jobs, 2)))
 
 
 def train(folder):
