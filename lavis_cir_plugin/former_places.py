@@ -20,7 +20,7 @@ TODAY = {
     "report": (
         "report.tables",
         "report.chance",
-        "report.files",
+        "report.result_files",
         "report.contact_sheets",
         "report.curves",
         "methods.retrieval_dpo.negatives_sheet",

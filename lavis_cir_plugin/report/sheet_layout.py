@@ -1,4 +1,4 @@
-"""Lay out pictures and texts on a sheet."""
+"""Lay out pictures and texts on a contact sheet."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group
 
-# The contact sheet, in pixels.
-PICTURE = (120, 150)  # width and height of the box a picture is fitted into: garments stand upright
+# Sizes on a sheet, in pixels.
+PICTURE = (120, 150)  # width and height of the box that holds a picture; garments are upright
 GAP = 14
 SECTION_GAP = 40
 TEXT_WIDTH = 260
@@ -32,7 +32,7 @@ def title_of(benchmark: Benchmark, group: Group) -> str:
 
 
 def draw_header(title: str, notes: Sequence[str], width: int, colours: Mapping[str, str] | None = None) -> Image.Image:
-    """Draw the title, lines below it, and the meaning of colours."""
+    """Return a picture with the title, the notes below it, and the meaning of colours."""
     lines = [line for note in notes for line in wrapped(note, 15, width - 2 * MARGIN)]
     header = Image.new("RGB", (width, MARGIN + 42 + 22 * (len(lines) + 1) + 2 * GAP), WHITE)
     draw = ImageDraw.Draw(header)
@@ -52,15 +52,15 @@ def draw_header(title: str, notes: Sequence[str], width: int, colours: Mapping[s
 def draw_picture(
     sheet: Image.Image, place: tuple[int, int], path: Path, label: str = "", frame: str = "", upright: bool = False
 ) -> None:
-    """Fit a picture into the box at place (left, top), its label below it, with a coloured frame or a thin grey one.
+    """Fit a picture into the box at place (left, top), with a label below and a coloured or thin grey frame.
 
-    ``upright`` as in `open_rgb`: a sheet shows what the model sees.
+    ``upright`` is passed to `open_rgb`, so that a sheet shows what the model sees.
     """
     left, top = place
     draw = ImageDraw.Draw(sheet)
     right, bottom = left + PICTURE[0] - 1, top + PICTURE[1] - 1
     picture = open_rgb(path, upright)
-    # Inside the frame, so that a frame never hides a part of the picture.
+    # The picture lies inside the frame, so the frame never hides a part of it.
     inner = (PICTURE[0] - 2 * FRAME, PICTURE[1] - 2 * FRAME)
     scale = min(inner[0] / picture.width, inner[1] / picture.height)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
@@ -71,7 +71,7 @@ def draw_picture(
 
 
 def draw_text(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str) -> None:
-    """Write a modification text beside its reference image, cut with an ellipsis where it has more lines than fit."""
+    """Write a modification text beside its reference image, and cut it with an ellipsis if it has too many lines."""
     lines = wrapped(text, TEXT_SIZE, TEXT_WIDTH)
     fitting = (PICTURE[1] - LABEL_HEIGHT) // LINE_HEIGHT
     if len(lines) > fitting:
@@ -81,7 +81,7 @@ def draw_text(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str) -> N
 
 
 def wrapped(text: str, font_size: int, width: int) -> list[str]:
-    """Break a text into lines of at most width pixels, at blanks; a single word that is wider is broken inside."""
+    """Break a text at blanks into lines of at most width pixels. A single word that is wider is broken inside."""
     face = font(font_size)
     lines = [""]
     for word in text.split():
@@ -98,5 +98,5 @@ def wrapped(text: str, font_size: int, width: int) -> list[str]:
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """Load DejaVu Sans, which comes with matplotlib: Pillow's own default font differs between its versions."""
+    """Load DejaVu Sans, which matplotlib contains, because Pillow's default font differs between its versions."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
