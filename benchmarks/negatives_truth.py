@@ -18,7 +18,7 @@ from pathlib import Path
 from lavis_cir_plugin.data.negatives import NegativeSets, load_negatives
 from lavis_cir_plugin.garments.attributes import ATTRIBUTES, CATEGORIES, Garment
 from lavis_cir_plugin.garments.fashioniq import FashionIQGarments, plan_split
-from lavis_cir_plugin.garments.truth import is_answer
+from lavis_cir_plugin.garments.ground_truth import is_answer
 from lavis_cir_plugin.garments.wording import Phrase, phrases
 
 

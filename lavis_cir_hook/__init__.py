@@ -1,8 +1,9 @@
-"""Make ``python -m lavis.train`` exist, let today's libraries import LAVIS, and tell who waits for LAVIS's import.
+"""Provide ``python -m lavis.train``, let today's libraries import LAVIS, and call back when LAVIS is imported.
 
-No LAVIS release ships the two modules and LAVIS has no hook for plugins. ``lavis_cir_hook.pth``, installed beside this
-package, puts a finder into ``sys.meta_path`` at every interpreter start, which imports this package, and asks
-:class:`LavisFinder`, only when one of three names is imported.
+LAVIS releases contain neither ``lavis.train`` nor ``lavis.evaluate``, and LAVIS has no hook for plugins. The file
+``lavis_cir_hook.pth`` is installed beside this package. At every interpreter start it puts a finder into
+``sys.meta_path``. When one of three names is imported, that finder imports this package and asks
+:class:`LavisFinder`.
 """
 
 import os
@@ -20,15 +21,15 @@ _after_lavis: "list[Callable[[], None]]" = []
 
 
 class LavisFinder:
-    """Meta path finder for ``lavis``, ``lavis.train`` and ``lavis.evaluate``; it declines every other name."""
+    """Meta path finder for ``lavis``, ``lavis.train`` and ``lavis.evaluate``; it ignores every other name."""
 
     @classmethod
     def find_spec(
         cls, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        """Return the launcher's spec, LAVIS's own to be completed, or None to let the import go its usual way.
+        """Return the spec of a launcher or of LAVIS, or None if the other finders shall find the module.
 
-        fullname: absolute module name. path: ``lavis.__path__`` when ``fullname`` is a launcher, else None.
+        fullname: absolute module name. path: ``lavis.__path__`` if ``fullname`` is a launcher, otherwise None.
         """
         if fullname == "lavis":
             wait_passively()
@@ -39,13 +40,13 @@ class LavisFinder:
 
 
 def install() -> None:
-    """Put the finder first in ``sys.meta_path``, unless it or the one of the .pth file is there."""
+    """Put the finder first in ``sys.meta_path``, unless it or the finder of the .pth file is already there."""
     if not any(_is_ours(finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, LavisFinder)
 
 
 def call_after_lavis(function: "Callable[[], None]") -> None:
-    """Call a function at once if LAVIS has been imported, otherwise when it is; never while it is being imported."""
+    """Call a function at once if LAVIS has been imported, otherwise as soon as its import has ended."""
     lavis = sys.modules.get("lavis")
     if lavis is not None and not getattr(lavis.__spec__, "_initializing", False):
         from lavis_cir_hook.foreign_warnings import hidden
@@ -57,7 +58,7 @@ def call_after_lavis(function: "Callable[[], None]") -> None:
 
 
 def import_lavis() -> None:
-    """Import LAVIS if it is installed; without it, what needs it raises where it is used."""
+    """Import LAVIS if it is installed; if it is not, code that needs it raises an error later."""
     from importlib import import_module
 
     try:
@@ -70,18 +71,18 @@ def import_lavis() -> None:
 def wait_passively(
     arguments: "Sequence[str] | None" = None, environment: "MutableMapping[str, str] | None" = None
 ) -> None:
-    """Let OpenMP's threads sleep while they wait, in a CPU run of this project's commands; the user's own choice stays.
+    """Let OpenMP's threads sleep while they wait, in CPU runs of this project's commands; keep a choice of the user.
 
-    Waiting threads spin otherwise, and on cores that do other work they spin against each other. OpenMP reads its
-    settings once, when torch is loaded: under ``python -m lavis.train`` that is when ``lavis`` is imported.
+    Waiting threads spin by default. On cores that do other work they then compete with each other. OpenMP reads its
+    settings once, when torch is loaded; ``python -m lavis.train`` loads torch when it imports ``lavis``.
 
-    arguments: the command line, ``sys.argv`` by default. environment: what to change, ``os.environ`` by default.
+    arguments: command line, ``sys.argv`` by default. environment: variables to change, ``os.environ`` by default.
     """
     arguments = sys.argv if arguments is None else arguments
     environment = os.environ if environment is None else environment
     if any(name in environment for name in _WAITING) or not arguments:
         return
-    # While the module of -m is being located, the first argument is "-m" itself.
+    # While Python locates the module of -m, the first argument is "-m" itself.
     is_launcher = arguments[0] == "-m" and any(argument.startswith("--cfg-path") for argument in arguments)
     is_tool = os.path.splitext(os.path.basename(arguments[0]))[0] == "lavis-cir"
     if is_tool or (is_launcher and _device(arguments[1:]) == "cpu"):
@@ -89,7 +90,7 @@ def wait_passively(
 
 
 def _device(arguments: "Sequence[str]") -> "str | None":
-    """Return ``run.device`` as a command line and its project file have it; None where neither names one."""
+    """Return ``run.device`` from a command line or its project file, or None if neither sets it."""
     options = [argument for argument in arguments if argument.startswith("run.device=")]
     if options:
         return options[-1].partition("=")[2]
@@ -111,7 +112,7 @@ def _device(arguments: "Sequence[str]") -> "str | None":
 
 
 def _shipped(path: str) -> "list[str]":
-    """Return where a project of this package may lie: inside it in a wheel, beside it in a checkout."""
+    """Return the possible paths of a project file of this package: inside it in a wheel, beside it in a checkout."""
     from importlib.util import find_spec
 
     plugin = find_spec("lavis_cir_plugin") if path.startswith("projects") else None
@@ -120,7 +121,7 @@ def _shipped(path: str) -> "list[str]":
 
 
 def _prepared() -> "ModuleSpec | None":
-    """Let LAVIS's first import begin and end with what the compatibility module does, then with who waits for it."""
+    """Return LAVIS's spec, whose first import also runs the compatibility code and the functions that wait for it."""
     spec = _found_elsewhere("lavis", None)
     if spec is None or spec.loader is None:
         return None
@@ -146,14 +147,14 @@ def _prepared() -> "ModuleSpec | None":
 
 
 def _launcher(fullname: str, path: "Sequence[str] | None") -> "ModuleSpec | None":
-    """Find this project's ``train.py`` or ``evaluate.py`` under LAVIS's name; a module of LAVIS's own wins."""
+    """Find this project's ``train.py`` or ``evaluate.py`` under LAVIS's name, unless LAVIS has such a module."""
     from importlib.util import find_spec, spec_from_file_location
 
     if _found_elsewhere(fullname, path):
         import lavis_cir_plugin  # noqa: F401  LAVIS's own launcher must know this project's entries too
 
         return None
-    plugin = find_spec("lavis_cir_plugin")  # a top-level name: located, not imported
+    plugin = find_spec("lavis_cir_plugin")  # a top-level name is located without an import
     if plugin is None or not plugin.submodule_search_locations:
         return None
     folder = next(iter(plugin.submodule_search_locations))

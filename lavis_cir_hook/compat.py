@@ -1,8 +1,8 @@
-"""The one place that adapts today's libraries (Python >= 3.12) to LAVIS 1.0.2, which expects transformers 4.26.
+"""Adapt today's libraries (Python >= 3.12) to LAVIS 1.0.2, which expects transformers 4.26.
 
-Nothing is replaced: names that LAVIS imports and transformers moved are put back where LAVIS looks for them, and
-LAVIS's language models get the ``generate`` that they once inherited. A beam's score is transformers' own affair: 4.26
-divides it by the length with the prompt, 4.57 by the length without.
+This module replaces nothing. It puts names that transformers moved back to the place from which LAVIS imports them,
+and it gives LAVIS's language models the ``generate`` that they once inherited. It leaves the scores of beams to
+transformers: 4.26 divides a score by the length with the prompt, 4.57 by the length without it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-# Those of LAVIS's classes that call ``generate`` on themselves and read nothing from a key-value cache.
+# LAVIS's classes that call ``generate`` on themselves and read nothing from a key-value cache.
 _GENERATING = (
     ("lavis.models.med", "BertLMHeadModel"),
     ("lavis.models.blip2_models.Qformer", "BertLMHeadModel"),
@@ -26,7 +26,7 @@ def apply() -> bool:
     """Let ``import lavis`` succeed with transformers 4.57; do nothing with LAVIS's own pins or without transformers.
 
     Returns:
-        Whether :func:`complete` is wanted after the import.
+        Whether :func:`complete` must be called after the import.
 
     Raises:
         ImportError: If transformers is installed but cannot be imported.
@@ -40,7 +40,7 @@ def apply() -> bool:
     import transformers.modeling_utils as former_home
     import transformers.pytorch_utils as home
 
-    # LAVIS's BERTs (Q-Former, MED, NLVR) import these three from modeling_utils, which stopped re-exporting them.
+    # LAVIS's BERTs (Q-Former, MED, NLVR) import these three from modeling_utils, which no longer exports them.
     for name in ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer"):
         if not hasattr(former_home, name):
             setattr(former_home, name, getattr(home, name))
@@ -48,9 +48,9 @@ def apply() -> bool:
 
 
 def complete() -> None:
-    """Give LAVIS's language models ``generate``, which transformers 4.50 took out of their base class.
+    """Give LAVIS's language models ``generate``, which transformers 4.50 removed from their base class.
 
-    LAVIS's ``prepare_inputs_for_generation`` passes on no cache, in 4.26 as here, so each step reads the whole prefix.
+    LAVIS's ``prepare_inputs_for_generation`` passes no cache on, here as in 4.26, so each step reads the whole prefix.
     """
     from transformers import PreTrainedModel
     from transformers.generation import GenerationMixin
@@ -66,7 +66,7 @@ def complete() -> None:
 def _expand_inputs(
     expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Repeat a batch for its beams as 4.26 did: what LAVIS has repeated itself (its encoders' states) is left alone."""
+    """Repeat a batch for its beams as 4.26 did; encoder states stay unchanged, because LAVIS repeats them itself."""
     for name in ("attention_mask", "token_type_ids"):
         if model_kwargs.get(name) is not None:
             model_kwargs[name] = model_kwargs[name].repeat_interleave(expand_size, dim=0)

@@ -1,4 +1,4 @@
-"""Load libraries that LAVIS imports at its start, and hardly any run uses, when they are used."""
+"""Delay the import of libraries that LAVIS imports at its start and few runs use until they are used."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from importlib.util import LazyLoader
 from types import ModuleType
 
 _LIBRARIES = ("spacy",)
-"""Only those of which LAVIS says ``import name`` and no more at its start.
+"""Names of the libraries. LAVIS only says ``import name`` for them at its start.
 
-spacy and what it imports take about a tenth of the processor time of LAVIS's import; Img2Prompt-VQA and FlanT5's
-lemmatizer use it. decord cannot be deferred: LAVIS takes ``VideoReader`` from it at once. Of pandas, others ask for
-attributes.
+spacy and its imports take about a tenth of the processor time of LAVIS's import; Img2Prompt-VQA and FlanT5's
+lemmatizer use it. decord cannot be deferred, because LAVIS takes ``VideoReader`` from it at once. pandas cannot be
+deferred either, because other libraries ask for its attributes.
 """
 
 
@@ -23,7 +23,7 @@ class _Finder:
     def find_spec(
         fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec of a library to be deferred, as the other finders give it but for its loader."""
+        """Return the spec of a deferred library from the other finders, with a loader that waits for the first use."""
         if fullname not in _LIBRARIES:
             return None
         found = (finder.find_spec(fullname, path) for finder in sys.meta_path if finder is not _Finder)
@@ -35,7 +35,7 @@ class _Finder:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Let the libraries be imported without being executed; their first attribute that is asked for does that."""
+    """Let the libraries be imported without execution; a library is executed when its first attribute is read."""
     sys.meta_path.insert(0, _Finder)
     try:
         yield

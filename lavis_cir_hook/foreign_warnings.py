@@ -1,4 +1,4 @@
-"""Hide what libraries warn each other of while LAVIS is imported; users can do nothing about it."""
+"""Hide deprecation warnings of other libraries while LAVIS is imported; users cannot act on them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _CATEGORIES = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, SyntaxWarning)
-_AMONG_USER_WARNINGS = "pkg_resources is deprecated"  # setuptools means other libraries and calls it a UserWarning
+_AMONG_USER_WARNINGS = "pkg_resources is deprecated"  # setuptools addresses other libraries but uses UserWarning
 
 
 @contextmanager
 def hidden() -> Iterator[None]:
-    """Hide deprecations for a while; every other warning shows, and afterwards all do as the user has set it.
+    """Hide deprecation warnings during the block; other warnings still show, and afterwards the user's filters apply.
 
-    The filters that libraries set for their own warnings while they are imported are kept.
+    The block keeps filters that libraries set for their own warnings while they are imported.
     """
     with warnings.catch_warnings():
         for category in _CATEGORIES:

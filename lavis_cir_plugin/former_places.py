@@ -20,7 +20,7 @@ TODAY = {
     "report": (
         "report.tables",
         "report.chance",
-        "report.files",
+        "report.result_files",
         "report.contact_sheets",
         "report.curves",
         "methods.retrieval_dpo.negatives_sheet",
@@ -33,7 +33,7 @@ TODAY = {
         "benchmarks.annotation_files",
         "benchmarks.seen_split",
         "core.settings",
-        "core.sentences",
+        "core.error_messages",
     ),
     "models.blip2_cir": ("methods.blip2_cir.model", "models.tokenizer"),
     "models.tscir_mapping": ("methods.tscir.mapping",),
@@ -41,21 +41,25 @@ TODAY = {
 }
 """Modules of today that have the names of each former one."""
 
+RENAMED = {"some_of": "list_of"}
+"""Name of today for each former name that has changed."""
+
 
 def find(former: str, name: str) -> Any:
     """Return what a former module had under a name.
 
     Args:
         former: Name of the former module inside the package.
-        name: Of a public function, class or constant.
+        name: Name of a public function, class or constant in that module.
 
     Raises:
         AttributeError: no module of today has it.
     """
+    new_name = RENAMED.get(name, name)
     for today in TODAY[former] if not name.startswith("_") else ():
         module = import_module(f"{__package__}.{today}")
-        if hasattr(module, name):
-            return getattr(module, name)
+        if hasattr(module, new_name):
+            return getattr(module, new_name)
     raise AttributeError(f"module '{__package__}.{former}' has no attribute '{name}'")
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.core.atomic_files import replace_file
 from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
 from lavis_cir_plugin.report import chance, contact_sheets, curves
 from lavis_cir_plugin.training import launcher

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_cir_plugin.benchmarks.survey import current_survey
-from lavis_cir_plugin.core.sentences import shown
+from lavis_cir_plugin.core.error_messages import shown
 from lavis_cir_plugin.core.settings import is_text
 
 if TYPE_CHECKING:

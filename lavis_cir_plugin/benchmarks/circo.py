@@ -38,7 +38,7 @@ from lavis_cir_plugin.benchmarks.types import (
     no_submissions,
     without_missing,
 )
-from lavis_cir_plugin.core.sentences import listed, shown
+from lavis_cir_plugin.core.error_messages import listed, shown
 from lavis_cir_plugin.core.settings import config_from_mapping, is_text, one_of
 from lavis_cir_plugin.ranking.metrics import HasRanks, as_lists, average_precision_at, recall_at
 

@@ -57,8 +57,8 @@ from lavis_cir_plugin.benchmarks.types import (
     no_submissions,
     without_missing,
 )
-from lavis_cir_plugin.core.sentences import shown
-from lavis_cir_plugin.core.settings import config_from_mapping, is_text, one_of, some_of
+from lavis_cir_plugin.core.error_messages import shown
+from lavis_cir_plugin.core.settings import config_from_mapping, is_text, list_of, one_of
 from lavis_cir_plugin.ranking.metrics import HasRanks, recall_at
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class FashionIQConfig:
     root: str
     annotations: str | None = None
     images: str | None = None
-    categories: tuple[str, ...] = some_of(*_CATEGORIES, others=[_MERGED])
+    categories: tuple[str, ...] = list_of(*_CATEGORIES, others=[_MERGED])
     protocol: str = one_of(*PROTOCOLS)
     gallery: str = one_of("original", "val")
     reference: str = one_of("kept", "removed")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from lavis_cir_plugin.benchmarks.annotation_files import refuse_special
 from lavis_cir_plugin.benchmarks.survey import current_survey, listing
-from lavis_cir_plugin.core.sentences import listed
+from lavis_cir_plugin.core.error_messages import listed
 
 if TYPE_CHECKING:
     from PIL import Image

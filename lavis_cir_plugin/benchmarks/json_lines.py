@@ -9,7 +9,7 @@ from typing import Any
 
 from lavis_cir_plugin.benchmarks.annotation_files import parse_json, refuse_special
 from lavis_cir_plugin.benchmarks.survey import current_survey
-from lavis_cir_plugin.core.sentences import shown
+from lavis_cir_plugin.core.error_messages import shown
 from lavis_cir_plugin.core.settings import is_text
 
 Refusal = Callable[[str], ValueError]

@@ -37,7 +37,7 @@ from lavis_cir_plugin.benchmarks.images import find_images, image_folders
 from lavis_cir_plugin.benchmarks.json_lines import Refusal, one_text
 from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, beside_cirr
 from lavis_cir_plugin.benchmarks.types import Triplet, complete_triplets, first_or_drawn
-from lavis_cir_plugin.core.sentences import listed, shown
+from lavis_cir_plugin.core.error_messages import listed, shown
 from lavis_cir_plugin.core.settings import at_least, config_from_mapping, is_text, one_of
 
 SPLITS = ("train",)

@@ -47,7 +47,7 @@ from lavis_cir_plugin.benchmarks.types import (
     first_or_drawn,
     without_missing,
 )
-from lavis_cir_plugin.core.sentences import shown
+from lavis_cir_plugin.core.error_messages import shown
 from lavis_cir_plugin.core.settings import at_least, config_from_mapping, one_of
 from lavis_cir_plugin.ranking.metrics import HasRanks, recall_at
 

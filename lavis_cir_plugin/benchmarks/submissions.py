@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_cir_plugin.benchmarks.types import Group
-from lavis_cir_plugin.core.sentences import listed, shown
+from lavis_cir_plugin.core.error_messages import listed, shown
 
 if TYPE_CHECKING:
     from torch import Tensor

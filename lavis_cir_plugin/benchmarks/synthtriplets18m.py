@@ -28,7 +28,7 @@ from lavis_cir_plugin.benchmarks.images import scan_images, select_images
 from lavis_cir_plugin.benchmarks.json_lines import image_path, line_error, one_text, read_lines
 from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, beside_cirr, current_survey, listing
 from lavis_cir_plugin.benchmarks.types import Triplet, complete_triplets, first_or_drawn
-from lavis_cir_plugin.core.sentences import shown
+from lavis_cir_plugin.core.error_messages import shown
 from lavis_cir_plugin.core.settings import at_least, config_from_mapping, one_of
 
 SPLITS = ("train",)

@@ -76,7 +76,7 @@ from lavis_cir_plugin.benchmarks.types import (
     no_submissions,
     without_missing,
 )
-from lavis_cir_plugin.core.sentences import shown
+from lavis_cir_plugin.core.error_messages import shown
 from lavis_cir_plugin.core.settings import at_least, config_from_mapping, is_text, one_of
 from lavis_cir_plugin.ranking.metrics import HasRanks, as_lists, average_precision_at, recall_at
 

@@ -21,7 +21,7 @@ from lavis_cir_plugin import benchmarks
 from lavis_cir_plugin.benchmarks.images import image_problems
 from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, surveying
 from lavis_cir_plugin.benchmarks.types import Group, without_missing
-from lavis_cir_plugin.core.sentences import listed
+from lavis_cir_plugin.core.error_messages import listed
 
 MANY_FOLDERS = 4
 

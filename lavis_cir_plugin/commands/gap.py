@@ -32,7 +32,7 @@ def _compare(args: argparse.Namespace) -> None:
     if args.batches < 0:
         raise ValueError(f"--batches must be a whole number >= 0, got {args.batches}.")
 
-    from lavis_cir_plugin.core.whole_or_nothing import replace_file
+    from lavis_cir_plugin.core.atomic_files import replace_file
     from lavis_cir_plugin.methods.wrf4cir.generalisation_gap import (
         draw_gap,
         logged_epochs,

@@ -43,7 +43,7 @@ def _run(args: argparse.Namespace) -> None:
     sheet = Path(os.path.expanduser(args.contact_sheet)) if args.contact_sheet else None
     _check(args, output, images, sheet)
 
-    from lavis_cir_plugin.core.whole_or_nothing import replace_file
+    from lavis_cir_plugin.core.atomic_files import replace_file
     from lavis_cir_plugin.methods.tscir.synthetic_triplets import ClipWords, make_triplets
     from lavis_cir_plugin.methods.tscir.triplets_file import as_lines, contact_sheet, read_captions, summary
 

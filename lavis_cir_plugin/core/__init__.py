@@ -1,1 +1,1 @@
-"""What every layer may use: files that are written whole, processes, random state, checkpoints, settings, sentences."""
+"""Helpers for every layer: atomic file writes, processes, random state, checkpoints, settings, error messages."""

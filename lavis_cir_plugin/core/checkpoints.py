@@ -18,25 +18,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lavis_cir_plugin.core.processes import fail_together, rank_and_world
+from lavis_cir_plugin.core.processes import fail_in_all_processes, rank_and_world
 
 PREFERRED = ("model", "state_dict", "model_state_dict")
-"""Of several state dictionaries in one file, the first of these is taken."""
+"""If a file holds several state dictionaries, `read_state` takes the first of these keys."""
 
 WRAPPERS = ("module.", "model.", "_orig_mod.")
-"""What torch's DistributedDataParallel, Lightning and torch.compile put before every name."""
+"""Prefixes that DistributedDataParallel, Lightning and torch.compile put before every name."""
 
 INTEGERS = ("num_batches_tracked", "position_ids")
-"""Ends of the names of tensors that are integers in any model."""
+"""Ends of tensor names. These tensors hold integers in any model."""
 
-_IS_FOLDER = 0x10  # of a zip record's external attributes
+_IS_FOLDER = 0x10  # a bit of the external attributes of a zip record
 _ZIP = b"PK\x03\x04"
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class _NumpyType:
-    """Stands for numpy's data type while a number of numpy is read: no code of the file's choice is run."""
+    """Stand in for numpy's data type while a numpy number is read, so that no code from the file runs."""
 
     def __init__(self, code: str, *_: Any) -> None:
         self.dtype = np.dtype(code)
@@ -46,7 +46,7 @@ class _NumpyType:
 
 
 def _numpy_number(kind: _NumpyType, content: bytes) -> Any:
-    """Return the plain number that numpy's ``scalar(dtype, bytes)`` would return as one of its own."""
+    """Return as a plain number what numpy's ``scalar(dtype, bytes)`` would return as a numpy number."""
     if kind.dtype.kind not in "biufc":
         raise ValueError(f"a value of numpy's type {kind.dtype} is no number")
     return np.frombuffer(content, kind.dtype, count=1)[0].item()
@@ -55,27 +55,32 @@ def _numpy_number(kind: _NumpyType, content: bytes) -> Any:
 def read_state(path_or_url: str) -> dict[str, Tensor]:
     """Return the state dictionary inside a checkpoint file.
 
-    Understood are a bare state dictionary, LAVIS's and BLIP-2's ``{"model": ...}``, and any dictionary of which
-    exactly one value is a state dictionary, such as SPRC's ``{"epoch": ..., "Blip2QformerCirAlignPrompt": ...}``; of
-    several the first of `PREFERRED` is taken. A prefix of `WRAPPERS` that all names share is taken off. Both are
-    logged. Only tensors, plain containers and numbers are unpickled (``weights_only``).
+    The file holds a bare state dictionary, or the ``{"model": ...}`` of LAVIS and BLIP-2, or any dictionary of which
+    exactly one value is a state dictionary, such as SPRC's ``{"epoch": ..., "Blip2QformerCirAlignPrompt": ...}``. If
+    several values are state dictionaries, the first key of `PREFERRED` decides. If all names share a prefix of
+    `WRAPPERS`, the function takes the prefix off. It logs both. It unpickles only tensors, plain containers and numbers
+    (``weights_only``).
 
     Args:
-        path_or_url: A local file, or a URL that is downloaded once into torch's hub cache.
+        path_or_url: Path of a local file, or a URL. The URL is downloaded once into torch's hub cache.
 
     Raises:
         FileNotFoundError: If the file is missing or the download fails.
-        ValueError: If the file is damaged, is not a checkpoint, holds anything but tensors and plain containers, or
-            holds no state dictionary or several, or tensors that are not dense (sparse, quantised, without values).
+        ValueError: If the file is damaged, is not a checkpoint, holds anything but tensors and plain containers, holds
+            no state dictionary or several, or holds tensors that are not dense (sparse, quantised, without values).
     """
     return state_in(read_checkpoint(path_or_url), path_or_url)
 
 
 def state_in(content: Any, source: str) -> dict[str, Tensor]:
-    """Return the state dictionary in a checkpoint file's content, as :func:`read_state`.
+    """Return the state dictionary in the content of a checkpoint file. :func:`read_state` states the rules.
+
+    Args:
+        content: Unpickled content of the file.
+        source: Name of the file for error messages.
 
     Raises:
-        ValueError: If there is none or are several; ``source`` is what the message calls the file.
+        ValueError: If the content holds no state dictionary, or several.
     """
     state = _chosen_state(content, source)
     _check_dense(state, source)
@@ -96,7 +101,7 @@ def _chosen_state(content: Any, source: str) -> dict[str, Tensor]:
 
 
 def _why_no_state(content: Any, count: int) -> str:
-    """Say why a content has no state dictionary that could be taken, to follow the file's name."""
+    """Return the part of an error message that follows the file name: why no state dictionary can be taken."""
     if isinstance(content, Mapping):
         for mapping in (content, *(value for value in content.values() if isinstance(value, Mapping))):
             if count or not any(isinstance(item, Tensor) for item in mapping.values()):
@@ -114,7 +119,7 @@ def _why_no_state(content: Any, count: int) -> str:
 
 
 def _without_wrappers(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Take off the prefixes that other programs put before every name."""
+    """Remove the prefixes that other programs put before every name."""
     taken_off = ""
     while (
         wrapper := next((word for word in WRAPPERS if all(name.startswith(word) for name in state)), None)
@@ -127,12 +132,13 @@ def _without_wrappers(state: dict[str, Tensor], source: str) -> dict[str, Tensor
 
 
 def read_checkpoint(path_or_url: str) -> Any:
-    """Return the content of a checkpoint file, on the CPU; only tensors and plain containers are unpickled.
+    """Return the content of a checkpoint file on the CPU; only tensors, plain containers and numbers are unpickled.
 
-    Numbers of numpy become plain ones. The check sums of torch's zip files are verified.
+    Numpy numbers become plain numbers. The function verifies the checksums of torch's zip files.
 
     Raises:
-        FileNotFoundError, ValueError: As :func:`read_state`.
+        FileNotFoundError: As :func:`read_state` does.
+        ValueError: If the file is damaged, is not a checkpoint, or holds anything but tensors and plain containers.
     """
     path = _local_file(path_or_url)
     with path.open("rb") as file:
@@ -146,14 +152,14 @@ def read_checkpoint(path_or_url: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # a foreign file's content decides which
+    except Exception as error:  # the content of a foreign file decides which error is raised
         raise ValueError(
             f"checkpoint {path}: cannot be read as tensors and plain containers, because {_why_unread(head, error)}."
         ) from None
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a ``.safetensors`` file; raise ValueError if it is none."""
+    """Return the tensors of a ``.safetensors`` file; raise ValueError if the file has another format."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -164,7 +170,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def plain_numbers() -> AbstractContextManager[None]:
-    """Let ``torch.load(weights_only=True)`` read numbers of numpy, in files of numpy 1 and 2, as plain ones."""
+    """Let ``torch.load(weights_only=True)`` read the numbers of numpy 1 and numpy 2 as plain numbers."""
     names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
     allowed = [(_numpy_number, name) for name in names]
     context: AbstractContextManager[None] = torch.serialization.safe_globals([*allowed, (_NumpyType, "numpy.dtype")])
@@ -172,7 +178,7 @@ def plain_numbers() -> AbstractContextManager[None]:
 
 
 def _why_unread(head: bytes, error: Exception) -> str:
-    """Say in words of our own what is wrong: torch's advise to unpickle whatever a file holds."""
+    """Return why a file is unreadable, in our own words, because torch's message advises to unpickle any content."""
     text = head.lstrip().lower()
     if not head:
         return "it is empty"
@@ -196,7 +202,7 @@ def _why_unread(head: bytes, error: Exception) -> str:
                 f"it holds an object of {found[1]} beside its tensors, and such objects are never unpickled: save "
                 "model.state_dict() alone by torch.save, in the program that wrote the file"
             )
-    if head.startswith(_ZIP):  # its check sums are right
+    if head.startswith(_ZIP):  # the checksums are right
         return "it is a zip file that torch.save did not write: if the weights lie in it, unpack it"
     if head.startswith(b"\x80"):
         return f"it is truncated or damaged ({type(error).__name__})"
@@ -204,10 +210,16 @@ def _why_unread(head: bytes, error: Exception) -> str:
 
 
 def write_checkpoint(content: Any, folder: Path, name: str, previous: str | None = None) -> None:
-    """Write a checkpoint beside its place and move it there when it is whole; keep the one before as ``previous``.
+    """Write a checkpoint to a temporary file, then move it into place.
+
+    Args:
+        content: What ``torch.save`` writes.
+        folder: Folder of the checkpoint.
+        name: File name of the checkpoint.
+        previous: File name under which the checkpoint of that name before this one is kept; None keeps none.
 
     Raises:
-        OSError, RuntimeError: If it cannot be written; both older files are then as they were.
+        OSError, RuntimeError: If it cannot be written; both older files then stay unchanged.
     """
     unfinished = folder / f".{name}.unfinished"
     try:
@@ -223,16 +235,16 @@ def write_checkpoint(content: Any, folder: Path, name: str, previous: str | None
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Compare every record of a checkpoint file with its check sum, which torch does not do when it loads one.
+    """Compare every record of a checkpoint file with its checksum. torch does not do this when it loads a file.
 
-    A file that was written without check sums (``torch.serialization.set_crc32_options(False)``) is said to be so.
+    The function logs a warning if the file has no checksums (``torch.serialization.set_crc32_options(False)``).
 
     Raises:
         ValueError: If the file is cut short or any of its bytes differs.
     """
     try:
         with zipfile.ZipFile(path) as records:
-            # Of a record that is marked as a folder, torch reads nothing and returns whatever was in the memory.
+            # If a record is marked as a folder, torch reads nothing and returns uninitialised memory.
             folders = [record.filename for record in records.infolist() if record.external_attr & _IS_FOLDER]
             if not any(record.CRC for record in records.infolist()) and not folders:
                 logging.warning("%s was written without check sums, so that damage in it would not be noticed", path)
@@ -253,19 +265,21 @@ def load_strictly(
     fresh: Sequence[str] = (),
     may_lack: Sequence[str] = (),
 ) -> None:
-    """Load a state dictionary, refusing everything that does not match.
+    """Load a state dictionary and refuse everything that does not match.
 
     Args:
-        model: Takes the weights; unchanged if anything is refused.
-        state: Name to tensor.
-        source: The file's name, for the messages.
-        unused: Names in the checkpoint that this model has no use for; one that ends in a dot means all below it.
-        fresh: Names in the model that start anew when the checkpoint lacks them, likewise.
-        may_lack: Names that the checkpoint may leave out because they were loaded before, likewise.
+        model: Model that takes the weights. It stays unchanged if anything is refused.
+        state: Tensors by name.
+        source: Name of the file for messages.
+        unused: Names in the checkpoint that this model does not need. A name that ends in a dot stands for all names
+            that begin with it.
+        fresh: Names in the model that keep their initial values if the checkpoint lacks them; dots as for ``unused``.
+        may_lack: Names that the checkpoint may omit because they were loaded before; dots as for ``unused``.
 
     Raises:
-        ValueError: If names are unexpected or missing, or shapes differ; with counts, the first of them, and the
-            numbers of blocks where those differ. If a tensor is not dense, or is no float where the model has one.
+        ValueError: If names are unexpected or missing, or shapes differ. The message counts them, names the first, and
+            gives the numbers of blocks if those differ. Also if a tensor is not dense, or if it holds no floats but
+            the model's tensor does.
     """
     own = model.state_dict()
     _check_dense(state, source)
@@ -273,7 +287,7 @@ def load_strictly(
     known = {name: tensor for name, tensor in state.items() if not _is_among(name, unused)}
     unexpected = [name for name in known if name not in own]
     missing = [name for name in own if name not in known and not _is_among(name, allowed)]
-    # Buffers such as position ids are constants that some versions write and others do not.
+    # Buffers such as position ids are constants. Some versions write them and others do not.
     buffers = {name for name, _ in model.named_buffers()}
     missing = [name for name in missing if name not in buffers]
     reshaped = [name for name in known if name in own and known[name].shape != own[name].shape]
@@ -317,10 +331,10 @@ def load_strictly(
 
 
 def as_float32(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Return a state dictionary whose floats are float32; what was converted is logged, integers stay.
+    """Return a state dictionary with every float tensor as float32; log conversions and keep integers.
 
     Raises:
-        ValueError: If a tensor is of a type that holds no weights, other than `INTEGERS`.
+        ValueError: If a tensor has a type that holds no weights and its name does not end in one of `INTEGERS`.
     """
     strangers = {
         name: tensor for name, tensor in state.items() if tensor.dtype not in _FLOATS and not name.endswith(INTEGERS)
@@ -333,7 +347,7 @@ def as_float32(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
 
 
 def _check_dense(state: Mapping[str, Any], source: str) -> None:
-    """Raise ValueError if a tensor has no values, or not one for each place."""
+    """Raise ValueError if a tensor has no values or does not store a value for each element."""
     for name, tensor in state.items():
         kinds = {
             f"a {type(tensor).__name__}": not isinstance(tensor, Tensor),
@@ -351,7 +365,7 @@ def _check_dense(state: Mapping[str, Any], source: str) -> None:
 
 
 def _check_floats(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
-    """Raise ValueError if a tensor is no float where the model has one: torch would cast True to 1.0."""
+    """Raise ValueError if the model has floats where the file has none: torch would cast True to 1.0."""
     strangers = [name for name in state if own[name].is_floating_point() and state[name].dtype not in _FLOATS]
     if strangers:
         name = strangers[0]
@@ -377,7 +391,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _common_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """Say which prefix all names of a file have in common, if the model knows them without it; empty if it does not."""
+    """Return a hint if all names of a file share a prefix and the model knows them without it, otherwise ''."""
     parts = next(iter(state), "").split(".")[:-1]
     for count in range(1, len(parts) + 1):
         prefix = ".".join(parts[:count]) + "."
@@ -388,10 +402,13 @@ def _common_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> st
 
 
 def count_blocks_in(names: Iterable[str]) -> dict[str, int]:
-    """Return how many numbered blocks each stack of a model has, by its name: 39 of ``visual_encoder.blocks``, say.
+    """Return the number of numbered blocks in each stack of a model, such as 39 for ``visual_encoder.blocks``.
 
     Args:
-        names: Of the model's tensors. A stack inside another one's blocks is not counted.
+        names: Names of the model's tensors. Stacks inside the blocks of another stack are not counted.
+
+    Returns:
+        The number of blocks by the name of the stack.
     """
     numbers: dict[str, set[str]] = {}
     for name in names:
@@ -422,9 +439,9 @@ def _local_file(path_or_url: str) -> Path:
 
 
 def _download(url: str) -> Path:
-    """Return the file in torch's cache, where LAVIS keeps downloads too; the main process fetches it if need be."""
+    """Return the file in torch's cache, which LAVIS also uses; the main process downloads a missing file."""
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
-    with fail_together():
+    with fail_in_all_processes():
         if rank_and_world()[0] == 0 and not cached.is_file():
             _fetch(url, cached)
     return cached
@@ -450,11 +467,11 @@ def _is_state(value: Any) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message without terminal codes, or its type where it has none."""
+    """Return the first line of an error's message without terminal codes, or the error's type if it has no message."""
     text = _TERMINAL_CODES.sub("", str(error)).strip()
     return printable(text.splitlines()[0]) if text else type(error).__name__
 
 
 def printable(value: Any) -> str:
-    """Return a value's text for a message: what a terminal would not print is escaped."""
+    """Return the text of a value for a message, with escapes for characters that a terminal does not print."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(value))

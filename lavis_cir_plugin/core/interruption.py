@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a command with one line, the exit code that shells expect, and no traceback."""
+"""End a command after SIGINT or SIGTERM with one line, the exit code that shells expect, and no traceback."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def interruptible(command: str, remark: Callable[[], str | None]) -> Iterator[None]:
-    """Let a signal stop the block as Ctrl-C does, and then end the process with 128 plus the signal's number.
+    """Let SIGINT or SIGTERM stop the block like Ctrl-C; the process then exits with 128 plus the signal's number.
 
-    A second signal ends the process at once. Outside the main thread, where Python lets nobody handle signals, and
-    where the process ignores a signal (nohup), nothing is changed.
+    A second signal ends the process at once. Nothing changes outside the main thread, because Python allows signal
+    handlers only there. A signal that the process ignores (nohup) stays ignored.
 
     Args:
-        command: Its name, with which the line begins.
-        remark: Returns the rest of the line, what is kept and how to go on; None where another process says it.
+        command: Name of the command, which begins the printed line.
+        remark: Function that returns the rest of the line: what is kept and how to continue. It returns None if
+            another process prints the line.
 
     Raises:
-        SystemExit: the block was stopped: 130 after SIGINT, 143 after SIGTERM.
+        SystemExit: If a signal stopped the block. The code is 130 after SIGINT and 143 after SIGTERM.
     """
     stopped_by: list[signal.Signals] = []
     owner = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a forked worker, whose parent says what there is to say
+        if os.getpid() != owner:  # this is a forked worker; its parent prints the line
             os._exit(128 + number)
         for each in before:
             signal.signal(each, signal.SIG_DFL)
@@ -48,7 +49,7 @@ def interruptible(command: str, remark: Callable[[], str | None]) -> Iterator[No
     try:
         yield
     except BaseException:
-        # Whatever else went wrong on the way out, such as a worker that the same signal has ended, is no news.
+        # Other errors on the way out, such as a worker that the same signal has ended, tell the user nothing new.
         if not stopped_by:
             raise
         line = remark()

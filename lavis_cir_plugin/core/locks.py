@@ -1,8 +1,8 @@
-"""Locks between processes: they end with their holder, and who waits for one says for what, for whom and since when.
+"""Lock files between processes: a lock ends with its holder, and a waiting process logs who holds it.
 
-A lock is a file that `flock` holds. The system releases it when the last process that has it open is gone, and forked
-children have it open too. So every child closes it before it does anything else: a killed holder leaves no lock behind,
-whatever its children do. On a system without `flock` (Windows) and on file systems without locks nothing is held.
+A lock is a file that `flock` locks. The system releases it when the last process that has the file open ends. Forked
+children also have the file open, so every child closes it first: a killed holder leaves no lock behind, whatever its
+children do. Nothing is locked on a system without `flock` (Windows) or on a file system without locks.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ try:
 except ImportError:
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LOCKS_HOLD", "FileLock", "Holder", "held", "holder_of"]
+__all__ = ["SYSTEM_HAS_LOCKS", "FileLock", "Holder", "hold_lock", "holder_of"]
 
-LOCKS_HOLD = fcntl is not None
-"""Whether this system has such locks; otherwise two processes may hold one at once."""
+SYSTEM_HAS_LOCKS = fcntl is not None
+"""Whether this system has file locks. Without them two processes may hold one lock at once."""
 
 _POLL, _SILENT, _REPEAT = 0.1, 1.0, 60.0  # seconds
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock, as the lock's file says: process, machine, local time of the beginning, and what for."""
+    """Holder of a lock, as the lock file records it: process id, machine, local time of the start, and purpose."""
 
     pid: int
     host: str
@@ -45,12 +45,12 @@ class Holder:
 
 
 class FileLock:
-    """A lock that this process alone holds, until `release` or its end; no child inherits it.
+    """A lock of this process alone. It lasts until `release` or the end of the process; no child inherits it.
 
     Args:
-        path: Its file, in a folder that exists. The file is there only as long as someone holds the lock, or where a
-            holder was killed.
-        purpose: What the holder is doing, as the end of "which has been".
+        path: Path of the lock file in an existing folder. The file exists only while a process holds the lock, or
+            after a holder was killed.
+        purpose: What the holder is doing. It completes the phrase "which has been ...".
     """
 
     def __init__(self, path: Path, purpose: str) -> None:
@@ -59,10 +59,13 @@ class FileLock:
         self._descriptor: int | None = None
 
     def take(self) -> bool:
-        """Take the lock unless another process, or another object of this one, holds it; return whether it is held.
+        """Take the lock if no other process and no other object of this process holds it.
+
+        Returns:
+            Whether this object holds the lock now.
 
         Raises:
-            OSError: the file cannot be opened for writing.
+            OSError: If the file cannot be opened for writing.
         """
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -72,14 +75,14 @@ class FileLock:
                 return False
             if _is_at(self.path, descriptor):
                 break
-            self._close()  # the holder before has removed this file; the next one's is a new file
-        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            self._close()  # the previous holder removed this file; its successor is a new file
+        with contextlib.suppress(OSError):  # the disk is full, but the lock holds
             os.ftruncate(descriptor, 0)
             os.write(descriptor, json.dumps(asdict(self._myself())).encode())
         return True
 
     def release(self) -> None:
-        """Give the lock back and remove its file; without effect where it is not held."""
+        """Release the lock and remove its file; do nothing if this object does not hold the lock."""
         if self._descriptor is None:
             return
         if fcntl is not None:
@@ -88,11 +91,11 @@ class FileLock:
         self._close()
 
     def __enter__(self) -> FileLock:
-        """Return itself; the lock is released at the end of the block."""
+        """Return this object; the end of the block releases the lock."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release it."""
+        """Release the lock."""
         self.release()
 
     def _myself(self) -> Holder:
@@ -122,11 +125,17 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
-def held(path: Path, purpose: str) -> Iterator[None]:
-    """Hold a lock during the block; wait for it, interruptibly, and say every minute for what, for whom and since when.
+def hold_lock(path: Path, purpose: str) -> Iterator[None]:
+    """Hold a lock during the block. While waiting for it, log every minute who holds it, for what and since when.
+
+    Ctrl-C interrupts the wait.
+
+    Args:
+        path: Path of the lock file in an existing folder.
+        purpose: What this process will be doing. It completes the phrase "which has been ...".
 
     Raises:
-        OSError: the file cannot be opened for writing.
+        OSError: If the file cannot be opened for writing.
     """
     lock = FileLock(path, purpose)
     begin, told_at = time.monotonic(), _SILENT
@@ -148,7 +157,7 @@ def held(path: Path, purpose: str) -> Iterator[None]:
 
 
 def holder_of(path: Path) -> Holder | None:
-    """Return who holds a lock; None where nobody does. A process or host of 0 or "?" is not known."""
+    """Return the holder of a lock, or None if nobody holds it; an unknown holder has the pid 0 and the host "?"."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except OSError:
@@ -165,7 +174,7 @@ def holder_of(path: Path) -> Holder | None:
 
 
 def _flock(descriptor: int, exclusive: bool) -> bool:
-    """Lock an open file unless another holds it; a file system without locks counts as locked."""
+    """Lock an open file and return whether that worked; a file system without locks counts as locked."""
     if fcntl is None:
         return True
     try:
@@ -178,7 +187,7 @@ def _flock(descriptor: int, exclusive: bool) -> bool:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Return whether a path still leads to an open file."""
+    """Return whether a path still names an open file."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:

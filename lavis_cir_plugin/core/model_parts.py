@@ -1,4 +1,4 @@
-"""Find parts of a model: where its tensors stand, which are frozen, copied by momentum, or recomputed."""
+"""Find the parts of a model: its tensors, frozen weights, momentum copies and recomputing modules."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def places(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield each place of a tensor as its name in the model, the dictionary it stands in, and its key there.
+def tensor_places(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield the name of each tensor, the dictionary of its module that holds it, and its key in that dictionary.
 
-    A tied tensor is named by all its places, a module that is registered twice by its first name.
+    A tied tensor appears under each of its names. A module that is registered twice appears under its first name.
     """
     for prefix, module in model.named_modules():
         for holder in (module._parameters, module._buffers):
@@ -22,29 +22,29 @@ def places(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def momentum_copies(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the frozen weights that training moves: of the second of each of LAVIS's ``model_pairs``."""
+    """Return the weights by name that follow others by momentum: those of each second module in ``model_pairs``."""
     pairs = getattr(model, "model_pairs", None) or []
     moving = {id(weight) for pair in pairs for weight in pair[1].parameters()}
     return {name: weight for name, weight in model.named_parameters() if id(weight) in moving}
 
 
 def without_ddp(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel, or the model itself."""
+    """Return the model inside DistributedDataParallel, or the model itself if nothing wraps it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def frozen_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names, all of a tied one's, of the parameters that are not trained, which LAVIS's checkpoints lack."""
+    """Return the names of all frozen parameters, which LAVIS's checkpoints lack; a tied one has several names."""
     named = model.named_parameters(remove_duplicate=False)
     return tuple(name for name, weight in named if not weight.requires_grad)
 
 
-# Of LAVIS's EVA tower, of transformers, and of timm and open_clip.
+# The flags of LAVIS's EVA tower, of transformers, and of timm and open_clip.
 _RECOMPUTING_FLAGS = ("use_checkpoint", "gradient_checkpointing", "grad_checkpointing")
 
 
 def recomputing_modules(model: nn.Module) -> Iterator[str]:
-    """Yield the name prefixes of modules with activation checkpointing, by the marks that LAVIS's models leave."""
+    """Yield the name prefixes of modules with activation checkpointing, which LAVIS's models mark by flags."""
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         by_flag = any(getattr(module, flag, False) is True for flag in _RECOMPUTING_FLAGS)
@@ -55,9 +55,9 @@ def recomputing_modules(model: nn.Module) -> Iterator[str]:
 
 
 def keep_as_buffers(module: nn.Module) -> nn.Module:
-    """Turn a module's weights into buffers, in place: they are frozen for good, and LAVIS's checkpoints keep them.
+    """Turn the weights of a module into buffers, in place, so that they stay frozen and LAVIS's checkpoints keep them.
 
-    LAVIS leaves frozen parameters out of its checkpoints, which suits a tower that can be had elsewhere, not the
+    LAVIS omits frozen parameters from its checkpoints. That suits a tower that can be loaded again, but not the
     result of an earlier training.
     """
     for child in module.modules():

@@ -1,4 +1,4 @@
-"""What the processes of one run do together: share work out, exchange results, and stop together."""
+"""Share work among the processes of one run, exchange results, and stop all of them after an error."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch.distributed as dist
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Return this process's number and the number of processes: (0, 1) outside a process group."""
+    """Return the rank of this process and the number of processes, which is (0, 1) outside a process group."""
     is_distributed = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if is_distributed else (0, 1)
 
 
 def share(total: int) -> range:
-    """Return this process's part of ``range(total)``; the parts are contiguous and differ in length by at most one."""
+    """Return this process's part of ``range(total)``. The parts are contiguous; their lengths differ by at most one."""
     rank, world = rank_and_world()
     return range(total * rank // world, total * (rank + 1) // world)
 
 
 def gather(value: Any) -> list[Any]:
-    """Return the value of every process, by rank; none goes on before all have come."""
+    """Return the value of every process in the order of ranks; each process waits for all others."""
     world = rank_and_world()[1]
     if world == 1:
         return [value]
@@ -32,11 +32,11 @@ def gather(value: Any) -> list[Any]:
 
 
 @contextmanager
-def fail_together() -> Iterator[None]:
-    """Let what fails in one process end the block in all, instead of leaving the others waiting.
+def fail_in_all_processes() -> Iterator[None]:
+    """Raise an error in all processes if one of them fails in the block, so that no process waits for ever.
 
     Raises:
-        ValueError: another process stopped; with its last sentence.
+        ValueError: If another process failed. The message ends with the last line of that process's message.
     """
     failure: Exception | None = None
     try:

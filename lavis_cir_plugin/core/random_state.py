@@ -1,4 +1,4 @@
-"""The state of every random generator a training step may draw from, as plain values that a checkpoint can hold."""
+"""Save and restore the state of every random generator of a training step as plain values for a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def get_random_state(device: torch.device | None = None) -> dict[str, Any]:
-    """Return the state of Python's, NumPy's and torch's generators; torch's also on ``device``, where it is a GPU."""
+    """Return the states of Python's, NumPy's and torch's generators, and of torch's on ``device`` if it is a GPU."""
     numpy = np.random.get_state(legacy=False)
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -23,7 +23,7 @@ def get_random_state(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device | None = None) -> None:
-    """Set what :func:`get_random_state` returned."""
+    """Restore the states that :func:`get_random_state` returned."""
     version, values, gauss = state["python"]
     random.setstate((version, tuple(values), gauss))
     numpy = state["numpy"]
@@ -34,7 +34,7 @@ def set_random_state(state: dict[str, Any], device: torch.device | None = None) 
 
 
 def seed_all(seed: int) -> None:
-    """Seed the CPU's generators, which draw what happens to the data; a GPU's go on as they are."""
+    """Seed the CPU's generators, which draw everything that happens to the data; a GPU's generators stay unchanged."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Declare and check the sections of a config, and values of it."""
+"""Declare the sections of a config and check their values."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, field, fields
 from typing import Any, TypeVar
 
-from lavis_cir_plugin.core.sentences import did_you_mean, shown, unknown_key
+from lavis_cir_plugin.core.error_messages import did_you_mean, shown, unknown_key
 
 Section = TypeVar("Section")
 
 
 def is_text(value: Any) -> bool:
-    """Return whether a value is text that can be written: JSON also spells halves of surrogate pairs, which cannot."""
+    """Return whether a value is text that UTF-8 can encode; JSON also allows lone surrogates, which it cannot."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
@@ -22,31 +22,31 @@ def is_text(value: Any) -> bool:
 
 
 def one_of(default: str, *others: str) -> Any:
-    """Declare a configuration field that takes one of a few words."""
+    """Declare a config field that takes one of a few words."""
     return field(default=default, metadata={"choices": (default, *others)})
 
 
-def some_of(*default: str, others: Sequence[str] = ()) -> Any:
-    """Declare a configuration field that takes a non-empty list of distinct words, of the default ones and others."""
+def list_of(*default: str, others: Sequence[str] = ()) -> Any:
+    """Declare a config field that takes a non-empty list of distinct words, and the words allowed in it."""
     return field(default=default, metadata={"choices": (*default, *others)})
 
 
 def at_least(least: int) -> Any:
-    """Declare a configuration field that takes a whole number from ``least`` on, or null, the default."""
+    """Declare a config field that takes null, its default, or an integer of at least ``least``."""
     return field(default=None, metadata={"least": least})
 
 
 def config_from_mapping(cls: type[Section], dataset: str, mapping: Mapping[str, Any]) -> Section:
-    """Build the frozen configuration of a data set from its ``build_info``; ``~`` in a path becomes the home folder.
+    """Build the frozen config of a data set from its ``build_info``; ``~`` in a path becomes the home folder.
 
     Args:
-        cls: Dataclass whose fields are ``str``, ``str | None``, ``bool``, ``str | tuple[str, ...] | None``, or declared
-            by `one_of`, `some_of` or `at_least`.
-        dataset: Its registered name, for the messages.
-        mapping: The ``build_info``.
+        cls: Dataclass of the config. Each field is ``str``, ``str | None``, ``bool`` or
+            ``str | tuple[str, ...] | None``, or is declared by `one_of`, `list_of` or `at_least`.
+        dataset: Registered name of the data set, for messages.
+        mapping: Keys and values of ``build_info``.
 
     Raises:
-        ValueError: one message with every unknown key, missing key and impossible value.
+        ValueError: If a key is unknown or missing or a value is not allowed. One message names all of them.
     """
     where = f"datasets.{dataset}.build_info"
     known = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ def config_from_mapping(cls: type[Section], dataset: str, mapping: Mapping[str, 
 
 
 def _problem(kind: Any, metadata: Mapping[str, Any], value: Any) -> str:
-    """Say what a value must be, with what it is; empty where it is right. `kind` is the annotation's source text."""
+    """Return what a value must be and what it is, or "" if it is right; `kind` is the annotation's source text."""
     choices = metadata.get("choices", ())
     if kind == "bool":
         return "" if isinstance(value, bool) else f"true or false, got {shown(value)}."
@@ -100,13 +100,13 @@ def _problem(kind: Any, metadata: Mapping[str, Any], value: Any) -> str:
 
 
 def setting_problems(key: str, settings: type, given: Any, example: str = "") -> Iterator[str]:
-    """Yield what is wrong with a config section that holds the fields of a dataclass, which refuses impossible values.
+    """Yield the problems of a config section that holds the fields of a dataclass, which checks its own values.
 
     Args:
-        key: Of the section, for the messages.
-        settings: The dataclass.
-        given: The section.
-        example: For the message where it is no mapping.
+        key: Name of the section, for messages.
+        settings: Dataclass of the section.
+        given: Content of the section.
+        example: Text that the message shows if the section is not a mapping.
     """
     if not isinstance(given, Mapping):
         yield f"{key} must be a mapping{example}, got {given!r}."
@@ -121,31 +121,31 @@ def setting_problems(key: str, settings: type, given: Any, example: str = "") ->
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value of a config is a finite number."""
+    """Return whether a config value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_choice(key: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raise ValueError unless a value of ``model`` is one of those allowed."""
+    """Raise ValueError unless a value of the section ``model`` is among those allowed."""
     if value not in allowed:
         raise ValueError(f"model.{key}: {value!r} is not one of {', '.join(allowed)}.")
 
 
 def check_whole(key: str, value: Any, least: int = 1) -> None:
-    """Raise ValueError unless a value of ``model`` is a whole number that large."""
+    """Raise ValueError unless a value of the section ``model`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"model.{key} must be a whole number >= {least}, got {value!r}.")
 
 
 def check_flag(key: str, value: Any) -> None:
-    """Raise ValueError unless a value of ``model`` is true or false."""
+    """Raise ValueError unless a value of the section ``model`` is true or false."""
     if not isinstance(value, bool):
         raise ValueError(f"model.{key} must be true or false, got {value!r}.")
 
 
 def as_plain(section: Any) -> Mapping[str, Any]:
-    """Return a config section as plain containers, interpolations resolved; an absent one is empty."""
-    from omegaconf import OmegaConf  # here, because most commands read no config
+    """Return a config section as plain containers with interpolations resolved; return {} for an absent section."""
+    from omegaconf import OmegaConf  # imported here because most commands read no config
 
     plain = OmegaConf.to_container(section, resolve=True) if section is not None else {}
     return plain if isinstance(plain, dict) else {}

@@ -1,4 +1,4 @@
-"""Weights as transformers writes them: one file or shards with an index, in a folder, or named on the hub."""
+"""Read weights in transformers' format, one file or shards with an index, from a folder or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -16,50 +16,50 @@ from lavis_cir_plugin.core.checkpoints import first_line, read_state
 
 __all__ = ["FolderWeights", "is_hub_name", "read_folder"]
 
-# Stem and ending of the weights' file in each format, in the order in which transformers looks for them.
+# Stem and ending of the weight files of each format, in the order in which transformers looks for them.
 _FORMATS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _FILE_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
 
 class FolderWeights(NamedTuple):
-    """What a folder of transformers holds."""
+    """Content of a folder that transformers wrote."""
 
     state: dict[str, Tensor]
-    """Every tensor of its weights, under the names of the file."""
+    """Every tensor of the weights under its name in the file."""
     config: dict[str, Any]
-    """The content of ``config.json``; empty where there is none."""
+    """Content of ``config.json``, or {} if the file is missing."""
     path: Path
-    """The folder."""
+    """Path of the folder."""
 
 
 def is_hub_name(source: str) -> bool:
-    """Return whether a text reads as ``owner/name`` and there is no such file or folder."""
+    """Return whether a text reads as ``owner/name`` and names no existing file or folder."""
     is_named = _HUB_NAME.fullmatch(source) is not None and not source.endswith(_FILE_ENDINGS)
     return is_named and not Path(source).exists()
 
 
 def read_folder(source: str | Path) -> FolderWeights:
-    """Return the weights in a folder, or of a repository of the hub, which is downloaded once into the hub's cache.
+    """Return the weights in a folder or in a hub repository, which is downloaded once into the hub's cache.
 
     Args:
-        source: A folder with ``model.safetensors`` or ``pytorch_model.bin``, or with shards of one of them and their
-            index; where both formats are there, safetensors are read, as transformers does. Or a hub name.
+        source: Path of a folder with ``model.safetensors`` or ``pytorch_model.bin``, whole or as shards with an index,
+            or the name of a hub repository. If a folder has both formats, safetensors are read, as in transformers.
 
     Raises:
-        FileNotFoundError: If there are no such files, or the hub cannot be reached.
-        ValueError: If the files contradict each other: a single file beside shards, a shard that the index does not
-            name or that holds other tensors than the index says.
+        FileNotFoundError: If the files are missing or the hub cannot be reached.
+        ValueError: If the files contradict each other: a single file lies beside shards, the index does not name a
+            shard, or a shard holds other tensors than the index says.
     """
     folder = _downloaded(source) if isinstance(source, str) and is_hub_name(source) else Path(source).expanduser()
     return FolderWeights(_read_weights(folder), read_config(folder), folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's ``config.json``; empty where there is none.
+    """Return the content of a folder's ``config.json``, or {} if the file is missing.
 
     Raises:
-        ValueError: If it is no JSON object.
+        ValueError: If the file holds no JSON object.
     """
     path = folder / "config.json"
     return _read_object(path) if path.is_file() else {}
@@ -124,7 +124,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _downloaded(name: str) -> Path:
-    """Return the hub cache's folder of a repository: safetensors alone where it has them, else the older format."""
+    """Return the cache folder of a hub repository with its safetensors, or with the older format if it has none."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -133,7 +133,7 @@ def _downloaded(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=wanted))
             if any(folder.glob(f"{stem}*{ending}")):
                 return folder
-    except Exception as error:  # whatever the hub's client raises
+    except Exception as error:  # the hub's client raises errors of many types
         raise FileNotFoundError(
             f"{name!r} is neither a file nor a folder (looked from {os.getcwd()}), and as a name on the Hugging Face "
             f"hub it cannot be downloaded ({first_line(error)}). Without a network, download its files elsewhere and "

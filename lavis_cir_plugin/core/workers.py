@@ -1,4 +1,4 @@
-"""What a worker process does first: it takes one thread, leaves interrupts to its parent, and ends when that does."""
+"""Set up worker processes: one thread each, no reaction to Ctrl-C, and an end when the parent ends."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _POLL = 0.5  # seconds
 
 
 def worker_setup() -> Callable[..., None]:
-    """Return what every worker of this process calls first, as an ``initializer`` or a DataLoader's ``worker_init_fn``.
+    """Return the function that each worker calls first: an ``initializer`` or a DataLoader's ``worker_init_fn``.
 
-    A worker whose parent is killed would otherwise live on: it waits for work for ever, or for the seconds between
-    torch's looks at its parent, and keeps what it has open. On Linux the kernel ends it in the same moment; it does so
-    too when the thread that started the worker ends, so that a thread that starts workers must outlive them.
+    Without it a worker whose parent is killed would live on and keep its files open: it would wait for work for ever,
+    or until torch looks for its parent seconds later. On Linux the kernel ends the worker with its parent. The kernel
+    also ends it with the thread that started it, so a thread that starts workers must outlive them.
     """
     return partial(_begin, os.getpid())
 
 
 def _begin(parent: int, *_: object) -> None:
-    # Ctrl-C reaches all processes of a terminal; the parent stops its workers, without a traceback of each.
+    # Ctrl-C reaches all processes of a terminal. The parent stops its workers, so no worker prints a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if "torch" in sys.modules:  # several workers with a thread for each core each would wait for each other
+    if "torch" in sys.modules:  # workers with one thread per core each would wait for each other
         sys.modules["torch"].set_num_threads(1)
     if not (os.getppid() == parent and _killed_with_parent() and os.getppid() == parent):
-        # Another system, a fork server between the two, or a parent that is gone already.
+        # The system is not Linux, a fork server stands between the two, or the parent has already ended.
         threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
 
 
 def _killed_with_parent() -> bool:
-    """Ask the kernel to kill this process when its parent ends; return whether it will."""
+    """Ask the kernel to kill this process when its parent ends, and return whether the kernel will do so."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -49,7 +49,7 @@ def _killed_with_parent() -> bool:
 
 
 def _watch(parent: int) -> None:
-    """End this process once it has another parent, or the process that asked for it is gone."""
+    """End this process once it has another parent, or once the process that started it has ended."""
     asked = multiprocessing.parent_process()
     while os.getppid() == parent and (asked is None or asked.is_alive()):
         time.sleep(_POLL)

@@ -38,8 +38,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lavis_cir_plugin.benchmarks.images import open_rgb
-from lavis_cir_plugin.core.processes import fail_together, gather, rank_and_world
-from lavis_cir_plugin.core.whole_or_nothing import size_text
+from lavis_cir_plugin.core.atomic_files import size_text
+from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, rank_and_world
 from lavis_cir_plugin.core.workers import worker_setup
 
 # Part of every key: raise it when a shipped model or processor comes to return something else under the same name.
@@ -178,7 +178,7 @@ class FeatureCache:
                 "it from the same seed on each."
             )
         names = sorted({str(path) for path in paths})
-        with fail_together():
+        with fail_in_all_processes():
             files = self._identify(names[rank::world])
         image_of = {file["name"]: file["image"] for part in gather(files) for file in part}
         source = {image_of[name]: name for name in reversed(names)}
@@ -188,12 +188,12 @@ class FeatureCache:
         wrong = {image: place for part in checked for image, place in part.items()}
         # Processes may see different rows if an independent run is writing, so the first one decides.
         missing = gather([image for image in source if image not in rows or image in wrong])[0]
-        with fail_together():
+        with fail_in_all_processes():
             if missing and not self._shape:
                 probe = self._features(model, self._picture(source[missing[0]])[None])
                 self._shape, self._dtype = tuple(probe.shape[1:]), probe.dtype
             self._announce(len(source), len(missing), len(wrong))
-        with fail_together():
+        with fail_in_all_processes():
             self._remember(files)
             if missing[rank::world]:
                 self._compute(model, missing[rank::world], source, wrong, batch_size, num_workers)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lavis_cir_plugin.core.whole_or_nothing import replacing
+from lavis_cir_plugin.core.atomic_files import replacing
 
 _FORMAT = 1
 _RANKS = (0, 5, 10, 25, 50, 100, 250, 500, 1000)

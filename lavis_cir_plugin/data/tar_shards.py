@@ -27,9 +27,9 @@ from lavis_cir_plugin.benchmarks.annotation_files import parse_json, refuse_spec
 from lavis_cir_plugin.benchmarks.images import SUFFIXES, decode_rgb, is_foreign
 from lavis_cir_plugin.benchmarks.json_lines import one_text, some_texts
 from lavis_cir_plugin.benchmarks.types import first_or_drawn
-from lavis_cir_plugin.core.sentences import listed, shown
+from lavis_cir_plugin.core.atomic_files import replacing
+from lavis_cir_plugin.core.error_messages import listed, shown
 from lavis_cir_plugin.core.settings import at_least, config_from_mapping
-from lavis_cir_plugin.core.whole_or_nothing import replacing
 
 SPLITS = ("train",)
 

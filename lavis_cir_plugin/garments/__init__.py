@@ -1,6 +1,6 @@
-"""Draw the project's own benchmarks: a procedural world of dresses, shirts and tops in other benchmarks' files.
+"""Draw the project's own benchmarks: generated dresses, shirts and tops in the files of other benchmarks.
 
-The names below are FashionIQ's; `cirr` and `circo` hold those of the other shapes.
+The names below belong to FashionIQ's files. The modules `cirr`, `circo` and `questions` hold those of other benchmarks.
 """
 
 from .attributes import Garment as Garment

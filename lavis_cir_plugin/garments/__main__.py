@@ -15,7 +15,7 @@ from .world import World
 
 
 def worlds() -> dict[str, World]:
-    """Return the drawn worlds by the names of their modules: each that defines ``WORLD`` is found by itself."""
+    """Return the drawn worlds by the names of their modules. Every module that defines ``WORLD`` is found."""
     names = [found.name for found in pkgutil.iter_modules(garments.__path__) if found.name != "__main__"]
     modules = {name: importlib.import_module(f"{garments.__name__}.{name}") for name in names}
     return {name: module.WORLD for name, module in modules.items() if hasattr(module, "WORLD")}

@@ -1,7 +1,8 @@
-"""The garments world: what a garment is, how one is sampled, and how one is edited.
+"""Define what a garment is, and sample and edit garments.
 
-A picture is a `Garment` (what a caption can speak of) in a `Photo` (what no caption speaks of: background, pose, body,
-light, noise). Everything is drawn from an explicit `random.Random`; equal seeds give equal garments on every platform.
+A picture shows a `Garment` in a `Photo`. Captions can speak of the garment, but not of the photo: its background, pose,
+body, light and noise. Every function draws from an explicit `random.Random`, so equal seeds give equal garments on
+every platform.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 CATEGORIES = ("dress", "shirt", "toptee")
 
 DISTINCT_CATEGORIES = ("dress", "toptee")
-"""What one gallery may mix: a shirt and a top of equal attributes cannot be told apart in a picture."""
+"""Categories that one gallery may mix: a picture cannot tell a shirt from a top with equal attributes."""
 
 COLOURS: Mapping[str, tuple[int, int, int]] = {
     "red": (205, 28, 38),
@@ -36,20 +37,20 @@ COLOURS: Mapping[str, tuple[int, int, int]] = {
 }
 
 SLEEVES = ("sleeveless", "short", "elbow", "long")
-"""Ordered from the barest to the most covered."""
+"""Values in order from the barest to the most covered."""
 
 LENGTHS: Mapping[str, tuple[str, ...]] = {
     "dress": ("mini", "knee", "midi", "maxi"),
     "shirt": ("cropped", "regular", "tunic"),
     "toptee": ("cropped", "regular", "tunic"),
 }
-"""Ordered from the shortest to the longest."""
+"""Values in order from the shortest to the longest."""
 
 NECKLINES = ("v", "square", "round", "boat", "collar", "high")
-"""Ordered from the lowest to the highest; only `v` and `square` are low, only `high` is high."""
+"""Values in order from the lowest to the highest: `v` and `square` are low, and only `high` is high."""
 
 FITS = ("fitted", "regular", "loose")
-"""Ordered from the tightest to the loosest."""
+"""Values in order from the tightest to the loosest."""
 
 _PATTERNS = {
     "solid": 6,
@@ -106,7 +107,7 @@ VALUES: Mapping[str, Mapping[str, Mapping[str, float]]] = {
         "finish": {"matte": 5, "shiny": 1},
     },
 }
-"""category -> attribute -> value -> weight; an attribute with one value cannot be edited in that category."""
+"""Weights by category, attribute and value. An attribute with a single value cannot be edited in that category."""
 
 _EDIT_WEIGHTS = {
     "colour": 6.0,
@@ -131,10 +132,10 @@ BODIES = ("mannequin", "porcelain", "light", "tan", "brown", "dark")
 
 @dataclass(frozen=True)
 class Photo:
-    """Hold what distinguishes two photographs of one garment; no caption speaks of it.
+    """What distinguishes two photographs of one garment; no caption speaks of it.
 
-    rotation in degrees; shift_x, shift_y and scale relative to the picture's width; light in degrees, 90 = from above;
-    gain and warmth multiply the channels; noise is the standard deviation in grey levels of 255.
+    rotation is in degrees; shift_x, shift_y and scale are relative to the picture's width; light is in degrees with 90
+    for light from above; gain and warmth multiply the channels; noise is the standard deviation in grey levels of 255.
     """
 
     background: str
@@ -156,10 +157,11 @@ class Photo:
 
 @dataclass(frozen=True)
 class Garment:
-    """Describe one garment in one photo.
+    """One garment in one photo.
 
-    Invariants (kept by `sample` and `edited`): `secondary`, the colour of pattern and graphic, is "" exactly when the
-    garment is solid without a graphic; a graphic occurs on solid cloth only; every value is in ``VALUES[category]``.
+    `secondary` is the colour of pattern and graphic. `sample` and `edited` keep these invariants: `secondary` is ""
+    exactly if the garment is solid without a graphic; only solid cloth has a graphic; every value is in
+    ``VALUES[category]``.
     """
 
     category: str
@@ -182,12 +184,12 @@ ATTRIBUTES: tuple[str, ...] = tuple(f.name for f in fields(Garment) if f.name no
 
 
 def attributes(garment: Garment) -> tuple[str, ...]:
-    """Return the values of `ATTRIBUTES`, in that order; two garments with equal tuples differ in the photo only."""
+    """Return the values in the order of `ATTRIBUTES`. Garments with equal values differ in the photo only."""
     return tuple(getattr(garment, name) for name in ATTRIBUTES)
 
 
 def changed(reference: Garment, target: Garment) -> tuple[str, ...]:
-    """Name the attributes in which two garments differ, in the order of `ATTRIBUTES`."""
+    """Return the attributes in which two garments differ, in the order of `ATTRIBUTES`."""
     return tuple(name for name in ATTRIBUTES if getattr(reference, name) != getattr(target, name))
 
 
@@ -203,7 +205,7 @@ def chroma(colour: str) -> float:
 
 
 def contrasting(colour: str) -> tuple[str, ...]:
-    """List the colours that stay readable as a pattern on `colour` even in a small picture."""
+    """Return the colours that stay readable as a pattern on `colour`, even in a small picture."""
     return tuple(
         other
         for other in COLOURS
@@ -218,7 +220,7 @@ def _pick(rng: random.Random, weights: Mapping[str, float], unlike: str | None =
 
 
 def sample_photo(rng: random.Random) -> Photo:
-    """Draw a photo: background, body, pose, light and noise."""
+    """Sample a photo: background, body, pose, light and noise."""
     return Photo(
         background=rng.choice(BACKGROUNDS),
         tint=rng.random(),
@@ -239,10 +241,10 @@ def sample_photo(rng: random.Random) -> Photo:
 
 
 def sample(category: str, rng: random.Random) -> Garment:
-    """Draw a garment of a category, in a photo.
+    """Sample a garment of a category in a photo.
 
     Raises:
-        ValueError: the category is none of `CATEGORIES`.
+        ValueError: If the category is not in `CATEGORIES`.
     """
     if category not in VALUES:
         raise ValueError(f"garments: category must be one of {', '.join(CATEGORIES)}, got {category!r}.")
@@ -254,7 +256,7 @@ def sample(category: str, rng: random.Random) -> Garment:
 
 
 def varying_attributes(category: str, rng: random.Random, count: int) -> tuple[str, ...]:
-    """Draw `count` different attributes in which the members of one family may differ; the colour is always one."""
+    """Sample the `count` different attributes, always with the colour, in which members of a family may differ."""
     weights = {name: _EDIT_WEIGHTS[name] for name, values in VALUES[category].items() if len(values) > 1}
     chosen = ["colour"]
     while len(chosen) < min(count, len(weights)):
@@ -263,13 +265,19 @@ def varying_attributes(category: str, rng: random.Random, count: int) -> tuple[s
 
 
 def edited(garment: Garment, rng: random.Random, edits: int, only: Sequence[str] = tuple(_EDIT_WEIGHTS)) -> Garment:
-    """Change `edits` different attributes of a garment, each to another value, and leave the photo as it is.
+    """Change `edits` different attributes of a garment, each to another value, and keep the photo.
 
-    An edit can drag others along to keep the garment possible: a graphic makes the cloth solid and a pattern removes
-    the graphic; both bring, change or remove the secondary colour. `only` restricts the attributes that are chosen.
+    One edit can cause others, so that the garment stays possible: a graphic makes the cloth solid, and a pattern
+    removes the graphic. Both add, change or remove the secondary colour.
+
+    Args:
+        garment: Garment to edit; it stays unchanged.
+        rng: Random generator of the edits.
+        edits: Number of attributes to change.
+        only: Names of the attributes from which the edits are chosen.
 
     Raises:
-        ValueError: fewer than `edits` of the attributes in `only` can be changed on this garment.
+        ValueError: If fewer than `edits` of the attributes in `only` can be changed on this garment.
     """
     chosen: list[str] = []
     result = garment
@@ -305,7 +313,7 @@ def _edit(garment: Garment, name: str, rng: random.Random) -> Garment:
 
 
 def _consistent(garment: Garment, rng: random.Random) -> Garment:
-    """Give the garment a secondary colour where it shows one, readable on the main colour, and none elsewhere."""
+    """Set a secondary colour that is readable on the main colour if the garment shows one, otherwise remove it."""
     if garment.pattern == "solid" and garment.graphic == "none":
         return replace(garment, secondary="")
     readable = contrasting(garment.colour)
@@ -316,12 +324,15 @@ def _consistent(garment: Garment, rng: random.Random) -> Garment:
 
 
 def draw_new(draw: Callable[[], Garment | None], seen: set[tuple[str, ...]], held_out: float = 0.0) -> Garment | None:
-    """Repeat `draw` until it gives a garment that is not in `seen`, and add that to it; ``None``: it never did.
+    """Call `draw` until it returns a garment that is not in `seen`, and add that garment to `seen`.
 
     Args:
-        draw: Gives a garment, or ``None`` for one that is of no use.
-        seen: What exists already: category and `attributes`.
-        held_out: A combination that `is_held_out` at this share is not taken.
+        draw: Function that returns a garment, or ``None`` for one that cannot be used.
+        seen: Existing garments, each as its category and its `attributes`.
+        held_out: Share in [0, 1]. Garments that `is_held_out` at this share are rejected.
+
+    Returns:
+        The garment, or ``None`` if no attempt succeeded.
     """
     for _ in range(_ATTEMPTS):
         garment = draw()
@@ -335,10 +346,10 @@ def draw_new(draw: Callable[[], Garment | None], seen: set[tuple[str, ...]], hel
 
 
 def is_held_out(garment: Garment, share: float) -> bool:
-    """Tell whether a garment's (colour, pattern, sleeve) combination is kept out of training.
+    """Return whether a garment's combination of colour, pattern and sleeve is kept out of training.
 
-    The decision hashes the combination alone, so it is the same in every category, run and process; `share` in [0, 1]
-    is the expected fraction of the combinations that is held out, and a larger share holds out a superset.
+    The decision depends on a hash of the combination alone, so it is equal in every category, run and process. `share`
+    in [0, 1] is the expected fraction of held-out combinations. A larger share holds out a superset.
     """
     key = f"{garment.colour}/{garment.pattern}/{garment.sleeve}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") < share * 2**64

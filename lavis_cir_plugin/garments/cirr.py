@@ -1,9 +1,9 @@
-"""Write a garments world as CIRR's files: sets of six near-identical images, and a sentence for a pair of one set.
+"""Write a drawn world as CIRR's files: sets of six near-identical images, and a sentence for each pair in a set.
 
-A split grows in neighbourhoods of several sets: a set's first garment is an edit of an earlier garment of the
-neighbourhood, and the other five are edits of earlier members of the set, each in a photo of its own; an edit is one
-or two changes that a caption can mention. So the image alone leaves a neighbourhood and the text alone a few members of
-every one; both are needed, and most of all within a set.
+A split grows in neighbourhoods of several sets. The first garment of a set is an edit of an earlier garment of the
+neighbourhood. The other five are edits of earlier members of the set, each in its own photo. An edit is one or two
+changes that a caption can mention. The image alone therefore leads to a neighbourhood, and the text alone to a few
+members of every neighbourhood. A model needs both, most of all within a set.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from .attributes import DISTINCT_CATEGORIES, Garment, draw_new, edited, sample, sample_photo, varying_attributes
-from .truth import Gallery, is_answer
-from .wording import Phrase, edit_sentence, phrases, told
-from .world import World, check_drawing, check_types, full_disk_named, write_json, write_pictures
+from .ground_truth import Gallery, is_answer
+from .wording import Phrase, choose_phrases, edit_sentence, phrases
+from .world import World, check_drawing, check_types, explain_full_disk, write_json, write_pictures
 
 GENERATOR_VERSION = 1
-"""Part of the cache key; raise it with every change of the written files."""
+"""Version in the cache key. Raise it whenever the written files change."""
 
 SPLITS = ("train", "val", "test1")
 
@@ -40,16 +40,16 @@ _WORDINGS = 4
 
 @dataclass(frozen=True)
 class CIRRGarments:
-    """Set a world's sizes.
+    """Sizes of a drawn world in CIRR's files.
 
-    seed: everything follows from it. train_sets, val_sets, test_sets: image sets, >= 1, of six images each.
-    queries_per_set: at most, 1 to 9. image_width, image_height: pixels, >= 32. held_out: expected share, in [0, 0.5],
-    of the (colour, pattern, sleeve) combinations that training never shows.
+    seed: determines everything. train_sets, val_sets, test_sets: number of image sets of six images each, >= 1.
+    queries_per_set: largest number of queries in a set, 1 to 9. image_width, image_height: pixels, >= 32. held_out:
+    expected share, in [0, 0.5], of the (colour, pattern, sleeve) combinations that training never shows.
 
     CIRR's own size is about train_sets=2823, val_sets=383, test_sets=386 (by images), queries_per_set=9.
 
     Raises:
-        ValueError: a value outside these ranges.
+        ValueError: If a value is outside these ranges.
     """
 
     seed: int = 0
@@ -79,7 +79,7 @@ class CIRRGarments:
 
 @dataclass(frozen=True)
 class Pair:
-    """Hold one query: reference and target as places in their image set, and what the caption says."""
+    """A query: the indices of its image set and of reference and target in that set, and what the caption says."""
 
     image_set: int
     reference: int
@@ -90,10 +90,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """Hold a split before it is drawn.
+    """A split before it is drawn.
 
-    images: its garments by image name, in gallery order. sets: the image names of each set, in the order in which its
-    members were invented. pairs: the queries, in file order.
+    images: garments by image name, in gallery order. sets: image names of each set, in the order in which its members
+    were sampled. pairs: queries in file order.
     """
 
     images: dict[str, Garment]
@@ -102,12 +102,12 @@ class SplitPlan:
 
 
 def image_name(split: str, index: int) -> str:
-    """Return an image's name in NLVR2's manner: eight images share a number, such as ``dev-12-0-img0``."""
+    """Return an image name in NLVR2's style, in which eight images share a number: ``dev-12-0-img0``."""
     return f"{_FOLDERS[split]}-{index // 8}-{index // 2 % 4}-img{index % 2}"
 
 
 def image_path(split: str, name: str) -> str:
-    """Return an image's path as a split file gives it, such as ``./dev/dev-12-0-img0.png``."""
+    """Return the path of an image in a split file, such as ``./dev/dev-12-0-img0.png``."""
     folder = _FOLDERS[split]
     if split == "train":
         folder += f"/{int(name.split('-')[1]) % _TRAIN_FOLDERS}"
@@ -115,14 +115,14 @@ def image_path(split: str, name: str) -> str:
 
 
 def plan_split(config: CIRRGarments, split: str) -> SplitPlan:
-    """Invent the garments and queries of a split: pure, and equal for equal arguments.
+    """Plan the garments and queries of a split. The plan depends on the arguments alone.
 
-    No two images of a split show the same garment, and in training no held-out combination occurs. A caption tells
-    everything that can be said of the one or two differences between reference and target, and the target is the only
-    image of the whole gallery that answers it (`truth.is_answer`).
+    No two images of a split show the same garment, and training shows no held-out combination. A caption mentions every
+    difference between reference and target that a caption can mention: one or two. The target is the only image of the
+    whole gallery that answers the query (`ground_truth.is_answer`).
 
     Raises:
-        ValueError: the world has no room for that many different garments.
+        ValueError: If the world cannot hold that many different garments.
     """
     rng = random.Random(f"garments/cirr/{config.seed}/{split}")
     sets = list(_image_sets(config, split, rng))
@@ -144,7 +144,7 @@ def plan_split(config: CIRRGarments, split: str) -> SplitPlan:
 
 
 def _image_sets(config: CIRRGarments, split: str, rng: random.Random) -> Iterator[list[Garment]]:
-    """Yield sets of six different garments, neighbourhood by neighbourhood."""
+    """Yield sets of six different garments, one neighbourhood after the other."""
     seen: set[tuple[str, ...]] = set()
     held_out = config.held_out if split == "train" else 0
     neighbours: list[Garment] = []
@@ -181,7 +181,7 @@ def _image_sets(config: CIRRGarments, split: str, rng: random.Random) -> Iterato
 def _pairs(
     config: CIRRGarments, number: int, members: Sequence[Garment], gallery: Gallery, rng: random.Random
 ) -> Iterator[Pair]:
-    """Yield up to ``queries_per_set`` pairs of a set that a caption tells apart from everything in the gallery."""
+    """Yield up to ``queries_per_set`` pairs of a set whose captions only the target answers."""
     ordered = [(a, b) for a in range(SET_SIZE) for b in range(SET_SIZE) if a != b]
     rng.shuffle(ordered)
     found = 0
@@ -191,7 +191,7 @@ def _pairs(
         if not 1 <= len(phrases(members[reference], members[target])) <= _MOST_CHANGES:
             continue
         for _ in range(_WORDINGS):
-            changes = told(members[reference], members[target], rng)
+            changes = choose_phrases(members[reference], members[target], rng)
             if gallery.answers(members[reference], members[target], changes) == [number * SET_SIZE + target]:
                 caption = edit_sentence(changes, members[reference].category, rng)
                 yield Pair(number, reference, target, tuple(changes), caption)
@@ -200,10 +200,10 @@ def _pairs(
 
 
 def soft_labels(members: Sequence[Garment], pair: Pair) -> dict[int, float]:
-    """Weigh the members of a pair's set, by place: what is left out has no label.
+    """Return the labels of members of a pair's set by their index in it; some members have no label.
 
-    1.0 the target; 0.5 what the caption says is true of it, though something else has changed too; -1.0 in four or
-    more respects different from the target (and nothing of the former).
+    The target has 1.0. A member has 0.5 if the caption is true of it although something else has changed too. Another
+    member has -1.0 if it differs from the target in four or more respects.
     """
     labels = {pair.target: 1.0}
     for place, garment in enumerate(members):
@@ -217,7 +217,7 @@ def soft_labels(members: Sequence[Garment], pair: Pair) -> dict[int, float]:
 
 
 def _records(plan: SplitPlan, split: str, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Yield the rows of an annotation file; `pairid` grows with gaps, and members stand in a shuffled order."""
+    """Yield the rows of an annotation file. `pairid` grows with gaps, and the members of a set are shuffled."""
     shuffled = [rng.sample(names, SET_SIZE) for names in plan.sets]
     pairid = -1
     for pair in plan.pairs:
@@ -240,15 +240,15 @@ def _records(plan: SplitPlan, split: str, rng: random.Random) -> Iterator[dict[s
 def write_cirr(root: Path, config: CIRRGarments, progress: bool = True, workers: int | None = None) -> Path:
     """Write cirr/captions/, cirr/image_splits/, train/<n>/, dev/ and test1/ below `root` and return `root`.
 
-    The files depend on `config` alone, not on `workers`, the number of drawing processes (default: one per core).
+    The files depend on `config` alone and not on `workers`, the number of drawing processes (default: one per core).
 
     Raises:
-        OSError: a file could not be written; a full disk is named as such.
+        OSError: If a file cannot be written. The message says so if the disk is full.
     """
     root = Path(root)
     pictures: dict[str, Garment] = {}
     size = (config.image_width, config.image_height)
-    with full_disk_named(root, SET_SIZE * sum(config.sets(split) for split in SPLITS), size):
+    with explain_full_disk(root, SET_SIZE * sum(config.sets(split) for split in SPLITS), size):
         for split in SPLITS:
             plan = plan_split(config, split)
             paths = {name: image_path(split, name) for name in plan.images}

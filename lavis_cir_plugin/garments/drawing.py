@@ -1,8 +1,8 @@
 """Draw a garment as a small product photo.
 
-Shapes live in figure coordinates: x to the right from the body's axis, y downwards, the picture's width is 1 and its
-height 1.25. Masks are filled at `_SUPERSAMPLING` times the picture's size and averaged down; patterns, folds and light
-are functions of the figure coordinates, evaluated at the picture's size, so a picture costs a few milliseconds.
+Shapes are given in figure coordinates: x points right from the body's axis, y points down, the picture is 1 wide and
+1.25 high. Masks are filled at `_SUPERSAMPLING` times the picture's size and averaged down. Patterns, folds and light
+are functions of the figure coordinates, evaluated at the picture's size, so a picture takes a few milliseconds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class _Figure:
-    """Place a body's landmarks, right-hand side, in figure coordinates."""
+    """Landmarks of the right-hand side of a body in figure coordinates."""
 
     chin: float
     neck: tuple[float, float]
@@ -98,7 +98,7 @@ _SLEEVE_END = {"short": 0.27, "elbow": 0.53, "long": 0.97}
 
 
 class _Canvas:
-    """Map figure coordinates to pixels in a photo's pose, and fill masks there."""
+    """Convert figure coordinates to pixels in a photo's pose, and fill masks in these coordinates."""
 
     def __init__(self, garment: Garment, size: tuple[int, int]) -> None:
         photo = garment.photo
@@ -125,7 +125,7 @@ class _Canvas:
         ]
 
     def mask(self, *shapes: Points, holes: Sequence[Points] = ()) -> Array:
-        """Fill polygons and cut holes; (height, width) float32 coverage in [0, 1]."""
+        """Return the coverage of polygons with holes as (height, width) float32 in [0, 1]."""
         width, height = self.size
         image = Image.new("L", (width * _SUPERSAMPLING, height * _SUPERSAMPLING))
         pen = ImageDraw.Draw(image)
@@ -136,17 +136,17 @@ class _Canvas:
         return np.asarray(image.reduce(_SUPERSAMPLING), dtype=np.float32) / 255
 
     def blurred(self, mask: Array, radius: float) -> Array:
-        """Blur a mask with a Gaussian whose radius is given in figure units."""
+        """Blur a mask with a Gaussian whose radius is in figure units."""
         return self.enlarged(self.blurred_half(mask, radius))
 
     def blurred_half(self, mask: Array, radius: float) -> Array:
-        """Blur a mask at half its size, where it costs a quarter and loses nothing visible."""
+        """Blur a mask at half its size, which costs a quarter of the time without visible loss."""
         half = Image.fromarray((mask * 255).astype(np.uint8)).reduce(2)
         soft = half.filter(ImageFilter.GaussianBlur(radius * self.unit / 2))
         return np.asarray(soft, dtype=np.float32) / 255
 
     def enlarged(self, values: Array) -> Array:
-        """Bring values computed at half the size to the picture's size."""
+        """Enlarge values at half the size to the picture's size."""
         return np.asarray(Image.fromarray(values).resize(self.size, Image.Resampling.BILINEAR))
 
 
@@ -155,7 +155,7 @@ def _mirrored(points: Points) -> list[tuple[float, float]]:
 
 
 def _closed(right: Points) -> list[tuple[float, float]]:
-    """Close a right-hand outline, given from top to bottom, with its mirror image."""
+    """Close a right-hand outline, from top to bottom, with its mirror image."""
     return [*right, *reversed(_mirrored(right))]
 
 
@@ -169,7 +169,7 @@ def _box(left: float, top: float, right: float, bottom: float) -> list[tuple[flo
 
 
 def _limb(path: Points, widths: Sequence[float]) -> list[tuple[float, float]]:
-    """Outline a limb of the given half widths along a path, its end cut square."""
+    """Return the outline of a limb with the given half widths along a path and square ends."""
     points, half = np.asarray(path), np.asarray(widths)[:, None]
     along = np.gradient(points, axis=0)
     across = np.stack([along[:, 1], -along[:, 0]], axis=1) / np.linalg.norm(along, axis=1, keepdims=True)
@@ -178,7 +178,7 @@ def _limb(path: Points, widths: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def _arm(figure: _Figure, angle: float) -> list[tuple[float, float]]:
-    """Sample the right arm's axis at 25 points from the shoulder to the wrist, turned outwards by degrees."""
+    """Return 25 points of the right arm's axis from shoulder to wrist, turned outwards by an angle in degrees."""
     (x0, y0), elbow, wrist = figure.arm
     steps = np.linspace(0, 1, 25)
     bend = 2 * steps * (1 - steps)
@@ -189,7 +189,7 @@ def _arm(figure: _Figure, angle: float) -> list[tuple[float, float]]:
 
 
 def _half_width(figure: _Figure, garment: Garment, y: Array) -> Array:
-    """Return the half width of the cloth at heights from the underarm down."""
+    """Return the half width of the cloth at heights from the underarm down, all in figure units."""
     ease, flare = figure.ease[garment.fit], figure.flare[garment.fit]
     waist = figure.waist[0] + ease * 1.4
     heights = [figure.underarm[1], figure.waist[1], figure.hip[1], _HEIGHT]
@@ -202,7 +202,7 @@ def _half_width(figure: _Figure, garment: Garment, y: Array) -> Array:
 
 
 def _neckline(figure: _Figure, garment: Garment) -> list[tuple[float, float]]:
-    """Trace the right half of the neckline from the middle outwards to the shoulder line."""
+    """Return the right half of the neckline from the middle outwards to the shoulder line."""
     neck_x, neck_y = figure.neck
     tip_x, tip_y = figure.shoulder
     unit = figure.shoulder[0]
@@ -221,7 +221,7 @@ def _neckline(figure: _Figure, garment: Garment) -> list[tuple[float, float]]:
 
 
 def _bodice(figure: _Figure, garment: Garment) -> list[tuple[float, float]]:
-    """Outline the cloth without its sleeves."""
+    """Return the outline of the cloth without its sleeves."""
     tip_x, tip_y = figure.shoulder
     under_x, under_y = figure.underarm
     hem = figure.hems[garment.length]
@@ -246,7 +246,7 @@ def _bodice(figure: _Figure, garment: Garment) -> list[tuple[float, float]]:
 
 
 def _sleeve_path(figure: _Figure, garment: Garment) -> tuple[list[tuple[float, float]], list[float]]:
-    """Return the right sleeve's axis and half widths, shoulder first."""
+    """Return the right sleeve's axis and half widths from the shoulder on."""
     arm = _arm(figure, garment.photo.arm_angle)
     path = arm[: max(3, round(_SLEEVE_END[garment.sleeve] * (len(arm) - 1)) + 1)]
     upper, lower = figure.arm_width
@@ -257,7 +257,7 @@ def _sleeve_path(figure: _Figure, garment: Garment) -> tuple[list[tuple[float, f
 
 
 def _graphic(canvas: _Canvas, figure: _Figure, graphic: str) -> Array:
-    """Mask the print on the chest."""
+    """Return the mask of the print on the chest."""
     middle, radius = figure.chest + 0.035, figure.shoulder[0] * 0.44
     if graphic == "star":
         radii = (radius * 1.15, radius * 0.5)
@@ -298,7 +298,7 @@ def _graphic(canvas: _Canvas, figure: _Figure, graphic: str) -> Array:
 
 
 def _pattern(name: str, p: Array, q: Array, cell: float, pixel: float, seed: int) -> Array:
-    """Evaluate a pattern's coverage in [0, 1] at cloth coordinates (p across, q down); `pixel` is a pixel's width."""
+    """Return a pattern's coverage in [0, 1] at cloth coordinates (p across, q down); `pixel` is a pixel's width."""
 
     def inside(distance: Array) -> Array:
         coverage: Array = np.clip(0.5 + distance / pixel, 0, 1)
@@ -325,7 +325,7 @@ def _pattern(name: str, p: Array, q: Array, cell: float, pixel: float, seed: int
     dy = q / pitch - row - 0.5
     if name == "dots":
         return inside((0.33 - np.hypot(dx, dy)) * pitch)
-    # Integer arithmetic gives each cell the same random number on every platform, which a hash by sines would not.
+    # Integer arithmetic gives each cell the same random number on every platform. A hash by sines would not.
     cells = row.astype(np.int64) * 73_856_093 ^ column.astype(np.int64) * 19_349_663 ^ seed
     hashed = ((cells * 2_654_435_761 >> 15 & 0xFFFF) / 65536).astype(np.float32)
     dx, dy = dx - 0.2 * (hashed - 0.5), dy - 0.3 * ((hashed * 7) % 1 - 0.5)
@@ -335,7 +335,7 @@ def _pattern(name: str, p: Array, q: Array, cell: float, pixel: float, seed: int
 
 
 def _region(mask: Array) -> tuple[slice, slice]:
-    """Return the rectangle outside of which a mask is zero."""
+    """Return the smallest rectangle that contains all nonzero values of a mask."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not rows.size:
         return slice(0, 0), slice(0, 0)
@@ -343,7 +343,7 @@ def _region(mask: Array) -> tuple[slice, slice]:
 
 
 class _Painter:
-    """Hold the picture while layers are blended onto it; values in [0, 255]."""
+    """Blend layers onto a picture with values in [0, 255]."""
 
     def __init__(self, garment: Garment, size: tuple[int, int]) -> None:
         self.garment = garment
@@ -354,7 +354,7 @@ class _Painter:
         self.picture = self._background()
 
     def blend(self, colour: Array | Sequence[float], mask: Array) -> None:
-        """Lay a colour, or a picture of colours as large as the picture or as the mask's region, over the picture."""
+        """Blend a colour, or an array of colours as large as the picture or the mask's region, onto the picture."""
         region = _region(mask)
         layer = np.asarray(colour, dtype=np.float32)
         picture = self.picture[region]
@@ -367,7 +367,7 @@ class _Painter:
         self.picture[region] *= 1 - strength * mask[region][..., None]
 
     def relief(self, mask: Array, radius: float, depth: float) -> Array:
-        """Light a mask as if it bulged towards the viewer; a factor around 1."""
+        """Return light factors around 1 that make a mask look as if it bulged towards the viewer."""
         bulge = self.canvas.blurred_half(mask, radius)
         rows, columns = np.gradient(bulge)
         slope = (columns * math.cos(self.light) + rows * math.sin(self.light)) * (self.canvas.unit * radius / 2)
@@ -396,7 +396,7 @@ class _Painter:
         return np.clip(flat[..., None] * cast, 0, 255).astype(np.float32)
 
     def paint(self) -> Image.Image:
-        """Paint the layers from back to front and develop the photo."""
+        """Paint the layers from back to front and return the photo."""
         sleeves = self._sleeve_shapes()
         body = self._body_masks()
         cloth = self.canvas.mask(_bodice(self.figure, self.garment))
@@ -418,7 +418,7 @@ class _Painter:
         return [(shape, path), (_mirrored(shape), _mirrored(path))]
 
     def _body_masks(self) -> list[Array]:
-        """Return the masks of legs, skin and hair, in painting order."""
+        """Return the masks of legs, skin and hair in painting order."""
         figure = self.figure
         neck_x, neck_y = figure.neck
         arm = _arm(figure, self.garment.photo.arm_angle)
@@ -493,7 +493,7 @@ class _Painter:
         return mixed
 
     def _lit(self, colour: Array, factor: Array, folds: Array) -> Array:
-        """Shade cloth; folds in [-1, 1]. Dark cloth is lifted a little so that its folds stay visible."""
+        """Shade cloth by folds in [-1, 1]. Dark cloth becomes a little lighter so that its folds stay visible."""
         shiny = self.garment.finish == "shiny"
         shade = factor * (1 + (0.17 if shiny else 0.085) * folds)
         lit: Array = (colour * 0.95 + 6) * shade[..., None]
@@ -616,10 +616,10 @@ class _Painter:
 def draw(garment: Garment, size: tuple[int, int] = (144, 180)) -> Image.Image:
     """Draw a garment as an RGB picture of `size` = (width, height) pixels.
 
-    The same garment gives the same picture; the figure is fitted into the size, whatever its aspect.
+    The same garment always gives the same picture. The figure fits into any aspect ratio.
 
     Raises:
-        ValueError: a side is shorter than 16 pixels.
+        ValueError: If a side is shorter than 16 pixels.
     """
     if min(size) < 16:
         raise ValueError(f"garments: a picture's sides must be at least 16 pixels, got {size[0]} x {size[1]}.")
@@ -627,9 +627,9 @@ def draw(garment: Garment, size: tuple[int, int] = (144, 180)) -> Image.Image:
 
 
 def draw_for_name(name: str, category: str, size: tuple[int, int] = (144, 180)) -> Image.Image:
-    """Draw a garment of a category that depends on an image's name alone; it stands in for a missing photograph.
+    """Draw a garment of a category that depends only on an image's name, as a stand-in for a missing photograph.
 
     Raises:
-        ValueError: an unknown category, or a side shorter than 16 pixels.
+        ValueError: If the category is unknown or a side is shorter than 16 pixels.
     """
     return draw(sample(category, random.Random(f"garments/{category}/{name}")), size)

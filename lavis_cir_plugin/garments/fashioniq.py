@@ -1,9 +1,9 @@
-"""Write a garments world as FashionIQ's files: captions, image splits and images.
+"""Write a drawn world as FashionIQ's files: captions, image splits and images.
 
-A split of a category grows in families: a family starts with a garment of its own, and every further image is an edit
-of an earlier member, in a new photo; only a few attributes vary within a family. A reference, its target and the
-hardest distractors are therefore siblings, which only the captions tell apart, while the captions fit members of many
-families: neither the picture nor the text alone finds the target.
+A split of a category grows in families. A family starts with a new garment; each further image is an edit of an earlier
+member in a new photo. Only a few attributes vary within a family. A reference, its target and the hardest distractors
+are therefore siblings, and only the captions tell them apart. The captions fit members of many families. So neither the
+picture nor the text alone finds the target.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from .attributes import CATEGORIES, Garment, draw_new, edited, sample, sample_photo, varying_attributes
 from .wording import captions, phrases
-from .world import World, check_drawing, check_types, full_disk_named, write_json, write_pictures
+from .world import World, check_drawing, check_types, explain_full_disk, write_json, write_pictures
 
 GENERATOR_VERSION = 1
-"""Part of the cache key; raise it with every change of the written files."""
+"""Version in the cache key. Raise it whenever the written files change."""
 
 SPLITS = ("train", "val", "test")
 
@@ -28,17 +28,17 @@ _EDITS = {1: 3, 2: 5, 3: 2}
 
 @dataclass(frozen=True)
 class FashionIQGarments:
-    """Set a world's sizes; all counts are per category (dress, shirt, toptee).
+    """Sizes of a drawn world in FashionIQ's files. All counts are per category (dress, shirt, toptee).
 
-    seed: everything follows from it. train_triplets < train_images, and so for val and test: every target occurs once;
-    images that are neither target nor reference are distractors. image_width, image_height: pixels, >= 32.
-    image_suffix: ".jpg" or ".png". held_out: expected share, in [0, 0.5], of the (colour, pattern, sleeve) combinations
-    that training never shows.
+    seed: determines everything. train_triplets: less than train_images, and every target occurs once; val and test
+    follow the same rules. Images that are neither target nor reference are distractors. image_width, image_height:
+    pixels, >= 32. image_suffix: ".jpg" or ".png". held_out: expected share, in [0, 0.5], of the (colour, pattern,
+    sleeve) combinations that training never shows.
 
     FashionIQ's own size is about train_images=15537, train_triplets=6000, val_images=5179, val_queries=2005.
 
     Raises:
-        ValueError: a value outside these ranges.
+        ValueError: If a value is outside these ranges.
     """
 
     seed: int = 0
@@ -67,14 +67,14 @@ class FashionIQGarments:
             raise ValueError(f"garments: image_suffix must be '.jpg' or '.png', got {self.image_suffix!r}.")
 
     def counts(self, split: str) -> tuple[int, int]:
-        """Return the number of queries (triplets in training) and of images of a split, per category."""
+        """Return the numbers of queries (triplets in training) and of images of a split, per category."""
         queries = self.train_triplets if split == "train" else getattr(self, f"{split}_queries")
         return queries, getattr(self, f"{split}_images")
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """Hold one triplet: image names and two captions."""
+    """A triplet: two image names and two captions."""
 
     candidate: str
     target: str
@@ -83,16 +83,16 @@ class Annotation:
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """Hold a split of a category before it is drawn: its garments by image name, in gallery order, and its triplets."""
+    """A split of a category before it is drawn: garments by image name in gallery order, and its triplets."""
 
     images: dict[str, Garment]
     annotations: tuple[Annotation, ...]
 
 
 def image_name(seed: int, category: str, split: str, index: int) -> str:
-    """Return the name of an image: ten characters, "B0" and eight of 0-9A-Z, as Amazon numbers its articles.
+    """Return an image name in the style of Amazon's article numbers: "B0" and eight characters of 0-9A-Z.
 
-    Different arguments give different names for index < 10**7 (a number is scrambled by a bijection modulo 36**8).
+    Different arguments give different names for index < 10**7, because a bijection modulo 36**8 scrambles the number.
     """
     number = (SPLITS.index(split) * len(CATEGORIES) + CATEGORIES.index(category)) * 10**7 + index
     number = (number * 1_645_333_507_937 + seed * 97_003_331) % 36**8
@@ -101,13 +101,13 @@ def image_name(seed: int, category: str, split: str, index: int) -> str:
 
 
 def plan_split(config: FashionIQGarments, category: str, split: str) -> SplitPlan:
-    """Invent the garments and triplets of a split: pure, and equal for equal arguments.
+    """Plan the garments and triplets of a split. The plan depends on the arguments alone.
 
-    No two images of a split show the same garment, so a query has one right answer; in training no held-out combination
-    occurs. Targets are different images, and a target is never its own reference.
+    No two images of a split show the same garment, so each query has one right answer. Training shows no held-out
+    combination. All targets are different images, and a target is never its own reference.
 
     Raises:
-        ValueError: the world has no room for that many different garments.
+        ValueError: If the world cannot hold that many different garments.
     """
     rng = random.Random(f"garments/{config.seed}/{category}/{split}")
     queries, images = config.counts(split)
@@ -122,7 +122,9 @@ def plan_split(config: FashionIQGarments, category: str, split: str) -> SplitPla
         if index in starts:
             family_start, varying = index, varying_attributes(category, rng, _VARYING)
         parent = None if index == family_start else rng.randrange(family_start, index)
-        garment = _unseen(config, category, split, None if parent is None else garments[parent], varying, seen, rng)
+        garment = _draw_unseen(
+            config, category, split, None if parent is None else garments[parent], varying, seen, rng
+        )
         garments.append(garment)
         parents.append(parent)
     order = list(range(images))
@@ -137,7 +139,7 @@ def plan_split(config: FashionIQGarments, category: str, split: str) -> SplitPla
     return SplitPlan({names[index]: garments[index] for index in order}, tuple(annotations))
 
 
-def _unseen(
+def _draw_unseen(
     config: FashionIQGarments,
     category: str,
     split: str,
@@ -146,7 +148,7 @@ def _unseen(
     seen: set[tuple[str, ...]],
     rng: random.Random,
 ) -> Garment:
-    """Draw a garment, or an edit of `parent` in `varying` attributes, that the split does not hold yet and may hold."""
+    """Sample a new garment that the split may hold, or such an edit of `parent` in `varying` attributes."""
 
     def draw() -> Garment | None:
         if parent is None:
@@ -164,16 +166,16 @@ def _unseen(
 def write_fashioniq(root: Path, config: FashionIQGarments, progress: bool = True, workers: int | None = None) -> Path:
     """Write captions/, image_splits/ and images/ below `root`, in FashionIQ's format, and return `root`.
 
-    The files depend on `config` alone, not on `workers`, the number of drawing processes (default: one per core).
+    The files depend on `config` alone and not on `workers`, the number of drawing processes (default: one per core).
 
     Raises:
-        OSError: a file could not be written; a full disk is named as such.
+        OSError: If a file cannot be written. The message says so if the disk is full.
     """
     root = Path(root)
     pictures: dict[str, Garment] = {}
     size = (config.image_width, config.image_height)
     images = len(CATEGORIES) * sum(config.counts(split)[1] for split in SPLITS)
-    with full_disk_named(root, images, size):
+    with explain_full_disk(root, images, size):
         for category in CATEGORIES:
             for split in SPLITS:
                 plan = plan_split(config, category, split)

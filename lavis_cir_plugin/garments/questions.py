@@ -1,7 +1,7 @@
-"""Ask questions about garments and describe them, in the files that LAVIS's COCO data sets read.
+"""Write drawn garments with questions and captions in the files that LAVIS's COCO data sets read.
 
-Every picture shows another garment. A question is about one attribute that can be seen; of each kind every answer is
-right equally often, in training and in validation, so that knowing the question alone gives no more than chance.
+Every picture shows another garment. A question is about one visible attribute. For each kind of question all answers
+are equally often right, in training and in validation, so the question alone gives no more than chance.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 from .attributes import CATEGORIES, COLOURS, Garment, attributes, is_held_out, sample
 from .wording import description, full_description, tokens
-from .world import World, check_types, full_disk_named, write_json, write_pictures
+from .world import World, check_types, explain_full_disk, write_json, write_pictures
 
 GENERATOR_VERSION = 1
-"""Part of the cache key; raise it with every change of the written files."""
+"""Version in the cache key. Raise it whenever the written files change."""
 
 SPLITS = ("train", "val")
 
@@ -25,21 +25,21 @@ DESCRIPTIONS = {"short": description, "full": full_description}
 
 _DRESS, _TOPS = ("dress",), ("shirt", "toptee")
 _NOUNS = {"dress": "dress", "shirt": "shirt", "toptee": "top"}
-# VQA's scorer takes ten answers of ten people for each question, and lets three that agree count in full.
+# VQA's scorer takes ten answers of ten people for each question, and three equal answers score in full.
 _ANNOTATORS = 10
 
 
 @dataclass(frozen=True)
 class QuestionGarments:
-    """Set the sizes of a world of questions and captions.
+    """Sizes of a drawn world with questions and captions.
 
-    seed: everything follows from it. train_images, val_images: pictures, >= 1, of all categories together.
+    seed: determines everything. train_images, val_images: number of pictures of all categories together, >= 1.
     captions_per_image: >= 1. captions: "short" (`description`) or "full" (`full_description`). image_width,
     image_height: pixels, >= 32. held_out: expected share, in [0, 0.5], of the (colour, pattern, sleeve) combinations
     that training never shows.
 
     Raises:
-        ValueError: a value outside these ranges.
+        ValueError: If a value is outside these ranges.
     """
 
     seed: int = 0
@@ -65,10 +65,10 @@ class QuestionGarments:
 
 @dataclass(frozen=True)
 class Kind:
-    """Hold one kind of question: what it asks ({} stands for the garment's noun), of which categories, the answers.
+    """A kind of question: its attribute, its wordings ({} stands for the garment's noun), answers and categories.
 
-    answers: attribute value -> answer; a garment with another value is not asked. No answer holds an article, a
-    numeral or punctuation, which VQA's scorer would rewrite.
+    answers: answer by attribute value; no question is asked about a garment with another value. Answers contain no
+    article, numeral or punctuation, because VQA's scorer would rewrite them.
     """
 
     name: str
@@ -162,7 +162,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Question:
-    """Hold one question about a picture and its right answer."""
+    """A question about a picture, and its right answer."""
 
     image: str
     kind: str
@@ -171,14 +171,14 @@ class Question:
 
 
 def image_id(file_name: str) -> int:
-    """Return the number at the end of a picture's file name, which is its id, as in COCO's names."""
+    """Return the number at the end of a picture's file name, which is its id as in COCO's names."""
     return int(Path(file_name).stem.rpartition("_")[2])
 
 
 def plan_pictures(config: QuestionGarments) -> dict[str, dict[str, Garment]]:
-    """Invent the garments by split and file name: pure, and equal for equal arguments.
+    """Plan the garments by split and file name. The plan depends on `config` alone.
 
-    No garment occurs twice, in one split or in both, and no held-out combination occurs in training.
+    No garment occurs twice, neither in one split nor in both, and training shows no held-out combination.
     """
     rng = random.Random(f"garments/questions/{config.seed}")
     seen: set[tuple[str, ...]] = set()
@@ -201,12 +201,12 @@ def plan_pictures(config: QuestionGarments) -> dict[str, dict[str, Garment]]:
 def plan_questions(
     config: QuestionGarments, split: str, pictures: Mapping[str, Garment], section: str = "garments_vqa"
 ) -> list[Question]:
-    """Ask about a split's pictures: of each kind, as many questions for each answer as the rarest answer allows.
+    """Return questions about the pictures of a split: per kind, each answer as often as the rarest answer allows.
 
-    section: the data set that is being built, which an error names; captions come from the same world.
+    section: name of the data set that is being built, for error messages; the captions' data set uses the same world.
 
     Raises:
-        ValueError: the pictures are too few for any kind of question.
+        ValueError: If the pictures are too few for any kind of question.
     """
     rng = random.Random(f"garments/questions/{config.seed}/{split}")
     questions = [question for kind in KINDS for question in _balanced(kind, pictures, rng)]
@@ -233,7 +233,7 @@ def _balanced(kind: Kind, pictures: Mapping[str, Garment], rng: random.Random) -
 
 
 def plan_captions(config: QuestionGarments, split: str, pictures: Mapping[str, Garment]) -> dict[str, list[str]]:
-    """Describe a split's pictures, each ``captions_per_image`` times, by file name."""
+    """Return ``captions_per_image`` descriptions of each picture of a split, by file name."""
     rng = random.Random(f"garments/captions/{config.seed}/{split}")
     return {
         name: [DESCRIPTIONS[config.captions](garment, rng) for _ in range(config.captions_per_image)]
@@ -242,12 +242,12 @@ def plan_captions(config: QuestionGarments, split: str, pictures: Mapping[str, G
 
 
 def answers() -> list[str]:
-    """List every answer once, sorted."""
+    """Return every answer once, sorted."""
     return sorted({answer for kind in KINDS for answer in kind.answers.values()})
 
 
 def guess_rate(questions: Sequence[Question]) -> float:
-    """Return the percentage of questions that the best constant answer to each kind gets right; 0 for none."""
+    """Return the percentage of questions that the best constant answer per kind gets right, or 0 without questions."""
     kinds = {kind.name: len(set(kind.answers.values())) for kind in KINDS}
     return 100 * sum(1 / kinds[question.kind] for question in questions) / max(len(questions), 1)
 
@@ -261,18 +261,18 @@ def write_questions(
 ) -> Path:
     """Write images/ and the annotation files of LAVIS's COCO-VQA and COCO-caption data sets below `root`; return it.
 
-    ``vqa_train.json``, ``vqa_val.json``: the questions; ``answer_list.json``: the candidates; ``questions_val.json``
-    and ``annotations_val.json``: VQA's own files for its scorer; ``caption_train.json`` (a record per caption) and
-    ``caption_val.json`` (a record per picture). The files depend on `config` alone, not on `workers`.
+    ``vqa_train.json`` and ``vqa_val.json`` hold the questions, ``answer_list.json`` the candidate answers,
+    ``questions_val.json`` and ``annotations_val.json`` VQA's own files for its scorer, ``caption_train.json`` a record
+    per caption and ``caption_val.json`` a record per picture. The files depend on `config` alone and not on `workers`.
 
     Raises:
-        OSError: a file could not be written; a full disk is named as such.
+        OSError: If a file cannot be written. The message says so if the disk is full.
     """
     root = Path(root)
     plan = plan_pictures(config)
     size = (config.image_width, config.image_height)
     pictures = {name: garment for split in plan.values() for name, garment in split.items()}
-    with full_disk_named(root, len(pictures), size):
+    with explain_full_disk(root, len(pictures), size):
         write_json(root / "answer_list.json", answers())
         for split, garments in plan.items():
             questions = plan_questions(config, split, garments, section)
@@ -296,14 +296,14 @@ def write_questions(
 WORLD = World("garments-questions", GENERATOR_VERSION, QuestionGarments, write_questions)
 
 
-def words() -> list[str]:
-    """List every word of the questions and answers, lower case, sorted; the captions' are ``wording.words``."""
+def question_words() -> list[str]:
+    """Return every word of the questions and answers, in lower case and sorted; ``wording.words`` covers captions."""
     texts = [text.format(noun) for kind in KINDS for text in kind.wordings for noun in _NOUNS.values()]
     return sorted({word for text in (*texts, *answers()) for word in tokens(text)})
 
 
 def _records(questions: Sequence[Question], with_answers: bool) -> list[dict[str, Any]]:
-    """Return LAVIS's own records; a question's id is its place."""
+    """Return LAVIS's own records. The id of a question is its index."""
     return [
         {
             "question_id": place,

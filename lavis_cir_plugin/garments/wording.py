@@ -1,8 +1,8 @@
-"""Say in FashionIQ's manner how a target garment differs from its reference; and describe one garment.
+"""Write captions in FashionIQ's style for the difference of two garments, and descriptions of one garment.
 
-Every phrase states something true of the target that is not true of the reference (or a true comparison of the two);
-`{}` in the tables stands for the value's own words. A phrase is either an "is" phrase (an adjective) or a "has" phrase
-(a noun), so that any two can be joined.
+Every phrase is true of the target and not of the reference, or is a true comparison of the two. In the tables `{}`
+stands for the words of a value. A phrase is either an "is" phrase (an adjective) or a "has" phrase (a noun), so any two
+phrases can be combined.
 """
 
 from __future__ import annotations
@@ -137,9 +137,9 @@ _ABSOLUTE, _RELATIVE = True, False
 
 @dataclass(frozen=True)
 class Phrase:
-    """Say one true thing: `verb` is "is" or "has", `covers` the changed attributes that it speaks of.
+    """One true statement: `verb` is "is" or "has", `covers` holds the changed attributes that it mentions.
 
-    absolute: the phrase names the target's value; otherwise it only compares.
+    absolute: whether the phrase names the target's value; otherwise it only compares.
     """
 
     verb: str
@@ -246,7 +246,7 @@ def _length_phrases(reference: Garment, target: Garment) -> Iterable[Phrase]:
 
 
 def _neckline_height(garment: Garment) -> int:
-    """Tell low (0), middle (1) and high (2) necklines apart; within a height, none is visibly higher."""
+    """Return 0 for low, 1 for middle and 2 for high necklines; no neckline is visibly higher within a height."""
     return 0 if garment.neckline in ("v", "square") else 2 if garment.neckline == "high" else 1
 
 
@@ -285,7 +285,7 @@ def _graphic_phrases(reference: Garment, target: Garment) -> Iterable[Phrase]:
     yield Phrase("has", "a graphic" if reference.graphic == "none" else "a different graphic", ("graphic",), _RELATIVE)
 
 
-_SPEAKERS = {
+_PHRASE_WRITERS = {
     "colour": _colour_phrases,
     "secondary": _secondary_phrases,
     "pattern": _pattern_phrases,
@@ -298,17 +298,17 @@ _SPEAKERS = {
 
 
 def phrases(reference: Garment, target: Garment) -> dict[str, tuple[Phrase, ...]]:
-    """List, for every changed attribute, all that can be said of it; what nobody would mention is left out.
+    """Return for every changed attribute all phrases about it, but only for changes that people would mention.
 
-    Not mentioned are a graphic that a pattern has covered, and a secondary colour that came or went with its pattern.
+    People do not mention a graphic that a pattern has covered, or a secondary colour that changed with its pattern.
     """
     said: dict[str, tuple[Phrase, ...]] = {}
     names = changed(reference, target)
     for name in names:
         if name == "secondary" and (not reference.secondary or "pattern" in names or "graphic" in names):
             continue
-        if name in _SPEAKERS:
-            found = tuple(_SPEAKERS[name](reference, target))
+        if name in _PHRASE_WRITERS:
+            found = tuple(_PHRASE_WRITERS[name](reference, target))
         else:
             toggles = _TOGGLES[name, getattr(target, name)]
             found = tuple(Phrase(verb, text, (name,), _ABSOLUTE) for verb, text in toggles)
@@ -317,27 +317,27 @@ def phrases(reference: Garment, target: Garment) -> dict[str, tuple[Phrase, ...]
     return said
 
 
-def _choose(options: tuple[Phrase, ...], rng: random.Random, absolute: bool) -> Phrase:
+def _choose_phrase(options: tuple[Phrase, ...], rng: random.Random, absolute: bool) -> Phrase:
     wanted = [phrase for phrase in options if phrase.absolute == absolute] or list(options)
     return rng.choice(wanted)
 
 
 def _sentence(chosen: list[Phrase], category: str, rng: random.Random) -> str:
-    """Join one to three phrases as annotators do: "is red and has long sleeves", "is red with long sleeves", "red"."""
+    """Combine phrases as annotators do: "is red and has long sleeves", "is red with long sleeves", "red"."""
     first, *rest = _ordered(chosen, rng)
     text = first.text if rng.random() < 0.1 else f"{first.verb} {first.text}"
     if rng.random() < 0.05:
         text = f"{rng.choice(('the ' + _NOUNS[category][0], 'it'))} {first.verb} {first.text}"
-    return _joined(text, first.verb, rest, rng)
+    return _append_phrases(text, first.verb, rest, rng)
 
 
 def _ordered(chosen: Iterable[Phrase], rng: random.Random) -> list[Phrase]:
-    """Put equal verbs together, "is" or "has" first."""
+    """Return the phrases grouped by verb; chance decides whether "is" or "has" comes first."""
     return sorted(chosen, key=lambda phrase: phrase.verb, reverse=rng.random() < 0.8)
 
 
-def _joined(text: str, previous: str, rest: Iterable[Phrase], rng: random.Random) -> str:
-    """Append phrases to a text whose last verb is `previous`."""
+def _append_phrases(text: str, previous: str, rest: Iterable[Phrase], rng: random.Random) -> str:
+    """Append phrases to a text whose last verb is `previous`, and return the text."""
     for phrase in rest:
         if phrase.verb == previous:
             text += f" and {phrase.text}"
@@ -350,7 +350,7 @@ def _joined(text: str, previous: str, rest: Iterable[Phrase], rng: random.Random
 
 
 def _as_typed(text: str, rng: random.Random) -> str:
-    """Add what annotators leave behind, in about FashionIQ's shares: capitals, a full stop, a blank."""
+    """Add capitals, full stops and blanks about as often as FashionIQ's annotators leave them."""
     if rng.random() < 0.15:
         text = text[0].upper() + text[1:]
     if rng.random() < 0.08:
@@ -361,13 +361,13 @@ def _as_typed(text: str, rng: random.Random) -> str:
 
 
 def captions(reference: Garment, target: Garment, rng: random.Random) -> tuple[str, str]:
-    """Write the two captions that two annotators give the pair (reference, target).
+    """Return the two captions that two annotators give the pair (reference, target).
 
-    Together they speak of up to four changes; each names one or two, often different ones. A change is told by its new
-    value in at least one caption in about five cases of six, else only by a comparison.
+    Together they mention up to four changes. Each mentions one or two, which often differ between them. In about five
+    of six cases at least one caption names the new value of a change; otherwise the captions only compare.
 
     Raises:
-        ValueError: the garments differ in nothing that can be said.
+        ValueError: If no difference of the garments can be mentioned.
     """
     said = phrases(reference, target)
     if not said:
@@ -379,23 +379,28 @@ def captions(reference: Garment, target: Garment, rng: random.Random) -> tuple[s
     while not parts[1] or (len(parts[1]) == 1 and len(names) > 1 and rng.random() < 0.45):
         parts[1].append(rng.choice([name for name in names if name not in parts[1]]))
     absolute = {name: rng.random() < 0.85 for name in names}
-    told: list[str] = []
+    mentioned: list[str] = []
     texts = []
     for part in parts:
         chosen: list[Phrase] = []
         for name in part:
             if not any(name in phrase.covers for phrase in chosen):
-                chosen.append(_choose(said[name], rng, absolute[name] if name not in told else rng.random() < 0.5))
-        told.extend(part)
+                chosen.append(
+                    _choose_phrase(said[name], rng, absolute[name] if name not in mentioned else rng.random() < 0.5)
+                )
+        mentioned.extend(part)
         texts.append(_as_typed(_sentence(_without_repeats(chosen), reference.category, rng), rng))
     rng.shuffle(texts)
     return texts[0], texts[1]
 
 
-def told(reference: Garment, target: Garment, rng: random.Random, only: Iterable[str] | None = None) -> list[Phrase]:
-    """Choose a phrase for every change that can be said (of those in `only`); in five cases of six, by its new value.
+def choose_phrases(
+    reference: Garment, target: Garment, rng: random.Random, only: Iterable[str] | None = None
+) -> list[Phrase]:
+    """Choose a phrase for every change that can be mentioned, or only for those in `only`.
 
-    A phrase that speaks of two changes ("white stripes") speaks for both.
+    In five of six cases the phrase names the new value. A phrase that mentions two changes ("white stripes") counts for
+    both.
     """
     said = phrases(reference, target)
     names = [name for name in said if only is None or name in only]
@@ -403,27 +408,27 @@ def told(reference: Garment, target: Garment, rng: random.Random, only: Iterable
     chosen: list[Phrase] = []
     for name in names:
         if not any(name in phrase.covers for phrase in chosen):
-            chosen.append(_choose(said[name], rng, absolute=rng.random() < 0.85))
+            chosen.append(_choose_phrase(said[name], rng, absolute=rng.random() < 0.85))
     return _without_repeats(chosen)
 
 
 def predicate(chosen: Iterable[Phrase], rng: random.Random) -> str:
-    """Say phrases as CIRCO does, beginning with a verb, without capitals and full stop: "is red and has a belt"."""
+    """Write phrases in CIRCO's style, from the verb on, without capitals and full stop: "is red and has a belt"."""
     first, *rest = _ordered(chosen, rng)
-    return _joined(f"{first.verb} {first.text}", first.verb, rest, rng)
+    return _append_phrases(f"{first.verb} {first.text}", first.verb, rest, rng)
 
 
 def edit_sentence(chosen: Iterable[Phrase], category: str, rng: random.Random) -> str:
-    """Say phrases as CIRR does, in one sentence: "shows the same dress but it is red and has a belt"."""
+    """Write phrases in CIRR's style, as one sentence: "shows the same dress but it is red and has a belt"."""
     noun = _NOUNS[category][0]
     text = rng.choice(_OPENINGS).format(noun=noun, edit=predicate(chosen, rng))
     return _as_typed(text, rng)
 
 
-def concept(garment: Garment, names: Iterable[str], rng: random.Random) -> str:
+def shared_concept(garment: Garment, names: Iterable[str], rng: random.Random) -> str:
     """Describe what garments share, a category and some attributes: "a red knee length dress with long sleeves".
 
-    `names` are of colour, pattern, length, sleeve and neckline.
+    `names` holds attributes among colour, pattern, length, sleeve and neckline.
     """
     tables = {"colour": _COLOUR_WORDS, "pattern": _PATTERN_ADJECTIVES, "length": _LENGTH_ADJECTIVES}
     adjectives = [rng.choice(table[getattr(garment, name)]) for name, table in tables.items() if name in names]
@@ -436,7 +441,7 @@ def concept(garment: Garment, names: Iterable[str], rng: random.Random) -> str:
 
 
 def _without_repeats(chosen: list[Phrase]) -> list[Phrase]:
-    """Drop a phrase whose attributes another phrase already speaks of ("a red floral dress" makes "red" idle)."""
+    """Remove phrases whose attributes another phrase also mentions: "a red floral dress" makes "red" redundant."""
     return [
         phrase
         for phrase in chosen
@@ -445,9 +450,9 @@ def _without_repeats(chosen: list[Phrase]) -> list[Phrase]:
 
 
 def description(garment: Garment, rng: random.Random) -> str:
-    """Describe one garment as a caption does: "a navy striped dress with long sleeves and a v neck".
+    """Describe one garment in a caption: "a navy striped dress with long sleeves and a v neck".
 
-    Colour and pattern (unless solid) are always told, in varied words, and two of the other details.
+    The caption always names the colour and any pattern other than solid, in varied words, and two of the other details.
     """
     adjectives = [rng.choice(_COLOUR_WORDS[garment.colour])]
     if garment.pattern != "solid":
@@ -464,10 +469,10 @@ def description(garment: Garment, rng: random.Random) -> str:
 
 
 def full_description(garment: Garment, rng: random.Random) -> str:
-    """Describe one garment with most of what can be seen: "a red knee length dress with a belt and no sleeves".
+    """Describe one garment with most of what is visible: "a red knee length dress with a belt and no sleeves".
 
-    Colour and pattern (unless solid) are always told, length and fit in three of four descriptions each, and up to
-    three of the other details; what is the plain case of buttons, belt, hem, finish and graphic is not mentioned.
+    The text always names the colour and any pattern other than solid. Three of four texts name the length, three of
+    four the fit. All name up to three other details, but never the default of buttons, belt, hem, finish or graphic.
     """
     adjectives = [rng.choice(_COLOUR_WORDS[garment.colour])]
     if garment.pattern != "solid":
@@ -490,12 +495,12 @@ def _described(adjectives: Sequence[str], noun: str, details: Sequence[str]) -> 
 
 
 def tokens(text: str) -> list[str]:
-    """Split a caption into its lower-case words, without punctuation."""
+    """Return the lower-case words of a caption without punctuation."""
     return re.findall(r"[a-z]+", text.lower())
 
 
 def words() -> list[str]:
-    """List every word the captions can contain, lower case, sorted: the vocabulary a tokenizer needs."""
+    """Return every word that captions can contain, in lower case and sorted: the vocabulary of a tokenizer."""
     tables = (
         _COLOUR_WORDS, _PATTERN_ADJECTIVES, _PATTERN_NOUNS, _SLEEVE_ADJECTIVES, _SLEEVE_NOUNS, _LENGTH_ADJECTIVES,
         _NECKLINE_NOUNS, _FIT_ADJECTIVES, _GRAPHIC_NOUNS, _NOUNS,

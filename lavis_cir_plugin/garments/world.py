@@ -1,4 +1,4 @@
-"""Draw a world's pictures, in several processes, and keep its folder: made once, whole or not at all."""
+"""Draw a world's pictures in several processes, and write its folder once, whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lavis_cir_plugin.core.locks import LOCKS_HOLD, held
+from lavis_cir_plugin.core.locks import SYSTEM_HAS_LOCKS, hold_lock
 from lavis_cir_plugin.core.workers import worker_setup
 
 from .attributes import Garment
 from .drawing import draw
 
 _MARKER = "complete.json"
-_Job = tuple[Garment, tuple[int, int], str]
+_DrawingJob = tuple[Garment, tuple[int, int], str]
 
 
 def digest(settings: object) -> str:
-    """Return 16 hexadecimal digits that are equal for equal settings (what JSON can hold)."""
+    """Return 16 hexadecimal digits that are equal for equal settings, which JSON must be able to hold."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_types(config: Any) -> None:
-    """Check that every field of a configuration, a dataclass with defaults, is of its default's type.
+    """Check that every field of a config dataclass has the type of its default; a float field also takes integers.
 
     Raises:
-        ValueError: a field is not; a whole number is also a number.
+        ValueError: If a field has another type.
     """
     words = {int: "a whole number", float: "a number", str: "text"}
     for field in fields(config):
@@ -51,10 +51,10 @@ def check_types(config: Any) -> None:
 
 
 def check_drawing(image_width: int, image_height: int, held_out: float = 0.0) -> None:
-    """Check the settings that worlds share: the pictures' size and the share of combinations kept out of training.
+    """Check the settings that all worlds have: the size of the pictures and the held-out share of combinations.
 
     Raises:
-        ValueError: a side below 32 pixels, or a share outside [0, 0.5].
+        ValueError: If a side is below 32 pixels or the share is outside [0, 0.5].
     """
     if min(image_width, image_height) < 32:
         raise ValueError(
@@ -65,7 +65,7 @@ def check_drawing(image_width: int, image_height: int, held_out: float = 0.0) ->
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a file of JSON; its folder is made."""
+    """Write a JSON file and make its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -79,28 +79,28 @@ def write_pictures(
 ) -> None:
     """Draw garments of `size` = (width, height) pixels into `folder`, by file name ending in ".jpg" or ".png".
 
-    A name may hold folders, which are made. The files do not depend on `workers`, the number of drawing processes
+    Folders in a name are made if necessary. The files do not depend on `workers`, the number of drawing processes
     (default: one per core).
 
     Raises:
-        OSError: a file could not be written.
+        OSError: If a file cannot be written.
     """
     jobs = [(garment, size, str(folder / name)) for name, garment in pictures.items()]
     for below in {(folder / name).parent for name in pictures}:
         below.mkdir(parents=True, exist_ok=True)
     logging.info("drawing %d garments into %s", len(jobs), folder)
-    hidden = None if progress else True  # None: shown on a terminal only
-    for _ in tqdm(_drawn(jobs, workers), total=len(jobs), desc="garments", unit="image", disable=hidden):
+    hidden = None if progress else True  # None shows the bar on a terminal only
+    for _ in tqdm(_draw_all(jobs, workers), total=len(jobs), desc="garments", unit="image", disable=hidden):
         pass
 
 
-def _drawn(jobs: list[_Job], workers: int | None) -> Iterator[None]:
-    """Draw every job's picture, in this process or in several, and yield once for each."""
+def _draw_all(jobs: list[_DrawingJob], workers: int | None) -> Iterator[None]:
+    """Draw the picture of every job, in this process or in several, and yield once per picture."""
     workers = os.cpu_count() or 1 if workers is None else workers
     if workers <= 1 or len(jobs) < 100:
         yield from map(_draw_job, jobs)
         return
-    # A forked worker has the modules already; a fresh interpreter would first import the whole plugin.
+    # A forked worker already has the modules. A new interpreter would first import the whole plugin.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
@@ -113,7 +113,7 @@ def _drawn(jobs: list[_Job], workers: int | None) -> Iterator[None]:
                 raise
 
 
-def _draw_job(job: _Job) -> None:
+def _draw_job(job: _DrawingJob) -> None:
     garment, size, path = job
     picture, encoded = draw(garment, size), io.BytesIO()
     if path.endswith(".png"):
@@ -124,8 +124,8 @@ def _draw_job(job: _Job) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_named(root: Path, images: int, size: tuple[int, int]) -> Iterator[None]:
-    """Name a full disk as such in the error of whatever writes `images` pictures of `size` below `root`."""
+def explain_full_disk(root: Path, images: int, size: tuple[int, int]) -> Iterator[None]:
+    """Say in an OSError of the block that the disk is full, if it is; the block writes pictures below `root`."""
     try:
         yield
     except OSError as error:
@@ -140,13 +140,13 @@ def full_disk_named(root: Path, images: int, size: tuple[int, int]) -> Iterator[
 
 @dataclass(frozen=True)
 class World:
-    """A kind of drawn data set.
+    """A type of drawn data set.
 
     Attributes:
-        kind: How its folders begin.
-        version: Of the generator; part of the cache key, so raise it with every change of the written files.
-        settings: Dataclass of its sizes and its seed, which raises ValueError for impossible values.
-        write: ``write(folder, settings, progress, workers)`` writes its files.
+        kind: Prefix of its folder names.
+        version: Version of the generator in the cache key. Raise it whenever the written files change.
+        settings: Dataclass of its sizes and its seed. It raises ValueError for impossible values.
+        write: Function ``write(folder, settings, progress, workers)`` that writes its files.
     """
 
     kind: str
@@ -157,43 +157,43 @@ class World:
     def make(
         self, cache_root: Path, settings: Any, progress: bool = True, workers: int | None = None, **options: Any
     ) -> Path:
-        """Return the folder ``<kind>-<hash>`` below `cache_root`; draw it on the first call only.
+        """Return the folder ``<kind>-<hash>`` below `cache_root`. Only the first call draws it.
 
-        The hash is of the generator's version and of the settings, so that the folder depends on nothing else.
+        The hash covers the generator's version and the settings, so the folder depends on nothing else.
 
         Args:
-            cache_root: Of all worlds; it is made.
-            settings: Of the type `settings`.
-            progress: Show a bar on a terminal.
-            workers: Drawing processes; by default one per core.
-            options: What else ``write`` takes, of which no written byte depends.
+            cache_root: Folder of all worlds. It is made if it is missing.
+            settings: Sizes and seed, of the type `settings`.
+            progress: Whether to show a bar on a terminal.
+            workers: Number of drawing processes; the default is one per core.
+            options: Further arguments of ``write``. No written byte may depend on them.
 
         Raises:
-            OSError: something could not be written; nothing of the unfinished world is left.
+            OSError: If something cannot be written. Nothing of the unfinished world is left.
         """
         content = {"generator_version": self.version, **asdict(settings)}
         place = Path(cache_root) / f"{self.kind}-{digest(content)}"
-        return made_once(place, content, lambda folder: self.write(folder, settings, progress, workers, **options))
+        return make_once(place, content, lambda folder: self.write(folder, settings, progress, workers, **options))
 
 
-def made_once(place: Path, settings: object, write: Callable[[Path], object]) -> Path:
-    """Return the folder `place`, made by ``write(folder)`` on the first call only.
+def make_once(place: Path, settings: object, write: Callable[[Path], object]) -> Path:
+    """Return the folder `place`. Only the first call makes it, by ``write(folder)``.
 
-    It is written beside its place and moved there when it is whole, with `settings` in a file that marks it so; what
-    an interrupted call left is removed by the next one. Processes that call at once wait for the one that writes.
+    `write` fills a folder beside `place`, which is moved there as soon as it is whole. A file with `settings` marks it
+    as whole. The next call removes what an interrupted call left. Other processes that call in the meantime wait.
 
     Raises:
-        OSError: something could not be written; nothing of the unfinished folder is left.
+        OSError: If something cannot be written. Nothing of the unfinished folder is left.
     """
     try:
-        return _made_once(place, settings, write)
+        return _make_under_lock(place, settings, write)
     except OSError as error:
-        words = _in_words(error, place)
+        words = _without_unfinished_name(error, place)
         raise (OSError(words) if error.errno is None else OSError(error.errno, words)) from error
 
 
-def _in_words(error: OSError, place: Path) -> str:
-    """Say what could not be written, without the name of the unfinished folder, which is gone by then."""
+def _without_unfinished_name(error: OSError, place: Path) -> str:
+    """Return what could not be written, without the name of the unfinished folder, which no longer exists."""
     begin = place.parent / f".{place.name}.part-"
     reason = re.sub(rf"{re.escape(str(begin))}\w+", lambda _: str(place), error.strerror or str(error))
     if reason.startswith("garments: "):
@@ -204,15 +204,15 @@ def _in_words(error: OSError, place: Path) -> str:
     )
 
 
-def _made_once(place: Path, settings: object, write: Callable[[Path], object]) -> Path:
+def _make_under_lock(place: Path, settings: object, write: Callable[[Path], object]) -> Path:
     root = place.parent
     if (place / _MARKER).is_file():
         return place
     root.mkdir(parents=True, exist_ok=True)
-    with held(root / f".{place.name}.lock", f"drawing {place}"):
+    with hold_lock(root / f".{place.name}.lock", f"drawing {place}"):
         if (place / _MARKER).is_file():
             return place
-        if LOCKS_HOLD:
+        if SYSTEM_HAS_LOCKS:
             for left_over in root.glob(f".{place.name}.part-*"):
                 shutil.rmtree(left_over, ignore_errors=True)
         part = Path(tempfile.mkdtemp(prefix=f".{place.name}.part-", dir=root))
@@ -220,14 +220,14 @@ def _made_once(place: Path, settings: object, write: Callable[[Path], object]) -
             write(part)
             part.chmod(0o755)
             write_json(part / _MARKER, settings)
-            _moved(part, place)
+            _move_into_place(part, place)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return place
 
 
-def _moved(part: Path, place: Path) -> None:
-    """Move a whole world to its place; a whole one that another process has put there in the meantime stays."""
+def _move_into_place(part: Path, place: Path) -> None:
+    """Move a whole world to its place, unless another process has put a whole world there in the meantime."""
     if place.exists() and not (place / _MARKER).is_file():
         shutil.rmtree(place)
     try:

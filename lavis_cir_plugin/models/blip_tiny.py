@@ -18,7 +18,7 @@ from transformers import BertTokenizer
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
-from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.models.tokenizer import load_tokenizer
 
 _VIT = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}

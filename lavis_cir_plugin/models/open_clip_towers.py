@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import as_float32, first_line, load_strictly, read_state, verify_checkpoint
-from lavis_cir_plugin.core.pixels import CLIP_PIXELS
-from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.error_messages import did_you_mean
+from lavis_cir_plugin.core.normalisation import CLIP_MEAN_AND_STD
 
 PSEUDO_WORD = "*"
 """Stands for the image in a sentence."""
 
-PIXELS = {"clip": CLIP_PIXELS, "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
+PIXELS = {"clip": CLIP_MEAN_AND_STD, "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
 
 # What OpenAI's archives hold besides weights.
 _ARCHIVE_NUMBERS = ("input_resolution", "context_length", "vocab_size")
@@ -100,7 +100,7 @@ def pixel_normalisation(clip_model: str, pretrained: str | None, asked: str = "a
             f"{pretrained} does not say with which; set model.pixels to {' or '.join(PIXELS)} (inception: all 0.5, as "
             "laion2b_s32b_b82k)."
         )
-    return found.pop() if len(found) == 1 else CLIP_PIXELS
+    return found.pop() if len(found) == 1 else CLIP_MEAN_AND_STD
 
 
 class ImageTower(nn.Module):
@@ -123,11 +123,13 @@ class ImageTower(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, visual: nn.Module, pixels: tuple[Any, Any] = CLIP_PIXELS, with_patches: bool = False) -> None:
+    def __init__(
+        self, visual: nn.Module, pixels: tuple[Any, Any] = CLIP_MEAN_AND_STD, with_patches: bool = False
+    ) -> None:
         super().__init__()
         self.visual: Any = visual
         self.with_patches = with_patches
-        (mean, std), (clip_mean, clip_std) = pixels, CLIP_PIXELS
+        (mean, std), (clip_mean, clip_std) = pixels, CLIP_MEAN_AND_STD
         self.renormalises = (tuple(mean), tuple(std)) != (tuple(clip_mean), tuple(clip_std))
         scale = torch.tensor(clip_std) / torch.tensor(std)
         shift = (torch.tensor(clip_mean) - torch.tensor(mean)) / torch.tensor(std)

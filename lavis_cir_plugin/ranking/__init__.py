@@ -1,4 +1,4 @@
-"""Scores, ranks and metrics of galleries, and the index that finds candidates in large ones."""
+"""Scores, ranks and metrics of galleries, and the index that finds candidates in large galleries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    from lavis_cir_plugin import former_places  # the names that this module had when it was a file
+    from lavis_cir_plugin import former_places  # serves the names that this module had when it was one file
 
     return former_places.find("ranking", name)

@@ -1,4 +1,4 @@
-"""Search of a gallery for its best images: exactly, or among candidates that FAISS finds."""
+"""Search a gallery for the best images, exactly or among candidates that FAISS finds."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
-from lavis_cir_plugin.core.sentences import did_you_mean
-from lavis_cir_plugin.core.whole_or_nothing import replacing
+from lavis_cir_plugin.core.atomic_files import replacing
+from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.ranking import scoring
 from lavis_cir_plugin.ranking.ranks import rank, rerank
-from lavis_cir_plugin.ranking.scoring import longest_feature, split
+from lavis_cir_plugin.ranking.scoring import longest_feature, memory_slices
 
 KINDS = ("exact", "flat", "ivf", "hnsw")
 
 HITS_PER_RESULT = 4
-"""How many feature vectors FAISS is asked for per image that is wanted, at least."""
+"""Minimum number of feature vectors that FAISS returns per image that is wanted."""
 
 SPARE = 16
-"""How many images beyond the best k are scored again, because FAISS may have a few of them in a wrong order."""
+"""Number of images beyond the best k that are scored exactly, because FAISS may misorder a few of them."""
 
 VECTORS_PER_LIST, SAMPLE_PER_LIST = 39, 64
-"""Vectors that a list of an inverted file needs, so that FAISS trains it without a warning, and is trained on."""
+"""Vectors that each list of an inverted file needs for FAISS to train without a warning, and vectors it trains on."""
 
 GPU_HITS = 2048
-"""The most hits that FAISS returns from a GPU."""
+"""Largest number of hits that FAISS returns from a GPU."""
 
 LEAST_BEAM = 64
-"""How many vectors a search of a graph keeps in mind, at least."""
+"""Minimum number of vectors that a graph search keeps as candidates."""
 
 _FORMAT = "lavis_cir_plugin index 2"
 _LONGEST_HEADER = 1000
@@ -46,13 +46,13 @@ _LONGEST_HEADER = 1000
 class Owners:
     """The images behind each of V distinct vectors.
 
-    FAISS's graph links a vector to its nearest ones, so that many equal vectors link to each other alone and are cut
-    off from the rest. So equal vectors are indexed once.
+    FAISS's graph links each vector to its nearest ones. Many equal vectors would link only to each other and be cut off
+    from the rest, so equal vectors are indexed once.
 
     Attributes:
-        first: ``(V,)`` ascending places, among all G x K vectors, where each distinct vector is for the first time.
-        bounds: ``(V + 1,)`` where the images of each begin and end in ``images``.
-        images: Gallery indices, ascending for each vector; an image is there once for each of its distinct vectors.
+        first: ``(V,)`` ascending positions among all G x K vectors at which each distinct vector occurs first.
+        bounds: ``(V + 1,)`` positions in ``images`` at which the images of each vector begin and end.
+        images: Gallery indices, ascending for each vector. An image occurs once for each of its distinct vectors.
     """
 
     first: Tensor
@@ -60,7 +60,7 @@ class Owners:
     images: Tensor
 
     def of(self, vectors: Tensor, width: int) -> Tensor:
-        """Return the images of vectors ``(Q, H)``, nearest first, -1 for none: ``(Q, up to width)``, -1 pads."""
+        """Return the images of vectors ``(Q, H)``, nearest first: ``(Q, up to width)``; -1 stands for none and pads."""
         bounds, images = self.bounds.to(vectors.device), self.images.to(vectors.device)
         places = vectors.clamp(min=0)
         counts = torch.where(vectors >= 0, bounds[places + 1] - bounds[places], 0)
@@ -75,14 +75,14 @@ class Owners:
 
 @dataclass
 class Index:
-    """A gallery, and where its nearest feature vectors are found; made by `build_index` or `load_index`.
+    """A gallery with a search structure for its feature vectors. `build_index` or `load_index` makes it.
 
     Attributes:
         kind: One of `KINDS`.
-        gallery: ``(G, K, D)`` or ``(G, D)``; may be mapped from a file.
+        gallery: Features ``(G, K, D)`` or ``(G, D)``, possibly mapped from a file.
         longest: Length of the longest gallery feature.
-        vectors: FAISS's index of the V distinct ones of all G x K vectors; ``None`` for kind ``exact``.
-        owners: The images that each distinct vector belongs to; ``None`` where all G x K vectors are distinct.
+        vectors: FAISS's index of the V distinct vectors among all G x K; ``None`` for the kind ``exact``.
+        owners: Images of each distinct vector; ``None`` if all G x K vectors are distinct.
     """
 
     kind: str
@@ -97,23 +97,23 @@ class Index:
     ) -> tuple[Tensor, Tensor]:
         """Return the best k images of every query.
 
-        FAISS finds the nearest feature vectors; the images that these belong to are scored again by the arithmetic of
-        `rank`, over all their features, and ordered by its tie rule. So a result differs from the exact one only where
-        FAISS misses an image altogether.
+        FAISS finds the nearest feature vectors. The images of these vectors are scored again over all their features by
+        the arithmetic of `rank` and sorted by its tie rule. A result therefore differs from the exact one only if FAISS
+        misses an image altogether.
 
         Args:
-            query: ``(Q, D)``.
-            k: How many images, at most G.
-            excluded: ``(Q,)`` gallery index that is left out of a query's result (its reference), -1 for none.
-            hits: How many vectors to ask FAISS for; by default `HITS_PER_RESULT` per image. More are asked for where
-                they belong to fewer than k images.
+            query: Features ``(Q, D)``.
+            k: Number of images, at most G.
+            excluded: ``(Q,)`` gallery index that a query's result leaves out (its reference); -1 for none.
+            hits: Number of vectors to request from FAISS; the default is `HITS_PER_RESULT` per image. The search
+                requests more if the vectors belong to fewer than k images.
 
         Returns:
-            Scores ``(Q, k)`` float64 and gallery indices ``(Q, k)`` int64, best first, on the query's device; -inf and
-            -1 where fewer were found.
+            Scores ``(Q, k)`` float64 and gallery indices ``(Q, k)`` int64, best first, on the query's device. If fewer
+            images are found, -inf and -1 pad.
 
         Raises:
-            ValueError: a shape or k does not fit, or a query is not finite.
+            ValueError: If a shape or k does not fit, or a query is not finite.
         """
         self._check(query, k, excluded, hits)
         none = torch.full((len(query),), -1, device=query.device)
@@ -124,17 +124,17 @@ class Index:
         hits = min(hits or HITS_PER_RESULT * k, self.vectors.ntotal)
         most = max(hits, min((k + 1) * self._per_image, self.vectors.ntotal))
         parts = []
-        for part in split(len(query), scoring.WORKING_BYTES, 16 * max(most, self._width(k))):
+        for part in memory_slices(len(query), scoring.WORKING_BYTES, 16 * max(most, self._width(k))):
             candidates = self._candidates(query[part], k, excluded[part], hits, most)
             parts.append(rerank(query[part], self.gallery, candidates, k, longest=self.longest))
         scores, indices = zip(*parts)
         return torch.cat(scores), torch.cat(indices)
 
     def save(self, path: str | Path) -> Path:
-        """Write the index to a file, whole or not at all. The gallery stays where it is. Returns the path.
+        """Write the index without the gallery's features to a file, whole or not at all, and return the path.
 
         Raises:
-            OSError: it cannot be written; an older file is then left as it was.
+            OSError: If the file cannot be written. An old file then stays unchanged.
         """
         path = Path(path)
         with replacing(path) as file:
@@ -152,11 +152,11 @@ class Index:
         return 1 if self.gallery.dim() == 2 else self.gallery.shape[1]
 
     def _width(self, k: int) -> int:
-        """Return how many owners of the nearest vectors hold all candidates: an image has `_per_image` vectors."""
+        """Return how many owners of the nearest vectors include all candidates; an image has `_per_image` vectors."""
         return (k + SPARE + 1) * self._per_image
 
     def _candidates(self, query: Tensor, k: int, excluded: Tensor, hits: int, most: int) -> Tensor:
-        """Return distinct images ``(Q, C)``, best first, -1 at the end; k to k + SPARE where FAISS finds so many."""
+        """Return distinct images ``(Q, C)``, best first and padded with -1: k to k + SPARE if FAISS finds that many."""
         while True:
             vectors = self._nearest(query, hits)
             if self.owners is None:
@@ -166,17 +166,19 @@ class Index:
             images.masked_fill_(images == excluded.unsqueeze(1), -1)
             is_new = _first_occurrences(images) & (images >= 0)
             counts = is_new.sum(dim=1)
-            if hits >= most or not ((counts < k) & (vectors[:, -1] >= 0)).any():  # -1: FAISS has no more
+            if hits >= most or not ((counts < k) & (vectors[:, -1] >= 0)).any():  # -1: FAISS has no more vectors
                 best = (~is_new).int().argsort(dim=1, stable=True)[:, : max(k, min(int(counts.max()), k + SPARE))]
                 return images.masked_fill_(~is_new, -1).gather(1, best)
             hits = min(2 * hits, most)
 
     def _nearest(self, query: Tensor, hits: int) -> Tensor:
-        """Return the numbers of the nearest vectors, ``(Q, hits)``, on the query's device."""
+        """Return the indices of the nearest vectors, ``(Q, hits)``, on the query's device."""
         vectors = self.vectors if self._on_gpu is None or hits > GPU_HITS else self._on_gpu
         if self.kind == "hnsw":
             vectors.hnsw.efSearch = max(hits, LEAST_BEAM)
-        return torch.from_numpy(vectors.search(_rows(F.normalize(query.double(), dim=1)), hits)[1]).to(query.device)
+        return torch.from_numpy(vectors.search(_faiss_rows(F.normalize(query.double(), dim=1)), hits)[1]).to(
+            query.device
+        )
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -196,29 +198,30 @@ class Index:
             raise ValueError(f"hits must be at least k = {k}, got {hits}.")
         if excluded is not None and excluded.shape != query.shape[:1]:
             raise ValueError(f"excluded must be ({len(query)},), got {tuple(excluded.shape)}.")
-        longest_feature(query, "query")  # finite
+        longest_feature(query, "query")  # raises ValueError if a query is not finite
 
 
 def build_index(kind: str, gallery: Tensor, *, lists: int | None = None, probes: int = 32, links: int = 32) -> Index:
-    """Index a gallery for search.
+    """Build an index of a gallery for search.
 
-    ``exact`` needs no building: it computes all scores. The others are FAISS's: ``flat`` keeps all vectors as float32;
-    ``ivf`` (an inverted file) and ``hnsw`` (a graph) keep them as float16 and look at a part of them only. The graph
-    depends on the order in which threads build it. ``flat`` and ``ivf`` search on a GPU where FAISS has one.
+    The kind ``exact`` builds nothing and computes all scores. FAISS provides the other kinds: ``flat`` keeps all
+    vectors as float32; ``ivf`` (an inverted file) and ``hnsw`` (a graph) keep them as float16 and search only a part of
+    them. The graph depends on the order in which threads build it. ``flat`` and ``ivf`` search on a GPU if there is
+    one.
 
     Args:
         kind: One of `KINDS`.
-        gallery: ``(G, K, D)`` or ``(G, D)``; it may be mapped from a file, and is read in blocks.
-        lists: ``ivf``: number of lists, by default about the square root of the number of vectors.
-        probes: ``ivf``: lists that a search looks at.
-        links: ``hnsw``: neighbours of a vector in the graph.
+        gallery: Features ``(G, K, D)`` or ``(G, D)``, possibly mapped from a file. They are read in blocks.
+        lists: Number of lists of ``ivf``; the default is about the square root of the number of vectors.
+        probes: Number of lists that a search in ``ivf`` reads.
+        links: Number of neighbours of a vector in the graph of ``hnsw``.
 
     Returns:
-        The index; it holds on to the gallery, whose features the candidates are scored with.
+        The index. It keeps the gallery, because the features score the candidates.
 
     Raises:
-        ValueError: the kind is unknown, FAISS is not installed, the gallery is empty or not finite, or it has too few
-            vectors for the lists.
+        ValueError: If the kind is unknown, FAISS is not installed, the gallery is empty or not finite, or the gallery
+            has too few vectors for the lists.
     """
     if kind not in KINDS:
         raise ValueError(f"index kind must be one of {', '.join(KINDS)}, got '{kind}'" + did_you_mean(kind, KINDS))
@@ -237,36 +240,36 @@ def build_index(kind: str, gallery: Tensor, *, lists: int | None = None, probes:
             f"differ; "
             f"set lists to {max(1, count // VECTORS_PER_LIST):,} or less, or use kind 'exact'."
         )
-    vectors = _empty(faiss, kind, gallery.shape[-1], lists, links)
-    scale = 1 / longest if longest else 1.0  # whatever the features' length, float16 then holds them
+    vectors = _new_faiss_index(faiss, kind, gallery.shape[-1], lists, links)
+    scale = 1 / longest if longest else 1.0  # float16 holds scaled features of any length
     if kind == "ivf":
         vectors.nprobe = probes
         vectors.cp.seed = 0
-        vectors.train(_rows(_sample(gallery, SAMPLE_PER_LIST * lists, owners), scale))
-    for part in split(len(gallery), scoring.WORKING_BYTES // 4, 8 * gallery[0].numel()):
+        vectors.train(_faiss_rows(_sample(gallery, SAMPLE_PER_LIST * lists, owners), scale))
+    for part in memory_slices(len(gallery), scoring.WORKING_BYTES // 4, 8 * gallery[0].numel()):
         rows = gallery[part].reshape(-1, gallery.shape[-1])
         if owners is not None:
             begin = part.start * (gallery[0].numel() // gallery.shape[-1])
             here = torch.searchsorted(owners.first, torch.tensor([begin, begin + len(rows)]))
             rows = rows[(owners.first[here[0] : here[1]] - begin).to(rows.device)]
         if len(rows):
-            vectors.add(_rows(rows, scale))
+            vectors.add(_faiss_rows(rows, scale))
     return Index(kind, gallery, longest, vectors, owners, _on_gpu(faiss, kind, vectors))
 
 
 def load_index(path: str | Path, gallery: Tensor) -> Index:
     """Read an index that `Index.save` wrote.
 
-    FAISS does not defend itself against files made to harm; load your own.
+    FAISS does not protect itself against malicious files, so load only your own files.
 
     Args:
-        path: The file.
-        gallery: The features that it was built from, in memory or mapped from a file.
+        path: Path of the file.
+        gallery: Features from which the index was built, in memory or mapped from a file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no index or damaged, FAISS is not installed, or the gallery is another one (a sample of the
-            features is compared).
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is no index or is damaged, FAISS is not installed, or the gallery is another one (a
+            sample of its features is compared).
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -295,14 +298,14 @@ def load_index(path: str | Path, gallery: Tensor) -> Index:
 
 
 def recall_against_exact(found: Tensor, exact: Tensor) -> float:
-    """Compute the share of the exact results that were found, in percent.
+    """Return the percentage of the exact results that an approximate search found.
 
     Args:
-        found: ``(Q, k)`` gallery indices of an approximate search; -1 pads.
-        exact: ``(Q, k')`` gallery indices of the exact one; -1 pads and is not counted.
+        found: ``(Q, k)`` gallery indices from the approximate search; -1 pads.
+        exact: ``(Q, k')`` gallery indices from the exact search; -1 pads and does not count.
 
     Raises:
-        ValueError: the exact search found nothing.
+        ValueError: If the exact search found nothing.
     """
     counted = exact >= 0
     if not counted.any():
@@ -323,7 +326,7 @@ def _faiss(kind: str) -> ModuleType:
     return faiss  # type: ignore[no-any-return]
 
 
-def _empty(faiss: ModuleType, kind: str, width: int, lists: int, links: int) -> Any:
+def _new_faiss_index(faiss: ModuleType, kind: str, width: int, lists: int, links: int) -> Any:
     if kind == "flat":
         return faiss.IndexFlatIP(width)
     half, product = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
@@ -333,30 +336,30 @@ def _empty(faiss: ModuleType, kind: str, width: int, lists: int, links: int) -> 
 
 
 def _on_gpu(faiss: ModuleType, kind: str, vectors: Any) -> Any:
-    """Return a copy on the first GPU; ``None`` without one, and for graphs, which FAISS searches on the CPU only."""
+    """Return a copy on the first GPU, or ``None`` without a GPU or for graphs, which FAISS searches only on the CPU."""
     if kind == "hnsw" or faiss.get_num_gpus() == 0:
         return None
     resources = faiss.StandardGpuResources()
     copy = faiss.index_cpu_to_gpu(resources, 0, vectors)
-    copy.resources = resources  # it does not keep them alive itself
+    copy.resources = resources  # the copy does not keep its resources alive by itself
     return copy
 
 
 def _first_occurrences(rows: Tensor) -> Tensor:
-    """Return where a row holds a value for the first time: ``(Q, C)`` bool."""
+    """Return ``(Q, C)`` bool: whether a value occurs for the first time in its row."""
     values, order = rows.sort(dim=1, stable=True)
     is_new = torch.ones_like(values, dtype=torch.bool)
     is_new[:, 1:] = values[:, 1:] != values[:, :-1]
     return torch.empty_like(is_new).scatter_(1, order, is_new)
 
 
-def _rows(features: Tensor, scale: float = 1.0) -> np.ndarray[Any, Any]:
-    """Return features ``(..., D)`` as FAISS takes them: ``(N, D)`` float32, scaled."""
+def _faiss_rows(features: Tensor, scale: float = 1.0) -> np.ndarray[Any, Any]:
+    """Return features ``(..., D)`` in the form that FAISS takes: ``(N, D)`` float32, scaled."""
     return np.ascontiguousarray((features.flatten(0, -2).double() * scale).float().cpu().numpy())
 
 
 def _sample(gallery: Tensor, count: int, owners: Owners | None) -> Tensor:
-    """Draw so many distinct feature vectors, always the same; all in order where there are fewer."""
+    """Sample `count` distinct feature vectors, the same in each call, or return all in order if there are fewer."""
     vectors = gallery.flatten(0, -2)
     total = len(vectors) if owners is None else len(owners.first)
     chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].sort().values
@@ -366,9 +369,11 @@ def _sample(gallery: Tensor, count: int, owners: Owners | None) -> Tensor:
 
 
 def _owners(gallery: Tensor) -> Owners | None:
-    """Find the vectors that are equal bit by bit, and their images; None where there are none."""
+    """Find vectors that are equal bit by bit, and their images; return None if all vectors differ."""
     rows = gallery.flatten(0, -2)
-    hashes = torch.cat([_hashes(rows[part]) for part in split(len(rows), scoring.WORKING_BYTES // 4, _cost(rows))])
+    hashes = torch.cat(
+        [_hashes(rows[part]) for part in memory_slices(len(rows), scoring.WORKING_BYTES // 4, _bytes_per_row(rows))]
+    )
     order = hashes.argsort(stable=True)
     is_first = torch.ones(len(rows), dtype=torch.bool)
     is_first[1:] = hashes[order[1:]] != hashes[order[:-1]]
@@ -376,12 +381,12 @@ def _owners(gallery: Tensor) -> Owners | None:
         return None
     leader = torch.empty_like(order)  # the first vector with the same hash
     leader[order] = order[is_first][is_first.cumsum(0) - 1]
-    # Equal hashes prove nothing: a vector that differs from its leader stays on its own.
+    # Equal hashes prove nothing, so a vector that differs from its leader stays separate.
     copies = (leader != torch.arange(len(rows))).nonzero().flatten()
-    for part in split(len(copies), scoring.WORKING_BYTES // 4, 2 * _cost(rows)):
-        some = copies[part]
-        own, others = rows[some.to(rows.device)], rows[leader[some].to(rows.device)]
-        leader[some] = torch.where((own == others).all(dim=1).cpu(), leader[some], some)
+    for part in memory_slices(len(copies), scoring.WORKING_BYTES // 4, 2 * _bytes_per_row(rows)):
+        batch = copies[part]
+        own, others = rows[batch.to(rows.device)], rows[leader[batch].to(rows.device)]
+        leader[batch] = torch.where((own == others).all(dim=1).cpu(), leader[batch], batch)
     first, vector = leader.unique(return_inverse=True)
     per_image = 1 if gallery.dim() == 2 else gallery.shape[1]
     pairs = torch.stack([vector, torch.arange(len(rows)) // per_image]).unique(dim=1)  # sorted by vector, then image
@@ -391,12 +396,12 @@ def _owners(gallery: Tensor) -> Owners | None:
     return Owners(first, bounds, pairs[1].contiguous())
 
 
-def _cost(rows: Tensor) -> int:
+def _bytes_per_row(rows: Tensor) -> int:
     return 16 * rows.shape[1]
 
 
 def _hashes(rows: Tensor) -> Tensor:
-    """Return a number of 64 bits for each row ``(n, D)``, equal for equal rows: a weighted sum of the entries' bits."""
+    """Return a 64-bit number for each row ``(n, D)``, equal for equal rows: a weighted sum of the entries' bits."""
     bits = rows.contiguous().cpu().view(_BITS[rows.element_size()]).long()
     weights = torch.randint(-(2**63), 2**63 - 1, bits.shape[1:], generator=torch.Generator().manual_seed(0)) | 1
     return (bits * weights).sum(dim=1)  # modulo 2^64
@@ -406,7 +411,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _read_owners(file: BinaryIO, vectors: int, images: int) -> Owners:
-    """Read what `Index.save` wrote of them."""
+    """Read the owners that `Index.save` wrote."""
     parts = []
     for count in (vectors, vectors + 1, images):
         content = bytearray(file.read(8 * count))
@@ -417,7 +422,7 @@ def _read_owners(file: BinaryIO, vectors: int, images: int) -> Owners:
 
 
 def _checksum(gallery: Tensor) -> int:
-    """Return a checksum of up to 256 images spread over the gallery."""
+    """Return a checksum of up to 256 images that are spread over the gallery."""
     rows = torch.linspace(0, len(gallery) - 1, min(len(gallery), 256), dtype=torch.float64).long()
     sample = gallery[rows.to(gallery.device)].contiguous().cpu()
     return zlib.crc32(sample.view(torch.uint8).numpy().tobytes())

@@ -1,7 +1,7 @@
 """Compute recall and mean average precision from ranks.
 
-Ranks are a tensor or plain lists, with the same result to the last bit: whole numbers are counted and sums are rounded
-once (`math.fsum`), whatever the order. So ranks in a file are scored without torch.
+Ranks are a tensor or plain lists. Both give the same result to the last bit, because integers are counted and sums are
+rounded once (`math.fsum`), in whatever order. So ranks in a file can be scored without torch.
 """
 
 from __future__ import annotations
@@ -14,42 +14,42 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Ranks = Union["Tensor", Sequence[int]]
-"""``(Q,)``, one rank per query."""
+"""Ranks ``(Q,)``, one per query."""
 
 LabelledRanks = Union["Tensor", Sequence[Sequence[int]]]
-"""``(Q, T)``, one rank per labelled image of each query; lists may differ in length."""
+"""Ranks ``(Q, T)``, one per labelled image of each query. Lists may differ in length."""
 
 
 class HasRanks(Protocol):
-    """What metrics read: a `Ranking`, or the ranks that a file gives."""
+    """What metrics read: a `Ranking`, or the ranks from a file."""
 
     @property
     def ranks(self) -> Ranks:
-        """``(Q,)``: 0-based rank of the target; -1 for none."""
+        """Return ``(Q,)``: the 0-based rank of each target, or -1 for none."""
 
     @property
     def subset_ranks(self) -> Ranks:
-        """``(Q,)``: the same among the query's members."""
+        """Return ``(Q,)``: the 0-based rank of each target among the query's members, or -1 for none."""
 
     @property
     def relevant_ranks(self) -> LabelledRanks:
-        """``(Q, T)``: 0-based rank of every labelled image; -1 pads."""
+        """Return ``(Q, T)``: the 0-based rank of every labelled image; -1 pads."""
 
 
 def as_lists(values: Any) -> Any:
-    """Return the numbers of a tensor as lists, and lists as they are."""
+    """Return the numbers of a tensor as lists, and lists unchanged."""
     return values.tolist() if hasattr(values, "tolist") else values
 
 
 def recall_at(ranks: Ranks, k: int) -> float:
-    """Compute Recall@K in percent: the share of queries whose target is among the first K.
+    """Compute Recall@K in percent: the share of queries whose target is among the first K images.
 
     Args:
         ranks: ``(Q,)`` 0-based; -1 (target not in the gallery) counts as a miss.
-        k: At least 1.
+        k: Number K of images, at least 1.
 
     Raises:
-        ValueError: there is no query.
+        ValueError: If there is no query.
     """
     if len(ranks) == 0:
         raise ValueError("recall of zero queries is undefined; the split or group holds no query.")
@@ -58,20 +58,20 @@ def recall_at(ranks: Ranks, k: int) -> float:
 
 
 def average_precision_at(relevant_ranks: LabelledRanks, k: int) -> float:
-    r"""Compute mAP@K in percent: average precision over several labelled images, the mean over queries.
+    r"""Compute mAP@K in percent: the mean over queries of the average precision over several labelled images.
 
     .. math:: \mathrm{AP@}K = \frac{1}{\min(K, |G|)} \sum_{g \in G,\; r_g < K}
               \frac{|\{h \in G : r_h \le r_g\}|}{r_g + 1}
 
-    Dividing by :math:`\min(K, |G|)` lets a query with more than K labelled images reach 100. Of one labelled image at
-    rank r it is 1 / (r + 1), or 0 from r = K on.
+    The divisor :math:`\min(K, |G|)` lets a query with more than K labelled images reach 100. For one labelled image at
+    rank r, AP is 1 / (r + 1), or 0 if r >= K. Source: CIRCO (Baldrati et al., ICCV 2023).
 
     Args:
         relevant_ranks: ``(Q, T)`` 0-based, distinct within a query; -1 pads and does not count in :math:`|G|`.
-        k: At least 1.
+        k: Number K of images, at least 1.
 
     Raises:
-        ValueError: there is no query, or one without a labelled image. Source: CIRCO (Baldrati et al., ICCV 2023).
+        ValueError: If there is no query, or a query without a labelled image.
     """
     if len(relevant_ranks) == 0:
         raise ValueError("average precision of zero queries is undefined; the split or group holds no query.")

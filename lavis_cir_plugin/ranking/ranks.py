@@ -1,4 +1,4 @@
-"""Ranking of a gallery for composed queries: exact, reproducible, in bounded memory."""
+"""Rank a gallery for composed queries exactly, reproducibly and in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from lavis_cir_plugin.ranking import scoring
 from lavis_cir_plugin.ranking.scoring import Scores
 
 QUERIES_AT_ONCE = 512
-"""Enough for matrix products at full speed, few enough for their result to stay in a processor's cache."""
+"""Enough queries for matrix products at full speed, and few enough for the product to stay in a processor's cache."""
 
 SPARE = 64
-"""How many candidates beyond the best k may be too close to the last of these to be left out by the fast scores."""
+"""Number of candidates beyond the best k that the fast scores may be unable to separate from the k-th best."""
 
 DENSE = 32
-"""Where more than one in so many images is too close to a labelled one, all exact scores of the query are computed."""
+"""If more than one in `DENSE` images is too close to a labelled one, all exact scores of the query are computed."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Result of ranking Q queries.
+    """Result of ranking a gallery for Q queries.
 
     Attributes:
-        ranks: ``(Q,)`` int64, 0-based rank of the target; -1 where a query has none or it is not among the candidates.
+        ranks: ``(Q,)`` int64, 0-based rank of the target; -1 if a query has none or it is not among the candidates.
         top: ``(Q, k)`` int64, gallery indices, best first, without the excluded image; -1 pads short rankings.
-        subset_ranks: ``(Q,)`` int64, 0-based rank of the target among the query's members; -1 where it is not one.
-        relevant_ranks: ``(Q, T)`` int64, 0-based rank of every labelled image; -1 pads, and as for `ranks`.
-        subset_top: ``(Q, M)`` int64, the query's members, best first, without the excluded image; -1 pads.
+        subset_ranks: ``(Q,)`` int64, 0-based rank of the target among the query's members; -1 if it is not a member.
+        relevant_ranks: ``(Q, T)`` int64, 0-based rank of every labelled image; -1 as in `ranks`, and as padding.
+        subset_top: ``(Q, M)`` int64, members of the query, best first, without the excluded image; -1 pads.
     """
 
     ranks: Tensor
@@ -53,32 +53,32 @@ def rank(
     top_k: int = 50,
     chunk: int | None = None,
 ) -> Ranking:
-    r"""Rank the gallery for every query; equal scores are ordered by gallery index.
+    r"""Rank the gallery for every query. Equal scores are ordered by gallery index.
 
     .. math:: \mathrm{rank}(t) = |\{j : s_j > s_t\}| + |\{j < t : s_j = s_t\}|
 
-    The scores are the exact ones of `Scores`: equal features tie, and no result depends on `chunk`, on the other
-    queries, on the device or on the number of threads. A float32 product with a bound on its error decides most pairs,
-    and exact scores are computed only for those that it leaves open: for single pairs, or for the whole gallery where
-    these are many (a collapsed model, whose features are nearly equal).
+    The function ranks by the exact scores of `Scores`. Equal features tie, and no result depends on `chunk`, on other
+    queries, on the device or on the number of threads. A float32 product with an error bound decides most pairs. Exact
+    scores are computed only for the pairs that it leaves undecided. If these are many (a collapsed model, whose
+    features are nearly equal), exact scores are computed for the whole gallery.
 
-    Memory is O(chunk x G + Q x (T + M)), however many features K an image has; the gallery is read in blocks.
+    Memory is O(chunk x G + Q x (T + M)) for any number K of features per image. The gallery is read in blocks.
 
     Args:
-        query: ``(Q, D)``.
-        gallery: ``(G, K, D)`` or ``(G, D)``, on the query's device or on another one (moved block by block).
+        query: Features ``(Q, D)``.
+        gallery: Features ``(G, K, D)`` or ``(G, D)`` on any device; blocks are moved to the query's device.
         targets: ``(Q,)`` gallery index of the target, -1 for none.
-        excluded: ``(Q,)`` gallery index that is taken out of the query's ranking (its reference), -1 for none.
+        excluded: ``(Q,)`` gallery index that the query's ranking leaves out (its reference), -1 for none.
         members: ``(Q, M)`` distinct gallery indices of the query's image set, padded with -1.
         relevant: ``(Q, T)`` gallery indices of the query's labelled images, padded with -1.
-        top_k: How many of the best to return (fewer where the gallery is smaller); 0 for ranks alone.
-        chunk: Queries at a time; by default as many as `WORKING_BYTES` allows.
+        top_k: Number of best images to return (fewer if the gallery is smaller); 0 returns ranks alone.
+        chunk: Number of queries per block; the default is as many as `WORKING_BYTES` allows.
 
     Returns:
-        The ranking, on the device of `query`.
+        The ranking on the device of `query`.
 
     Raises:
-        ValueError: shapes do not fit, an index is outside the gallery, or a feature is not finite.
+        ValueError: If shapes do not fit, an index is outside the gallery, or a feature is not finite.
     """
     _check(query, gallery, targets, excluded, members, relevant, top_k, chunk)
     targets = targets.to(query.device)
@@ -90,58 +90,58 @@ def rank(
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         scores = Scores(query, gallery)
         top_k = min(top_k, scores.size)
-        every = torch.arange(len(query), device=query.device)
+        all_rows = torch.arange(len(query), device=query.device)
         labels = labels.masked_fill(labels == excluded.unsqueeze(1), -1)
-        own = _exact(scores, labels, math.inf)
+        own = _exact_scores_at(scores, labels, math.inf)
         ranks, member_scores = torch.full_like(labels, -1), torch.empty_like(members, dtype=torch.float32)
         top = targets.new_full((len(targets), top_k), -1)
         is_open = torch.zeros_like(targets, dtype=torch.bool)
-        for rows in every.split(chunk or _queries_at_once(scores.size, top_k)):
-            approximate = _mask(scores.approximate(rows), excluded[rows])
-            member_scores[rows] = _pick(approximate, members[rows])
+        for rows in all_rows.split(chunk or _queries_at_once(scores.size, top_k)):
+            approximate = _exclude(scores.approximate(rows), excluded[rows])
+            member_scores[rows] = _scores_at(approximate, members[rows])
             ranks[rows], open_ranks = _fast_ranks(scores, rows, labels[rows], own[rows], approximate)
             top[rows], open_top = _fast_top(scores, rows, top_k, approximate)
             is_open[rows] = open_ranks | open_top
         subset_top = torch.full_like(members, -1)
-        for rows in every.split(max(1, scoring.WORKING_BYTES // (8 * max(1, members.shape[1])))):
-            subset_top[rows] = _best_of(scores, rows, members[rows], member_scores[rows])
-        for rows in _some(is_open, _exact_at_once(scores.size)):
-            exact = _mask(scores.exact(rows), excluded[rows])
-            ranks[rows] = torch.stack([_rank(exact, label) for label in labels[rows].unbind(1)], dim=1)
-            top[rows] = _top(exact, top_k)
-    return Ranking(ranks[:, 0], top, _position(subset_top, targets), ranks[:, 1:], subset_top)
+        for rows in all_rows.split(max(1, scoring.WORKING_BYTES // (8 * max(1, members.shape[1])))):
+            subset_top[rows] = _sorted_by_exact_score(scores, rows, members[rows], member_scores[rows])
+        for rows in _batches_of_true(is_open, _exact_at_once(scores.size)):
+            exact = _exclude(scores.exact(rows), excluded[rows])
+            ranks[rows] = torch.stack([_rank_exactly(exact, label) for label in labels[rows].unbind(1)], dim=1)
+            top[rows] = _exact_top(exact, top_k)
+    return Ranking(ranks[:, 0], top, _position_of_target(subset_top, targets), ranks[:, 1:], subset_top)
 
 
 def rerank(
     query: Tensor, gallery: Tensor, candidates: Tensor, k: int, *, longest: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""Return the best k of some candidates by the scores and the tie rule of `rank`.
+    r"""Return the best k of the given candidates by the scores and the tie rule of `rank`.
 
     Args:
-        query: ``(Q, D)``.
-        gallery: ``(G, K, D)`` or ``(G, D)``; only the candidates are read.
-        candidates: ``(Q, C)`` gallery indices, distinct in each row but for -1.
-        k: How many to return, at most C.
-        longest: Length of the longest gallery feature, where it is known.
+        query: Features ``(Q, D)``.
+        gallery: Features ``(G, K, D)`` or ``(G, D)``. Only the candidates are read.
+        candidates: ``(Q, C)`` gallery indices, distinct in each row except for -1.
+        k: Number of images to return, at most C.
+        longest: Length of the longest gallery feature if it is known.
 
     Returns:
-        Scores ``(Q, k)``, float64 (:math:`q^\top v`, exact but for the rounding of the features to fixed point), and
-        gallery indices ``(Q, k)``, best first; -inf and -1 where there are fewer.
+        Scores ``(Q, k)``, float64 (:math:`q^\top v`, exact except that features are rounded to fixed point), and
+        gallery indices ``(Q, k)``, best first. If there are fewer candidates, -inf and -1 pad.
 
     Raises:
-        ValueError: a query is not finite.
+        ValueError: If a query is not finite.
     """
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         scores = Scores(query, gallery, longest)
-        columns = candidates.sort(dim=1).values  # a stable sort by score then puts equal ones in order of their index
-        exact = _exact(scores, columns, -math.inf)
+        columns = candidates.sort(dim=1).values  # so a stable sort by score orders equal scores by index
+        exact = _exact_scores_at(scores, columns, -math.inf)
         best, order = exact.sort(dim=1, descending=True, stable=True)
         top = columns.gather(1, order[:, :k]).masked_fill_(best[:, :k] == -math.inf, -1)
         return best[:, :k] * scores.unit, top
 
 
 def padded(rows: Iterable[Sequence[int]], width: int = 0) -> Tensor:
-    """Put rows of different lengths into one int64 tensor, filled up with -1 to the longest one or to ``width``."""
+    """Return rows of different lengths as one int64 tensor, padded with -1 to the longest row or to ``width``."""
     rows = list(rows)
     width = max([width, *map(len, rows)])
     filled = [[*row, *[-1] * (width - len(row))] for row in rows]
@@ -160,33 +160,33 @@ def _near_at_once(size: int) -> int:
     return max(1, scoring.CACHE_BYTES // (4 * size))
 
 
-def _some(flags: Tensor, at_once: int) -> tuple[Tensor, ...]:
-    """Return the places where a vector is true, so many at once."""
+def _batches_of_true(flags: Tensor, at_once: int) -> tuple[Tensor, ...]:
+    """Return the indices of the true entries of a vector in batches of at most `at_once`."""
     places = flags.nonzero().squeeze(1)
     return places.split(at_once) if len(places) else ()
 
 
 def _sparse_places(flags: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows and columns of the few true entries, faster than `nonzero`: eight false ones are one zero."""
+    """Return rows and columns of the few true entries, faster than `nonzero`: it reads eight entries as one integer."""
     flat = F.pad(flags.flatten(), (0, -flags.numel() % 8))
     places = flat.view(torch.int64).nonzero() * 8 + torch.arange(8, device=flags.device)
     places = places[flat[places]]
     return places // flags.shape[1], places % flags.shape[1]
 
 
-def _mask(scores: Tensor, excluded: Tensor) -> Tensor:
+def _exclude(scores: Tensor, excluded: Tensor) -> Tensor:
     rows = (excluded >= 0).nonzero().squeeze(1)
     scores[rows, excluded[rows]] = -math.inf
     return scores
 
 
-def _pick(scores: Tensor, columns: Tensor) -> Tensor:
-    """Return the scores in some columns per row; -inf in column -1."""
+def _scores_at(scores: Tensor, columns: Tensor) -> Tensor:
+    """Return the scores in the given columns of each row, and -inf for column -1."""
     return scores.gather(1, columns.clamp(min=0)).masked_fill_(columns < 0, -math.inf)
 
 
-def _exact(scores: Scores, columns: Tensor, missing: float) -> Tensor:
-    """Return the exact scores of some columns per query; ``missing`` in column -1."""
+def _exact_scores_at(scores: Scores, columns: Tensor, missing: float) -> Tensor:
+    """Return the exact scores in the given columns of each query, and ``missing`` for column -1."""
     exact = torch.full(columns.shape, missing, dtype=torch.float64, device=scores.device)
     row, place = (columns >= 0).nonzero(as_tuple=True)
     exact[row, place] = scores.exact_pairs(row, columns[row, place])
@@ -196,31 +196,31 @@ def _exact(scores: Scores, columns: Tensor, missing: float) -> Tensor:
 def _fast_ranks(
     scores: Scores, rows: Tensor, labels: Tensor, exact: Tensor, approximate: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rank labelled images by counting.
+    """Rank labelled images by counting the images with better scores.
 
     Args:
-        scores: Of all queries.
-        rows: ``(n,)`` which queries.
+        scores: Scores of all queries.
+        rows: ``(n,)`` indices of the queries to rank.
         labels: ``(n, T)`` gallery indices, padded with -1.
-        exact: ``(n, T)`` their exact scores.
-        approximate: ``(n, G)`` all approximate scores, -inf where excluded.
+        exact: ``(n, T)`` exact scores of the labelled images.
+        approximate: ``(n, G)`` all approximate scores, -inf for excluded images.
 
     Returns:
-        The ranks ``(n, T)``, and ``(n,)`` whether those of a query are left open.
+        The ranks ``(n, T)``, and ``(n,)`` bool: whether the ranks of a query stay undecided.
     """
     ranks, open_rows = torch.full_like(labels, -1), torch.zeros_like(rows, dtype=torch.bool)
-    flags = torch.empty_like(approximate)  # 0 or 1; the sum of floats is the fastest count
+    flags = torch.empty_like(approximate)  # 0 or 1, because the sum of floats is the fastest count
     bound = scores.bound[rows].squeeze(1)
     for column in range(labels.shape[1]):
         label, own = labels[:, column], exact[:, column]
         low, high = (own - bound).float().unsqueeze(1), (own + bound).float().unsqueeze(1)
         better = torch.gt(approximate, high, out=flags).sum(dim=1).long()
-        near = torch.ge(approximate, low, out=flags).sum(dim=1).long() - better  # with the labelled image itself
+        near = torch.ge(approximate, low, out=flags).sum(dim=1).long() - better  # includes the labelled image itself
         is_open = near > 1 + scores.size // DENSE
-        for some in _some(~is_open & (near > 1), _near_at_once(scores.size)):
-            values = approximate[some]
-            row, candidate = _sparse_places((values >= low[some]) & (values <= high[some]))
-            row = some[row]
+        for batch in _batches_of_true(~is_open & (near > 1), _near_at_once(scores.size)):
+            values = approximate[batch]
+            row, candidate = _sparse_places((values >= low[batch]) & (values <= high[batch]))
+            row = batch[row]
             other = scores.exact_pairs(rows[row], candidate)
             before = (other > own[row]) | ((other == own[row]) & (candidate < label[row]))
             better.index_add_(0, row, before.long())
@@ -230,7 +230,7 @@ def _fast_ranks(
 
 
 def _fast_top(scores: Scores, rows: Tensor, k: int, approximate: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the k best columns per row, -1 for excluded ones, and per row whether they are left open."""
+    """Return the k best columns per row (-1 for excluded ones), and per row whether they stay undecided."""
     if k == 0:
         return rows.new_empty(len(rows), 0), torch.zeros_like(rows, dtype=torch.bool)
     values, columns = approximate.topk(min(k + SPARE, scores.size), dim=1)
@@ -238,47 +238,47 @@ def _fast_top(scores: Scores, rows: Tensor, k: int, approximate: Tensor) -> tupl
     possible = values >= least
     is_open = possible[:, -1] if columns.shape[1] < scores.size else torch.zeros_like(rows, dtype=torch.bool)
     values = values.masked_fill_(~possible | is_open.unsqueeze(1), -math.inf)
-    return _best_of(scores, rows, columns, values)[:, :k], is_open
+    return _sorted_by_exact_score(scores, rows, columns, values)[:, :k], is_open
 
 
-def _best_of(scores: Scores, rows: Tensor, columns: Tensor, approximate: Tensor) -> Tensor:
-    """Sort each row's columns by exact score, then by index, computing few of these scores.
+def _sorted_by_exact_score(scores: Scores, rows: Tensor, columns: Tensor, approximate: Tensor) -> Tensor:
+    """Sort each row's columns by exact score and then by index, and compute few exact scores.
 
-    Two approximate scores that are further apart than twice their bound are in the right order. So only those are made
-    exact that have a neighbour within it.
+    Two approximate scores that differ by more than twice their bound are in the right order. So exact scores are
+    computed only for columns with a closer neighbour.
 
     Args:
-        scores: Of all queries.
-        rows: ``(n,)`` which queries.
-        columns: ``(n, C)``, distinct in each row but for -1.
-        approximate: ``(n, C)`` their approximate scores; -inf takes a column out.
+        scores: Scores of all queries.
+        rows: ``(n,)`` indices of the queries.
+        columns: ``(n, C)`` gallery indices, distinct in each row except for -1.
+        approximate: ``(n, C)`` approximate scores of the columns; -inf removes a column.
 
     Returns:
-        ``(n, C)`` the columns, best first, padded with -1.
+        The columns ``(n, C)``, best first and padded with -1.
     """
     values, order = approximate.double().sort(dim=1, descending=True)
     columns = columns.gather(1, order).masked_fill_(values == -math.inf, -1)
     close = values[:, :-1] - values[:, 1:] <= 2 * scores.bound[rows]  # False between two -inf
-    some = close.any(dim=1).nonzero().squeeze(1)
-    values, close, found = values[some], close[some], columns[some]
+    inexact = close.any(dim=1).nonzero().squeeze(1)
+    values, close, found = values[inexact], close[inexact], columns[inexact]
     row, place = (F.pad(close, (1, 0)) | F.pad(close, (0, 1))).nonzero(as_tuple=True)
-    values[row, place] = scores.exact_pairs(rows[some[row]], found[row, place])
+    values[row, place] = scores.exact_pairs(rows[inexact[row]], found[row, place])
     found, order = found.sort(dim=1)
     _, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    columns[some] = found.gather(1, order)
+    columns[inexact] = found.gather(1, order)
     return columns
 
 
-def _rank(exact: Tensor, label: Tensor) -> Tensor:
-    """Rank one labelled image per row among all columns; -1 where it is -1 or excluded."""
-    own, label = _pick(exact, label.unsqueeze(1)), label.unsqueeze(1)
+def _rank_exactly(exact: Tensor, label: Tensor) -> Tensor:
+    """Rank one labelled image per row among all columns; return -1 if the label is -1 or excluded."""
+    own, label = _scores_at(exact, label.unsqueeze(1)), label.unsqueeze(1)
     index = torch.arange(exact.shape[1], device=exact.device)
     better = (exact > own) | ((exact == own) & (index < label))
     return torch.where(own.squeeze(1) > -math.inf, better.sum(dim=1), -1)
 
 
-def _top(exact: Tensor, k: int) -> Tensor:
-    """Return the indices of the k best columns per row; of equal scores the first, which `topk` does not promise."""
+def _exact_top(exact: Tensor, k: int) -> Tensor:
+    """Return the indices of the k best columns per row, lowest index first among ties, unlike `topk`."""
     if k == 0:
         return torch.empty(len(exact), 0, dtype=torch.int64, device=exact.device)
     least = exact.topk(k, dim=1).values[:, -1:]
@@ -289,8 +289,8 @@ def _top(exact: Tensor, k: int) -> Tensor:
     return columns.gather(1, order).masked_fill_(best == -math.inf, -1)
 
 
-def _position(order: Tensor, targets: Tensor) -> Tensor:
-    """Return where each row holds its target; -1 where it does not."""
+def _position_of_target(order: Tensor, targets: Tensor) -> Tensor:
+    """Return the position of the target in each row, or -1 if the row does not hold it."""
     found = (order == targets.unsqueeze(1)) & (targets.unsqueeze(1) >= 0)
     return torch.where(found.any(dim=1), found.long().argmax(dim=1), -1) if order.shape[1] else targets * 0 - 1
 

@@ -1,4 +1,4 @@
-"""Compute what a random ranking scores."""
+"""Compute the scores of a random ranking."""
 
 from __future__ import annotations
 
@@ -13,60 +13,62 @@ import torch
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query
 from lavis_cir_plugin.ranking.ranks import Ranking, padded
 
-RANDOM_QUERIES = 20_000  # ranked in all to find a mean: it is then known to a few hundredths of its value
+RANDOM_QUERIES = 20_000  # random rankings in total; their mean is within a few hundredths of its value
 
 
 def expected_random(benchmark: Benchmark) -> dict[str, float]:
-    r"""Compute what a uniformly random ranking scores on average, in percent.
+    r"""Return the expected metrics of a uniformly random ranking, in percent.
 
     .. math:: \mathbb{E}[\mathrm{R@}K] = 100 \cdot \min(K, n) / n
 
-    for a target among :math:`n` candidates (the gallery, less the reference where the group removes it; for
-    ``R_subset@K`` the members of the image set). The formula is not restated per metric: a recall is an average over
-    queries, so its expectation depends only on how often every rank occurs, and a random ranking gives every rank 0 to
-    n-1 equally often. Handing ``benchmark.metrics`` a :class:`Ranking` in which each rank occurs equally often
-    therefore yields the expectation itself, for any K and for any sum or mean of recalls over groups.
+    for a target among :math:`n` candidates. These are the gallery, without the reference if the group removes it, or
+    the members of the image set for ``R_subset@K``. The code does not repeat this formula for each metric. A recall is
+    an average over queries, so its expectation depends only on how often each rank occurs, and a random ranking gives
+    every rank 0 to n-1 equally often. Therefore ``benchmark.metrics`` returns the expectation itself for a
+    :class:`Ranking` in which each rank occurs equally often: for any K, and for any sum or mean of recalls over groups.
 
-    A metric of several labelled images (mAP, soft labels) depends on their ranks together, and on those of the members.
-    Where a query has such labels, the value is the mean of rankings drawn with a fixed seed, `RANDOM_QUERIES` queries
-    in all.
+    A metric of several labelled images (mAP, soft labels) depends on their joint ranks and on those of the members. If
+    a query has such labels, the value is the mean over rankings that are drawn with a fixed seed, `RANDOM_QUERIES`
+    queries in total.
 
-    Queries of a group that differ in :math:`n` are weighted by their number. A query whose target is unknown, removed
-    or not in the gallery keeps rank -1. ``top`` is empty.
+    Queries of a group with different :math:`n` are weighted by their number. If a query's target is unknown, removed or
+    not in the gallery, its rank is -1. ``top`` is empty.
     """
     if any(query.relevance for group in benchmark.groups for query in group.queries):
-        return _mean_of_drawn(benchmark)
+        return _mean_of_random_rankings(benchmark)
     chances = {group.name: sorted(_candidates(group)) or [(0, 0)] for group in benchmark.groups}
-    # Usually every query of a group has the same chances, the cuts are 0 and 1, and metrics is called once.
+    # Usually all queries of a group have the same chances, so the cuts are 0 and 1 and metrics is called once.
     cuts = {Fraction(1)}
     for pairs in chances.values():
         cuts |= {Fraction(i, len(pairs)) for i in range(len(pairs)) if i == 0 or pairs[i] != pairs[i - 1]}
     edges = sorted(cuts)
     expected: defaultdict[str, float] = defaultdict(float)
     for low, high in zip(edges, edges[1:]):
-        rankings = {name: _every_rank(*pairs[int(low * len(pairs))]) for name, pairs in chances.items()}
+        rankings = {name: _uniform_ranking(*pairs[int(low * len(pairs))]) for name, pairs in chances.items()}
         for metric, percent in benchmark.metrics(rankings).items():
             expected[metric] += float(high - low) * percent
     return dict(expected)
 
 
-def _mean_of_drawn(benchmark: Benchmark) -> dict[str, float]:
+def _mean_of_random_rankings(benchmark: Benchmark) -> dict[str, float]:
     rng = random.Random(0)
     known = [
         (group, {name: number for number, name in enumerate(group.gallery)}, _candidates(group))
         for group in benchmark.groups
     ]
     rounds = [
-        benchmark.metrics({group.name: _drawn(group, gallery, candidates, rng) for group, gallery, candidates in known})
+        benchmark.metrics(
+            {group.name: _random_ranking(group, gallery, candidates, rng) for group, gallery, candidates in known}
+        )
         for _ in range(math.ceil(RANDOM_QUERIES / sum(len(group.queries) for group in benchmark.groups)))
     ]
     return {metric: sum(values[metric] for values in rounds) / len(rounds) for metric in rounds[0]}
 
 
-def _drawn(
+def _random_ranking(
     group: Group, gallery: Mapping[str, int], candidates: Sequence[tuple[int, int]], rng: random.Random
 ) -> Ranking:
-    """Draw different ranks for the labelled images and the members of each query, the target among them."""
+    """Draw distinct ranks for the labelled images, the target and the members of each query."""
     ranks, subset_ranks, relevant_ranks, subset_top = [], [], [], []
     for query, (found, members) in zip(group.queries, candidates):
         removed = {query.reference} if group.reference_removed else set()
@@ -88,7 +90,7 @@ def _drawn(
 
 
 def _candidates(group: Group) -> list[tuple[int, int]]:
-    """Count, per query, among how many gallery images and how many members its target is ranked; 0 = never found."""
+    """Return per query the numbers of gallery images and of members among which its target is ranked, 0 for none."""
     gallery = set(group.gallery)
 
     def among(query: Query) -> tuple[int, int]:
@@ -100,8 +102,8 @@ def _candidates(group: Group) -> list[tuple[int, int]]:
     return [among(query) for query in group.queries]
 
 
-def _every_rank(candidates: int, members: int) -> Ranking:
-    """Make a ranking with all ranks below candidates, and subset ranks below members, equally often (0: all -1)."""
+def _uniform_ranking(candidates: int, members: int) -> Ranking:
+    """Return a ranking with equally frequent ranks below candidates and subset ranks below members; 0 makes all -1."""
     order = torch.arange(math.lcm(candidates or 1, members or 1))
     missing = torch.full_like(order, -1)
     return Ranking(

@@ -1,4 +1,4 @@
-"""Draw queries with the pictures retrieved for them, and where a model looks."""
+"""Draw queries with the pictures retrieved for them, and the places where a model looks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group
-from lavis_cir_plugin.core.pixels import CLIP_PIXELS
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.core.atomic_files import replace_file
+from lavis_cir_plugin.core.normalisation import CLIP_MEAN_AND_STD
 from lavis_cir_plugin.ranking.ranks import Ranking
 from lavis_cir_plugin.report.sheet_layout import (
     FRAME,
@@ -31,7 +31,7 @@ from lavis_cir_plugin.report.sheet_layout import (
     title_of,
 )
 
-ATTENTION_SIDE = 160  # of a picture with a map over it
+ATTENTION_SIDE = 160  # side of a picture with a map over it, in pixels
 
 
 def contact_sheet(
@@ -43,19 +43,27 @@ def contact_sheet(
     columns: int = 10,
     seed: int = 0,
 ) -> Path:
-    """Draw queries with the pictures retrieved for them, as a PNG, and return ``path``.
+    """Draw queries with the pictures retrieved for them as a PNG, and return ``path``.
 
-    ranking: of this group, with ``top``. One line per query: reference image, modification text, the best
-    ``min(columns, k)`` gallery pictures, numbered from 1. Right answers (the target, and what is labelled with a weight
-    of 1) have a green frame; where the target is not among those shown, it stands apart at the end in an orange frame
-    with its rank.
+    Each line holds one query: the reference image, the modification text and the best ``min(columns, k)`` gallery
+    pictures, numbered from 1. Right answers (the target and images labelled with a weight of 1) have a green frame. If
+    the target is not among the pictures shown, it stands at the end of the line in an orange frame with its rank.
 
-    The ``min(rows, Q)`` queries are drawn at random with ``seed`` and shown in the benchmark's order: the sheet is no
-    selection of successes, and its caption says so. Pictures keep their aspect ratio.
+    The ``min(rows, Q)`` queries are chosen at random with ``seed`` and shown in the benchmark's order. So the sheet is
+    not a selection of successes, and its caption says so. Pictures keep their aspect ratio.
+
+    Args:
+        benchmark: Benchmark of the queries.
+        group: Group of the queries.
+        ranking: Ranking of this group, with ``top``.
+        path: Path of the PNG.
+        rows: Number of queries to show, at most.
+        columns: Number of gallery pictures per query, at most.
+        seed: Seed of the choice of queries.
 
     Raises:
-        ValueError: the ranking does not have one entry per query, or a picture cannot be read.
-        OSError: a picture is missing or the sheet cannot be written.
+        ValueError: If the ranking does not have one entry per query, or a picture cannot be read.
+        OSError: If a picture is missing or the sheet cannot be written.
     """
     num_queries = len(group.queries)
     top, ranks = ranking.top, ranking.ranks
@@ -104,7 +112,7 @@ def _line(benchmark: Benchmark, group: Group, index: int, top: Sequence[int], ra
 
 
 def drawn_queries(group: Group, rows: int, seed: int = 0) -> list[int]:
-    """Draw the positions of ``min(rows, Q)`` queries, by the seed alone and not by any result, in the group's order."""
+    """Return the positions of ``min(rows, Q)`` queries in the group's order, chosen by the seed and not by results."""
     return sorted(random.Random(seed).sample(range(len(group.queries)), min(rows, len(group.queries))))
 
 
@@ -117,24 +125,24 @@ def attention_sheet(
     path: str | Path,
     seed: int = 0,
 ) -> Path:
-    """Draw where a model looks in the reference images of some queries, as a PNG, and return ``path``.
+    """Draw where a model looks in the reference images of some queries as a PNG, and return ``path``.
 
-    One line per query of `drawn_queries`: the reference image as the model gets it, the modification text, and the
-    image once per map, grey under colours from black (a weight of 0) over purple and red to yellow (the map's largest
-    weight). The label below says how many times the average weight that largest one is: 1.0 is an even map.
+    Each line holds one query of `drawn_queries`: the reference image as the model gets it, the modification text, and
+    the image once per map. A map colours a grey image from black (a weight of 0) over purple and red to yellow (the
+    map's largest weight). The label below it gives the ratio of the largest weight to the average; an even map has 1.0.
 
     Args:
-        benchmark: For title and protocol.
-        group: Of the queries.
-        pictures: ``(R, 3, H, W)``, normalised by CLIP's mean and standard deviation, R the number of lines.
-        maps: ``(R, L, h, w)``, weights >= 0 over a grid of patches of the picture, of any scale.
-        labels: L names of the maps.
-        path: Of the PNG.
-        seed: That the queries were drawn with.
+        benchmark: Benchmark for title and protocol.
+        group: Group of the queries.
+        pictures: ``(R, 3, H, W)``, normalised by CLIP's mean and standard deviation, with R the number of lines.
+        maps: ``(R, L, h, w)``, weights >= 0 over a grid of patches of the picture, on any scale.
+        labels: Names of the L maps.
+        path: Path of the PNG.
+        seed: Seed with which the queries were chosen.
 
     Raises:
-        ValueError: the numbers of pictures, maps and labels do not fit each other.
-        OSError: the sheet cannot be written.
+        ValueError: If the numbers of pictures, maps and labels do not match.
+        OSError: If the sheet cannot be written.
     """
     rows = drawn_queries(group, len(pictures), seed)
     if maps.ndim != 4 or maps.shape[:2] != (len(rows), len(labels)):
@@ -161,13 +169,13 @@ def attention_sheet(
 
 
 def _denormalised(picture: Tensor) -> Tensor:
-    """Return a picture in colours from 0 to 1, ``(3, side, side)``."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in CLIP_PIXELS)
+    """Return a picture with colours from 0 to 1, ``(3, side, side)``."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in CLIP_MEAN_AND_STD)
     return _resized((picture.float().cpu() * std + mean).clamp(0, 1))
 
 
 def _overlaid(picture: Tensor, weights: Tensor) -> Tensor:
-    """Colour a grey copy of a picture by a map over its patches."""
+    """Return a grey copy of a picture, coloured by a map over its patches."""
     high = _resized((weights / weights.max().clamp_min(torch.finfo().tiny))[None])[0].numpy()
     colours = torch.from_numpy(matplotlib.colormaps["inferno"](high)[..., :3]).permute(2, 0, 1).float()
     return 0.45 * picture.mean(dim=0, keepdim=True) + 0.55 * colours
@@ -183,7 +191,7 @@ def _as_image(picture: Tensor) -> Image.Image:
 
 
 def _verdict(rank: int, columns: int, num_answers: int, num_shown: int) -> tuple[str, str]:
-    """Say at which rank the right answer stands, or how many of several are shown, and in which colour to write it."""
+    """Return a line about the right answer's rank, or about how many of several are shown, and the line's colour."""
     if num_answers > 1:
         return f"{num_shown} of {num_answers} right answers shown", GREEN if num_shown else ORANGE
     if rank < 0:
@@ -192,7 +200,7 @@ def _verdict(rank: int, columns: int, num_answers: int, num_shown: int) -> tuple
 
 
 def _protocol(benchmark: Benchmark, group: Group, num_shown: int, seed: int) -> tuple[str, str]:
-    """Say by which protocol the numbers are, and how the queries shown were chosen."""
+    """Return a line with the protocol of the numbers, and a line about the choice of the queries shown."""
     num_queries = len(group.queries)
     choice = (
         f"all {num_queries:,} queries"

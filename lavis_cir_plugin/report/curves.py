@@ -1,4 +1,4 @@
-"""Draw the training curve of a run, and curves in general."""
+"""Draw the training curve of a run, and other curves."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.core.atomic_files import replace_file
 from lavis_cir_plugin.report.run_log import EPOCHS, STEPS, read_epochs, read_steps
 from lavis_cir_plugin.report.sheet_layout import BLUE, GREEN, GREY, LIGHT_GREY, ORANGE
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a panel: ``{x: value}``, where values that are not finite leave a gap."""
+    """A line in a panel, with points ``{x: value}``; values that are not finite leave a gap."""
 
     points: Mapping[Any, float]
     label: str
@@ -34,11 +34,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """What a method measures, as a panel of the training curve.
+    """A panel of the training curve for what a method measures.
 
     Attributes:
-        label: Of the vertical axis.
-        lines: Column, label in the legend and colour of each line; a column that a run has not logged has no line.
+        label: Label of the vertical axis.
+        lines: Column, legend label and colour of each line. A column that a run has not logged gives no line.
         by_batch: Whether the columns are those of ``steps.csv``; otherwise they are training means in ``epochs.csv``.
     """
 
@@ -51,22 +51,26 @@ LEARNING_RATE = Panel("learning rate", (("lr", "", GREY),), by_batch=True)
 
 
 def training_curve(folder: str | Path, png_path: str | Path, metric: str, methods: Sequence[Panel] = ()) -> Path:
-    r"""Draw how a run went, from its ``epochs.csv`` and ``steps.csv``, as a PNG, and return its path.
+    r"""Draw the course of a run from its ``epochs.csv`` and ``steps.csv`` as a PNG, and return the path of the PNG.
 
-    The panels, each where there is something to show: the loss, per batch and as the mean of each epoch; ``metric`` on
-    ``val`` and, with the gap between them shaded, on ``seen``; what methods measure in each epoch; the learning rate;
-    and what methods measure in each batch.
+    The panels show the loss per batch and its mean per epoch; ``metric`` on ``val`` and on ``seen``, with the gap
+    between them shaded; what methods measure in each epoch; the learning rate; and what methods measure in each batch.
+    A panel without data is left out.
 
-    methods: the panels of the methods that the run may have used; those without a logged column are left out.
-    metric: a key of ``benchmark.metrics``, in percent. A dashed line marks the epoch that LAVIS keeps as
-    ``checkpoint_best``: the first with the largest ``agg_metrics`` of ``val``. Epochs are counted from 0, as LAVIS
-    names its checkpoints; the batches of an epoch lead up to its mark. Losses that are not finite leave a gap, and the
-    legend tells how many there are.
+    A dashed line marks the epoch that LAVIS keeps as ``checkpoint_best``: the first with the largest ``agg_metrics`` of
+    ``val``. Epochs are counted from 0, as in the names of LAVIS's checkpoints. The batches of an epoch stand to the
+    left of its mark. Losses that are not finite leave a gap, and the legend counts them.
+
+    Args:
+        folder: Folder of the run.
+        png_path: Path of the PNG.
+        metric: Key of ``benchmark.metrics``, in percent.
+        methods: Panels of the methods that the run may have used. Panels without a logged column are left out.
 
     Raises:
-        FileNotFoundError: there is no ``epochs.csv``.
-        ValueError: it holds no finished epoch, a damaged line, or validations without this metric.
-        OSError: the PNG cannot be written.
+        FileNotFoundError: If there is no ``epochs.csv``.
+        ValueError: If it holds no finished epoch, a damaged line, or validations without this metric.
+        OSError: If the PNG cannot be written.
     """
     folder = Path(folder)
     epochs = read_epochs(folder / EPOCHS)
@@ -107,7 +111,7 @@ def training_curve(folder: str | Path, png_path: str | Path, metric: str, method
 
 
 def _measured_curves(panel: Panel, logged: Mapping[str, Mapping[Any, float]]) -> list[Curve]:
-    """Return the lines of a panel whose columns were logged: thin ones for batches, with marks only if they are few."""
+    """Return the lines of a panel whose columns were logged: thin for batches, with marks only if there are few."""
     curves = []
     for column, label, colour in panel.lines:
         values = logged.get(column, {})
@@ -121,14 +125,14 @@ def _measured_curves(panel: Panel, logged: Mapping[str, Mapping[Any, float]]) ->
 def best_epoch(val: Mapping[str, Mapping[int, float]], metric: str) -> int:
     """Return the epoch that LAVIS keeps as ``checkpoint_best``: the first with the largest ``agg_metrics``.
 
-    val: ``{metric: {epoch: value}}``; ``metric`` decides where ``agg_metrics`` was not logged.
+    val: ``{metric: {epoch: value}}``. If ``agg_metrics`` was not logged, ``metric`` decides.
     """
     deciding = val.get("agg_metrics", val[metric])
     return max(sorted(val[metric]), key=lambda epoch: deciding.get(epoch, -math.inf))
 
 
 def _by_position(steps: Mapping[str, Sequence[float]]) -> dict[str, dict[float, float]]:
-    """Return the logged numbers of each column by place on an axis of epochs: epoch e's batches end at e."""
+    """Return the logged numbers of each column by position on an epoch axis, on which epoch e's batches end at e."""
     count = Counter(steps["epoch"])
     per_epoch = max(count.values(), default=1)
     first: dict[float, float] = {}
@@ -166,7 +170,7 @@ def _mark_best(panels: Sequence[Axes], legend: Axes, best: int, values: Mapping[
 
 
 def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Draw lines on plain axes, with a mark per point where asked for (a single epoch has no line)."""
+    """Draw lines on axes without top and right borders, with a mark per point if the curve has marks."""
     for curve in curves:
         axes.plot(
             list(curve.points),
@@ -195,7 +199,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure as a PNG in one step and return ``path``.
 
     Raises:
-        OSError: it cannot be written; an older file is then left as it was.
+        OSError: If the file cannot be written. An old file then stays unchanged.
     """
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()

@@ -1,7 +1,7 @@
-"""Keep the numbers of a training run: two CSV files and TensorBoard, and a progress bar for who watches.
+"""Log the numbers of a training run to two CSV files, TensorBoard and a progress bar.
 
-``steps.csv`` has one row per training batch, ``epochs.csv`` one per epoch, split and metric. Both only grow, by whole
-lines, so that their sizes at a checkpoint are where a resumed run cuts off what it is about to repeat.
+``steps.csv`` has one row per training batch, ``epochs.csv`` one per epoch, split and metric. Both grow only by whole
+lines. A checkpoint records their sizes, and a resumed run cuts them to these sizes before it repeats batches.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 STEPS, EPOCHS = "steps.csv", "epochs.csv"
 
 _TAGS = {"loss": "train/loss", "lr": "train/lr"}
-"""Tag in TensorBoard of each number that every training step has."""
+"""TensorBoard tag of each number that every training step has."""
 _COLUMNS = {STEPS: ("step", "epoch", *_TAGS), EPOCHS: ("epoch", "split", "metric", "value")}
-"""How each file's header begins; steps.csv goes on with the columns of the method."""
+"""Beginning of each file's header. In steps.csv the columns of the method follow."""
 
 logger = logging.getLogger(__name__)
 
 
 def _while_writable(method: Callable[..., None]) -> Callable[..., None]:
-    """Let a method of :class:`RunLog` do nothing once a file could not be written."""
+    """Make a method of :class:`RunLog` do nothing after a file could not be written."""
 
     @functools.wraps(method)
     def guarded(self: RunLog, *arguments: Any, **named: Any) -> None:
@@ -44,21 +44,21 @@ def _while_writable(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class RunLog:
-    """The log files of one run; for the main process alone.
+    """The log files of one run. Only the main process uses it.
 
     A *step* is one training batch, counted from 0 over the whole run, whether or not the optimizer moves after it
     (gradient accumulation).
 
-    Logging never ends a run: where a file cannot be written (a full disk), one warning is logged, logging stops, and
-    training goes on; the next checkpoint is what needs the space, and its error says so. Without the ``tensorboard``
-    package the CSV files are written alone.
+    Logging never ends a run. If a file cannot be written (a full disk), the log warns once and stops, and training goes
+    on; the next checkpoint needs the space and raises an error about it. Without the ``tensorboard`` package only the
+    CSV files are written.
 
     Args:
-        folder: Of the run. Files that exist are continued.
-        first_step: The step that a resumed run goes on with. TensorBoard then hides what an earlier process logged for
-            this step and later ones. The CSV files are to be cut to their sizes at the checkpoint before this call.
-        columns: What the run's method measures besides loss and learning rate: tag in TensorBoard by column. A
-            ``steps.csv`` that exists keeps the columns that it began with.
+        folder: Folder of the run. Existing files are continued.
+        first_step: First step of a resumed run. TensorBoard then hides what an earlier process logged for this step and
+            later ones. The caller must cut the CSV files to their sizes at the checkpoint before.
+        columns: What the run's method measures besides loss and learning rate: TensorBoard tags by column. An existing
+            ``steps.csv`` keeps its columns.
 
     Attributes:
         is_open: Whether rows are still written.
@@ -75,7 +75,7 @@ class RunLog:
     @_while_writable
     def _open(self, folder: Path, first_step: int) -> None:
         for name, columns in self._columns.items():
-            # Line by line: the size on disk is always that of whole rows, and a killed process loses none.
+            # Line buffering keeps the sizes on disk at whole rows, and a killed process loses no row.
             self._files[name] = (folder / name).open("a+", encoding="utf-8", newline="", buffering=1)
             if self._files[name].tell() == 0:
                 self._append(name, columns)
@@ -90,12 +90,12 @@ class RunLog:
         """Append one training batch.
 
         Args:
-            step: Number of training batches before this one, since the start of the run.
-            epoch: Counted from 0.
-            values: Any of ``loss``, ``lr`` and the method's columns; an absent one stays empty.
+            step: Number of training batches before this one since the start of the run.
+            epoch: Number of the epoch, counted from 0.
+            values: Any of ``loss``, ``lr`` and the method's columns. A missing value leaves its cell empty.
         """
         measured = self._columns[STEPS][2:]
-        self._append(STEPS, (step, epoch, *(_written(values[name]) if name in values else "" for name in measured)))
+        self._append(STEPS, (step, epoch, *(_as_text(values[name]) if name in values else "" for name in measured)))
         for name, value in values.items():
             self._add_scalar(self._tags[name], value, step)
 
@@ -104,24 +104,24 @@ class RunLog:
         """Append the metrics of one split after one epoch.
 
         Args:
-            step: Of the last training batch before, for TensorBoard's axis.
-            epoch: Counted from 0.
-            split: ``train``, ``val``, ``seen`` ... What belongs to ``train`` goes to the CSV file alone, since
-                TensorBoard has that split step by step.
-            values: By metric. A number written as text (LAVIS's own style) is taken, what is no number left out.
+            step: Number of the last training batch before, for TensorBoard's axis.
+            epoch: Number of the epoch, counted from 0.
+            split: Name of the split: ``train``, ``val``, ``seen`` ... Values of ``train`` go only to the CSV file,
+                because TensorBoard has them step by step.
+            values: Values by metric. Numbers written as text (LAVIS's style) count; everything else is left out.
         """
         for metric, value in values.items():
             try:
                 number = float(value)
             except (TypeError, ValueError):
                 continue  # LAVIS's VQA metric holds tables
-            self._append(EPOCHS, (epoch, split, metric, _written(number)))
+            self._append(EPOCHS, (epoch, split, metric, _as_text(number)))
             if split != "train":
                 self._add_scalar(f"{split}/{metric}", number, step)
 
     @_while_writable
     def close(self) -> None:
-        """Write what TensorBoard still buffers and close the files; later calls of any method do nothing."""
+        """Write what TensorBoard still buffers and close the files. Later calls of any method do nothing."""
         self.is_open = False
         self._release()
 
@@ -147,14 +147,14 @@ class RunLog:
         writers = [*self._files.values(), *([self._tensorboard] if self._tensorboard is not None else [])]
         self._files, self._tensorboard = {}, None
         for writer in writers:
-            with suppress(OSError):  # what did not fit before does not fit now
+            with suppress(OSError):  # bytes that did not fit before do not fit now
                 writer.close()
 
 
 def _open_tensorboard(folder: Path, first_step: int) -> Any:
-    """Return torch's writer, or None where tensorboard is not installed."""
+    """Return torch's writer, or None if tensorboard is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter  # here, because readers of the CSV files need not wait for it
+        from torch.utils.tensorboard import SummaryWriter  # here because readers of the CSV files do not need it
     except ImportError:
         logger.warning(
             "tensorboard is not installed, so %s and %s are this run's only logs; pip install tensorboard.",
@@ -165,47 +165,47 @@ def _open_tensorboard(folder: Path, first_step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=first_step or None, flush_secs=30)
 
 
-def _written(number: float) -> str:
-    """Write a number so that a float32 reads back as the same."""
+def _as_text(number: float) -> str:
+    """Return a number as text from which float32 gives the same number."""
     return f"{number:.9g}"
 
 
 def read_steps(path: str | Path) -> dict[str, list[float]]:
-    """Read ``steps.csv`` column by column: ``step``, ``epoch``, ``loss``, ``lr``, and what the run's method measures.
+    """Return the columns of ``steps.csv``: ``step``, ``epoch``, ``loss``, ``lr`` and what the run's method measures.
 
-    All columns have one entry per training batch; what was not logged is nan. A last line that is still being written,
-    or was torn by a crash, is left out.
+    All columns have one entry per training batch, which is nan if it was not logged. A last line that is still being
+    written, or that a crash cut off, is left out.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not a steps.csv, or a line before the last is damaged.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not a steps.csv, or a line before the last is damaged.
     """
-    header, rows = _rows(Path(path), STEPS, lambda row: [float(cell) if cell else math.nan for cell in row])
+    header, rows = _read_rows(Path(path), STEPS, lambda row: [float(cell) if cell else math.nan for cell in row])
     return {name: [row[index] for row in rows] for index, name in enumerate(header)}
 
 
 def read_epochs(path: str | Path) -> dict[str, dict[str, dict[int, float]]]:
-    """Read ``epochs.csv`` as ``{split: {metric: {epoch: value}}}``; of an epoch logged twice, the later row counts.
+    """Return ``epochs.csv`` as ``{split: {metric: {epoch: value}}}``; the later row of an epoch logged twice counts.
 
-    A last line that is still being written, or was torn by a crash, is left out.
+    A last line that is still being written, or that a crash cut off, is left out.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not an epochs.csv, or a line before the last is damaged.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not an epochs.csv, or a line before the last is damaged.
     """
     found: dict[str, dict[str, dict[int, float]]] = {}
-    _, rows = _rows(Path(path), EPOCHS, lambda row: (int(row[0]), *row[1:3], float(row[3])))
+    _, rows = _read_rows(Path(path), EPOCHS, lambda row: (int(row[0]), *row[1:3], float(row[3])))
     for epoch, split, metric, value in rows:
         found.setdefault(split, {}).setdefault(metric, {})[epoch] = value
     return found
 
 
-def _rows(path: Path, name: str, parse: Callable[[list[str]], Any]) -> tuple[list[str], list[Any]]:
+def _read_rows(path: Path, name: str, parse: Callable[[list[str]], Any]) -> tuple[list[str], list[Any]]:
     """Return the header of a log file and its parsed rows."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a training run writes it into run.output_dir/<job id>.")
     with path.open(encoding="utf-8", newline="") as file:
-        lines = file.read().split("\n")[:-1]  # what follows the last line end is empty or torn
+        lines = file.read().split("\n")[:-1]  # text after the last line end is empty or cut off
     header, *rows = csv.reader(lines) if lines else [[]]
     known = _COLUMNS[name]
     if tuple(header[: len(known)]) != known:
@@ -223,21 +223,22 @@ def _rows(path: Path, name: str, parse: Callable[[list[str]], Any]) -> tuple[lis
 
 
 def progress(batches: Iterable[Any], total: int, initial: int = 0, description: str = "") -> Any:
-    """Return the batches behind a progress bar with the time left, on the main process of a terminal; else silent.
+    """Return the batches with a progress bar, which shows only on the main process and on a terminal.
 
     Args:
-        batches: Anything to iterate over; it may be endless, or offer only ``next`` (LAVIS's mixed loaders).
-        total: Batches of the whole bar.
-        initial: Batches of it that were done before (a resumed epoch).
-        description: In front of the bar.
+        batches: Iterable of batches. It may be endless, or offer only ``next`` (LAVIS's mixed loaders).
+        total: Number of batches of the whole bar.
+        initial: Number of batches that were done before (in a resumed epoch).
+        description: Text in front of the bar.
 
     Returns:
-        A tqdm bar; ``set_postfix(loss=..., refresh=False)`` shows numbers beside it, and it clears itself at the end.
+        A tqdm bar with the time left. ``set_postfix(loss=..., refresh=False)`` shows numbers beside it. The bar clears
+        itself at the end.
     """
     if not hasattr(batches, "__iter__"):
         batches = iter(functools.partial(next, batches), object())
     is_other = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
-    hidden = True if is_other else None  # None: hidden unless standard error is a terminal
+    hidden = True if is_other else None  # None hides it unless standard error is a terminal
     return tqdm(
         batches, description, total, leave=False, initial=initial, unit="batch", dynamic_ncols=True, disable=hidden
     )

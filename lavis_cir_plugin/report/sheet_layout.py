@@ -1,4 +1,4 @@
-"""Lay out pictures and texts on a sheet."""
+"""Lay out pictures and texts on a contact sheet."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _draw_words(sheet: Image.Image, place: tuple[int, int], words: Words, box: t
 
 
 def wrapped(text: str, font_size: int, width: int) -> list[str]:
-    """Break a text into lines of at most width pixels, at blanks; a single word that is wider is broken inside."""
+    """Break a text at blanks into lines of at most width pixels. A single word that is wider is broken inside."""
     face = font(font_size)
     lines = [""]
     for word in text.split():
@@ -183,5 +183,5 @@ def wrapped(text: str, font_size: int, width: int) -> list[str]:
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """Load DejaVu Sans, which comes with matplotlib: Pillow's own default font differs between its versions."""
+    """Load DejaVu Sans, which matplotlib contains, because Pillow's default font differs between its versions."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)

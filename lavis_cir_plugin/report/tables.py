@@ -13,22 +13,25 @@ from rich.text import Text
 
 from lavis_cir_plugin.benchmarks.types import Benchmark
 
-TABLE_WIDTH = 120  # characters; the notes below a table are wrapped here
+TABLE_WIDTH = 120  # width in characters at which notes below a table are wrapped
 
 OVERALL = "overall"  # heading of the metrics that belong to no group
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark) -> str:
-    """Lay out metrics as a plain-text table, one line per ranking, or where that is too wide one line per metric.
+    """Return metrics as a plain-text table with one line per ranking, or one line per metric if that is too wide.
 
-    rows: name of a ranking (``"trained model"``, ``"random (expected)"``) to ``{metric: percent}`` as
-    ``benchmark.metrics`` returns it. A metric named ``<group>_<rest>`` stands as ``<rest>`` below its group, every
-    other one below ``overall``; the headings are left out where all metrics are overall ones. Groups keep the
-    benchmark's order, metrics that of the rows. A metric that a ranking lacks shows as ``-``. The lines below the
-    table give the number of queries and the gallery size of every group, and the protocol; they are all there is
-    without rows.
+    A metric named ``<group>_<rest>`` stands as ``<rest>`` below its group, every other one below ``overall``. If all
+    metrics are overall ones, there are no headings. Groups keep the benchmark's order, and metrics keep the order of
+    the rows. A metric that a ranking lacks shows as ``-``. Lines below the table give the protocol, and the number of
+    queries and the gallery size of every group. Without rows only these lines remain.
 
-    The borders are ASCII; the text ends without a newline.
+    The borders are ASCII, and the text ends without a newline.
+
+    Args:
+        rows: ``{metric: percent}`` as ``benchmark.metrics`` returns it, by the name of a ranking
+            (``"trained model"``, ``"random (expected)"``).
+        benchmark: Benchmark of the metrics.
     """
     table = _line_per_ranking(rows, benchmark) if rows else []
     if table and len(table[0]) > TABLE_WIDTH:
@@ -75,7 +78,7 @@ def _percent(row: Mapping[str, float], metric: str) -> str:
 
 
 def _columns(rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark) -> dict[str, dict[str, str]]:
-    """Sort metric names under headings: ``{group: {label: metric}}``, the overall metrics last, no empty heading."""
+    """Return metric names under headings as ``{group: {label: metric}}``, overall metrics last, no heading empty."""
     names = [group.name for group in benchmark.groups]
     columns: dict[str, dict[str, str]] = {name: {} for name in names}
     overall = {}
@@ -89,10 +92,11 @@ def _columns(rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark) -> d
 
 
 def summary_table(results: Mapping[str, tuple[Benchmark, Mapping[str, Mapping[str, float]]]]) -> str:
-    """Lay out several benchmarks side by side: of each the metric that chooses its checkpoints, one line per ranking.
+    """Return a table of several benchmarks side by side, with the metric that chooses checkpoints in each.
 
-    results: by the name of a benchmark's reports, the benchmark and its rows, as :func:`metrics_table` takes them. The
-    rankings keep the order in which they first occur; one that a benchmark lacks shows as ``-``.
+    results: the benchmark and its rows (as for :func:`metrics_table`) by the name of the benchmark's reports. The table
+    has one line per ranking, in the order in which rankings first occur. A ranking that a benchmark lacks shows as
+    ``-``.
     """
     names = list(dict.fromkeys(name for _, rows in results.values() for name in rows))
     columns = []

@@ -23,13 +23,13 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm import tqdm
 
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query
-from lavis_cir_plugin.core.processes import fail_together, gather, share
+from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, share
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, CirDataset, cache_root
 from lavis_cir_plugin.data.feature_cache import FeatureCache, check_tower, fingerprint
 from lavis_cir_plugin.ranking.gallery_features import DTYPES, shared_rows
 from lavis_cir_plugin.ranking.ranks import Ranking, padded, rank
-from lavis_cir_plugin.report import chance, contact_sheets, curves, files, tables
+from lavis_cir_plugin.report import chance, contact_sheets, curves, result_files, tables
 from lavis_cir_plugin.report.run_log import EPOCHS
 from lavis_cir_plugin.training.config import own_name
 from lavis_cir_plugin.training.training_history import trained_on
@@ -246,7 +246,7 @@ class ComposedRetrievalTask(BaseTask):
         written = []
         if len(self.results) > 1:
             print("\n" + tables.summary_table(self.results))
-            written.append(files.write_summary(run / "summary.json", self.results))
+            written.append(result_files.write_summary(run / "summary.json", self.results))
         if (run / EPOCHS).is_file():  # not in an evaluation run
             try:
                 path = run / "training_curve.png"
@@ -324,7 +324,7 @@ class Evaluation:
             self.gallery = self.encode_gallery()
         groups = self.dataset.benchmark.groups
         own: dict[str, Ranking] = {}
-        with fail_together():
+        with fail_in_all_processes():
             own = self._own_rankings(mode, self.gallery, top_k)
         everybody = gather(own)
         return {
@@ -472,10 +472,10 @@ def write_report(
     """
     written = []
     if rows:
-        written.append(files.write_metrics(folder / "metrics.json", rows, benchmark, extra))
+        written.append(result_files.write_metrics(folder / "metrics.json", rows, benchmark, extra))
     else:
         for name, content in benchmark.submissions(rankings).items():
-            written.append(files.write_submission(folder / name, content))
+            written.append(result_files.write_submission(folder / name, content))
     for group in benchmark.groups:
         sheet = folder / f"contact_sheet_{group.name}.png"
         written.append(contact_sheets.contact_sheet(benchmark, group, rankings[group.name], sheet))

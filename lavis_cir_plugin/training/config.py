@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lavis_cir_plugin
 from lavis_cir_plugin.benchmarks.images import refuse_output_inside
-from lavis_cir_plugin.core.sentences import did_you_mean, unknown_key
+from lavis_cir_plugin.core.error_messages import did_you_mean, unknown_key
 from lavis_cir_plugin.core.settings import as_plain, is_number
 from lavis_cir_plugin.training import lora
 from lavis_cir_plugin.training.resumable_runner import ResumableRunner

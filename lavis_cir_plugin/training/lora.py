@@ -23,8 +23,8 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lavis_cir_plugin.core.checkpoints import load_strictly, plain_numbers, verify_checkpoint
+from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.model_parts import recomputing_modules
-from lavis_cir_plugin.core.sentences import did_you_mean
 from lavis_cir_plugin.core.settings import is_number
 
 RUN_KEYS = ("lora",)

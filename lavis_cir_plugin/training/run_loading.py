@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint
+from lavis_cir_plugin.core.error_messages import unknown_key
 from lavis_cir_plugin.core.model_parts import frozen_names
-from lavis_cir_plugin.core.sentences import unknown_key
 from lavis_cir_plugin.training import lora
 from lavis_cir_plugin.training.config import own_name
 

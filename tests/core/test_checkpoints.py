@@ -1,4 +1,4 @@
-"""Weight files that are damaged, foreign, or wrapped by another program."""
+"""Reading weight files that are damaged, foreign, or wrapped by another program."""
 
 import argparse
 import io
@@ -41,7 +41,7 @@ def linear():
 
 
 def refusal(path, error=ValueError):
-    """Return the message with which a file is refused; it has no advice of torch's."""
+    """Return the message with which a file is refused; the message repeats no advice of torch."""
     with pytest.raises(error) as caught:
         read_state(str(path))
     message = str(caught.value)
@@ -158,7 +158,7 @@ def test_numbers_of_numpy_become_plain_ones(saved):
 
 
 def test_numbers_of_both_numpys_are_read(saved, tmp_path):
-    """Numpy 2 renamed `numpy.core` to `numpy._core`: a file of either is made of one written here."""
+    """Numpy 2 renamed `numpy.core` to `numpy._core`. The test rewrites one file for each version."""
     with zipfile.ZipFile(saved({"model": STATE, "best": np.float64(3.25)})) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     for core in (b"cnumpy.core.multiarray\n", b"cnumpy._core.multiarray\n"):
@@ -174,7 +174,7 @@ def test_a_safetensors_file_is_read_whatever_it_is_called(tmp_path):
     assert torch.equal(read_state(str(tmp_path / "x.pth"))["bias"], STATE["bias"])
 
 
-# Where the state dictionary is
+# Finding the state dictionary in a file
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_any_other_common_prefix_is_named():
         load_strictly(linear(), {"student.other": STATE["bias"]}, "x.pth")
 
 
-# Tensors that are no weights
+# Tensors that hold no weights
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: one line, 130 and 143, whatever breaks on the way out; a second one ends at once."""
+"""SIGINT and SIGTERM end a command with one line and the code 130 or 143; a second signal ends it at once."""
 
 from __future__ import annotations
 

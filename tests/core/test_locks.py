@@ -1,4 +1,4 @@
-"""Locks end with their holder, whatever its children do; workers end with their parent; who waits says for what."""
+"""Locks end with their holder, workers end with their parent, and a waiting process logs who holds the lock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 import lavis_cir_plugin
 from lavis_cir_plugin.core import locks, workers
-from lavis_cir_plugin.core.locks import FileLock, held, holder_of
+from lavis_cir_plugin.core.locks import FileLock, hold_lock, holder_of
 from lavis_cir_plugin.data.feature_cache import FeatureCache
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 from lavis_cir_plugin.garments import world
@@ -42,7 +42,7 @@ def is_alive(pid):
 
 
 def work_until_killed(folder):
-    """Say who this worker is, and never be done."""
+    """Record the id of this worker process and work until it is killed."""
     (folder / f"{os.getpid()}.worker").touch()
     time.sleep(60)
 
@@ -65,7 +65,7 @@ def draw_slowly(job):
 def draw_world(folder):
     world._draw_job = draw_slowly
     jobs = [(None, (32, 32), str(folder / f"{number}.png")) for number in range(100)]
-    world.made_once(folder / "world", {}, lambda part: list(world._drawn(jobs, 2)))
+    world.make_once(folder / "world", {}, lambda part: list(world._draw_all(jobs, 2)))
 
 
 def train(folder):
@@ -74,7 +74,7 @@ def train(folder):
 
 
 class Pictures(FeatureCache):
-    """A cache whose pictures take for ever; its workers run inside a run, which has a lock."""
+    """Cache whose pictures take for ever. Its workers run inside a run that holds a lock."""
 
     def __init__(self, folder):
         self.folder, self._shape, self._dtype, self.identity = folder, (1,), torch.float32, {}
@@ -89,7 +89,7 @@ def fill_cache(folder):
 
 
 def encode(folder):
-    """Of evaluation and mining alike."""
+    """Encode as evaluation and mining do."""
     dataset = Slow(folder)
     dataset.collater = list
     evaluation = Evaluation.__new__(Evaluation)
@@ -106,11 +106,11 @@ LOCKS = {
 }
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads who lives from /proc")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads from /proc which processes live")
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("job", LOCKS, ids=lambda job: job.__name__)
 def test_a_killed_process_leaves_neither_lock_nor_workers(tmp_path, job, signum):
-    """The main process alone is killed, as by a scheduler; both workers are in the middle of their work."""
+    """Only the main process is killed, as by a scheduler, while both workers are at work."""
     main = FORK.Process(target=job, args=(tmp_path,))
     main.start()
     path = tmp_path / LOCKS[job]
@@ -128,7 +128,7 @@ def test_a_killed_process_leaves_neither_lock_nor_workers(tmp_path, job, signum)
 
 
 def test_no_lock_is_taken_elsewhere():
-    """The test above covers every lock: no other module names fcntl, and these are the callers of this one."""
+    """The test above covers every lock: no other module imports fcntl, and only these modules use `core.locks`."""
     package = Path(lavis_cir_plugin.__file__).parent
     texts = {path.name: path.read_text() for path in package.rglob("*.py")}
     assert [name for name, text in texts.items() if "import fcntl" in text or "import filelock" in text] == ["locks.py"]
@@ -159,7 +159,7 @@ def test_a_lock_names_its_holder_and_leaves_no_file(tmp_path):
         assert lock.take()
         other = FileLock(path, "too")
         assert not other.take()
-        other.release()  # it holds nothing, so that nothing happens
+        other.release()  # it holds no lock, so nothing happens
         holder = holder_of(path)
         assert (holder.pid, holder.purpose) == (os.getpid(), "drawing")
         assert not FileLock(path, "a third").take()
@@ -168,7 +168,7 @@ def test_a_lock_names_its_holder_and_leaves_no_file(tmp_path):
 
 
 def test_a_lock_whose_file_is_removed_while_it_is_opened_is_taken_anew(tmp_path, monkeypatch):
-    """The holder before removes its file between our opening and our locking it: we hold the new file's lock."""
+    """The previous holder removes the file after we open it and before we lock it, so we lock the new file."""
     path, stock, calls = tmp_path / "lock", locks._flock, []
 
     def late(descriptor, exclusive):
@@ -186,14 +186,14 @@ def test_a_lock_whose_file_is_removed_while_it_is_opened_is_taken_anew(tmp_path,
     lock.release()
 
 
-def test_who_waits_says_for_what_for_whom_and_since_when(tmp_path, monkeypatch, caplog):
+def test_a_waiting_process_logs_the_holder_its_purpose_and_since_when(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(locks, "_SILENT", 0.0)
     lock = FileLock(tmp_path / "lock", "drawing /the/world")
     assert lock.take()
     threading.Timer(0.3, lock.release).start()
-    with caplog.at_level(logging.WARNING), held(tmp_path / "lock", "waiting"):
+    with caplog.at_level(logging.WARNING), hold_lock(tmp_path / "lock", "waiting"):
         pass
-    (record,) = caplog.records  # said once, not at every look
+    (record,) = caplog.records  # logged once, not at every poll
     pattern = rf"waiting for process {os.getpid()} on \S+, which has been drawing /the/world since \d{{4}}-\d\d-\d\d "
     assert re.match(pattern, record.getMessage())
 
@@ -202,17 +202,17 @@ def test_a_wait_can_be_interrupted(tmp_path):
     lock = FileLock(tmp_path / "lock", "drawing")
     assert lock.take()
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt), held(tmp_path / "lock", "waiting"):
+    with pytest.raises(KeyboardInterrupt), hold_lock(tmp_path / "lock", "waiting"):
         pass
     lock.release()
 
 
-def test_a_file_system_without_locks_is_said_and_stops_nothing(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_logged_and_stops_nothing(tmp_path, monkeypatch, caplog):
     def refuse(descriptor, operation):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(locks.fcntl, "flock", refuse)
-    with held(tmp_path / "lock", "drawing"):
+    with hold_lock(tmp_path / "lock", "drawing"):
         pass
     assert "this file system has no locks (Function not implemented)" in caplog.text
 
@@ -228,7 +228,7 @@ def parent_of_one(folder):
     time.sleep(60)
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads who lives from /proc")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads from /proc which processes live")
 def test_without_the_kernels_help_a_worker_watches_its_parent(tmp_path):
     main = FORK.Process(target=parent_of_one, args=(tmp_path,))
     main.start()

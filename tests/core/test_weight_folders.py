@@ -1,4 +1,4 @@
-"""Weights in folders of transformers: one file or shards, and every way in which they can contradict each other."""
+"""Reading weights from folders of transformers: one file or shards, and files that contradict each other."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from torch import nn
 from lavis_cir_plugin.core.checkpoints import count_blocks_in
 from lavis_cir_plugin.models import open_clip_towers
 from lavis_cir_plugin.models.open_clip_towers import (
-    CLIP_PIXELS,
+    CLIP_MEAN_AND_STD,
     PIXELS,
     ImageTower,
     TextTower,
@@ -54,7 +54,7 @@ def words(count=3):
 
 
 def test_pictures_are_normalised_as_open_clip_says_of_openais_weights():
-    assert open_clip_towers.CLIP_PIXELS == (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    assert open_clip_towers.CLIP_MEAN_AND_STD == (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
 
 def test_without_open_clip_its_models_are_refused_with_what_to_install(monkeypatch):
@@ -88,16 +88,16 @@ def test_pictures_normalised_for_clip_reach_a_tower_trained_with_other_means_as_
         return (raw - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
     tower = ImageTower(clip.visual, PIXELS["inception"])
-    found = tower(normalised(*CLIP_PIXELS))[:, 0]
+    found = tower(normalised(*CLIP_MEAN_AND_STD))[:, 0]
     torch.testing.assert_close(found, clip.encode_image(normalised(*PIXELS["inception"])), atol=1e-5, rtol=1e-4)
 
 
 def test_pixels_follow_the_tag_and_are_asked_for_where_a_file_cannot_say():
     assert pixel_normalisation("ViT-B-16-SigLIP", "any/file") == PIXELS["inception"]
     assert pixel_normalisation("ViT-L-14", "laion2b_s32b_b82k") == PIXELS["inception"]
-    assert pixel_normalisation("ViT-L-14", "datacomp_xl_s13b_b90k") == CLIP_PIXELS
-    assert pixel_normalisation("small_clip", None) == CLIP_PIXELS
-    assert pixel_normalisation("ViT-L-14", "any/file", "clip") == CLIP_PIXELS
+    assert pixel_normalisation("ViT-L-14", "datacomp_xl_s13b_b90k") == CLIP_MEAN_AND_STD
+    assert pixel_normalisation("small_clip", None) == CLIP_MEAN_AND_STD
+    assert pixel_normalisation("ViT-L-14", "any/file", "clip") == CLIP_MEAN_AND_STD
     with pytest.raises(ValueError, match=r"model\.pixels: weights of ViT-L-14 .* set model\.pixels to clip or incep"):
         pixel_normalisation("ViT-L-14", "any/file")
 

@@ -1,4 +1,4 @@
-"""The file of a gallery's features: exact rows, nothing left behind, and a sentence when it does not fit."""
+"""The file of a gallery's features holds exact rows, disappears at the end, and fails clearly on a full disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lavis_cir_plugin.core.whole_or_nothing import size_text
+from lavis_cir_plugin.core.atomic_files import size_text
 from lavis_cir_plugin.ranking.gallery_features import shared_rows
 
 
@@ -31,7 +31,7 @@ def test_batches_of_any_size_give_the_rows_and_leave_no_file(tmp_path, batch, dt
 
 
 def test_the_file_has_no_name_while_it_is_written(tmp_path):
-    """So a process that is killed then leaves nothing, whatever the file has grown to."""
+    """The file has no name, so a process that is killed leaves nothing, however large the file has become."""
 
     def batches():
         for batch in rows(6, 5).split(2):
@@ -58,7 +58,7 @@ def test_a_killed_process_leaves_no_file(tmp_path):
 
 
 def test_small_galleries_are_counted_in_small_units(tmp_path, monkeypatch):
-    """2 rows of 3 float32 are 24 bytes, where none is free."""
+    """2 rows of 3 float32 need 24 bytes, but no byte is free."""
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
     with pytest.raises(OSError, match=r"it needs 24 bytes and 0 bytes are free"):
         shared_rows(tmp_path / "rows.tmp", 2, [rows(2, 3)], torch.float32)
@@ -82,7 +82,7 @@ def test_too_few_rows_are_an_error(tmp_path):
 
 
 def test_a_gallery_that_does_not_fit_is_refused_after_its_first_batch(tmp_path, monkeypatch):
-    """1,000,000 rows of 8 float16 are 16 MB; nothing but the first batch has been encoded then."""
+    """1,000,000 rows of 8 float16 need 16 MB. The error comes when only the first batch has been encoded."""
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=15_000_000))
     seen = []
 

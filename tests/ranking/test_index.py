@@ -1,4 +1,4 @@
-"""Candidate search: with enough candidates every kind is the exact search; files; errors."""
+"""Candidate search: every kind with enough candidates equals the exact search; index files; errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def query() -> Tensor:
 
 @pytest.fixture
 def gallery() -> Tensor:
-    """200 images of 3 vectors; images 100 to 109 are copies of images 0 to 9, so that scores tie."""
+    """Return 200 images of 3 vectors. Images 100 to 109 are copies of images 0 to 9, so scores tie."""
     gallery = draw(200, 3, 8, seed=1)
     gallery[100:110] = gallery[:10]
     return gallery
@@ -41,7 +41,7 @@ def gallery() -> Tensor:
 @pytest.mark.parametrize("tokens", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_all_candidates_every_kind_is_the_exact_search(query, gallery, kind, tokens, excluded):
-    """Every vector is asked for, and an inverted file looks into every list: the order and ties are those of `rank`."""
+    """The search requests every vector and reads every list, so order and ties are those of `rank`."""
     gallery = gallery if tokens else gallery[:, 0]
     expected = rank(query, gallery, torch.full((7,), -1), excluded=excluded, top_k=40).top
     index = build_index(kind, gallery, probes=1000)
@@ -61,7 +61,7 @@ def test_the_whole_gallery_can_be_ordered_but_for_the_excluded_image(query, gall
 
 
 def test_more_is_asked_for_where_hits_belong_to_few_images():
-    """The query's 10 nearest vectors belong to image 0; 4 hits per result are one image, and image 1 is asked for."""
+    """The query's 10 nearest vectors belong to image 0. The first 4 hits are one image, so the search asks for more."""
     gallery = torch.zeros(30, 10, 4)
     gallery[0, :, 0] = torch.linspace(0.91, 1.0, 10)
     gallery[1:, :, 0] = torch.linspace(0.9, 0.1, 29).unsqueeze(1)
@@ -73,7 +73,7 @@ def test_more_is_asked_for_where_hits_belong_to_few_images():
 
 
 def test_an_inverted_file_that_looks_at_few_lists_finds_fewer():
-    """Two far clusters of 50, one list each: with one probe the other cluster is never seen, and -1 pads."""
+    """Two distant clusters of 50 have one list each. One probe never sees the other cluster, and -1 pads."""
     gallery = torch.cat([torch.tensor([1.0, 0.0]) + 0.01 * draw(50, 2), torch.tensor([0.0, 1.0]) + 0.01 * draw(50, 2)])
     scores, found = build_index("ivf", gallery, lists=2, probes=1).search(torch.tensor([[1.0, 0.1]]), 60)
     assert sorted(found[0, :50].tolist()) == list(range(50))
@@ -83,7 +83,7 @@ def test_an_inverted_file_that_looks_at_few_lists_finds_fewer():
 
 @pytest.mark.parametrize("kind", FAISS_KINDS)
 def test_length_of_the_features_changes_nothing(query, gallery, kind):
-    """Float16 holds nothing above 65,504 and little below 1e-7: features are scaled before they are stored."""
+    """Float16 holds nothing above 65,504 and little below 1e-7, so features are scaled before they are stored."""
     index = build_index(kind, gallery, probes=1000)
     for scale in (1e-12, 1e12):
         scaled = build_index(kind, gallery * scale, probes=1000)
@@ -188,7 +188,7 @@ def test_without_faiss_the_exact_search_remains(query, gallery, monkeypatch):
 
 
 def test_a_gpu_searches_where_faiss_has_one(query, gallery, monkeypatch):
-    """A stand-in for FAISS's copy on a GPU counts its searches: not of graphs, nor of more hits than a GPU returns."""
+    """A stand-in for a GPU copy counts its searches: it gets no graphs and no more hits than a GPU returns."""
     import faiss
 
     searches = []
@@ -214,7 +214,7 @@ def test_a_gpu_searches_where_faiss_has_one(query, gallery, monkeypatch):
 
 
 def test_recall_by_hand():
-    """Of (1, 2) both are found, of (3, none) none, of (5, 6) one: 3 of 5."""
+    """The search finds both of (1, 2), none of (3, none) and one of (5, 6), which is 3 of 5."""
     exact = torch.tensor([[1, 2], [3, -1], [5, 6]])
     found = torch.tensor([[2, 1, 9], [4, -1, -1], [6, 0, 1]])
     assert recall_against_exact(found, exact) == pytest.approx(60.0)
@@ -225,9 +225,9 @@ def test_recall_by_hand():
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("kind", FAISS_KINDS)
 def test_recall_with_2000_copies_equals_recall_without(kind, tokens):
-    """A placeholder's features stand 2,000 times in the gallery, before, between and after 3,000 other pictures.
+    """The gallery holds a placeholder's features 2,000 times, before, between and after 3,000 other pictures.
 
-    A graph of all these vectors finds 70 % (1 feature an image) and 90 % (3).
+    A graph of all these vectors finds 70 % with 1 feature per image and 90 % with 3.
     """
     pictures, copy, query = draw(3000, tokens, 16, seed=1), draw(1, 1, 16, seed=9), draw(50, 16, seed=2)
     copies = copy.expand(2000, tokens, 16)
@@ -244,7 +244,7 @@ def test_recall_with_2000_copies_equals_recall_without(kind, tokens):
 
 @pytest.mark.parametrize("kind", FAISS_KINDS)
 def test_copies_that_are_the_best_are_all_found_in_order_of_the_gallery(kind):
-    """Images 1, 3, 5, ... are one picture, which the query asks for: the first 40 of them, but for the excluded one."""
+    """Images 1, 3, 5, ... are one picture. The query finds the first 40 of them, without the excluded one."""
     gallery = draw(400, 2, 8, seed=3)
     gallery[1::2] = gallery[1]
     index = build_index(kind, gallery, lists=2, probes=2)
@@ -255,7 +255,7 @@ def test_copies_that_are_the_best_are_all_found_in_order_of_the_gallery(kind):
 
 @pytest.mark.parametrize("kind", FAISS_KINDS)
 def test_equal_features_of_one_image_and_of_all_images(kind):
-    """All 5 images are one vector, each three times: one vector is indexed, and gallery order breaks the tie."""
+    """All 5 images hold one vector three times, so one vector is indexed and gallery order breaks the tie."""
     index = build_index(kind, torch.ones(5, 3, 4))
     assert index.vectors.ntotal == 1
     assert index.search(torch.ones(2, 4), 5)[1].tolist() == [[0, 1, 2, 3, 4]] * 2

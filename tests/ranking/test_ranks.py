@@ -1,4 +1,4 @@
-"""Ranking against naive loops, hand-derived cases and exactness guarantees."""
+"""Ranking agrees with naive loops and hand-derived cases, and keeps its guarantees of exactness."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def naive_rank(scores: list[float], target: int, candidates: list[int]) -> int:
 
 
 def small_integers(*shape: int, seed: int = 0) -> Tensor:
-    """Features from {-1, 0, 1}: many ties, negative scores, and products that any arithmetic gets right."""
+    """Return features from {-1, 0, 1}, with many ties, negative scores and products exact in any arithmetic."""
     return torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
@@ -39,7 +39,7 @@ def test_similarity_takes_the_best_of_k_features():
 
 
 def test_ties_are_broken_by_gallery_index():
-    """Scores 0, 1, 1, 2, 1: order 3, 1, 2, 4, 0; the target 2 comes after 3 (better) and 1 (equal, earlier)."""
+    """Scores 0, 1, 1, 2, 1 give the order 3, 1, 2, 4, 0. Target 2 follows 3 (better) and 1 (equal, earlier)."""
     gallery = torch.tensor([[0.0], [1.0], [1.0], [2.0], [1.0]])
     result = rank(torch.ones(1, 1), gallery, torch.tensor([2]))
     assert result.ranks.tolist() == [2]
@@ -50,7 +50,7 @@ def test_ties_are_broken_by_gallery_index():
 @pytest.mark.parametrize("num_features", [None, 1, 3])
 @pytest.mark.parametrize("chunk", [None, 1, 4, 7])
 def test_agrees_with_a_naive_double_loop(num_features: int | None, chunk: int | None):
-    """Ties, negative scores, targets -1, excluded images, padded members; 13 queries do not divide by the chunks."""
+    """The case has ties, negative scores, targets -1, excluded images, padded members and an uneven last chunk."""
     num_queries, size = 13, 23
     generator = torch.Generator().manual_seed(1)
     query = small_integers(num_queries, 4)
@@ -86,7 +86,7 @@ def test_agrees_with_a_naive_double_loop(num_features: int | None, chunk: int | 
 
 
 def test_queries_may_be_ranked_in_parts_even_of_very_different_lengths():
-    """Every query has its own fixed-point step: a long one in the same call makes no short one coarser."""
+    """Each query has its own fixed-point step, so a long query in the same call makes no short one coarser."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(20, 16, generator=generator) * 10.0 ** torch.arange(-10, 10).unsqueeze(1)
     gallery, targets = torch.randn(300, 16, generator=generator), torch.arange(20)
@@ -108,9 +108,9 @@ def test_an_excluded_target_is_a_miss():
 
 @pytest.mark.parametrize("dim", [16, 255])
 def test_equal_features_tie_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, dim: int):
-    """Of 500 images every second is a copy of its predecessor: the copy's rank is always one more.
+    """Every second of 500 images is a copy of its predecessor, so the copy's rank is always one more.
 
-    A float32 product gives copies different last bits now and then, and another chunk or block size other bits.
+    A float32 product sometimes gives copies different last bits, which also depend on chunk and block size.
     """
     generator = torch.Generator().manual_seed(0)
     query = torch.nn.functional.normalize(torch.randn(61, dim, generator=generator), dim=-1)
@@ -130,9 +130,9 @@ def test_equal_features_tie_and_chunks_change_nothing(monkeypatch: pytest.Monkey
 
 
 def test_scores_that_are_equal_on_paper_tie():
-    """A query of equal entries scores every permutation of a vector the same, so that ranks are gallery indices.
+    """A query of equal entries scores every permutation of a vector equally, so ranks are gallery indices.
 
-    A float32 product sums in another order for each of them and spreads the scores over several last bits.
+    A float32 product sums in another order for each permutation and spreads the scores over several last bits.
     """
     generator = torch.Generator().manual_seed(0)
     query = torch.full((3, 200), 200**-0.5)
@@ -145,7 +145,7 @@ def test_scores_that_are_equal_on_paper_tie():
 
 
 def test_ranks_agree_with_exact_arithmetic():
-    """Scores in double precision without rounding give the same ranks: the fixed point is fine enough."""
+    """Scores in double precision without rounding give equal ranks, so the fixed-point step is fine enough."""
     generator = torch.Generator().manual_seed(3)
     query = torch.nn.functional.normalize(torch.randn(40, 64, generator=generator), dim=-1)
     gallery = torch.nn.functional.normalize(torch.randn(300, 64, generator=generator), dim=-1)
@@ -177,9 +177,9 @@ def test_half_precision_features_are_accepted():
 
 @pytest.mark.parametrize("collapsed", [False, True])
 def test_the_working_memory_bounds_every_product(monkeypatch: pytest.MonkeyPatch, collapsed: bool):
-    """20 queries x 100 images x 8 features are 64,000 bytes of float32; under 16,384 no product is larger.
+    """20 queries x 100 images x 8 features need 64,000 bytes of float32. No product exceeds the limit of 16,384.
 
-    Of equal features no float32 product decides anything, so that all 128,000 bytes of float64 come on top.
+    Equal features leave every float32 product undecided, so all 128,000 bytes of float64 are needed as well.
     """
     sizes, features = [], []
 
@@ -197,7 +197,7 @@ def test_the_working_memory_bounds_every_product(monkeypatch: pytest.MonkeyPatch
 
 
 def exact_scores(query: Tensor, gallery: Tensor) -> list[list[int]]:
-    """Follow the definition in Python's integers: steps of 2^-26 of the power of two above the length."""
+    """Compute the definition in Python's integers, in steps of 2^-26 of the power of two above the length."""
 
     def fixed(vector: list[float], length: float) -> list[int]:
         _, exponent = math.frexp(length * (1 + 1e-5))
@@ -218,7 +218,7 @@ def features(generator: torch.Generator, kind: str, *shape: int) -> Tensor:
     drawn = torch.nn.functional.normalize(torch.randn(shape, generator=generator), dim=-1)
     if kind == "duplicates":
         return drawn[torch.randint(max(1, shape[0] // 3), shape[:1], generator=generator)]
-    if kind == "nearly equal":  # by less than a float32 product can tell
+    if kind == "nearly equal":  # they differ by less than a float32 product can show
         return drawn[:1] + 1e-7 * torch.randn(shape, generator=generator)
     if kind == "one long":
         drawn[0] *= 1000
@@ -243,9 +243,9 @@ KINDS = ["unit", "integers", "duplicates", "nearly equal", "one long", "zeros"]
     top_k=strategies.sampled_from([0, 1, 3, 50]),
 )
 def test_every_result_is_that_of_exact_arithmetic(seed, kinds, sizes, num_features, scale, half, chunk, limits, top_k):
-    """Ties, duplicates, collapsed features, scales, uneven chunks: what the fast product decides, and what it cannot.
+    """The cases have ties, duplicates, collapsed features, several scales and uneven chunks.
 
-    The limits send pairs to one way or the other: all by single exact scores, or all by whole exact galleries.
+    The limits force one of two paths for undecided pairs: single exact scores, or exact scores of the whole gallery.
     """
     generator = torch.Generator().manual_seed(seed)
     num_queries, size, width = sizes
@@ -292,7 +292,7 @@ def test_the_bound_holds(kind: str, width: int):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_exact_scores_of_pairs_are_those_of_whole_rows(kind: str):
-    """Of images with several features, some of them equal, or too close for approximate scores to tell the best."""
+    """Images have several features, and approximate scores cannot tell the best because some are equal or close."""
     generator = torch.Generator().manual_seed(5)
     query, gallery = features(generator, kind, 20, 16), features(generator, kind, 200, 16).view(50, 4, 16)
     gallery[:, 1] = gallery[:, 0]
@@ -305,7 +305,7 @@ def test_exact_scores_of_pairs_are_those_of_whole_rows(kind: str):
 
 @pytest.mark.parametrize("error", [None, RuntimeError])
 def test_products_in_lower_precision_change_no_rank(monkeypatch: pytest.MonkeyPatch, error: type[Exception] | None):
-    """A product of bfloat16 operands, as torch may use where the user allows it, is off by 1 %: all are checked."""
+    """A product of bfloat16 operands, which users can allow in torch, is wrong by 1 %, so all pairs are checked."""
     generator = torch.Generator().manual_seed(0)
     query, gallery = features(generator, "unit", 20, 32), features(generator, "unit", 300, 32)
     expected = rank(query, gallery, torch.arange(20))
@@ -316,9 +316,9 @@ def test_products_in_lower_precision_change_no_rank(monkeypatch: pytest.MonkeyPa
         return similarity(query, gallery)
 
     monkeypatch.setattr(scoring, "similarity", coarse)
-    assert not torch.equal(rank(query, gallery, torch.arange(20)).top, expected.top)  # so it does matter
+    assert not torch.equal(rank(query, gallery, torch.arange(20)).top, expected.top)  # the precision does matter
 
-    def precision() -> str:  # newer torch raises where precision was set per backend
+    def precision() -> str:  # newer torch raises if precision was set per backend
         if error:
             raise error
         return "medium"
@@ -357,7 +357,7 @@ def test_recall_is_monotone_in_k_and_complete_at_gallery_size():
 
 
 def test_recall_by_hand():
-    """Ranks 0, 1, 2, missing: at 1 one of four, at 2 two, at 3 three; the missing one never."""
+    """Ranks are 0, 1, 2 and missing. R@1 counts one of four, R@2 two and R@3 three; the missing one never counts."""
     ranks = torch.tensor([0, 1, 2, -1])
     assert [recall_at(ranks, k) for k in (1, 2, 3, 1000)] == [25.0, 50.0, 75.0, 75.0]
 
@@ -368,9 +368,9 @@ def test_recall_of_nothing_is_an_error():
 
 
 def test_average_precision_by_hand():
-    """Ranks 0, 2 of two: (1/1 + 2/3) / 2; rank 4 of one: 1/5. Ranks 0, 1, 2 at 2: the two first fill both places.
+    """Ranks 0 and 2 give (1/1 + 2/3) / 2, and rank 4 alone 1/5. Of ranks 0, 1 and 2, the first two fill AP@2.
 
-    Ranks 9, 0 of three images at 5, in any order: (1/1) / 3, because 9 is beyond 5 and the third is at 5.
+    Three images with ranks 9, 0 and 5 give AP@5 = (1/1) / 3 in any order, because 9 and 5 are beyond the first five.
     """
     assert average_precision_at(torch.tensor([[2, 0, -1], [4, -1, -1]]), 5) == pytest.approx(100 * (5 / 6 + 1 / 5) / 2)
     assert average_precision_at(torch.tensor([[0, 1, 2]]), 2) == 100.0
@@ -379,7 +379,7 @@ def test_average_precision_by_hand():
 
 
 def naive_average_precision(ranks: list[int], k: int) -> float:
-    """Walk down the list of results, as an evaluation server does."""
+    """Compute average precision down the list of results, as an evaluation server does."""
     relevant = {rank for rank in ranks if rank >= 0}
     hits, total = 0, 0.0
     for place in range(k):
@@ -400,7 +400,7 @@ def test_average_precision_equals_a_walk_down_the_list(k: int):
 
 
 def test_metrics_of_lists_and_of_tensors_are_the_same_whatever_the_order_of_queries():
-    """To the last bit: a file's lists end where a ranking's rows are padded, and sums are rounded once."""
+    """Lists from a file and padded rows of a ranking give equal values to the last bit, as sums round once."""
     generator = torch.Generator().manual_seed(0)
     lists = [torch.randperm(60, generator=generator)[: 1 + number % 14].tolist() for number in range(220)]
     order = torch.randperm(220, generator=generator).tolist()

@@ -1,4 +1,4 @@
-"""What a report says is what the rankings gave: tables, metrics.json, contact sheets, training curves."""
+"""Reports show the numbers of the rankings: tables, metrics.json, contact sheets, training curves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lavis_cir_plugin.methods.retrieval_dpo.task import RetrievalDpoTask
 from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir
 from lavis_cir_plugin.ranking.metrics import average_precision_at, recall_at
 from lavis_cir_plugin.ranking.ranks import Ranking
-from lavis_cir_plugin.report import chance, contact_sheets, curves, files, sheet_layout, tables
+from lavis_cir_plugin.report import chance, contact_sheets, curves, result_files, sheet_layout, tables
 from lavis_cir_plugin.report.run_log import RunLog
 
 FASHIONIQ_SIZES = {"dress": (2017, 3817), "shirt": (2038, 6346), "toptee": (1961, 5373)}
@@ -60,7 +60,7 @@ def fashioniq():
 
 @pytest.fixture(scope="module")
 def cirr():
-    """CIRR val: 2,297 images, the reference removed, image sets of 6 with the reference."""
+    """Return CIRR val in outline: 2,297 images, the reference removed, image sets of 6 with the reference."""
     gallery = tuple(f"dev-{i}" for i in range(2297))
     query = Query(gallery[0], ("two dogs",), gallery[1], gallery[1:6])
     return make_benchmark([Group("cirr", gallery, (query,) * 3, reference_removed=True)], cirr_metrics, "CIRR val")
@@ -74,7 +74,7 @@ def cells(line):
 
 
 def test_expected_random_of_fashioniq(fashioniq):
-    """10 of n and 50 of n; the overall numbers are means over the categories and then of R@10 and R@50.
+    """The expectations are 10 of n and 50 of n. The overall numbers average the categories, then R@10 and R@50.
 
     R@10: 1000/3817 = 0.261986, 1000/6346 = 0.157580, 1000/5373 = 0.186116, mean 0.201894;
     R@50 is five times that, 1.009469; their mean is three times the first, 0.605682.
@@ -86,7 +86,7 @@ def test_expected_random_of_fashioniq(fashioniq):
 
 
 def test_expected_random_of_cirr_counts_neither_the_reference_nor_strangers_to_the_set(cirr):
-    """2,296 candidates: R@1 = 100/2296 = 0.043554, R@50 = 2.177700; five members: 20, 40, 60 percent.
+    """2,296 candidates give R@1 = 100/2296 = 0.043554 and R@50 = 2.177700; five members give 20, 40, 60 percent.
 
     mean = (R@5 + R_subset@1) / 2 = (0.217770 + 20) / 2 = 10.108885.
     """
@@ -103,8 +103,8 @@ def test_expected_random_is_100_where_k_exceeds_the_gallery():
 
 
 def test_expected_random_weighs_queries_with_different_chances():
-    """Gallery of 20, reference removed: 3 queries with the reference inside (19 candidates), 1 outside (20), 2 without
-    a target and 2 whose target is the removed reference (0).
+    """The gallery has 20 images. Three queries have their reference in it (19 candidates), one has not (20), two have
+    no target, and the target of two is the removed reference (0).
 
     R@10 = 100 * (3 * 10/19 + 1 * 10/20 + 0) / 8 = 25.986842.
     The second group, all alike, must not be disturbed: 100 * 10/40.
@@ -123,7 +123,7 @@ def test_expected_random_weighs_queries_with_different_chances():
 
 
 def test_expected_random_is_the_mean_of_all_rankings():
-    """Naive loop: every position the target can take among 4 candidates and 3 members, averaged."""
+    """A naive loop averages over every position of the target among 4 candidates and 3 members."""
 
     def metrics(rankings):
         return {"R@2": recall_at(rankings["g"].ranks, 2), "R_subset@2": recall_at(rankings["g"].subset_ranks, 2)}
@@ -140,9 +140,9 @@ def test_expected_random_is_the_mean_of_all_rankings():
 
 
 def test_random_ranks_of_members_agree_with_those_of_the_gallery():
-    """One member of 5 has weight 1 and one 0.5: E[R_subset@1] = (1 + 0.5) / 5 = 30 %, of the target alone 20 %.
+    """One member of 5 has weight 1, one 0.5: E[R_subset@1] = (1 + 0.5) / 5 = 30 %, and 20 % for the target alone.
 
-    Members and gallery order the same images alike, in each drawn ranking.
+    In each drawn ranking the members have the same order as in the gallery.
     """
     gallery = ("ref", *(f"i{index}" for index in range(20)))
     members = gallery[1:6]
@@ -239,7 +239,7 @@ def test_table_without_metrics_still_names_the_protocol(cirr):
 def test_metrics_file_holds_numbers_with_their_protocol(tmp_path, cirr):
     path = tmp_path / "new" / "folder" / "metrics.json"
     rows = {"trained model": {"R@1": 12.5, "mean": float("nan")}}
-    files.write_metrics(path, rows, cirr, {"seed": 42, "checkpoint": Path("best.pth")})
+    result_files.write_metrics(path, rows, cirr, {"seed": 42, "checkpoint": Path("best.pth")})
     assert json.loads(path.read_text()) == {
         "benchmark": "fashioniq",
         "split": "val",
@@ -266,7 +266,7 @@ def test_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, cirr, monke
 
     monkeypatch.setattr(*{"open": (Path, "open"), "replace": (os, "replace")}[failing], full_disk)
     with pytest.raises(OSError, match=r"metrics\.json could not be written: No space left on device; free") as caught:
-        files.write_metrics(path, {}, cirr, {})
+        result_files.write_metrics(path, {}, cirr, {})
     assert caught.value.__cause__.errno == errno.ENOSPC
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
@@ -279,7 +279,7 @@ def test_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, cirr, monke
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Fourteen pictures of one colour each, tall, wide and square; the colour's red value is 10 times the number."""
+    """Return 14 tall, wide and square pictures of one colour each, whose red value is 10 times the number."""
     paths = {}
     for i in range(14):
         paths[f"p{i}"] = tmp_path / f"p{i}.png"
@@ -296,7 +296,7 @@ def sheet(pictures, queries, top, ranks, path, reference_removed=False, **option
 
 
 def frames(image, colour, size=sheet_layout.PICTURE):
-    """Find boxes (left, top) with a border of this colour, 4 pixels thick: the fourth line from the top counts."""
+    """Return (left, top) of boxes with a border of this colour, which is 4 pixels thick."""
     matching = (np.asarray(image) == ImageColor.getrgb(colour)).all(axis=2)
     found = []
     for y, x in np.argwhere(matching).tolist():
@@ -314,7 +314,7 @@ def centre(image, left, top):
 
 
 def test_sheet_frames_the_right_answers(tmp_path, pictures):
-    """Query 0 finds p3 at rank 3 of its row; query 1 finds p13 at rank 14, so it stands after the ten, in orange."""
+    """Query 0 finds p3 at rank 3. Query 1 finds p13 at rank 14, so p13 stands after the ten in orange."""
     queries = [Query("p0", ("is longer",), "p3"), Query("p1", ("is shorter",), "p13")]
     order = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]
     image = sheet(pictures, queries, order, [2, 13], tmp_path / "sheet.png")
@@ -332,7 +332,7 @@ def test_sheet_frames_the_right_answers(tmp_path, pictures):
 
 
 def test_sheet_keeps_the_aspect_ratio(tmp_path, pictures):
-    """p3 is 60 x 120: within 112 x 142 it becomes 71 x 142. p1 is 120 x 60: it becomes 112 x 56."""
+    """Inside a frame of 112 x 142, p3 (60 x 120) becomes 71 x 142, and p1 (120 x 60) becomes 112 x 56."""
     queries = [Query("p0", ("x",), "p3"), Query("p0", ("x",), "p1")]
     image = sheet(pictures, queries, [[3], [1]], [0, 0], tmp_path / "sheet.png")
     sizes = []
@@ -350,7 +350,7 @@ def test_sheet_of_a_query_without_an_answer_has_no_frame(tmp_path, pictures, tar
 
 
 def test_sheet_frames_every_right_answer_and_counts_them(tmp_path, pictures, monkeypatch):
-    """p1 and p2 are right with a weight of 1, p3 is not; the target p1 is not shown and stands apart."""
+    """p1 and p2 are right with a weight of 1, and p3 is wrong. The target p1 is not shown and stands apart."""
     frames, verdicts = {}, []
     draw = ImageDraw.ImageDraw.text
     monkeypatch.setattr(
@@ -364,7 +364,7 @@ def test_sheet_frames_every_right_answer_and_counts_them(tmp_path, pictures, mon
 
 
 def test_sheet_takes_no_reference_for_an_answer(tmp_path, pictures, monkeypatch):
-    """CIRR's soft labels call 37 references right, which are not ranked."""
+    """CIRR's soft labels mark 37 references as right, but references are not ranked."""
     frames = {}
     monkeypatch.setattr(
         sheet_layout, "draw_picture", lambda sheet, place, cell, box: frames.update({cell.image.stem: cell.frame})
@@ -375,7 +375,7 @@ def test_sheet_takes_no_reference_for_an_answer(tmp_path, pictures, monkeypatch)
 
 
 def test_a_table_that_would_be_too_wide_has_a_line_per_metric():
-    """120 characters hold ten columns of 9, not 20."""
+    """120 characters hold ten columns of 9 characters, but not 20."""
     benchmark = make_benchmark([Group("g", ("a", "b"), (Query("a", ("x",), "b"),), False)])
     rows = {"trained model": {f"mAP@10_{i:02}": float(i) for i in range(20)}, "image only": {"mAP@10_01": 50.0}}
     lines = tables.metrics_table(rows, benchmark).split("\n")
@@ -390,7 +390,7 @@ def test_a_table_that_would_be_too_wide_has_a_line_per_metric():
 
 
 def test_a_split_without_public_answers_is_shown_without_any(tmp_path, pictures, monkeypatch):
-    """There is no table either, only sizes and protocol."""
+    """Without rows there is no table, only sizes and protocol."""
     texts = []
     draw = ImageDraw.ImageDraw.text
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: texts.append(a[2]) or draw(*a, **k))
@@ -401,12 +401,12 @@ def test_a_split_without_public_answers_is_shown_without_any(tmp_path, pictures,
 
 
 def test_a_submission_has_no_superfluous_byte(tmp_path):
-    path = files.write_submission(tmp_path / "test" / "x.json", {"version": "rc2", "12": ["a", "b"]})
+    path = result_files.write_submission(tmp_path / "test" / "x.json", {"version": "rc2", "12": ["a", "b"]})
     assert path.read_text() == '{"version":"rc2","12":["a","b"]}'
 
 
 def test_sheet_leaves_places_of_a_short_ranking_empty(tmp_path, pictures):
-    """-1 pads top and must not show the last image of the gallery."""
+    """The padding -1 in top must not show the last image of the gallery."""
     image = sheet(pictures, [Query("p0", ("x",), "p1")], [[1, -1]], [0], tmp_path / "sheet.png")
     ((x, y),) = frames(image, sheet_layout.GREEN)
     assert centre(image, x + sheet_layout.PICTURE[0] + sheet_layout.GAP, y) == (255, 255, 255)
@@ -465,7 +465,7 @@ def test_text_wraps_at_blanks_and_breaks_a_word_that_is_too_wide():
 
 @pytest.fixture
 def mined(tmp_path):
-    """Two triplets over six pictures in one colour each: reference 0, target 1, negatives 2 and 3; and one without."""
+    """Return two triplets over six one-coloured pictures: one with the negatives 2 and 3, and one without negatives."""
     paths = []
     for number, colour in enumerate(("red", "lime", "blue", "yellow", "black", "white")):
         paths.append(str(tmp_path / f"{number}.png"))
@@ -486,13 +486,13 @@ def mined(tmp_path):
 
 
 def colours_of(path, row):
-    """Return the colours in the middle of each place of a line of pictures, left to right."""
+    """Return the colours in the middle of the pictures of a line, from left to right."""
     with Image.open(path) as image:
         sheet = np.asarray(image.convert("RGB"))
     lines = np.nonzero(
         (sheet == ImageColor.getrgb(sheet_layout.GREEN)).all(axis=2).sum(axis=1) >= sheet_layout.PICTURE[0]
     )[0]
-    tops = lines[:: 2 * sheet_layout.FRAME]  # a frame has so many lines above and so many below
+    tops = lines[:: 2 * sheet_layout.FRAME]  # a frame has this many lines above and below
     y = tops[row] + sheet_layout.PICTURE[1] // 2
     first = (
         sheet_layout.MARGIN + sheet_layout.PICTURE[0] + sheet_layout.GAP + sheet_layout.TEXT_WIDTH + sheet_layout.GAP
@@ -516,7 +516,7 @@ def test_the_sheet_of_negatives_shows_each_picture_in_its_place(tmp_path, mined)
 
 
 def test_the_sheet_of_negatives_tells_ranks_scores_and_settings(tmp_path, mined, monkeypatch):
-    """Ranks from 1; the reference is named; where nothing is left it says so; two triplets are all there are."""
+    """Ranks count from 1, the reference is named, an empty row says so, and the sheet shows all two triplets."""
     written = []
     plain = ImageDraw.ImageDraw.text
 
@@ -557,7 +557,7 @@ def test_pictures_of_negatives_that_have_moved_are_named(tmp_path, mined):
 
 
 class Log:
-    """Write a run's log files: a loss per epoch, then validations."""
+    """Write a run's log files with a loss per epoch and validations."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -590,7 +590,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Collect the figures that are drawn."""
+    """Return a list that collects the drawn figures."""
     made = []
 
     class Recorded(curves.Figure):
@@ -618,7 +618,7 @@ def legend(axes):
 
 
 def test_curve_shows_loss_and_validation_and_the_best_epoch(run, figures):
-    """Ties go to the first epoch, as in LAVIS, which replaces its best only by a larger value."""
+    """The first epoch wins a tie, because LAVIS replaces its best checkpoint only for a larger value."""
     run.train("2.500").val(10.0).train("1.500").val(30.0).train("1.000").val(30.0)
     curve(run)
     ((loss, metric),) = (figure.axes for figure in figures)
@@ -634,7 +634,7 @@ def test_curve_takes_the_best_epoch_from_what_chose_the_checkpoint(run, figures)
 
 
 def test_curve_shows_the_gap_to_seen_queries(run, figures):
-    """Two of three epochs were ranked on both; the shaded area has corners at 10, 20, 30 and 15."""
+    """Two of three epochs were ranked on both splits, so the shaded area has corners at 10, 20, 30 and 15."""
     run.train(3).val(10.0).val(15.0, split="seen").train(2).val(20.0).val(30.0, split="seen").train(1).val(25.0)
     curve(run)
     metric = figures[0].axes[1]
@@ -646,7 +646,7 @@ def test_curve_shows_the_gap_to_seen_queries(run, figures):
 
 
 def test_curve_shows_every_batch_and_the_perturbation(run, figures):
-    """Two batches per epoch: those of epoch 0 stand at -0.5 and 0, those of epoch 1 at 0.5 and 1."""
+    """With two batches per epoch, those of epoch 0 stand at -0.5 and 0, those of epoch 1 at 0.5 and 1."""
     measured = {"perturbation_norm": 0.5, "cosine": 0.9}
     run.train(2.5, [{"loss": 3.0, "lr": 1e-4}, {"loss": 2.0, "lr": 2e-4}])
     run.train(1.0, [{"loss": float("nan"), "lr": 3e-4, **measured}, {"loss": 1.0, "lr": 4e-4}]).val(5.0)
@@ -742,7 +742,7 @@ def two_benchmarks():
 
 
 def test_the_summary_shows_of_each_benchmark_the_metric_that_chooses():
-    """Rows of the first benchmark come first; what one lacks is a dash; nothing but the chosen metric is shown."""
+    """The first benchmark's rows come first, a missing row shows a dash, and only the chosen metric is shown."""
     lines = tables.summary_table(two_benchmarks()).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [line for line in lines if set(line) <= set("+-")] == [lines[0], lines[3], lines[-1]]
@@ -755,7 +755,7 @@ def test_the_summary_shows_of_each_benchmark_the_metric_that_chooses():
 
 
 def test_the_summary_is_written_with_protocols_and_without_nan(tmp_path):
-    path = files.write_summary(tmp_path / "run" / "summary.json", two_benchmarks())
+    path = result_files.write_summary(tmp_path / "run" / "summary.json", two_benchmarks())
     content = json.loads(path.read_text())
     assert content["unit"] == "percent"
     assert list(content["benchmarks"]) == ["fashioniq_val", "circo_val"]
@@ -771,7 +771,7 @@ def test_the_summary_is_written_with_protocols_and_without_nan(tmp_path):
 
 
 def attention(tmp_path, maps, num_queries=3, labels=("block 3", "block 7")):
-    """Draw maps over black pictures and return the sheet's pixels ``(height, width, 3)``."""
+    """Draw maps over black pictures and return the pixels ``(height, width, 3)`` of the sheet."""
     benchmark = make_benchmark([make_group("dress", num_queries, 12)])
     black = -torch.tensor(OPENAI_DATASET_MEAN) / torch.tensor(OPENAI_DATASET_STD)
     pictures = black[:, None, None].expand(len(maps), 3, 48, 48)
@@ -793,9 +793,9 @@ def panels(sheet, rows, columns):
 
 
 def test_a_map_is_drawn_over_the_place_it_means(tmp_path):
-    """Weight on the patch at the top right: bright there, black at the bottom left; an even map is even.
+    """A weight on the top right patch is bright there and black at the bottom left; an even map is even.
 
-    The largest weight has inferno's last colour, (252, 255, 164), by 55 percent over black: (139, 140, 90).
+    The largest weight has 55 percent of inferno's last colour, (252, 255, 164), over black: (139, 140, 90).
     """
     corner = torch.zeros(4, 4)
     corner[0, -1] = 0.2
@@ -809,7 +809,7 @@ def test_a_map_is_drawn_over_the_place_it_means(tmp_path):
 
 
 def test_the_label_says_how_far_a_map_is_from_even(tmp_path, monkeypatch):
-    """One patch of 16 holds everything: 16 times the average; of the even map the largest is the average."""
+    """One patch of 16 holds all weight, 16 times the average. In an even map the largest weight is the average."""
     texts = []
     write = ImageDraw.ImageDraw.text
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""What a run's log files hold, how they survive a crash, a resume and a full disk, and when a bar is drawn."""
+"""A run's log files: their content, how they survive a crash, a resume and a full disk, and the progress bar."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_steps_are_rows_with_fixed_columns(tmp_path):
     log = RunLog(tmp_path, columns=WRF)
     log.log_step(0, 0, FULL)
     log.log_step(1, 0, {"lr": 2e-5, "loss": float("nan")})
-    assert (tmp_path / "steps.csv").read_text() == (  # before close: a killed run loses no row
+    assert (tmp_path / "steps.csv").read_text() == (  # the log is still open, because a killed run must lose no row
         "step,epoch,loss,lr,perturbation_norm,cosine\n0,0,2.5,1e-05,0.25,0.75\n1,0,nan,2e-05,,\n"
     )
     steps = read_steps(tmp_path / "steps.csv")
@@ -45,7 +45,7 @@ def test_steps_are_rows_with_fixed_columns(tmp_path):
 
 
 def test_epochs_are_long_rows_of_what_is_a_number(tmp_path):
-    """LAVIS gives training means as text, and its VQA metric has a table per answer type."""
+    """LAVIS returns training means as text, and its VQA metric holds a table per answer type."""
     log = RunLog(tmp_path, columns=WRF)
     log.log_epoch(9, 0, "train", {"loss": "1.250", "lr": "0.000"})
     log.log_epoch(9, 0, "val", {"mean": 12.5, "perAnswerType": {"other": 1.0}, "note": "text", "best_epoch": 0})
@@ -59,7 +59,7 @@ def test_epochs_are_long_rows_of_what_is_a_number(tmp_path):
 
 
 def test_float32_survives_the_file(tmp_path):
-    """0.1 in float32 is 0.100000001490116...; nine digits tell it from its neighbours 7.5e-9 away."""
+    """0.1 in float32 is 0.100000001490116..., and nine digits distinguish it from its neighbours 7.5e-9 away."""
     value = 0.10000000149011612
     log = RunLog(tmp_path, columns=WRF)
     log.log_step(0, 0, {"loss": value})
@@ -75,14 +75,14 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
     log.log_epoch(1, 0, "train", {"loss": 2.25})
     log.log_epoch(1, 0, "seen", {"R@10": 50.0})
     log.close()
-    assert scalars(tmp_path, "train/loss") == {0: 2.5, 1: 2.0}  # not the mean of the epoch as well
+    assert scalars(tmp_path, "train/loss") == {0: 2.5, 1: 2.0}  # without the mean of the epoch
     assert scalars(tmp_path, "wrf/perturbation_norm") == {0: 0.25}
     assert scalars(tmp_path, "wrf/cosine") == {0: 0.75}
     assert scalars(tmp_path, "seen/R@10") == {1: 50.0}
 
 
 def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
-    """Killed after step 3, resumed at step 2 with the files as they were after step 1."""
+    """The run is killed after step 3 and resumed at step 2 with the files as they were after step 1."""
     log = RunLog(tmp_path, columns=WRF)
     sizes = {}
     for step in range(4):
@@ -92,7 +92,7 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
     log.close()
     for path, size in sizes.items():
         os.truncate(path, size)
-    time.sleep(1.1)  # TensorBoard reads its files by name: the second, then a number within it that is not padded
+    time.sleep(1.1)  # TensorBoard sorts its files by name: the second, then an unpadded number within it
     again = RunLog(tmp_path, 2, WRF)
     again.log_step(2, 0, {"loss": 20.0})
     again.log_epoch(2, 0, "val", {"mean": 5.0})
@@ -158,7 +158,7 @@ def test_nothing_is_written_after_close(tmp_path):
 
 @pytest.mark.parametrize("torn", ["1,0,1", "1,0,1.0,1.0,1.0,1.0", "1"])
 def test_a_torn_last_line_is_left_out(tmp_path, torn):
-    """Without its line end, even a line that looks whole may lack digits."""
+    """A line without its line end may lack digits even if it looks whole."""
     log = RunLog(tmp_path, columns=WRF)
     log.log_step(0, 0, FULL)
     log.close()
@@ -191,7 +191,7 @@ class Terminal(io.StringIO):
 
 
 class OnlyNext:
-    """LAVIS's loader of several data sets: endless, with ``next`` alone."""
+    """Stand in for LAVIS's endless loader of several data sets, which has only ``next``."""
 
     def __next__(self):
         return 7
@@ -205,7 +205,7 @@ def test_a_terminal_shows_a_bar_with_the_time_left(monkeypatch, batches):
     del bar
     assert "epoch 3:  40%" in sys.stderr.getvalue()
     assert "2/5 [00:00<" in sys.stderr.getvalue()
-    assert sys.stderr.getvalue().endswith("\r")  # cleared
+    assert sys.stderr.getvalue().endswith("\r")  # the bar was cleared
 
 
 def test_a_log_file_shows_no_bar(monkeypatch):
@@ -223,7 +223,7 @@ def test_other_processes_show_no_bar(monkeypatch):
 
 
 def test_a_file_keeps_the_columns_that_it_began_with(tmp_path):
-    """Version 0.4 gave every run the perturbation's columns; a resumed plain run goes on with them, left empty."""
+    """Version 0.4 gave every run the perturbation's columns. A resumed plain run keeps them and leaves them empty."""
     (tmp_path / "steps.csv").write_text("step,epoch,loss,lr,perturbation_norm,cosine\n0,0,2.5,1e-05,,\n")
     log = RunLog(tmp_path, first_step=1)
     log.log_step(1, 0, {"loss": 2.0, "lr": 1e-5})

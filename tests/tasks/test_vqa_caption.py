@@ -45,7 +45,7 @@ from lavis_cir_plugin.garments.questions import (
     plan_captions,
     plan_pictures,
     plan_questions,
-    words,
+    question_words,
     write_questions,
 )
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
@@ -202,7 +202,7 @@ def test_the_shipped_vocabulary_has_every_word(pictures):
     said = {
         word for texts in plan_captions(LARGE, "val", pictures["val"]).values() for t in texts for word in t.split()
     }
-    assert {*words(), *wording.words(), *said, "a", "picture", "of", "?"} - vocabulary == set()
+    assert {*question_words(), *wording.words(), *said, "a", "picture", "of", "?"} - vocabulary == set()
 
 
 def test_a_picture_id_is_the_number_at_the_end():

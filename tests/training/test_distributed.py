@@ -11,7 +11,7 @@ from conftest import SMALL, make_triplets
 from launched import in_two_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from lavis_cir_plugin.core.processes import fail_together, share
+from lavis_cir_plugin.core.processes import fail_in_all_processes, share
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
@@ -103,7 +103,7 @@ def work(rank, folder):
     found["gathered"] = gather_with_gradient(torch.tensor([rank]))
     found["rows"] = [encoded(Path(folder) / "rows.tmp", n) for n in (1, 4, 5)]
     try:
-        with fail_together():
+        with fail_in_all_processes():
             assert rank == 0, "no picture\nthis process has failed"
     except (ValueError, AssertionError) as error:
         found["stopped"] = type(error).__name__, str(error)

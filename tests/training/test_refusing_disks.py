@@ -46,7 +46,7 @@ def test_a_cache_folder_that_cannot_be_made_is_one_sentence(tmp_path, monkeypatc
 def test_a_read_only_cache_is_one_sentence(tmp_path, monkeypatch, number, call):
     monkeypatch.setattr(tempfile if call == "mkdtemp" else os, call, refuse(number))
     with pytest.raises(OSError, match=r"garments: .* cannot be drawn") as caught:
-        world.made_once(tmp_path / "w", {}, lambda part: None)
+        world.make_once(tmp_path / "w", {}, lambda part: None)
     assert launcher._sentence(caught.value) == (
         f"garments: {tmp_path / 'w'} cannot be drawn ({os.strerror(number)}); free some space there, or set "
         "XDG_CACHE_HOME to a folder that can be written."
@@ -54,18 +54,18 @@ def test_a_read_only_cache_is_one_sentence(tmp_path, monkeypatch, number, call):
 
 
 def test_a_world_that_is_whole_is_read_from_a_read_only_cache(tmp_path, monkeypatch):
-    place = world.made_once(tmp_path / "w", {}, lambda part: None)
+    place = world.make_once(tmp_path / "w", {}, lambda part: None)
     monkeypatch.setattr(os, "open", refuse(errno.EROFS))
-    assert world.made_once(tmp_path / "w", {}, lambda part: None) == place
+    assert world.make_once(tmp_path / "w", {}, lambda part: None) == place
 
 
 def test_no_message_names_the_unfinished_folder(tmp_path):
     def write(part):
-        with world.full_disk_named(part, 30, (40, 50)):
+        with world.explain_full_disk(part, 30, (40, 50)):
             refuse(errno.ENOSPC)()
 
     with pytest.raises(OSError, match=r"no space left") as caught:
-        world.made_once(tmp_path / "w", {}, write)
+        world.make_once(tmp_path / "w", {}, write)
     assert ".part-" not in str(caught.value)
     assert f"garments: no space left on the disk of {tmp_path / 'w'} while" in str(caught.value)
 

@@ -14,7 +14,7 @@ from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from torch.utils.data import Dataset
 
 from lavis_cir_plugin import CONFIGS, benchmarks, garments
-from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.settings import as_plain
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, Processor, TripletDataset, cache_root
 from lavis_cir_plugin.garments.world import World

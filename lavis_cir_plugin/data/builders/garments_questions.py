@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.benchmarks.images import check_format
-from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.settings import as_plain
 from lavis_cir_plugin.data.benchmark_datasets import cache_root
 from lavis_cir_plugin.garments.questions import SPLITS, WORLD, QuestionGarments

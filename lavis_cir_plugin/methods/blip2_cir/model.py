@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import count_blocks_in, load_strictly, read_state
+from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.model_parts import keep_as_buffers
-from lavis_cir_plugin.core.sentences import did_you_mean
 from lavis_cir_plugin.core.settings import check_choice, check_flag, check_whole
 from lavis_cir_plugin.methods.blip2_cir.hub_weights import check_hub_config, read_blip2_weights
 from lavis_cir_plugin.methods.blip2_cir.losses import LOSSES, TrainingOutputs

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
-from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.settings import is_number
 
 VARIANTS = ("sigmoid", "label_smoothed", "robust", "hinge", "ipo", "sdpo", "listwise")

@@ -13,12 +13,12 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
 from lavis_cir_plugin.benchmarks.types import Triplet
-from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.settings import is_number
 from lavis_cir_plugin.ranking import scoring
 from lavis_cir_plugin.ranking.index import KINDS, VECTORS_PER_LIST, Index, build_index
 from lavis_cir_plugin.ranking.ranks import padded, rerank
-from lavis_cir_plugin.ranking.scoring import split
+from lavis_cir_plugin.ranking.scoring import memory_slices
 
 SOURCES = ("query", "positive", "image_set")
 LARGE_GALLERY = 10_000
@@ -265,7 +265,7 @@ def _search(
     # So many vectors belong to as many images even where all of an image's are alike.
     hits = depth * index.gallery[0].numel() // query.shape[1]
     parts, full = [], []
-    for part in split(len(query), scoring.WORKING_BYTES, depth * (64 + banned.shape[1])):
+    for part in memory_slices(len(query), scoring.WORKING_BYTES, depth * (64 + banned.shape[1])):
         scores, found = index.search(query[part], depth, hits=hits)
         mined, is_full = _chosen(scores, found, own[part], targets[part], banned[part], index.gallery, settings)
         parts.append(mined)
@@ -358,7 +358,7 @@ def mean_features(gallery: Tensor) -> Tensor:
     """Return the mean direction of each image's features: ``(G, D)`` float32 of ``(G, D)`` or ``(G, K, D)``."""
     features = gallery if gallery.dim() == 3 else gallery.unsqueeze(1)
     means = torch.empty(len(gallery), gallery.shape[-1])
-    for part in split(len(gallery), scoring.WORKING_BYTES, 4 * features[0].numel()):
+    for part in memory_slices(len(gallery), scoring.WORKING_BYTES, 4 * features[0].numel()):
         means[part] = F.normalize(features[part].float().mean(dim=1), dim=-1)
     return means
 
@@ -366,7 +366,7 @@ def mean_features(gallery: Tensor) -> Tensor:
 def _are_twins(gallery: Tensor, images: Tensor, others: Tensor) -> Tensor:
     """Return for pairs of images, both ``(n,)``, whether they are the same picture."""
     result = torch.empty(len(images), dtype=torch.bool)
-    for part in split(len(images), scoring.CACHE_BYTES, 8 * gallery[0].numel()):
+    for part in memory_slices(len(images), scoring.CACHE_BYTES, 8 * gallery[0].numel()):
         cosines = F.cosine_similarity(gallery[images[part]].float(), gallery[others[part]].float(), dim=-1)
         result[part] = (cosines >= TWIN).reshape(len(cosines), -1).all(dim=1)
     return result

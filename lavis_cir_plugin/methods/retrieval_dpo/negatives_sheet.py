@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.core.atomic_files import replace_file
 from lavis_cir_plugin.data.negatives import NegativeSets
 from lavis_cir_plugin.report.sheet_layout import (
     GREEN,

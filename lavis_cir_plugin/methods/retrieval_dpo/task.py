@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query, no_metrics
-from lavis_cir_plugin.core.processes import fail_together, gather, share
+from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, share
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
 from lavis_cir_plugin.core.settings import as_plain, setting_problems
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, TripletDataset
@@ -211,7 +211,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
             path = negatives_path(Path(registry.get_path("output_dir")), name, at)
             is_kept = gather(path.is_file())[0]
             if is_kept:
-                with fail_together():
+                with fail_in_all_processes():
                     sets = load_negatives(path)
                     self._check_gallery(sets, name, dataset, str(path))
                 if sets.about.get("negatives") != self._mining_settings():
@@ -223,7 +223,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
                 sets = self._mine(name, dataset, at)
                 set_random_state(state, self.device)  # a resumed run, which finds the file, draws nothing here
                 self._check_any(sets)
-                with fail_together():
+                with fail_in_all_processes():
                     if is_main_process():
                         sets.save(path)
             logging.info("negatives of %s for epoch %d: %s", name, epoch, sets.summary())
@@ -318,7 +318,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         gallery = evaluation.encode_gallery()
         own = share(len(right))
         parts: list[Mined] = []
-        with fail_together():
+        with fail_in_all_processes():
             if len(own):
                 (everything,) = benchmark.groups
                 if self.mining.source == "positive":

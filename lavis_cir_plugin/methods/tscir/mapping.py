@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint, state_in
-from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.settings import check_choice, check_whole, is_number
 from lavis_cir_plugin.methods.tscir.layers import MappingNetwork, VisualInjection
 from lavis_cir_plugin.methods.tscir.losses import soft_text_alignment_loss

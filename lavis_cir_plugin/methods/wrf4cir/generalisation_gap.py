@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint
-from lavis_cir_plugin.core.model_parts import frozen_names, places
+from lavis_cir_plugin.core.model_parts import frozen_names, tensor_places
 from lavis_cir_plugin.core.random_state import seed_all
 from lavis_cir_plugin.methods.wrf4cir.frozen_memo import FrozenMemo
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
@@ -255,7 +255,7 @@ def loss_along(
     def loss_at(batch: dict[str, Any], new: Mapping[int, Tensor]) -> float:
         seed_all(SEED)
         memo.position.clear()
-        tensors = {name: new[id(holder[key])] for name, holder, key in places(model) if id(holder[key]) in new}
+        tensors = {name: new[id(holder[key])] for name, holder, key in tensor_places(model) if id(holder[key]) in new}
         with torch.autocast(device.type, enabled=is_mixed):
             output = functional_call(model, tensors, (dict(batch),), tie_weights=False)
         return float(output["loss"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from lavis_cir_plugin.core.model_parts import momentum_copies, places, recomputing_modules, without_ddp
+from lavis_cir_plugin.core.model_parts import momentum_copies, recomputing_modules, tensor_places, without_ddp
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
 from lavis_cir_plugin.methods.wrf4cir.frozen_memo import FrozenMemo
 from lavis_cir_plugin.methods.wrf4cir.perturbation import TENSORS, LowRank, WeightPerturbation, ascent_step
@@ -318,7 +318,7 @@ class PerturbedModel:
         self.device = next(iter(optimizer.weights.values())).device if optimizer.weights else torch.device("cpu")
         self.memo = FrozenMemo(model, self.device)
         self.moving = {id(weight) for weight in momentum_copies(without_ddp(model)).values()}
-        self.places = list(places(model))
+        self.places = list(tensor_places(model))
 
     def __getattr__(self, name: str) -> Any:
         """Anything but the call is the model's own."""

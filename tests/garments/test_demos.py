@@ -1,4 +1,4 @@
-"""The demos of all three benchmarks, made small: train, then answer the test split for its server."""
+"""Small demos of all three benchmarks train a model and then write the answers for the test server."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FEW = 200
 
 @pytest.fixture
 def project(tmp_path, monkeypatch, tmp_path_factory):
-    """Return a factory of a demo's project file, on small worlds, for one epoch."""
+    """Return a function that writes a demo's project file for small worlds and one epoch."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "shapes"))
     monkeypatch.setattr(chance, "RANDOM_QUERIES", FEW)
 

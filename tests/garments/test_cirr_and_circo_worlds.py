@@ -1,4 +1,4 @@
-"""Garments in CIRR's and CIRCO's shapes: their files field by field, the truth rule, splits, sets of six."""
+"""The drawn worlds in CIRR's and CIRCO's files: fields, the rule of ground truths, splits, sets of six."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lavis_cir_plugin.benchmarks import cirr as cirr_benchmark
 from lavis_cir_plugin.garments import __main__ as command_line
 from lavis_cir_plugin.garments import attributes as world
 from lavis_cir_plugin.garments import circo, cirr, fashioniq, questions
-from lavis_cir_plugin.garments.truth import Gallery, is_answer
-from lavis_cir_plugin.garments.wording import Phrase, edit_sentence, phrases, tokens, told
+from lavis_cir_plugin.garments.ground_truth import Gallery, is_answer
+from lavis_cir_plugin.garments.wording import Phrase, choose_phrases, edit_sentence, phrases, tokens
 
 CIRR = cirr.CIRRGarments(seed=3, train_sets=8, val_sets=7, test_sets=2, image_width=32, image_height=40)
 CIRCO = circo.CIRCOGarments(seed=3, images=150, val_queries=30, test_queries=12, image_width=32, image_height=40)
@@ -64,7 +64,7 @@ def test_a_plan_depends_on_the_seed_and_on_nothing_else():
     assert circo.plan_world(CIRCO) != circo.plan_world(replace(CIRCO, seed=4))
 
 
-# -- the truth rule --------------------------------------------------------------------------------------------------
+# -- the rule of ground truths ---------------------------------------------------------------------------------------
 
 
 def caption(target: world.Garment, *texts: str) -> list[Phrase]:
@@ -89,7 +89,7 @@ def test_what_answers_a_caption():
 
 
 def test_a_colour_that_comes_with_a_pattern_may_be_left_open():
-    """ "has polka dots" is answered by dots of any colour; "white polka dots" by white ones only."""
+    """Dots of any colour answer "has polka dots"; only white dots answer "white polka dots"."""
     white = replace(SOLID, pattern="dots", secondary="white")
     yellow = replace(SOLID, pattern="dots", secondary="yellow")
     dots, white_dots = caption(white, "polka dots"), caption(white, "white polka dots")
@@ -110,7 +110,7 @@ def test_the_gallery_finds_what_a_look_at_every_garment_finds(kept):
     for _ in range(200):
         reference = rng.choice(garments)
         target = world.edited(reference, rng, 1)
-        said = told(reference, target, rng)
+        said = choose_phrases(reference, target, rng)
         naive = [index for index, garment in enumerate(garments) if is_answer(garment, reference, said, kept)]
         assert gallery.answers(reference, target, said, kept) == naive
         answered += bool(naive)
@@ -122,7 +122,7 @@ def test_captions_tell_every_change_once():
     for index in range(400):
         reference = world.sample(world.DISTINCT_CATEGORIES[index % 2], rng)
         target = world.edited(reference, rng, 1 + index % 2)
-        said = told(reference, target, rng)
+        said = choose_phrases(reference, target, rng)
         assert {name for phrase in said for name in phrase.covers} >= set(phrases(reference, target))
         assert is_answer(target, reference, said)
         assert len(said) <= len(phrases(reference, target))
@@ -133,7 +133,7 @@ def test_sentences_use_words_that_the_small_model_knows():
     rng, texts = random.Random(0), []
     for index in range(1500):
         reference = world.sample(world.DISTINCT_CATEGORIES[index % 2], rng)
-        said = told(reference, world.edited(reference, rng, 1 + index % 2), rng)
+        said = choose_phrases(reference, world.edited(reference, rng, 1 + index % 2), rng)
         if said:
             texts.append(edit_sentence(said, reference.category, rng))
     assert {word for text in texts for word in tokens(text)} <= vocabulary
@@ -205,7 +205,7 @@ def test_cirr_targets_are_the_only_answers_in_the_whole_gallery():
 
 
 def test_cirr_sets_are_hard():
-    """Every member is one or two mentioned edits from another; every query asks for one or two; up to 7 per set."""
+    """Each member is one or two edits from another, each query asks for one or two, and a set has up to 7 queries."""
     plan = cirr.plan_split(CIRR, "val")
     for names in plan.sets:
         members = [plan.images[name] for name in names]
@@ -222,7 +222,7 @@ def test_cirr_sets_are_hard():
 
 
 def test_cirr_soft_labels():
-    """Reference red; target blue. 0.5: blue with a belt. -1.0: four changes from the target. Else no label."""
+    """The caption asks for blue. Blue with a belt has 0.5, four changes from the target -1.0, and others no label."""
     blue = replace(SOLID, colour="blue")
     members = [
         SOLID,
@@ -291,54 +291,54 @@ def test_circo_has_the_protocols_fields_and_files(circo_root):
 
 
 def test_circos_ground_truths_are_all_that_satisfy_the_rule_and_nothing_else():
-    """The rule written out a second time: category, the caption's phrases, and the salient attributes left unsaid."""
+    """The test writes the rule again: category, phrases of the caption, and salient attributes without a mention."""
     plan = circo.plan_world(CIRCO)
     near_misses = 0
-    for question in (one for many in plan.questions.values() for one in many):
-        reference = plan.garments[question.reference]
-        spoken_of = {name for phrase in question.changes for name in phrase.covers}
-        stays = {"colour", "pattern", "sleeve", "length", "neckline"} - spoken_of
+    for query in (each for split in plan.queries.values() for each in split):
+        reference = plan.garments[query.reference]
+        mentioned = {name for phrase in query.changes for name in phrase.covers}
+        stays = {"colour", "pattern", "sleeve", "length", "neckline"} - mentioned
         for place, garment in enumerate(plan.garments):
             if garment.category != reference.category:
-                assert place not in question.ground_truths
+                assert place not in query.ground_truths
                 continue
             offered = {(p.verb, p.text) for many in phrases(reference, garment).values() for p in many}
-            says = {(p.verb, p.text) for p in question.changes} <= offered
+            says = {(p.verb, p.text) for p in query.changes} <= offered
             same = all(getattr(garment, name) == getattr(reference, name) for name in stays)
-            assert (says and same) == (place in question.ground_truths)
+            assert (says and same) == (place in query.ground_truths)
             near_misses += says and not same
-        assert all(phrase.text in question.caption for phrase in question.changes)
+        assert all(phrase.text in query.caption for phrase in query.changes)
     assert near_misses > 50
 
 
 def test_circos_shared_concept_is_true_of_the_reference_and_of_every_answer():
     plan = circo.plan_world(CIRCO)
-    for question in plan.questions["val"]:
-        shown = [plan.garments[place] for place in (question.reference, *question.ground_truths)]
+    for query in plan.queries["val"]:
+        shown = [plan.garments[place] for place in (query.reference, *query.ground_truths)]
         noun = "dress" if shown[0].category == "dress" else "top"
-        assert noun in tokens(question.concept)
+        assert noun in tokens(query.concept)
         assert len({garment.category for garment in shown}) == 1
-        if "sleeves" in question.concept:
+        if "sleeves" in query.concept:
             assert len({garment.sleeve for garment in shown}) == 1
-        if re.search("stripe", question.concept):
+        if re.search("stripe", query.concept):
             assert {garment.pattern for garment in shown} <= {"stripes", "vertical stripes"}
 
 
 def test_circo_has_about_as_many_ground_truths_as_the_real_one():
-    """CIRCO's val: 4.16 on average, from 1 to 14. Five worlds, because one has families of its own.
+    """CIRCO's val has 4.16 ground truths on average, from 1 to 14; five worlds together come near that.
 
-    A larger gallery holds more looks, not more garments of a look.
+    A larger gallery has more looks, but not more garments per look.
     """
     counts = [
-        len(question.ground_truths)
+        len(query.ground_truths)
         for seed in range(5)
-        for question in circo.plan_world(circo.CIRCOGarments(seed=seed, val_queries=60)).questions["val"]
+        for query in circo.plan_world(circo.CIRCOGarments(seed=seed, val_queries=60)).queries["val"]
     ]
     assert 3 < np.mean(counts) < 5.5
     assert min(counts) == 1
     assert max(counts) > 9
-    large = circo.plan_world(circo.CIRCOGarments(images=6000, val_queries=150, test_queries=1)).questions["val"]
-    assert 3 < np.mean([len(question.ground_truths) for question in large]) < 5.5
+    large = circo.plan_world(circo.CIRCOGarments(images=6000, val_queries=150, test_queries=1)).queries["val"]
+    assert 3 < np.mean([len(query.ground_truths) for query in large]) < 5.5
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_circo_has_about_as_many_ground_truths_as_the_real_one():
     ],
 )
 def test_semantic_aspects(edit, texts, aspects):
-    """SOLID is a plain red dress with short sleeves and no belt."""
+    """The reference SOLID is a plain red dress with short sleeves and no belt."""
     changes = caption(replace(SOLID, **edit), *texts)
     assert list(circo.semantic_aspects(SOLID, changes, " and ".join(texts))) == aspects
 
@@ -370,10 +370,10 @@ def test_circos_reader_reads_it(circo_root):
         (group,) = benchmark.groups
         assert len(group.gallery) == CIRCO.images
         place = {name: index for index, name in enumerate(group.gallery)}
-        for query, question in zip(group.queries, plan.questions[split]):
-            assert place[query.reference] == question.reference
+        for query, planned in zip(group.queries, plan.queries[split]):
+            assert place[query.reference] == planned.reference
             truths = tuple(place[name] for name, _ in query.relevance)
-            assert truths == (question.ground_truths if split == "val" else ())
+            assert truths == (planned.ground_truths if split == "val" else ())
 
 
 # -- settings --------------------------------------------------------------------------------------------------------
@@ -403,7 +403,7 @@ def test_impossible_values_are_refused(module, values, message):
 
 
 def test_more_queries_than_a_gallery_holds_is_said():
-    """Two images of one look: there is no other look to ask for."""
+    """Two images share one look, so no query can ask for another look."""
     with pytest.raises(ValueError, match="2 images gave 0 queries for val, not 1; raise images or lower the number"):
         circo.plan_world(circo.CIRCOGarments(images=2, val_queries=1, test_queries=1))
 

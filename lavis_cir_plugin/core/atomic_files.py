@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files atomically: readers see the old file or the whole new one."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ __all__ = ["replace_file", "replacing", "size_text"]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of ``path`` when the block ends: readers see the old file or the new one.
+    """Open a file that replaces ``path`` when the block ends: readers see the old file or the new one.
 
-    Of several writers, on one machine or on many, the last one wins. The block should only write, since what the
-    operating system refuses in it is taken for a refusal to write.
+    If several processes write, on one machine or on many, the last one wins. The block should only write, because
+    every OSError in it is reported as a failure to write.
 
     Args:
-        path: The file; its folder is made where it is missing.
+        path: Path of the file. Its folder is made if it is missing.
 
     Raises:
-        OSError: it cannot be written. Then, as after any other error in the block, an older file is as it was.
+        OSError: If the file cannot be written. After this or any other error in the block the old file is unchanged.
     """
-    # Beside the file, as os.replace is atomic within one file system only; processes of two machines share numbers.
+    # os.replace is atomic within one file system only. Two machines can have equal process ids, so the name is random.
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,10 +43,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def replace_file(path: Path, content: bytes) -> Path:
-    """Put content at a path by `replacing`, and return the path.
+    """Write the content of a file with `replacing`, and return its path.
 
     Raises:
-        OSError: it cannot be written; an older file is then as it was.
+        OSError: If the file cannot be written. An old file then stays unchanged.
     """
     with replacing(path) as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""Write metrics, summaries and test servers' files as JSON."""
+"""Write metrics, summaries and the files for test servers as JSON."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lavis_cir_plugin.benchmarks.types import Benchmark
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.core.atomic_files import replace_file
 
 
 def write_summary(path: str | Path, results: Mapping[str, tuple[Benchmark, Mapping[str, Mapping[str, float]]]]) -> Path:
-    """Write what :func:`summary_table` shows as JSON, with each benchmark's protocol; return ``path``.
+    """Write the content of :func:`summary_table` as JSON with each benchmark's protocol, and return ``path``.
 
     Raises:
-        OSError: the file cannot be written; an older one is then left as it was.
+        OSError: If the file cannot be written. An old file then stays unchanged.
     """
     content = {
         "unit": "percent",
@@ -39,14 +39,22 @@ def _finite(row: Mapping[str, float]) -> dict[str, float | None]:
 def write_metrics(
     path: str | Path, rows: Mapping[str, Mapping[str, float]], benchmark: Benchmark, extra: Mapping[str, Any]
 ) -> Path:
-    """Write metrics as JSON, together with everything needed to compare them: benchmark, split, protocol, sizes.
+    """Write metrics as JSON with everything needed to compare them: benchmark, split, protocol and sizes.
 
-    rows: as for :func:`metrics_table`, in percent; a value that is not finite becomes ``null``. extra: what the caller
-    knows of the run (checkpoint, seed, commit ...), stored under ``extra``; what JSON lacks (paths) is stored as text.
-    Folders are created, an older file is replaced in one step. Returns ``path``.
+    Missing folders are made, and an old file is replaced in one step.
+
+    Args:
+        path: Path of the file.
+        rows: Metrics in percent as for :func:`metrics_table`. A value that is not finite becomes ``null``.
+        benchmark: Benchmark of the metrics.
+        extra: What the caller knows of the run (checkpoint, seed, commit ...), stored under ``extra``. Values that JSON
+            cannot hold (paths) are stored as text.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        OSError: the file cannot be written (a full disk, say); an older file is then left as it was.
+        OSError: If the file cannot be written, as on a full disk. An old file then stays unchanged.
     """
     content = {
         "benchmark": benchmark.name,
@@ -69,9 +77,12 @@ def write_metrics(
 
 
 def write_submission(path: str | Path, content: Any) -> Path:
-    """Write a file for a test server, without a superfluous byte: CIRR's takes no file over 5 MB. Returns ``path``.
+    """Write a file for a test server without superfluous bytes, because CIRR's server accepts at most 5 MB.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        OSError: the file cannot be written; an older one is then left as it was.
+        OSError: If the file cannot be written. An old file then stays unchanged.
     """
     return replace_file(Path(path), json.dumps(content, separators=(",", ":")).encode())

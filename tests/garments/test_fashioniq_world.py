@@ -1,4 +1,4 @@
-"""The garments world: determinism, FashionIQ's format, truthful captions, a safe cache."""
+"""The drawn world in FashionIQ's files: it is deterministic, its captions are true, and its cache is safe."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def pairs(count: int, seed: int = 0):
 
 
 def found(text: str, table: dict[str, str]) -> set[str]:
-    """Read values off a text, longest words first, so that "dark red" is not read as "red"."""
+    """Return the values that a text names; longest words come first, so "dark red" is not read as "red"."""
     values = set()
     for phrase in sorted(table, key=len, reverse=True):
         if re.search(rf"\b{phrase}\b", text):
@@ -135,7 +135,7 @@ def test_held_out_combinations_are_seen_in_evaluation_only():
 
 
 def test_held_out_share_is_the_share_of_combinations():
-    """16 colours x 8 patterns x 4 sleeves = 512 fair draws at 0.2: standard deviation 1.8 %, allowed 4 of them."""
+    """16 colours x 8 patterns x 4 sleeves are 512 draws at 0.2 with a standard deviation of 1.8 %; 4 are allowed."""
     garment = world.sample("dress", random.Random(0))
     all_combinations = [
         replace(garment, colour=colour, pattern=pattern, sleeve=sleeve)
@@ -214,7 +214,7 @@ def test_two_changes_are_both_spoken_of_by_the_pair_of_captions():
 
 
 def test_captions_look_like_fashioniqs():
-    """FashionIQ: 5.3 words on average, at most 18; some capitals, some full stops."""
+    """FashionIQ's captions have 5.3 words on average and at most 18, some capitals and some full stops."""
     texts = [text for *_, both in pairs(1500, seed=2) for text in both]
     lengths = [len(tokens(text)) for text in texts]
     assert 4.5 < np.mean(lengths) < 6
@@ -240,7 +240,7 @@ def test_pictures_have_the_asked_size_and_are_repeatable(size):
 
 
 def test_every_attribute_is_visible_at_64_pixels():
-    """Two values of one attribute, all else (photo and grain included) equal, differ by 8 grey levels somewhere."""
+    """Pictures that differ in one attribute alone (equal photo and grain) differ by 8 grey levels somewhere."""
     rng = random.Random(4)
     for category in world.CATEGORIES:
         for name, values in world.VALUES[category].items():
@@ -253,7 +253,7 @@ def test_every_attribute_is_visible_at_64_pixels():
 
 
 def test_colour_of_the_cloth_is_the_garments_colour():
-    """The mean colour around the belly is nearest to the garment's own among the saturated ones."""
+    """Among the saturated colours the garment's own is nearest to the mean colour around the belly."""
     names = ("red", "green", "blue", "yellow", "purple")
     for name in names:
         garment = world.sample("toptee", random.Random(6))
@@ -292,7 +292,7 @@ def test_unknown_category_is_refused():
 
 @pytest.fixture
 def drawn_names(monkeypatch) -> list[str]:
-    """Count the pictures drawn in this process."""
+    """Return a list that collects the names of the pictures drawn in this process."""
     names: list[str] = []
     draw_job = cache._draw_job
     monkeypatch.setattr(cache, "_draw_job", lambda job: (names.append(job[2]), draw_job(job)))
@@ -318,7 +318,7 @@ def test_another_generator_version_is_another_world(tmp_path):
 
 def test_interrupted_run_is_redone(tmp_path, monkeypatch):
     place = WORLD.make(tmp_path, TINY, progress=False, workers=1)
-    (place / "complete.json").unlink()  # as if an older run had stopped in the middle
+    (place / "complete.json").unlink()  # as if an earlier run had stopped halfway
     next((place / "images").iterdir()).unlink()
     left_over = tmp_path / f".{place.name}.part-killed"
     left_over.mkdir()
@@ -348,5 +348,5 @@ def test_a_world_that_another_process_finished_meanwhile_stays(tmp_path):
     for folder in (place, part):
         folder.mkdir()
         (folder / "complete.json").write_text(folder.name)
-    cache._moved(part, place)
+    cache._move_into_place(part, place)
     assert (place / "complete.json").read_text() == "place"

@@ -1,4 +1,4 @@
-"""Files take another's place whole or not at all."""
+"""Files are replaced whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lavis_cir_plugin.core.whole_or_nothing import replace_file, replacing
+from lavis_cir_plugin.core.atomic_files import replace_file, replacing
 
 
 def test_the_old_file_is_there_until_the_block_ends(tmp_path):
@@ -21,7 +21,7 @@ def test_the_old_file_is_there_until_the_block_ends(tmp_path):
 
 
 def test_of_two_writers_the_last_wins_whole(tmp_path):
-    """They may have the same process number, on two machines with one file system."""
+    """Two writers on two machines with one file system may have the same process id."""
     path = tmp_path / "a.json"
     with replacing(path) as first:
         first.write(b"longer")
@@ -42,7 +42,7 @@ def test_an_error_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path, er
             file.write(b"half of it")
             raise error("no such thing")
 
-    with pytest.raises(error, match="no such thing"):  # no OSError: passed on as it is
+    with pytest.raises(error, match="no such thing"):  # this is no OSError, so it is raised unchanged
         fail()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
@@ -50,7 +50,7 @@ def test_an_error_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path, er
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_one_sentence_with_what_to_do(tmp_path, monkeypatch):
-    """The operating system's own error, which comes when the buffered bytes are written as the file is closed."""
+    """The operating system raises the error when it writes the buffered bytes as the file is closed."""
     path = replace_file(tmp_path / "a.json", b"old")
 
     def on_a_full_disk(name: Path, mode: str):
