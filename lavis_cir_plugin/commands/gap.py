@@ -35,11 +35,11 @@ def _compare(args: argparse.Namespace) -> None:
     from lavis_cir_plugin.core.whole_or_nothing import replace_file
     from lavis_cir_plugin.methods.wrf4cir.generalisation_gap import (
         draw_gap,
+        gap_table,
         logged_epochs,
         points_csv,
         read_run,
         selection_metric,
-        table,
         with_losses,
     )
 
@@ -52,4 +52,4 @@ def _compare(args: argparse.Namespace) -> None:
     replace_file(output.with_suffix(".csv"), points_csv(runs, metric).encode())
     notes = [f"{run.label}: {note}" for run in runs for note in run.notes]
     written = f"Written: {output} and {output.with_suffix('.csv').name}"
-    print("\n".join([table(runs, metric), *(["", *notes] if notes else []), "", written]))
+    print("\n".join([gap_table(runs, metric), *(["", *notes] if notes else []), "", written]))

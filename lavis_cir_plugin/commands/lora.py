@@ -28,7 +28,7 @@ def _export(args: argparse.Namespace) -> None:
     from omegaconf import OmegaConf
 
     from lavis_cir_plugin.training.lora import (
-        Lora,
+        LoraSettings,
         build_model,
         merged_state,
         read_lora_checkpoint,
@@ -54,6 +54,6 @@ def _export(args: argparse.Namespace) -> None:
         if args.merge:
             torch.save({"model": merged_state(model)}, content / "checkpoint_merged.pth")
         else:
-            write_peft_folder(model, Lora(**sections["run"]["lora"]), content)
+            write_peft_folder(model, LoraSettings(**sections["run"]["lora"]), content)
         os.replace(content, output)
     print(f"{output}: {', '.join(sorted(found.name for found in output.iterdir()))}")

@@ -128,9 +128,9 @@ class FeatureCache:
     def __init__(
         self, root: Path, model: HasImageTower, transform: Callable[[Any], Tensor], upright: bool = False
     ) -> None:
-        self.identity, self.folder = _identified(root, model, transform, upright, _own_name)
+        self.identity, self.folder = _identity_and_folder(root, model, transform, upright, _own_name)
         if not self.folder.is_dir():
-            former_identity, former_folder = _identified(root, model, transform, upright, _former_name)
+            former_identity, former_folder = _identity_and_folder(root, model, transform, upright, _former_name)
             if former_folder.is_dir():
                 self.identity, self.folder = former_identity, former_folder
         self.transform = transform
@@ -148,7 +148,7 @@ class FeatureCache:
     def __getitem__(self, path: Path) -> Tensor:
         segment, row = self._rows[str(path)]
         # A copy, because torch has no read-only tensors and the file must not change.
-        return torch.from_numpy(self._map(segment)[row].copy()).view(self._dtype).view(self._shape)
+        return torch.from_numpy(self._mapped_segment(segment)[row].copy()).view(self._dtype).view(self._shape)
 
     def fill(self, model: HasImageTower, paths: Iterable[Path], *, batch_size: int = 64, num_workers: int = 0) -> None:
         """Make the features of these pictures readable; compute those that are not there yet.
@@ -179,12 +179,12 @@ class FeatureCache:
             )
         names = sorted({str(path) for path in paths})
         with fail_together():
-            files = self._identify(names[rank::world])
+            files = self._hash_files(names[rank::world])
         image_of = {file["name"]: file["image"] for part in gather(files) for file in part}
         source = {image_of[name]: name for name in reversed(names)}
 
         rows = self._read_rows()
-        checked = gather(self._wrong(rows, list(source)[rank::world]))
+        checked = gather(self._damaged_rows(rows, list(source)[rank::world]))
         wrong = {image: place for part in checked for image, place in part.items()}
         # Processes may see different rows if an independent run is writing, so the first one decides.
         missing = gather([image for image in source if image not in rows or image in wrong])[0]
@@ -192,9 +192,9 @@ class FeatureCache:
             if missing and not self._shape:
                 probe = self._features(model, self._picture(source[missing[0]])[None])
                 self._shape, self._dtype = tuple(probe.shape[1:]), probe.dtype
-            self._announce(len(source), len(missing), len(wrong))
+            self._announce_or_refuse(len(source), len(missing), len(wrong))
         with fail_together():
-            self._remember(files)
+            self._remember_hashes(files)
             if missing[rank::world]:
                 self._compute(model, missing[rank::world], source, wrong, batch_size, num_workers)
 
@@ -205,11 +205,11 @@ class FeatureCache:
                 f"run.feature_cache: {self.folder} lacks {len(lost):,} images after every process has written its "
                 "share; choose a folder that all processes see."
             )
-        self._rows = {name: _place(rows[image]) for name, image in image_of.items()}
+        self._rows = {name: _segment_and_row(rows[image]) for name, image in image_of.items()}
 
     # Files and their hashes.
 
-    def _identify(self, names: Sequence[str]) -> list[dict[str, Any]]:
+    def _hash_files(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Return a line for each file; the hash of an unchanged one is looked up rather than computed."""
         lines = [line for path in self._file_lines.glob("*.jsonl") for line in _read_lines(path)]
         known = {(line.get("path"), line.get("size"), line.get("mtime")): line.get("image") for line in lines}
@@ -229,7 +229,7 @@ class FeatureCache:
         with ThreadPoolExecutor() as pool:
             return list(_progress(pool.map(identify, names), "identify images", len(names)))
 
-    def _remember(self, files: Sequence[dict[str, Any]]) -> None:
+    def _remember_hashes(self, files: Sequence[dict[str, Any]]) -> None:
         new = [json.dumps(file["file"]) + "\n" for file in files if file["is_new"]]
         # Only a shortcut: without it the files are hashed again, also where the folder cannot be written.
         with suppress(OSError):
@@ -279,9 +279,9 @@ class FeatureCache:
             found = (line for line in _read_lines(path) if "image" in line and line.get("row") in whole)
             lines += [{**line, "segment": path.stem} for line in found]
         replaced = {tuple(line["instead_of"]) for line in lines if "instead_of" in line}
-        return {line["image"]: line for line in lines if _place(line) not in replaced}
+        return {line["image"]: line for line in lines if _segment_and_row(line) not in replaced}
 
-    def _map(self, segment: str) -> np.ndarray[Any, Any]:
+    def _mapped_segment(self, segment: str) -> np.ndarray[Any, Any]:
         if segment not in self._maps:
             # Read-only and not torch.from_file, whose private mapping is refused where it exceeds the memory.
             data = np.memmap(self.folder / f"{segment}.rows", np.uint8, mode="r")
@@ -289,20 +289,20 @@ class FeatureCache:
             self._maps[segment] = data[: count * self._row_bytes].reshape(count, self._row_bytes)
         return self._maps[segment]
 
-    def _wrong(self, rows: Mapping[str, Mapping[str, Any]], images: Iterable[str]) -> dict[str, tuple[str, int]]:
+    def _damaged_rows(self, rows: Mapping[str, Mapping[str, Any]], images: Iterable[str]) -> dict[str, tuple[str, int]]:
         """Return which of these images have a row that is not what was written, and where it is."""
 
         def is_wrong(line: Mapping[str, Any]) -> bool:
-            return line.get("check") != _check(line["image"], self._map(line["segment"])[line["row"]])
+            return line.get("check") != _check_sum(line["image"], self._mapped_segment(line["segment"])[line["row"]])
 
-        lines = sorted((rows[image] for image in images if image in rows), key=_place)
+        lines = sorted((rows[image] for image in images if image in rows), key=_segment_and_row)
         for segment in {line["segment"] for line in lines}:
-            self._map(segment)  # here rather than in several threads at once
+            self._mapped_segment(segment)  # here rather than in several threads at once
         with ThreadPoolExecutor() as pool:
             checked = zip(lines, _progress(pool.map(is_wrong, lines), "check features", len(lines)))
-            return {line["image"]: _place(line) for line, wrong in checked if wrong}
+            return {line["image"]: _segment_and_row(line) for line, wrong in checked if wrong}
 
-    def _announce(self, total: int, missing: int, wrong: int) -> None:
+    def _announce_or_refuse(self, total: int, missing: int, wrong: int) -> None:
         """Log what there is and what will be written where; refuse to start if it does not fit."""
         existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.is_dir())
         free = shutil.disk_usage(existing).free
@@ -341,7 +341,7 @@ class FeatureCache:
             worker_init_fn=worker_setup(),
         )
         with ExitStack() as stack:
-            with _explained(self.folder):
+            with _write_errors_explained(self.folder):
                 self._write_meta()
                 segment = stack.enter_context(_Segment(self.folder))
             bar = stack.enter_context(_progress(None, "image features", len(images)))
@@ -353,7 +353,7 @@ class FeatureCache:
                 if not all(is_finite):
                     name = source[batch[is_finite.index(False)]]
                     raise ValueError(f"run.feature_cache: the features of {name} are not finite; check the weights.")
-                with _explained(self.folder):
+                with _write_errors_explained(self.folder):
                     segment.append(batch, features, wrong)
                 before, done = done, done + len(batch)
                 bar.update(len(batch))
@@ -398,7 +398,7 @@ class _Segment:
         data = features.flatten(1).view(torch.uint8).numpy()
         lines = []
         for row, (image, content) in enumerate(zip(images, data), self._count):
-            line = {"image": image, "row": row, "check": _check(image, content)}
+            line = {"image": image, "row": row, "check": _check_sum(image, content)}
             lines.append(json.dumps({**line, "instead_of": wrong[image]} if image in wrong else line) + "\n")
         for file, content in ((self._rows, data.data), (self._lines, "".join(lines).encode())):
             file.write(content)
@@ -418,7 +418,7 @@ class _Pictures(Dataset[Tensor]):
         return self.read(self.names[index])
 
 
-def _identified(
+def _identity_and_folder(
     root: Path, model: HasImageTower, transform: Callable[[Any], Tensor], upright: bool, named: Named
 ) -> tuple[dict[str, Any], Path]:
     """Return what identifies a cache, and the folder that it is in."""
@@ -489,11 +489,11 @@ def _parts(thing: Any, named: Named) -> Iterator[Any]:
         yield vars(thing)
 
 
-def _check(image: str, row: np.ndarray[Any, Any]) -> int:
+def _check_sum(image: str, row: np.ndarray[Any, Any]) -> int:
     return zlib.crc32(row.data, zlib.crc32(image.encode()))
 
 
-def _place(line: Mapping[str, Any]) -> tuple[str, int]:
+def _segment_and_row(line: Mapping[str, Any]) -> tuple[str, int]:
     return line["segment"], line["row"]
 
 
@@ -517,7 +517,7 @@ def _progress(items: Iterable[Any] | None, label: str, total: int) -> tqdm:
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _write_errors_explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

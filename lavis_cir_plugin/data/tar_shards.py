@@ -117,7 +117,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     ShardsConfig.from_mapping(config)
 
 
-class Shards:
+class CaptionedShards:
     """The pictures of shards with their captions, in the order of the shards and of their members.
 
     A sample is the files of one shard that have the same path up to the first dot of the file name. It needs one

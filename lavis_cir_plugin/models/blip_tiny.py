@@ -26,19 +26,19 @@ _VIT = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
 _BERT = {"add_cross_attention": True, "add_type_embeddings": False}
 
 
-class _Tiny:
+class _BuiltFromConfig:
     """Mix-in before one of LAVIS's BLIP classes: a tokenizer, a tower and BERTs built from the config alone."""
 
-    _words: str
+    _vocabulary: str
 
     def init_tokenizer(self) -> BertTokenizer:
         """Return the tokenizer with BLIP's extra tokens [DEC] and [ENC]; LAVIS's constructor calls this."""
-        tokenizer = load_tokenizer(self._words)
+        tokenizer = load_tokenizer(self._vocabulary)
         tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
         tokenizer.enc_token_id = tokenizer.additional_special_tokens_ids[0]
         return tokenizer
 
-    def _parts(
+    def _tower_and_bert_config(
         self,
         tokenizer: str,
         image_size: int,
@@ -46,7 +46,7 @@ class _Tiny:
         bert_config: Mapping[str, Any] | None,
     ) -> tuple[VisionTransformerEncoder, BertConfig]:
         self.check_config({"image_size": image_size, "vit_config": vit_config, "bert_config": bert_config})
-        self._words = tokenizer
+        self._vocabulary = tokenizer
         tower = VisionTransformerEncoder(img_size=image_size, **{**_VIT, **dict(vit_config or {})})
         size = {"vocab_size": len(self.init_tokenizer()), "encoder_width": tower.num_features}
         return tower, BertConfig(**{**_BERT, **dict(bert_config or {}), **size})
@@ -75,7 +75,7 @@ class _Tiny:
             )
 
     @classmethod
-    def from_config(cls, cfg: Mapping[str, Any]) -> _Tiny:
+    def from_config(cls, cfg: Mapping[str, Any]) -> _BuiltFromConfig:
         """Build from a ``model`` section, with the weights of ``finetuned`` where ``load_finetuned`` asks for them.
 
         Raises:
@@ -99,7 +99,7 @@ def _types(name: str) -> dict[str, str]:
 
 
 @registry.register_model("blip_vqa_tiny")
-class BlipVqaTiny(_Tiny, BlipVQA):
+class BlipVqaTiny(_BuiltFromConfig, BlipVQA):
     """LAVIS's BLIP for visual question answering in the size that its config states.
 
     Args:
@@ -121,13 +121,13 @@ class BlipVqaTiny(_Tiny, BlipVQA):
         bert_config: Mapping[str, Any] | None = None,
         max_txt_len: int = 35,
     ) -> None:
-        tower, config = self._parts(tokenizer, image_size, vit_config, bert_config)
+        tower, config = self._tower_and_bert_config(tokenizer, image_size, vit_config, bert_config)
         question_encoder = XBertEncoder(config, add_pooling_layer=False)
         super().__init__(tower, question_encoder, XBertLMHeadDecoder(config), max_txt_len)
 
 
 @registry.register_model("blip_caption_tiny")
-class BlipCaptionTiny(_Tiny, BlipCaption):
+class BlipCaptionTiny(_BuiltFromConfig, BlipCaption):
     """LAVIS's BLIP for captioning in the size that its config states.
 
     Args:
@@ -148,5 +148,5 @@ class BlipCaptionTiny(_Tiny, BlipCaption):
         prompt: str = "a picture of ",
         max_txt_len: int = 40,
     ) -> None:
-        tower, config = self._parts(tokenizer, image_size, vit_config, bert_config)
+        tower, config = self._tower_and_bert_config(tokenizer, image_size, vit_config, bert_config)
         super().__init__(tower, XBertLMHeadDecoder(config), prompt, max_txt_len)

@@ -31,12 +31,12 @@ _ARCHIVE_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 # Of the words that stand for the image inside a tokenizer, the first that it keeps as one token.
 _PLACEHOLDERS = (PSEUDO_WORD, "@", "x")
 
-Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
+HiddenStateEdit = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden states (B, L, W), positions (B,) of the pseudo-word, positions (B,) that are read) -> hidden states."""
 
 
 @cache
-def library() -> Any:
+def open_clip_library() -> Any:
     """Return the module ``open_clip``, which knows the tiny model; only models on CLIP import it.
 
     Raises:
@@ -90,9 +90,9 @@ def pixel_normalisation(clip_model: str, pretrained: str | None, asked: str = "a
     """
     if asked != "auto":
         return PIXELS[asked]
-    tags = library().list_pretrained_tags_by_model(clip_model)
+    tags = open_clip_library().list_pretrained_tags_by_model(clip_model)
     tags = [pretrained] if pretrained in tags else tags
-    known = [library().get_pretrained_cfg(clip_model, tag) for tag in tags]
+    known = [open_clip_library().get_pretrained_cfg(clip_model, tag) for tag in tags]
     found = {(tuple(tag["mean"]), tuple(tag["std"])) for tag in known if tag.get("mean") and tag.get("std")}
     if len(found) > 1 and pretrained:
         raise ValueError(
@@ -155,7 +155,7 @@ class ImageTower(nn.Module):
             feature: Tensor = self.visual(images)
             return feature[:, None]
         trunk = getattr(self.visual, "trunk", self.visual)
-        is_resnet = isinstance(self.visual, library().modified_resnet.ModifiedResNet)
+        is_resnet = isinstance(self.visual, open_clip_library().modified_resnet.ModifiedResNet)
         if is_resnet or not hasattr(trunk, "forward_intermediates"):
             raise ValueError(
                 f"model.clip_model: an image tower of type {type(trunk).__name__} gives no patches; take a ViT, or set "
@@ -163,7 +163,7 @@ class ImageTower(nn.Module):
             )
         out = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")
         feature, patches = out["image_features"], out["image_intermediates"][-1]
-        if isinstance(self.visual, library().transformer.VisionTransformer):
+        if isinstance(self.visual, open_clip_library().transformer.VisionTransformer):
             patches = patches @ self.visual.proj
         if patches.shape[-1] != feature.shape[-1]:
             raise ValueError(
@@ -207,7 +207,7 @@ class TextTower(nn.Module):
     @property
     def _text(self) -> Any:
         """What holds embeddings and blocks: the model itself, or its tower where open_clip keeps that apart."""
-        return self.clip.text if isinstance(self.clip, library().CustomTextCLIP) else self.clip
+        return self.clip.text if isinstance(self.clip, open_clip_library().CustomTextCLIP) else self.clip
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -266,7 +266,7 @@ class TextTower(nn.Module):
         features: Tensor = self.clip.encode_text(ids)
         return features
 
-    def compose(self, ids: Tensor, words: Tensor, edits: Sequence[tuple[int, Edit]] = ()) -> Tensor:
+    def compose(self, ids: Tensor, words: Tensor, edits: Sequence[tuple[int, HiddenStateEdit]] = ()) -> Tensor:
         """Return the features of sentences in which a vector stands for a word and hidden states are edited.
 
         Args:
@@ -287,14 +287,14 @@ class TextTower(nn.Module):
         read = self.positions_read(ids)
 
         def put(_: nn.Module, __: Any, embeddings: Tensor) -> Tensor:
-            return at_positions(embeddings, place, words.to(embeddings.dtype))
+            return replace_at_positions(embeddings, place, words.to(embeddings.dtype))
 
         with self._hooked(self._text.token_embedding, put), self._edited(edits, place, read):
             features: Tensor = self.clip.encode_text(ids)
             return features
 
     @contextmanager
-    def _edited(self, edits: Sequence[tuple[int, Edit]], place: Tensor, read: Tensor) -> Iterator[None]:
+    def _edited(self, edits: Sequence[tuple[int, HiddenStateEdit]], place: Tensor, read: Tensor) -> Iterator[None]:
         if not edits:
             yield
             return
@@ -330,7 +330,7 @@ class TextTower(nn.Module):
         )
 
 
-def at_positions(hidden: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+def replace_at_positions(hidden: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
     """Return ``hidden`` ``(B, L, W)`` with ``rows`` ``(B, W)`` at one position of each sentence; nothing in place."""
     index = positions[:, None, None].expand(-1, 1, hidden.shape[2])
     return hidden.scatter(1, index, rows[:, None].to(hidden.dtype))
@@ -342,11 +342,11 @@ def check_clip_model(clip_model: Any) -> Mapping[str, Any]:
     Raises:
         ValueError: If open_clip does not know it, or its text tower is none that can be composed with.
     """
-    config = library().get_model_config(clip_model)
+    config = open_clip_library().get_model_config(clip_model)
     if config is None:
         raise ValueError(
-            f"model.clip_model: {clip_model!r} is no model of open_clip {library().__version__}"
-            f"{did_you_mean(clip_model, library().list_models())}"
+            f"model.clip_model: {clip_model!r} is no model of open_clip {open_clip_library().__version__}"
+            f"{did_you_mean(clip_model, open_clip_library().list_models())}"
         )
     text = config.get("text_cfg", {})
     reason = ""
@@ -371,7 +371,7 @@ def _build(clip_model: str, config: dict[str, Any], image_size: int | None) -> n
     """Build a model with random weights; open_clip's own function would warn of these before others are loaded."""
     if image_size is not None:
         config["vision_cfg"] = {**config["vision_cfg"], "image_size": image_size}
-    build = library().CustomTextCLIP if config.pop("custom_text", False) else library().CLIP
+    build = open_clip_library().CustomTextCLIP if config.pop("custom_text", False) else open_clip_library().CLIP
     try:
         clip: nn.Module = build(**config)
     except (RuntimeError, AssertionError) as error:  # of an image tower that this version of timm does not know
@@ -383,16 +383,18 @@ def _build(clip_model: str, config: dict[str, Any], image_size: int | None) -> n
 
 
 def _tokenizer(clip_model: str, folder: str | None) -> Callable[[Sequence[str]], Tensor]:
-    text = library().get_model_config(clip_model)["text_cfg"]
+    text = open_clip_library().get_model_config(clip_model)["text_cfg"]
     if folder and not text.get("hf_tokenizer_name"):
         raise ValueError(f"model.tokenizer: {clip_model} has CLIP's own tokenizer; leave model.tokenizer empty.")
     try:
         if folder:
             local = os.path.expanduser(folder)
             length = int(text["context_length"])
-            found = library().tokenizer.HFTokenizer(local, context_length=length, **text.get("tokenizer_kwargs", {}))
+            found = open_clip_library().tokenizer.HFTokenizer(
+                local, context_length=length, **text.get("tokenizer_kwargs", {})
+            )
         else:
-            found = library().get_tokenizer(clip_model)
+            found = open_clip_library().get_tokenizer(clip_model)
     except (OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(
             f"model.tokenizer: the tokenizer of {clip_model} cannot be had from "
@@ -404,7 +406,7 @@ def _tokenizer(clip_model: str, folder: str | None) -> Callable[[Sequence[str]],
 
 def _weights_file(clip_model: str, pretrained: str, quick_gelu: bool) -> Path:
     """Return the local file of a tag or path."""
-    tags = library().list_pretrained_tags_by_model(clip_model)
+    tags = open_clip_library().list_pretrained_tags_by_model(clip_model)
     if pretrained not in tags:
         path = Path(os.path.expanduser(pretrained))
         if not path.is_file():
@@ -414,10 +416,10 @@ def _weights_file(clip_model: str, pretrained: str, quick_gelu: bool) -> Path:
                 f"{clip_model} in open_clip (tags: {known})."
             )
         return path
-    tag = library().get_pretrained_cfg(clip_model, pretrained)
+    tag = open_clip_library().get_pretrained_cfg(clip_model, pretrained)
     _check_activation(clip_model, f"the weights {pretrained}", bool(tag.get("quick_gelu")), quick_gelu)
     try:
-        return Path(library().download_pretrained(tag))
+        return Path(open_clip_library().download_pretrained(tag))
     except Exception as error:  # whatever the hub's client raises
         raise FileNotFoundError(
             f"model.pretrained: {pretrained} of {clip_model} cannot be downloaded ({first_line(error)}). Without a "
@@ -471,13 +473,13 @@ def _is_archive(path: Path) -> bool:
 
 
 def _load(clip: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    state = dict(library().convert.convert_state_dict(clip, state))
-    if isinstance(clip, library().CustomTextCLIP) and not any(name.startswith("text.") for name in state):
-        state = library().model.convert_to_custom_text_state_dict(state)
+    state = dict(open_clip_library().convert.convert_state_dict(clip, state))
+    if isinstance(clip, open_clip_library().CustomTextCLIP) and not any(name.startswith("text.") for name in state):
+        state = open_clip_library().model.convert_to_custom_text_state_dict(state)
     for name in ("logit_scale", "logit_bias"):
         own = getattr(clip, name, None)
         if name in state and own is not None:
             state[name] = state[name].reshape(own.shape)
-    library().model.resize_pos_embed(state, clip)
+    open_clip_library().model.resize_pos_embed(state, clip)
     constant = ("attn_mask", "text.attn_mask")
     load_strictly(clip, state, str(path), unused=constant, fresh=("logit_bias",))

@@ -31,7 +31,7 @@ from lavis_cir_plugin.ranking.gallery_features import DTYPES, shared_rows
 from lavis_cir_plugin.ranking.ranks import Ranking, padded, rank
 from lavis_cir_plugin.report import chance, contact_sheets, curves, files, tables
 from lavis_cir_plugin.report.run_log import EPOCHS
-from lavis_cir_plugin.training.config import own_name
+from lavis_cir_plugin.training.config import plain_split_name
 from lavis_cir_plugin.training.training_history import trained_on
 
 TOP = 50
@@ -120,12 +120,12 @@ class ComposedRetrievalTask(BaseTask):
                 logging.info("datasets.%s.preload has no effect: run.feature_cache keeps the features instead", name)
                 section.preload = False
             if wanted[name] is not None:
-                _keep_splits(section, list(dict.fromkeys(own_name(split) for split in wanted[name])))
+                _keep_splits(section, list(dict.fromkeys(plain_split_name(split) for split in wanted[name])))
             if wanted[name] == []:
                 del sections[name]
         built = super().build_datasets(SimpleNamespace(datasets_cfg=sections))
         datasets = {
-            name: splits if wanted[name] is None else {split: splits[own_name(split)] for split in wanted[name]}
+            name: splits if wanted[name] is None else {split: splits[plain_split_name(split)] for split in wanted[name]}
             for name, splits in built.items()
         }
         _check_training_data({name: splits["train"] for name, splits in datasets.items() if "train" in splits})

@@ -152,8 +152,8 @@ def choose_splits(cfg: Config, command: str) -> None:
         for key in ("train_splits", "valid_splits"):
             for split in run[key]:
                 for owner in _owners(offered, split):
-                    chosen[owner].append(own_name(split))
-        run.valid_splits = [own_name(split) for split in run.valid_splits]
+                    chosen[owner].append(plain_split_name(split))
+        run.valid_splits = [plain_split_name(split) for split in run.valid_splits]
     tested = []
     for split in run.test_splits:
         owners = _owners(offered, split)
@@ -165,7 +165,7 @@ def choose_splits(cfg: Config, command: str) -> None:
         cfg.datasets_cfg[name].splits = list(dict.fromkeys(splits))
 
 
-def own_name(split: str) -> str:
+def plain_split_name(split: str) -> str:
     """Return the name that a split has in its data set: ``val`` of ``cirr.val`` as of ``val``."""
     return split.rpartition(".")[2]
 
@@ -185,7 +185,7 @@ def _offered_splits(cfg: Config) -> dict[str, list[str]]:
         elif not _is_ours(builder):
             continue
         splits = section.get("splits")
-        offered[name] = [own_name(split) for split in (known if splits is None else splits)]
+        offered[name] = [plain_split_name(split) for split in (known if splits is None else splits)]
     return offered
 
 
@@ -389,7 +389,7 @@ def _split_values(cfg: Config, command: str) -> Iterator[str]:
     for key in keys:
         for split in cfg.run_cfg[key]:
             yield from _split_owners(cfg, key, split)
-    for own, count in Counter(own_name(split) for split in cfg.run_cfg.valid_splits).items():
+    for own, count in Counter(plain_split_name(split) for split in cfg.run_cfg.valid_splits).items():
         if count > 1:
             yield f"run.valid_splits: LAVIS validates on one {own}, got {list(cfg.run_cfg.valid_splits)}; keep one."
     if _evaluates_benchmarks(cfg.run_cfg):

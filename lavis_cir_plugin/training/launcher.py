@@ -56,11 +56,11 @@ def main(command: str, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--options", nargs="+", action="extend", default=[], help="run.seed=1 and the like")
     args = parser.parse_args(arguments)
     runners: list[Any] = []
-    with interruptible(f"lavis.{command}", lambda: _kept(command, runners)):
+    with interruptible(f"lavis.{command}", lambda: _kept_by_interrupted(command, runners)):
         try:
             run(command, args, runners.append)
         except (ValueError, OSError) as error:
-            sentence = _sentence(error)
+            sentence = _sentence_for_user(error)
             if sentence is None:
                 raise
             sys.exit(f"lavis.{command}: {sentence}")
@@ -77,7 +77,7 @@ def run(command: str, args: argparse.Namespace, announce: Callable[[Any], None] 
         args: ``cfg_path`` and ``options``.
         announce: Is called with the runner before it begins.
     """
-    cfg = complete(config.read_config(str(_find_config(args.cfg_path)), args.options))
+    cfg = with_lavis_defaults(config.read_config(str(_find_config(args.cfg_path)), args.options))
     config.check_values(cfg, command)
     config.choose_splits(cfg, command)
     cfg.run_cfg.output_dir = str(_output_folder(cfg.run_cfg.output_dir))
@@ -104,13 +104,13 @@ def run(command: str, args: argparse.Namespace, announce: Callable[[Any], None] 
         logging.info("output: %s", runner.output_dir)
 
 
-def complete(merged: DictConfig) -> Config:
+def with_lavis_defaults(merged: DictConfig) -> Config:
     """Let LAVIS add the defaults of model and data sets; it insists on reading the project from a file."""
     # One in memory, so that no disk has to have room for it and no message names a file that is gone.
     return Config(argparse.Namespace(cfg_path=io.StringIO(OmegaConf.to_yaml(merged)), options=[]))
 
 
-def _kept(command: str, runners: Sequence[Any]) -> str | None:
+def _kept_by_interrupted(command: str, runners: Sequence[Any]) -> str | None:
     """Return what an interrupted command has kept and how to go on; the main process says it for all."""
     if int(os.environ.get("RANK", "0")) != 0:
         return None
@@ -211,7 +211,7 @@ def _job_id(cfg: Config) -> str:
     return str(chosen[0])
 
 
-def _sentence(error: BaseException) -> str | None:
+def _sentence_for_user(error: BaseException) -> str | None:
     """Return the message of an error that this package raised, which is written for users and needs no traceback."""
     package = str(Path(lavis_cir_plugin.__file__).parent)
     if "in DataLoader worker process" in str(error):  # torch raises it again with the worker's traceback as its text

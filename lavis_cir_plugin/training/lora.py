@@ -30,7 +30,7 @@ from lavis_cir_plugin.core.settings import is_number
 RUN_KEYS = ("lora",)
 
 _ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Embedding)
-_NAME = "default"  # peft's own name of a model's first adapter
+_ADAPTER = "default"  # peft's own name of a model's first adapter
 # Settings that only matter while training, so that a checkpoint may be read under others.
 _TRAINING_ONLY = ("lora_dropout", "init_lora_weights")
 _REFUSED = {
@@ -41,7 +41,7 @@ _REFUSED = {
 
 
 @dataclass(frozen=True)
-class Lora:
+class LoraSettings:
     r"""Settings of the adapters, as they stand under ``run.lora``: :math:`W + s B A` in place of :math:`W`.
 
     All but ``also_train`` are fields of ``peft.LoraConfig`` of the same name and meaning.
@@ -130,14 +130,14 @@ def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(given, Mapping):
         yield f"run.lora must be a mapping such as {{target_modules: [query, value]}}, got {given!r}."
         return
-    known = [field.name for field in dataclasses.fields(Lora)]
+    known = [field.name for field in dataclasses.fields(LoraSettings)]
     for key in given:
         if key in _REFUSED:
             yield f"run.lora.{key} {_REFUSED[key]}."
         elif key not in known:
             yield f"run.lora.{key} is not a known key{did_you_mean(key, known)} Known: {', '.join(known)}."
     try:
-        Lora(**{key: value for key, value in given.items() if key in known})
+        LoraSettings(**{key: value for key, value in given.items() if key in known})
     except ValueError as error:
         yield str(error)
 
@@ -167,7 +167,7 @@ def build_model(task: Any, cfg: Any) -> nn.Module:
             )
         stock: nn.Module = task.build_model(cfg)
         return stock
-    lora = Lora(**OmegaConf.to_container(cfg.run_cfg.lora, resolve=True))
+    lora = LoraSettings(**OmegaConf.to_container(cfg.run_cfg.lora, resolve=True))
     seed = int(cfg.run_cfg.seed)
     if saved is not None:
         _check_settings(lora, saved, str(path))
@@ -186,7 +186,7 @@ def build_model(task: Any, cfg: Any) -> nn.Module:
     return model
 
 
-def add_adapters(model: nn.Module, lora: Lora) -> None:
+def add_adapters(model: nn.Module, lora: LoraSettings) -> None:
     """Put adapters into a model, in place, and freeze everything but them and ``also_train``.
 
     Names and attributes of the model stay, except that the weight of an adapted module ``m`` moves to
@@ -204,7 +204,7 @@ def add_adapters(model: nn.Module, lora: Lora) -> None:
     from peft.mapping import inject_adapter_in_model
     from peft.tuners.lora.config import LoraConfig
 
-    inject_adapter_in_model(LoraConfig(**lora.peft_fields()), model, _NAME)
+    inject_adapter_in_model(LoraConfig(**lora.peft_fields()), model, _ADAPTER)
     for weight in model.parameters():
         weight.requires_grad_(False)
     for _, layer in _adapted(model):
@@ -271,7 +271,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def write_peft_folder(model: nn.Module, lora: Lora, folder: Path) -> None:
+def write_peft_folder(model: nn.Module, lora: LoraSettings, folder: Path) -> None:
     """Write the adapters as a folder that plain peft loads.
 
     Raises:
@@ -288,7 +288,7 @@ def write_peft_folder(model: nn.Module, lora: Lora, folder: Path) -> None:
     frozen = {name for name, weight in model.named_parameters(remove_duplicate=False) if not weight.requires_grad}
     # peft leaves the adapter's name out of a file, and loads any other tensor by its plain name.
     tensors = {
-        "base_model.model." + re.sub(rf"(\.lora_\w+)\.{_NAME}\b", r"\1", name): tensor.contiguous()
+        "base_model.model." + re.sub(rf"(\.lora_\w+)\.{_ADAPTER}\b", r"\1", name): tensor.contiguous()
         for name, tensor in model.state_dict().items()
         if name not in frozen
     }
@@ -297,7 +297,7 @@ def write_peft_folder(model: nn.Module, lora: Lora, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _targets(model: nn.Module, lora: Lora) -> list[str]:
+def _targets(model: nn.Module, lora: LoraSettings) -> list[str]:
     """Return the names of the modules that get an adapter; refuse patterns that miss."""
     modules = dict(model.named_modules())
     adaptable = [name for name, module in modules.items() if isinstance(module, _ADAPTABLE)]
@@ -321,7 +321,7 @@ def _targets(model: nn.Module, lora: Lora) -> list[str]:
     return chosen
 
 
-def _also_trained(model: nn.Module, lora: Lora) -> list[nn.Parameter]:
+def _also_trained(model: nn.Module, lora: LoraSettings) -> list[nn.Parameter]:
     """Return the parameters that ``also_train`` names; refuse half precision, which cannot be trained."""
     if lora.also_train is None:
         return []
@@ -375,7 +375,7 @@ def _check_dropout(model: nn.Module) -> None:
     modes = [(module, module.training) for module in model.modules()]
     for mode in (True, False):
         model.train(mode)
-        names += [name for name, layer in _adapted(model) if layer.lora_dropout[_NAME].training is not mode]
+        names += [name for name, layer in _adapted(model) if layer.lora_dropout[_ADAPTER].training is not mode]
     for module, mode in modes:
         module.training = mode
     if names:
@@ -475,10 +475,10 @@ def _warn_of_another_base(now: Mapping[str, Any], then: Mapping[str, Any]) -> No
             logging.warning("adapters were trained on model.%s: %s, now: %s", key, then.get(key), now.get(key))
 
 
-def _check_settings(lora: Lora, saved: Mapping[str, Any], path: str) -> None:
+def _check_settings(lora: LoraSettings, saved: Mapping[str, Any], path: str) -> None:
     """The scaling is no tensor, so a checkpoint under another one would load and be wrong."""
-    theirs = Lora(**saved["config"]["run"]["lora"])
-    for field in dataclasses.fields(Lora):
+    theirs = LoraSettings(**saved["config"]["run"]["lora"])
+    for field in dataclasses.fields(LoraSettings):
         here, there = getattr(lora, field.name), getattr(theirs, field.name)
         if here != there and field.name not in _TRAINING_ONLY:
             raise ValueError(

@@ -63,7 +63,7 @@ class PortableRunner:
     @property
     def dataloaders(self) -> Any:
         """LAVIS's loaders by split; the log says what each split holds, and not a number of "records"."""
-        root, words = logging.getLogger(), _InOwnWords(self)
+        root, words = logging.getLogger(), _SplitContents(self)
         root.addFilter(words)
         try:
             return super().dataloaders
@@ -114,7 +114,7 @@ def _replaced(module: ModuleType, names: dict[str, Any]) -> Iterator[None]:
         vars(module).update(stock)
 
 
-class _InOwnWords(logging.Filter):
+class _SplitContents(logging.Filter):
     """Replaces LAVIS's "Loaded 60 records for val split from the dataset." by what these records are."""
 
     def __init__(self, runner: Any) -> None:

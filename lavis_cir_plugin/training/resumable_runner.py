@@ -100,7 +100,7 @@ class ResumableRunner(PortableRunner):
     def _end(self) -> int:
         return self.max_iters if self._counts_iterations else self.max_epoch
 
-    def _named(self, place: int, batches: int) -> str:
+    def _moment(self, place: int, batches: int) -> str:
         """Name a moment of the run for a reader: both are counted from 0, so that they are what is done."""
         return f"iteration {place + batches}" if self._counts_iterations else f"epoch {place}, batch {batches}"
 
@@ -140,7 +140,7 @@ class ResumableRunner(PortableRunner):
         if path is not None and not self.evaluate_only:
             self._load_checkpoint(path)
         if self._resumed is not None and self._begin >= self._end:
-            set_random_state(self._own(self._resumed)["random_state"], self.device)
+            set_random_state(self._state_of_this_process(self._resumed)["random_state"], self.device)
             self.evaluate()
         else:
             super().train()
@@ -150,12 +150,14 @@ class ResumableRunner(PortableRunner):
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
         """Train one epoch of LAVIS's loop, or what is left of it."""
-        return self._part("train_epoch", epoch, len(self.train_loader), partial(super().train_epoch, epoch))
+        return self._train_remaining("train_epoch", epoch, len(self.train_loader), partial(super().train_epoch, epoch))
 
     def train_iters(self, epoch: int, start_iters: int) -> dict[str, Any]:
         """Train one inner epoch of LAVIS's iteration-based loop, or what is left of it."""
         total = self.iters_per_inner_epoch
-        return self._part("train_iters", start_iters, total, partial(super().train_iters, epoch, start_iters))
+        return self._train_remaining(
+            "train_iters", start_iters, total, partial(super().train_iters, epoch, start_iters)
+        )
 
     def training_model(self, model: Any, scaler: Any) -> Callable[[dict[str, Any]], Any]:
         """Return what LAVIS's loop calls as the model; a runner that changes the training step overrides it."""
@@ -209,10 +211,10 @@ class ResumableRunner(PortableRunner):
 
     # Training, interrupted or not.
 
-    def _part(self, name: str, place: int, total: int, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _train_remaining(self, name: str, place: int, total: int, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run LAVIS's ``name``, from ``place`` on, for ``total`` batches less those that were done before a resume."""
         resumed, self._resumed = self._resumed, None
-        part = _EpochInParts(self, place, total, resumed)
+        part = _RemainingEpoch(self, place, total, resumed)
         self._epoch, self._batches_done = part.epoch, part.first + part.done
         if self._run_log is None and is_main_process():
             self._run_log = RunLog(Path(self.output_dir), first_step=self._batches_done, columns=self.LOG_COLUMNS)
@@ -233,7 +235,7 @@ class ResumableRunner(PortableRunner):
             self._save_last(place, total, part.meters)
         return {**stats, **part.stats()} if part.skipped or part.has_outputs else stats
 
-    def _own(self, resumed: Mapping[str, Any]) -> dict[str, Any]:
+    def _state_of_this_process(self, resumed: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a checkpoint holds of this process alone."""
         own: dict[str, Any] = resumed["processes"][get_rank()]
         return own
@@ -280,7 +282,7 @@ class ResumableRunner(PortableRunner):
         # In LAVIS's counts, for its own runners: iterations done, or the last epoch done.
         done = place if self._counts_iterations else place - 1
         self._write({**self._checkpoint(done), "progress": progress}, LAST, PREVIOUS)
-        self._kept = self._named(place, batches)
+        self._kept = self._moment(place, batches)
 
     def _checkpoint(self, done: Any) -> dict[str, Any]:
         """Return what LAVIS's checkpoints hold; frozen weights are left out, unless training moves them."""
@@ -315,7 +317,7 @@ class ResumableRunner(PortableRunner):
         """Resume from ``checkpoint_last.pth``, or from a checkpoint of LAVIS's; frozen tensors may be left out."""
         saved = read_checkpoint(path)
         counts = "iters" if self._counts_iterations else "epoch"
-        check_saved(saved, path, counts, self.config.run_cfg.get("runner"))
+        check_saved_run(saved, path, counts, self.config.run_cfg.get("runner"))
         model = self.unwrap_dist_model(self.model)
         load_strictly(model, saved["model"], path, may_lack=frozen_names(model))
         self._check_optimizer(saved["optimizer"], path)
@@ -398,7 +400,7 @@ class ResumableRunner(PortableRunner):
                     os.truncate(log, state["logs"].get(log.name, 0))
             if Path(path).name == PREVIOUS:  # the last one is damaged, and would become the previous one
                 (folder / LAST).unlink(missing_ok=True)
-        self._kept = self._named(state["place"], state["batches"])
+        self._kept = self._moment(state["place"], state["batches"])
         logging.info("resumed from %s: %s batches after %s", path, state["batches"], state["place"])
 
     def _append_to_log(self, record: Mapping[str, Any]) -> None:
@@ -407,7 +409,7 @@ class ResumableRunner(PortableRunner):
                 file.write(json.dumps(record) + "\n")
 
 
-class _EpochInParts:
+class _RemainingEpoch:
     """What stands between LAVIS's loop and the run for one epoch (or inner epoch): it counts, logs and saves.
 
     LAVIS's loop always counts its batches from 0. After a resume in mid-epoch it is given the rest of them, a schedule
@@ -426,7 +428,7 @@ class _EpochInParts:
         self.random_state = None
         self.meters = {"lr": (0, 0.0), "loss": (0, 0.0)}
         if resumed is not None:
-            own = runner._own(resumed)
+            own = runner._state_of_this_process(resumed)
             self.random_state = own["random_state"]
             self.meters.update({name: tuple(meter) for name, meter in own["meters"].items()})
         self.loss: Tensor | None = None
@@ -446,7 +448,11 @@ class _EpochInParts:
             own["log_freq"] = self.total + 1  # LAVIS's lines would break the bar
         if self.random_state is not None:
             set_random_state(self.random_state, self.runner.device)
-        own.update(data_loader=_Batches(self, rest), model=_Model(self), lr_scheduler=_Schedule(self, stock))
+        own.update(
+            data_loader=_CountedBatches(self, rest),
+            model=_CountedModel(self),
+            lr_scheduler=_ContinuedSchedule(self, stock),
+        )
         return own
 
     def skip_all(self) -> dict[str, Any]:
@@ -454,7 +460,7 @@ class _EpochInParts:
         if self.random_state is not None:
             set_random_state(self.random_state, self.runner.device)
         if hasattr(self.runner.task, "begin_epoch"):
-            self.runner.task.begin_epoch(self.epoch, _Batches(self, 0))
+            self.runner.task.begin_epoch(self.epoch, _CountedBatches(self, 0))
         return {}
 
     def before_batch(self) -> None:
@@ -535,15 +541,15 @@ class _EpochInParts:
                 self.optimizer.drop_measurement()  # of gradients left over, which no checkpoint holds
 
 
-class _Batches:
-    def __init__(self, part: _EpochInParts, rest: int) -> None:
+class _CountedBatches:
+    def __init__(self, part: _RemainingEpoch, rest: int) -> None:
         self.part = part
         self.rest = rest
 
     def __len__(self) -> int:
         return self.rest
 
-    def __iter__(self) -> _Batches:
+    def __iter__(self) -> _CountedBatches:
         return self
 
     def __next__(self) -> Any:
@@ -556,8 +562,8 @@ class _Batches:
             loader.seek(loader.taken)
 
 
-class _Model:
-    def __init__(self, part: _EpochInParts) -> None:
+class _CountedModel:
+    def __init__(self, part: _RemainingEpoch) -> None:
         self.part = part
 
     def __call__(self, samples: dict[str, Any]) -> Any:
@@ -579,8 +585,8 @@ class _Model:
         return getattr(self.part.model, name)
 
 
-class _Schedule:
-    def __init__(self, part: _EpochInParts, stock: Mapping[str, Any]) -> None:
+class _ContinuedSchedule:
+    def __init__(self, part: _RemainingEpoch, stock: Mapping[str, Any]) -> None:
         self.part = part
         self.schedule = stock["lr_scheduler"]
 
@@ -622,7 +628,7 @@ def find_checkpoint(asked: str | None, output_dir: str, config: Mapping[str, Any
     for log in sorted(Path(output_dir).glob("*/log.txt"), key=os.path.getmtime, reverse=True):
         if not _is_unfinished(log, config):
             continue
-        reason = _why_not(log.parent, asked)
+        reason = _reason_to_pass_by(log.parent, asked)
         if reason is None:
             return _last_whole(log.parent)
         left.append(f"{log.parent} ({reason})")
@@ -632,7 +638,7 @@ def find_checkpoint(asked: str | None, output_dir: str, config: Mapping[str, Any
     return None
 
 
-def check_saved(saved: Any, path: str, counts: str, runner: Any) -> None:
+def check_saved_run(saved: Any, path: str, counts: str, runner: Any) -> None:
     """Check that a file's content is what a run saves, before anything of it is loaded.
 
     Args:
@@ -731,7 +737,7 @@ def _is_mapping_of(value: Any, key: type, item: type) -> bool:
     return isinstance(value, Mapping) and all(isinstance(k, key) and isinstance(v, item) for k, v in value.items())
 
 
-def _why_not(folder: Path, asked: str | None) -> str | None:
+def _reason_to_pass_by(folder: Path, asked: str | None) -> str | None:
     """Return why an unfinished run of the same config is not gone on with; None if it is."""
     holder = holder_of(folder / _LOCK)
     if holder is not None:

@@ -20,7 +20,7 @@ from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint
 from lavis_cir_plugin.core.model_parts import frozen_names
 from lavis_cir_plugin.core.sentences import unknown_key
 from lavis_cir_plugin.training import lora
-from lavis_cir_plugin.training.config import own_name
+from lavis_cir_plugin.training.config import plain_split_name
 
 CHECKPOINTS = ("checkpoint_best.pth", "checkpoint_last.pth", "checkpoint_previous.pth")
 """Which file of a run's folder is taken: the first that is there."""
@@ -65,7 +65,7 @@ def load_run(
     path = checkpoint_in(Path(os.path.expanduser(run)))
     content = read_checkpoint(str(path))
     config = _config_of(content, path)
-    model = _build(config, content["model"], str(path), torch.device(device), dict(changes or {}))
+    model = _build_trained(config, content["model"], str(path), torch.device(device), dict(changes or {}))
     vis_processors, txt_processors = load_preprocess(_preprocessing(config))
     return LoadedRun(model.to(device).eval(), vis_processors, txt_processors, config)
 
@@ -97,7 +97,7 @@ def _config_of(content: Any, path: Path) -> DictConfig:
     return complete
 
 
-def _build(
+def _build_trained(
     config: DictConfig, state: Mapping[str, Any], path: str, device: torch.device, changes: Mapping[str, Any]
 ) -> nn.Module:
     model_class = registry.get_model_class(config.model.get("arch"))
@@ -114,13 +114,13 @@ def _build(
     model.update({key: None for key in getattr(model_class, "kept_in_checkpoints", ()) if key in model})
     starts_elsewhere = bool(model.get("load_finetuned")) and bool(model.get("finetuned"))
     if not config.run.get("lora") and (starts_elsewhere or not model.get("pretrained")):
-        found = _built(model, config.run)
+        found = _build_from_sections(model, config.run)
         _load_trained(found, state, path, starts_elsewhere)
         return found
-    return _built(OmegaConf.merge(model, {"load_finetuned": True, "finetuned": path}), config.run)
+    return _build_from_sections(OmegaConf.merge(model, {"load_finetuned": True, "finetuned": path}), config.run)
 
 
-def _built(model: DictConfig, run: DictConfig) -> nn.Module:
+def _build_from_sections(model: DictConfig, run: DictConfig) -> nn.Module:
     """Build as the run did; frozen weights of no file are drawn from the run's seed, as they were."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(run.get("seed", 42)))
@@ -150,7 +150,7 @@ def _preprocessing(config: DictConfig) -> DictConfig:
     for stage, processor in chosen["vis_processor"].items():
         if size is not None and processor is not None and "image_size" in processor:
             chosen["vis_processor"][stage] = OmegaConf.merge(processor, {"image_size": size})
-    for stage, section in (("train", _trained(config)), ("eval", _evaluated(config))):
+    for stage, section in (("train", _training_section(config)), ("eval", _evaluation_section(config))):
         for kind in chosen:
             own = ((section or {}).get(kind) or {}).get(stage)
             if own is not None:
@@ -158,17 +158,17 @@ def _preprocessing(config: DictConfig) -> DictConfig:
     return OmegaConf.create(chosen)
 
 
-def _trained(config: DictConfig) -> Mapping[str, Any] | None:
+def _training_section(config: DictConfig) -> Mapping[str, Any] | None:
     sections = config.datasets.values()
     return next((section for section in sections if "train" in (section.get("splits") or ["train"])), None)
 
 
-def _evaluated(config: DictConfig) -> Mapping[str, Any] | None:
+def _evaluation_section(config: DictConfig) -> Mapping[str, Any] | None:
     """Return the section of the first benchmark that the run evaluated, or else read."""
     sections = [
         section
         for name, section in config.datasets.items()
         if hasattr(registry.get_builder_class(name), "benchmark_module")
     ]
-    evaluated = [s for s in sections if any(own_name(split) != "train" for split in s.get("splits") or ())]
+    evaluated = [s for s in sections if any(plain_split_name(split) != "train" for split in s.get("splits") or ())]
     return next(iter([*evaluated, *sections]), None)

@@ -20,7 +20,7 @@ from lavis_cir_plugin.benchmarks.captions import CaptionedImage
 from lavis_cir_plugin.data import tar_shards
 from lavis_cir_plugin.data.benchmark_datasets import CirDataset, Processor, cache_root, image_id
 from lavis_cir_plugin.data.builders.benchmarks import BenchmarkBuilder
-from lavis_cir_plugin.data.tar_shards import Shards
+from lavis_cir_plugin.data.tar_shards import CaptionedShards
 
 
 class CaptionDataset(CirDataset):
@@ -60,7 +60,7 @@ class CaptionDataset(CirDataset):
 class ShardDataset(Dataset[dict[str, Any]]):
     """Captioned images in shards. Of several captions of an example one is drawn each time it is read."""
 
-    def __init__(self, samples: Shards, vis_processor: Processor, text_processor: Processor) -> None:
+    def __init__(self, samples: CaptionedShards, vis_processor: Processor, text_processor: Processor) -> None:
         self.samples = samples
         self.vis_processor = vis_processor
         self.text_processor = text_processor
@@ -119,4 +119,4 @@ class CaptionShardsBuilder(BenchmarkBuilder):
         self, split: str, build_info: Mapping[str, Any], vis_processor: Processor, text_processor: Processor
     ) -> ShardDataset:
         """List the only split."""
-        return ShardDataset(Shards(build_info, cache_root() / "shards"), vis_processor, text_processor)
+        return ShardDataset(CaptionedShards(build_info, cache_root() / "shards"), vis_processor, text_processor)

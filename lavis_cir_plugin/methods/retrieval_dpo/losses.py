@@ -29,7 +29,7 @@ POSITIVES = ("target", "image")
 
 
 @dataclass(frozen=True)
-class Preference:
+class PreferenceSettings:
     r"""Settings of Retrieval-DPO, as they stand under ``run.dpo``: :math:`L = L_\mathrm{DPO} + a L_\mathrm{InfoNCE}`.
 
     Attributes:
@@ -90,7 +90,7 @@ def reward_margins(scores: Tensor, reference_scores: Tensor | None = None) -> Te
     return margins - (reference_scores[:, :1] - reference_scores[:, 1:])
 
 
-def preference_losses(margins: Tensor, present: Tensor, scores: Tensor, settings: Preference) -> Tensor:
+def preference_losses(margins: Tensor, present: Tensor, scores: Tensor, settings: PreferenceSettings) -> Tensor:
     r"""Return the loss of each query; with :math:`x_n = \beta h_n` and the mean over a query's n unless said otherwise.
 
     ==================  ==========================================================================================

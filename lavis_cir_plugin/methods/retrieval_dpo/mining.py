@@ -35,10 +35,10 @@ _STEEP_LEAST = 4
 
 
 @dataclass(frozen=True)
-class Mining:
+class MiningSettings:
     """Which training images are negatives of a triplet, as it stands under ``run.negatives``.
 
-    Images are ranked for each triplet. Those that may not be negatives (:func:`forbidden`, and twins of the right
+    Images are ranked for each triplet. Those that may not be negatives (:func:`forbidden_images`, and twins of the right
     image) and those that score too much (``cap``, ``margin``) are left out; of the rest, ``window`` chooses by rank, so
     that a right image that is far down has negatives too: those below it.
 
@@ -141,7 +141,7 @@ class Mining:
             yield "run.negatives.file serves all epochs; set run.negatives.refresh and .warmup_epochs to 0."
 
 
-def forbidden(triplets: Sequence[Triplet]) -> list[set[str]]:
+def forbidden_images(triplets: Sequence[Triplet]) -> list[set[str]]:
     """Return, for each triplet, the images that may never be its negatives.
 
     The target; the targets of triplets with the same reference and captions; and what the annotation lists as also
@@ -153,7 +153,7 @@ def forbidden(triplets: Sequence[Triplet]) -> list[set[str]]:
     return [answers[triplet.reference, triplet.captions] for triplet in triplets]
 
 
-class Mined(NamedTuple):
+class MinedNegatives(NamedTuple):
     """What :func:`mine` found for Q queries; see :class:`NegativeSets`."""
 
     negatives: Tensor
@@ -206,13 +206,13 @@ def mining_groups(triplets: Sequence[Triplet], place: Mapping[str, int], within_
     return groups
 
 
-def in_order_of_triplets(parts: Sequence[Mined], order: Sequence[int] | None = None) -> Mined:
+def in_order_of_triplets(parts: Sequence[MinedNegatives], order: Sequence[int] | None = None) -> MinedNegatives:
     """Put what was found for some queries after each other, or in ascending order of their numbers."""
-    found = Mined(*(torch.cat(rows) for rows in zip(*parts)))
-    return found if order is None else Mined(*(rows[torch.tensor(order).argsort()] for rows in found))
+    found = MinedNegatives(*(torch.cat(rows) for rows in zip(*parts)))
+    return found if order is None else MinedNegatives(*(rows[torch.tensor(order).argsort()] for rows in found))
 
 
-def mining_index(gallery: Tensor, settings: Mining) -> Index:
+def mining_index(gallery: Tensor, settings: MiningSettings) -> Index:
     """Index a gallery, ``(G, D)`` or ``(G, K, D)`` of unit length, to be mined.
 
     An inverted file has half as many lists as for retrieval, because it is built at each mining, and looks into fewer:
@@ -231,9 +231,9 @@ def mine(
     index: Index,
     targets: Tensor,
     banned: Tensor,
-    settings: Mining,
+    settings: MiningSettings,
     candidates: Tensor | None = None,
-) -> Mined:
+) -> MinedNegatives:
     """Mine the negatives of Q queries.
 
     Args:
@@ -258,8 +258,8 @@ def mine(
 
 
 def _search(
-    query: Tensor, index: Index, own: Tensor, targets: Tensor, banned: Tensor, settings: Mining, depth: int
-) -> Mined:
+    query: Tensor, index: Index, own: Tensor, targets: Tensor, banned: Tensor, settings: MiningSettings, depth: int
+) -> MinedNegatives:
     """Choose among the best ``depth`` of the gallery, and again among more for the queries whose window is not full."""
     depth = min(depth, len(index.gallery))
     # So many vectors belong to as many images even where all of an image's are alike.
@@ -275,7 +275,7 @@ def _search(
         return mined
     deeper = 4 * depth if 8 * depth <= DEEPEST else DEEPEST
     again = _search(query[short], index, own[short], targets[short], banned[short], settings, deeper)
-    return Mined(*(rows.index_copy(0, short, found) for rows, found in zip(mined, again)))
+    return MinedNegatives(*(rows.index_copy(0, short, found) for rows, found in zip(mined, again)))
 
 
 def _chosen(
@@ -285,8 +285,8 @@ def _chosen(
     targets: Tensor,
     banned: Tensor,
     gallery: Tensor,
-    settings: Mining,
-) -> tuple[Mined, Tensor]:
+    settings: MiningSettings,
+) -> tuple[MinedNegatives, Tensor]:
     """Apply the rules to a ranking; return also whether it fills each window, ``(Q,)``.
 
     Args:
@@ -318,7 +318,7 @@ def _chosen(
     def filled(rows: Tensor, fill: float) -> Tensor:
         return F.pad(rows.masked_fill(~is_kept, fill), (0, settings.width - rows.shape[1]), value=fill)
 
-    mined = Mined(
+    mined = MinedNegatives(
         negatives=filled(found.gather(1, order).int(), -1),
         scores=filled(scores.gather(1, order).float(), torch.nan),
         target_scores=own[:, 0].float(),
@@ -372,16 +372,16 @@ def _are_twins(gallery: Tensor, images: Tensor, others: Tensor) -> Tensor:
     return result
 
 
-def random_negatives(targets: Tensor, banned: Tensor, size: int, width: int, seed: int) -> Mined:
+def random_negatives(targets: Tensor, banned: Tensor, size: int, width: int, seed: int) -> MinedNegatives:
     """Draw up to ``width`` negatives of each target uniformly among ``size`` images, never those banned."""
     rng = random.Random(seed)
     rows = []
     for target, own in zip(targets.tolist(), map(set, banned.tolist())):
-        some = rng.sample(range(size), min(size, width + len(own) + 1))
-        rows.append([image for image in some if image not in own and image != target][:width])
+        sampled = rng.sample(range(size), min(size, width + len(own) + 1))
+        rows.append([image for image in sampled if image not in own and image != target][:width])
     drawn = padded(rows, width).int()
     unknown, nan = torch.full_like(drawn, -1), torch.full(drawn.shape, torch.nan)
-    return Mined(drawn, nan, nan[:, 0], unknown, unknown[:, 0])
+    return MinedNegatives(drawn, nan, nan[:, 0], unknown, unknown[:, 0])
 
 
 def _is_whole(value: Any, least: int) -> bool:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lavis_cir_plugin.core.processes import rank_and_world
-from lavis_cir_plugin.methods.retrieval_dpo.losses import Preference, preference_losses, reward_margins
+from lavis_cir_plugin.methods.retrieval_dpo.losses import PreferenceSettings, preference_losses, reward_margins
 from lavis_cir_plugin.models.contrastive_losses import contrastive_loss
 
 
@@ -83,7 +83,7 @@ class PreferenceModel(nn.Module):
     same function of their weights, as they are in the first step.
     """
 
-    preference: Preference
+    preference: PreferenceSettings
 
     def train(self, mode: bool = True) -> PreferenceModel:
         """Stay in evaluation mode."""
@@ -127,7 +127,7 @@ class PreferenceModel(nn.Module):
         return {"loss": loss, **losses, **{name: value.detach() for name, value in measured.items()}}
 
 
-def learn_preferences(model: nn.Module, settings: Preference) -> None:
+def learn_preferences(model: nn.Module, settings: PreferenceSettings) -> None:
     """Give a model Retrieval-DPO's loss in place of its own, in place.
 
     Its class becomes a subclass of the same name, so that its weights keep their names.
@@ -139,7 +139,7 @@ def learn_preferences(model: nn.Module, settings: Preference) -> None:
     model.eval()
 
 
-def hold_unread(model: nn.Module, samples: Mapping[str, Any]) -> None:
+def keep_unread_as_buffers(model: nn.Module, samples: Mapping[str, Any]) -> None:
     """Turn the trained weights that the loss does not depend on into buffers, in place.
 
     DistributedDataParallel would wait for their gradients, and as frozen parameters they would be missing in

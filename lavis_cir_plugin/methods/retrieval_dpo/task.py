@@ -24,12 +24,12 @@ from lavis_cir_plugin.core.settings import as_plain, setting_problems
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, TripletDataset
 from lavis_cir_plugin.data.negatives import NegativeSets, load_negatives, negatives_path
 from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
-from lavis_cir_plugin.methods.retrieval_dpo.losses import Preference
+from lavis_cir_plugin.methods.retrieval_dpo.losses import PreferenceSettings
 from lavis_cir_plugin.methods.retrieval_dpo.mining import (
-    Mined,
-    Mining,
+    MinedNegatives,
     MiningGroup,
-    forbidden,
+    MiningSettings,
+    forbidden_images,
     in_order_of_triplets,
     mean_features,
     mine,
@@ -40,7 +40,7 @@ from lavis_cir_plugin.methods.retrieval_dpo.mining import (
 from lavis_cir_plugin.methods.retrieval_dpo.preference_model import (
     ReferencePolicy,
     candidate_features,
-    hold_unread,
+    keep_unread_as_buffers,
     learn_preferences,
     paired_scores,
 )
@@ -60,8 +60,8 @@ class RetrievalDpoTask(ComposedRetrievalTask):
 
     .. math:: L = L_\mathrm{DPO} + a L_\mathrm{InfoNCE}
 
-    ``run.dpo`` holds the fields of :class:`~lavis_cir_plugin.preference.Preference`, ``run.negatives`` those of
-    :class:`~lavis_cir_plugin.negatives.Mining`. The model is a :class:`~lavis_cir_plugin.preference_model.HasScores`:
+    ``run.dpo`` holds the fields of :class:`~lavis_cir_plugin.preference.PreferenceSettings`, ``run.negatives`` those of
+    :class:`~lavis_cir_plugin.negatives.MiningSettings`. The model is a :class:`~lavis_cir_plugin.preference_model.HasScores`:
     ``blip2_cir``, ``clip_cir``, ``tscir_mapping``, ``tscir_composing``, or any other.
 
     At the beginning of an epoch the negatives are mined, if it is time, among the training images of each data set and
@@ -91,8 +91,8 @@ class RetrievalDpoTask(ComposedRetrievalTask):
     def setup_task(cls, cfg: Any, **_: Any) -> RetrievalDpoTask:
         """Return the task as LAVIS asks for it."""
         task: RetrievalDpoTask = super().setup_task(cfg)  # type: ignore[assignment]
-        task.preference = Preference(**as_plain(cfg.run_cfg.get("dpo")))
-        task.mining = Mining(**as_plain(cfg.run_cfg.get("negatives")))
+        task.preference = PreferenceSettings(**as_plain(cfg.run_cfg.get("dpo")))
+        task.mining = MiningSettings(**as_plain(cfg.run_cfg.get("negatives")))
         return task
 
     @staticmethod
@@ -103,7 +103,10 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         yield from problems
         if problems:
             return
-        preference, mining = Preference(**(run.get("dpo") or {})), Mining(**(run.get("negatives") or {}))
+        preference, mining = (
+            PreferenceSettings(**(run.get("dpo") or {})),
+            MiningSettings(**(run.get("negatives") or {})),
+        )
         if preference.reference == "mined" and mining.file is None:
             yield (
                 "run.dpo.reference: mined are the scores in run.negatives.file, which is empty; name the file of a run "
@@ -138,7 +141,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         samples = self._first_samples(2)
         others = samples["target"].roll(1, dims=0)
         samples.update(negatives=others[:, None], negatives_present=torch.ones(2, 1, dtype=torch.bool).to(self.device))
-        hold_unread(model, samples)
+        keep_unread_as_buffers(model, samples)
         self.reference = ReferencePolicy(model) if self.preference.reference == "start" else None
         if self.reference is not None:
             difference = (self.reference.scores(samples) - self._policy_scores(samples)).abs().max()
@@ -254,7 +257,9 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         references = torch.tensor([place[triplet.reference] for triplet in dataset.triplets])
         targets = torch.tensor([place[triplet.target] for triplet in dataset.triplets])
         right = targets if self.preference.positive == "target" else references
-        banned = padded([[place[image] for image in own if image in place] for own in forbidden(dataset.triplets)], 1)
+        banned = padded(
+            [[place[image] for image in own if image in place] for own in forbidden_images(dataset.triplets)], 1
+        )
         groups = mining_groups(dataset.triplets, place, self.mining.within_category)
         if epoch < self.mining.warmup_epochs:
             found = self._drawn(groups, right, banned)
@@ -290,7 +295,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
     def _paths(dataset: TripletDataset, names: Sequence[str]) -> list[str]:
         return [str(dataset.image_paths[name].absolute()) for name in names]
 
-    def _drawn(self, groups: Sequence[MiningGroup], right: Tensor, banned: Tensor) -> Mined:
+    def _drawn(self, groups: Sequence[MiningGroup], right: Tensor, banned: Tensor) -> MinedNegatives:
         """Return random negatives of all triplets."""
         parts, numbers = [], []
         for group in groups:
@@ -309,7 +314,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         right: Tensor,
         banned: Tensor,
         candidates: Tensor | None,
-    ) -> Mined:
+    ) -> MinedNegatives:
         """Return the negatives of all triplets by the weights as they are, each process searching for its share."""
         images = BenchmarkDataset(benchmark, dataset.vis_processor, dataset.text_processor)
         images.features, images.preloaded = dataset.features, dataset.preloaded
@@ -317,7 +322,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         evaluation = Evaluation(self.model, loader, self.device.type == "cuda", self.gallery_dtype)
         gallery = evaluation.encode_gallery()
         own = share(len(right))
-        parts: list[Mined] = []
+        parts: list[MinedNegatives] = []
         with fail_together():
             if len(own):
                 (everything,) = benchmark.groups
@@ -332,8 +337,10 @@ class RetrievalDpoTask(ComposedRetrievalTask):
                         continue
                     index = mining_index(gallery if len(groups) == 1 else gallery[group.images], self.mining)
                     places = group.places(right[rows]), group.places(banned[rows])
-                    some = None if candidates is None else group.places(candidates[rows])
-                    mined = mine(query[[row - own.start for row in rows]], index, *places, self.mining, some)
+                    group_candidates = None if candidates is None else group.places(candidates[rows])
+                    mined = mine(
+                        query[[row - own.start for row in rows]], index, *places, self.mining, group_candidates
+                    )
                     found.append(mined._replace(negatives=group.indices(mined.negatives)))
                     numbers += rows
                 parts = [in_order_of_triplets(found, numbers)]
@@ -418,12 +425,12 @@ def training_benchmark(name: str, dataset: TripletDataset, seed: int, epoch: int
 
 
 def _setting_problems(run: Mapping[str, Any]) -> Iterator[str]:
-    for key, settings in {"dpo": Preference, "negatives": Mining}.items():
+    for key, settings in {"dpo": PreferenceSettings, "negatives": MiningSettings}.items():
         if run.get(key) is not None:
             yield from setting_problems(f"run.{key}", settings, run[key])
 
 
-def _check_data(training: Mapping[str, Any], mining: Mining) -> None:
+def _check_data(training: Mapping[str, Any], mining: MiningSettings) -> None:
     if mining.file is not None and len(training) > 1:
         raise ValueError(
             f"run.negatives.file is of one data set, and {len(training)} are trained on ({', '.join(training)}); leave "

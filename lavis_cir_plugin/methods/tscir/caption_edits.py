@@ -60,25 +60,25 @@ _BOUNDARY = 0
 _Array = Any  # a numpy array; its type parameters differ between numpy's versions
 
 
-def tokens(caption: str) -> list[str]:
+def caption_words(caption: str) -> list[str]:
     """Return the lower-case words of a caption, "an" as "a"; an empty text stands for punctuation between them."""
     found = [token if token[0].isalnum() else "" for token in _TOKEN.findall(caption.lower())]
     return ["a" if token == "an" else token for token in found]
 
 
-def plain(caption: str) -> str:
-    """Return a caption as `tokens` reads it, with single blanks."""
-    return " ".join(token for token in tokens(caption) if token)
+def normalised_caption(caption: str) -> str:
+    """Return a caption as `caption_words` reads it, with single blanks."""
+    return " ".join(token for token in caption_words(caption) if token)
 
 
 @dataclass(frozen=True)
-class Edit:
+class CaptionEdit:
     """One edit of one caption.
 
     Attributes:
         image: Number of the picture that the caption belongs to.
         row: Number of the caption.
-        edited: The caption after the edit, as `plain` writes it.
+        edited: The caption after the edit, as `normalised_caption` writes it.
         old: What the edit takes away; empty where it only adds.
         new: What it puts there; empty where it only drops.
         holder: Number by which `Phrases.rows_holding` knows the captions that hold what the edit leads to.
@@ -115,7 +115,7 @@ class Phrases:
             captions: One per row.
             images: Number of each row's picture, from 0.
         """
-        self.rows = [tokens(caption) for caption in captions]
+        self.rows = [caption_words(caption) for caption in captions]
         self.images = np.asarray(images, dtype=np.int64)
         self._rows_of_image: dict[int, list[int]] = defaultdict(list)
         for number, image in enumerate(self.images.tolist()):
@@ -141,7 +141,7 @@ class Phrases:
         pair = self._pair(slot, EMPTY)
         return np.unique(self._row_by_pair[self._pair_starts[pair] : self._pair_starts[pair + 1]])
 
-    def draw(self, image: int, rng: random.Random) -> Edit | None:
+    def draw(self, image: int, rng: random.Random) -> CaptionEdit | None:
         """Draw an edit of a caption of a picture; ``None`` where none was found."""
         for _ in range(MOST_ATTEMPTS):
             row = rng.choice(self._rows_of_image[image])
@@ -329,7 +329,7 @@ class Phrases:
 
     # -- words -----------------------------------------------------------------------------------------------------
 
-    def _edit(self, image: int, row: int, place: int, new: int, rng: random.Random) -> Edit | None:
+    def _edit(self, image: int, row: int, place: int, new: int, rng: random.Random) -> CaptionEdit | None:
         """Make the edit; ``None`` where it says nothing new, or leaves a part of what it says to drop.
 
         Both phrases are extended by the words that they say nothing without, a noun by all before it.
@@ -358,7 +358,7 @@ class Phrases:
         article = f"{before[-1]} " if is_noun and not joined and before and before[-1] in ARTICLES else ""
         text = _say(_with_article(article, old_text), _with_article(article, new_text), kind, is_noun, rng)
         holder = (new, -1) if new != EMPTY else (EMPTY, int(self._slot[place]))
-        return Edit(image, row, edited, old_text, new_text, holder, text)
+        return CaptionEdit(image, row, edited, old_text, new_text, holder, text)
 
     def _is_unfinished(self, shown: Sequence[Sequence[str]]) -> bool:
         return any(phrase and self._needs_next[self._numbers[phrase[-1]]] for phrase in shown)

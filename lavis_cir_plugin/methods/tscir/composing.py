@@ -18,7 +18,7 @@ from lavis_cir_plugin.methods.tscir.mapping import PLAIN_SENTENCE, TscirMapping,
 from lavis_cir_plugin.models.clip_cir import image_ids
 from lavis_cir_plugin.models.contrastive_losses import symmetric_contrastive_loss
 from lavis_cir_plugin.models.model_inputs import read_pairs, read_pictures, read_texts
-from lavis_cir_plugin.models.open_clip_towers import Edit, count_blocks
+from lavis_cir_plugin.models.open_clip_towers import HiddenStateEdit, count_blocks
 
 
 @registry.register_model("tscir_composing")
@@ -224,13 +224,13 @@ class TscirComposing(TscirMapping):
 
     are_adapters_off = False
 
-    def _edits(self, patches: Tensor | None, looked: list[Tensor]) -> list[tuple[int, Edit]]:
+    def _edits(self, patches: Tensor | None, looked: list[Tensor]) -> list[tuple[int, HiddenStateEdit]]:
         """Return stage I's edits, then the adapters."""
         injections = super()._edits(patches, looked)
         if self.are_adapters_off:
             return injections
 
-        def adapt(adapter: nn.Module) -> Edit:
+        def adapt(adapter: nn.Module) -> HiddenStateEdit:
             return lambda hidden, place, read: adapter(hidden)
 
         return [*injections, *((int(block), adapt(adapter)) for block, adapter in self.adapters.items())]

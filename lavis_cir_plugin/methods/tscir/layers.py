@@ -11,7 +11,7 @@ import torch.distributed.nn.functional as dist_with_grad
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor, nn
 
-from lavis_cir_plugin.models.open_clip_towers import at_positions
+from lavis_cir_plugin.models.open_clip_towers import replace_at_positions
 
 
 class MappingNetwork(nn.Module):
@@ -123,7 +123,7 @@ class VisualInjection(nn.Module):
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         word = hidden[rows, place]
         added, weights = self.attend(word, hidden[rows, read], patches)
-        return at_positions(hidden, place, word + added), weights
+        return replace_at_positions(hidden, place, word + added), weights
 
 
 class ComposingAdapter(nn.Module):

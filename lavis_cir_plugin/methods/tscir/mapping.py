@@ -19,11 +19,17 @@ from lavis_cir_plugin.core.sentences import did_you_mean
 from lavis_cir_plugin.core.settings import check_choice, check_whole, is_number
 from lavis_cir_plugin.methods.tscir.layers import MappingNetwork, VisualInjection
 from lavis_cir_plugin.methods.tscir.losses import soft_text_alignment_loss
-from lavis_cir_plugin.methods.tscir.phi_weights import check_clip, load_phi, read_phi
+from lavis_cir_plugin.methods.tscir.phi_weights import check_same_clip, load_phi, read_phi
 from lavis_cir_plugin.models.clip_cir import ClipCir, image_ids
 from lavis_cir_plugin.models.contrastive_losses import symmetric_contrastive_loss
 from lavis_cir_plugin.models.model_inputs import check_counts, read_pairs, read_pictures, read_texts
-from lavis_cir_plugin.models.open_clip_towers import PIXELS, PSEUDO_WORD, Edit, count_blocks, pixel_normalisation
+from lavis_cir_plugin.models.open_clip_towers import (
+    PIXELS,
+    PSEUDO_WORD,
+    HiddenStateEdit,
+    count_blocks,
+    pixel_normalisation,
+)
 
 PLAIN_SENTENCE = f"a photo of {PSEUDO_WORD}"
 """The sentence that says no more than the image."""
@@ -132,7 +138,7 @@ class TscirMapping(ClipCir):
             self.mapping = MappingNetwork(*widths, hidden_width, dropout, with_patches=has_patches)
             return
         found = read_phi(phi)
-        check_clip(found, self.image_tower.visual, self.text_tower.clip, phi)
+        check_same_clip(found, self.image_tower.visual, self.text_tower.clip, phi)
         self.mapping = MappingNetwork(*widths, found.hidden_width, dropout, False, found.activation)
         load_phi(found, self.mapping.word, phi)
 
@@ -349,10 +355,10 @@ class TscirMapping(ClipCir):
         features = self.text_tower.compose(self.text_tower.tokenize(sentences), word, edits)
         return F.normalize(features.float(), dim=-1)
 
-    def _edits(self, patches: Tensor | None, looked: list[Tensor]) -> list[tuple[int, Edit]]:
+    def _edits(self, patches: Tensor | None, looked: list[Tensor]) -> list[tuple[int, HiddenStateEdit]]:
         """Return what is done to hidden states after which block; each injection's attention goes to ``looked``."""
 
-        def inject(injection: nn.Module) -> Edit:
+        def inject(injection: nn.Module) -> HiddenStateEdit:
             def edit(hidden: Tensor, place: Tensor, read: Tensor) -> Tensor:
                 changed, weights = injection(hidden, place, read, patches)
                 looked.append(weights)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint, state_in
 
-__all__ = ["PhiWeights", "check_clip", "load_phi", "read_phi"]
+__all__ = ["PhiWeights", "check_same_clip", "load_phi", "read_phi"]
 
 # Names of the three linear layers in a file, and where `MappingNetwork.word` has them.
 _PIC2WORD = {"layers.0.0": "0", "layers.1.0": "3", "fc_out": "6"}
@@ -88,7 +88,7 @@ def load_phi(phi: PhiWeights, word: nn.Sequential, source: str) -> None:
     load_strictly(word, {name: tensor.float() for name, tensor in phi.state.items()}, source)
 
 
-def check_clip(phi: PhiWeights, image_tower: nn.Module, text_tower: nn.Module, source: str) -> None:
+def check_same_clip(phi: PhiWeights, image_tower: nn.Module, text_tower: nn.Module, source: str) -> None:
     """Compare the CLIP in Pic2Word's file with the loaded one, up to half precision; other files hold none.
 
     Args:

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lavis_cir_plugin.methods.tscir.caption_edits import Edit, Phrases, plain
+from lavis_cir_plugin.methods.tscir.caption_edits import CaptionEdit, Phrases, normalised_caption
 from lavis_cir_plugin.ranking.index import build_index
 
 COUNT, CLIP_SIMILARITY, WORDS_SIMILARITY = 10_000, 0.9, 0.7
@@ -34,7 +34,7 @@ _STEPS = 2048  # a feature's entries count in steps of 1/2048, which float16 hol
 
 
 @dataclass(frozen=True)
-class Captions:
+class ImageCaptions:
     """A captioned image set.
 
     Attributes:
@@ -52,14 +52,14 @@ class Captions:
 class SyntheticTriplet:
     """One made triplet: the edit, the row of the target's caption, and how near that is."""
 
-    edit: Edit
+    edit: CaptionEdit
     target: int
     target_row: int
     similarity: float
 
 
 @dataclass
-class Made:
+class MadeTriplets:
     """What was made, and what became of the edits that were tried."""
 
     triplets: list[SyntheticTriplet] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Made:
     refused: Counter[str] = field(default_factory=Counter)
 
 
-class Features(Protocol):
+class CaptionFeatures(Protocol):
     """Something that turns captions into features ``(N, D)`` of length 1, on the CPU."""
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
@@ -75,7 +75,7 @@ class Features(Protocol):
         ...
 
 
-class HashedWords:
+class HashedWordFeatures:
     r"""Words and pairs of words, weighted by how rare they are: tf-idf, hashed to a fixed width.
 
     .. math:: f_d = \sum_{w: h(w) = d} \pm n_w (1 + \log \frac{1 + N}{1 + N_w})
@@ -86,7 +86,7 @@ class HashedWords:
     """
 
     def __init__(self, captions: Sequence[str], width: int = 1024) -> None:
-        """Count the words of the captions, which are as `plain` writes them."""
+        """Count the words of the captions, which are as `normalised_caption` writes them."""
         held = Counter(term for caption in captions for term in set(_terms(caption)))
         self.width = width
         self._entries: dict[str, tuple[int, float]] = {}
@@ -111,7 +111,7 @@ class HashedWords:
         return _rounded(F.normalize(torch.from_numpy(flat).view(len(captions), self.width), dim=1))
 
 
-class ClipWords:
+class ClipTextFeatures:
     """The text tower of a CLIP model of open_clip."""
 
     def __init__(self, clip_model: str, pretrained: str | None, batch_size: int = 256) -> None:
@@ -147,12 +147,12 @@ def _rounded(features: Tensor) -> Tensor:
 
 
 def make_triplets(
-    captions: Captions,
-    features: Features | None = None,
+    captions: ImageCaptions,
+    features: CaptionFeatures | None = None,
     count: int = COUNT,
     seed: int = 0,
     similarity: float | None = None,
-) -> Made:
+) -> MadeTriplets:
     """Make triplets; equal arguments give equal ones, whatever the number of threads.
 
     An edit becomes a triplet if there is another picture with a caption that
@@ -166,7 +166,7 @@ def make_triplets(
 
     Args:
         captions: The image set.
-        features: `HashedWords` of these captions by default.
+        features: `HashedWordFeatures` of these captions by default.
         count: How many triplets, at most.
         seed: Draws the edits and templates.
         similarity: Least cosine; by default `WORDS_SIMILARITY`, or `CLIP_SIMILARITY` with given features.
@@ -177,8 +177,8 @@ def make_triplets(
     if len(captions.names) < 2:
         raise ValueError(f"triplets need captions of at least 2 images, got {len(captions.names)}.")
     phrases = Phrases(captions.texts, captions.images)
-    maker = _Maker(captions, phrases, features, similarity)
-    made, rng = Made(), random.Random(f"synthetic triplets/{seed}")
+    maker = _TargetFinder(captions, phrases, features, similarity)
+    made, rng = MadeTriplets(), random.Random(f"synthetic triplets/{seed}")
     used: set[tuple[int, int]] = set()
     known: set[tuple[int, str]] = set()
     order: list[int] = []
@@ -216,15 +216,15 @@ def make_triplets(
     return made
 
 
-class _Maker:
+class _TargetFinder:
     def __init__(
-        self, captions: Captions, phrases: Phrases, features: Features | None, similarity: float | None
+        self, captions: ImageCaptions, phrases: Phrases, features: CaptionFeatures | None, similarity: float | None
     ) -> None:
         self.captions, self.phrases = captions, phrases
-        texts = [plain(text) for text in captions.texts]
+        texts = [normalised_caption(text) for text in captions.texts]
         numbers: dict[str, int] = {}
         self.distinct = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
-        self.features = HashedWords(texts) if features is None else features
+        self.features = HashedWordFeatures(texts) if features is None else features
         default = WORDS_SIMILARITY if features is None else CLIP_SIMILARITY
         self.similarity = default if similarity is None else similarity
         distinct = list(numbers)
@@ -244,7 +244,7 @@ class _Maker:
         for number, own in enumerate(self.rows_of):
             self.means[number] = rows[self.distinct[own]].mean(axis=0, dtype=np.float32)
 
-    def targets(self, edits: Sequence[Edit], used: set[tuple[int, int]]) -> list[SyntheticTriplet | str]:
+    def targets(self, edits: Sequence[CaptionEdit], used: set[tuple[int, int]]) -> list[SyntheticTriplet | str]:
         """Find the target of each edit, or why there is none."""
         found: list[SyntheticTriplet | str] = ["no other caption holds the edited phrase"] * len(edits)
         by_holder: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -264,7 +264,7 @@ class _Maker:
         return found
 
     def _target(
-        self, edit: Edit, feature: Tensor, near: Sequence[tuple[int, float]], used: set[tuple[int, int]]
+        self, edit: CaptionEdit, feature: Tensor, near: Sequence[tuple[int, float]], used: set[tuple[int, int]]
     ) -> SyntheticTriplet | str:
         """Choose among captions, the nearest first."""
         choices: list[SyntheticTriplet] = []

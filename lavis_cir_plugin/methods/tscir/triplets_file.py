@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lavis_cir_plugin.benchmarks.captions import caption_records
-from lavis_cir_plugin.methods.tscir.synthetic_triplets import Captions, Made, SyntheticTriplet
+from lavis_cir_plugin.methods.tscir.synthetic_triplets import ImageCaptions, MadeTriplets, SyntheticTriplet
 from lavis_cir_plugin.report import sheet_layout
 
 SHEET_ROWS, _CAPTION_WIDTH = 12, 330
@@ -19,7 +19,7 @@ SHEET_ROWS, _CAPTION_WIDTH = 12, 330
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def read_captions(path: Path) -> Captions:
+def read_image_captions(path: Path) -> ImageCaptions:
     """Read captions from any file that the data set ``image_captions`` reads.
 
     Raises:
@@ -36,10 +36,10 @@ def read_captions(path: Path) -> Captions:
                 known.add((image, text))
                 texts.append(text)
                 images.append(image)
-    return Captions(list(numbers), texts, images)
+    return ImageCaptions(list(numbers), texts, images)
 
 
-def as_lines(captions: Captions, triplets: Sequence[SyntheticTriplet]) -> str:
+def as_json_lines(captions: ImageCaptions, triplets: Sequence[SyntheticTriplet]) -> str:
     """Write triplets as JSON lines of the data set ``triplets``."""
     return "".join(
         json.dumps(
@@ -59,7 +59,7 @@ def as_lines(captions: Captions, triplets: Sequence[SyntheticTriplet]) -> str:
 # -- what was made ---------------------------------------------------------------------------------------------------
 
 
-def summary(captions: Captions, made: Made, count: int) -> str:
+def triplets_summary(captions: ImageCaptions, made: MadeTriplets, count: int) -> str:
     """Say what was made, what was refused and why, and show examples."""
     lines = [
         f"{len(made.triplets):,} triplets of {count:,} wanted, from {len(captions.texts):,} captions of "
@@ -74,7 +74,7 @@ def summary(captions: Captions, made: Made, count: int) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(captions: Captions, triplets: Sequence[SyntheticTriplet], images: Path, seed: int) -> bytes:
+def triplets_sheet(captions: ImageCaptions, triplets: Sequence[SyntheticTriplet], images: Path, seed: int) -> bytes:
     """Draw some triplets, chosen at random: reference, modification, target, and both captions; a PNG.
 
     Raises:

@@ -50,7 +50,7 @@ class FrozenMemo:
         holders = [holder for pairs in self.tensors.values() for pair in pairs for holder in pair]
         self.holders = list({id(holder): holder for holder in holders}.values())
         self.entered: set[_Key] = set()  # whose inner modules are asked instead
-        self.calls: dict[_Key, list[_Call | None]] = defaultdict(list)
+        self.calls: dict[_Key, list[_NotedCall | None]] = defaultdict(list)
         self.position: dict[_Key, int] = defaultdict(int)
         self.versions: dict[int, _Version] = {}
         self.is_inside = False
@@ -98,7 +98,7 @@ class FrozenMemo:
             leaves, structure = tree_flatten((args, kwargs))
             if any(isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.is_inference()) for leaf in leaves):
                 return original(*args, **kwargs)
-            return answer(key, _Noted(leaves, structure), lambda: self._run(original, args, kwargs))
+            return answer(key, _NotedValues(leaves, structure), lambda: self._run(original, args, kwargs))
 
         return call
 
@@ -109,23 +109,23 @@ class FrozenMemo:
         finally:
             self.is_inside = False
 
-    def _record(self, key: _Key, inputs: _Noted, run: Callable[[], Any]) -> Any:
+    def _record(self, key: _Key, inputs: _NotedValues, run: Callable[[], Any]) -> Any:
         others = _other_random_states()
         before = _random_state(self.device)
         was_clean = self._is_clean(key[0])
         output = run()
         after = _random_state(self.device)
-        noted = _Noted(*tree_flatten(output))
+        noted = _NotedValues(*tree_flatten(output))
         if was_clean and self._is_clean(key[0]) and noted.is_plain() and others == _other_random_states():
             weights = [_version(weight) for holder, _ in self.tensors[key[0]] for weight in _present(holder)]
             has_drawn = not all(map(torch.equal, before, after))
-            self.calls[key].append(_Call(inputs, noted, weights, after if has_drawn else None))
+            self.calls[key].append(_NotedCall(inputs, noted, weights, after if has_drawn else None))
         else:
             self.calls[key].append(None)
             self.entered.add(key)
         return output
 
-    def _replay(self, key: _Key, inputs: _Noted, run: Callable[[], Any]) -> Any:
+    def _replay(self, key: _Key, inputs: _NotedValues, run: Callable[[], Any]) -> Any:
         position = self.position[key]
         self.position[key] += 1
         call = self.calls[key][position] if position < len(self.calls[key]) else None
@@ -145,7 +145,7 @@ class FrozenMemo:
         )
 
 
-class _Noted:
+class _NotedValues:
     """The tensors and other values of a call's arguments or output, and what they were when they were noted."""
 
     def __init__(self, leaves: list[Any], structure: Any) -> None:
@@ -163,18 +163,18 @@ class _Noted:
     def is_plain(self) -> bool:
         return all(map(_is_plain, self.leaves))
 
-    def equals(self, other: _Noted) -> bool:
+    def equals(self, other: _NotedValues) -> bool:
         return bool(self.structure == other.structure) and all(map(_is_equal, self.leaves, other.leaves))
 
 
 @dataclass(frozen=True)
-class _Call:
-    inputs: _Noted
-    output: _Noted
+class _NotedCall:
+    inputs: _NotedValues
+    output: _NotedValues
     weight_versions: list[_Version]
     random_state: tuple[Tensor, ...] | None
 
-    def holds_for(self, tensors: list[tuple[_Holder, _Holder]], inputs: _Noted) -> bool:
+    def holds_for(self, tensors: list[tuple[_Holder, _Holder]], inputs: _NotedValues) -> bool:
         return (
             self.weight_versions == [_version(weight) for holder, _ in tensors for weight in _present(holder)]
             # The second pass sees fresh copies of the buffers, which count their versions from 0.

@@ -48,7 +48,7 @@ SEED = 0  # of the batches and the random direction, the same for every run
 
 
 @dataclass(frozen=True)
-class Run:
+class RunCurves:
     """What is drawn of one run.
 
     Attributes:
@@ -77,7 +77,7 @@ class Run:
 # -- what a run logged -----------------------------------------------------------------------------------------------
 
 
-def read_run(folder: Path, metric: str) -> Run:
+def read_run(folder: Path, metric: str) -> RunCurves:
     """Read a run's validation.
 
     Raises:
@@ -90,7 +90,7 @@ def read_run(folder: Path, metric: str) -> Run:
         raise ValueError(f"{folder / EPOCHS} has no validation metric {metric!r}; set --metric to one of: {known}.")
     seen = epochs.get("seen", {}).get(metric, {})
     note = f"no {metric} on seen training queries was logged; train with run.valid_splits: [val, seen]."
-    return Run(
+    return RunCurves(
         label=folder.resolve().name,
         val=epochs["val"][metric],
         seen=seen,
@@ -128,7 +128,7 @@ def selection_metric(val: Mapping[str, Mapping[int, float]]) -> str:
 # -- the loss around the weights -------------------------------------------------------------------------------------
 
 
-def with_losses(run: Run, folder: Path, batches: int) -> Run:
+def with_losses(run: RunCurves, folder: Path, batches: int) -> RunCurves:
     """Add to a run the loss around the weights of its best (else last) checkpoint.
 
     Model and training data are built again as the checkpoint's own config says. Whatever stands against it (moved
@@ -192,7 +192,7 @@ def _rebuild(saved: Mapping[str, Any], path: str, batches: int) -> tuple[nn.Modu
         section.update({"preload": False} if "preload" in section else {})
         if "verify_images" in (section.get("build_info") or {}):
             section.build_info.verify_images = False
-    cfg = launcher.complete(config)
+    cfg = launcher.with_lavis_defaults(config)
     choose_splits(cfg, "train")
     seed_all(int(cfg.run_cfg.seed))  # frozen tensors without a checkpoint are drawn again
     task = tasks.setup_task(cfg)
@@ -284,7 +284,7 @@ def loss_along(
 # -- picture, table, points ------------------------------------------------------------------------------------------
 
 
-def draw_gap(runs: Sequence[Run], metric: str, path: Path) -> None:
+def draw_gap(runs: Sequence[RunCurves], metric: str, path: Path) -> None:
     """Draw validation and seen metric over epochs, and where computed the loss around the weights, as a PNG.
 
     Raises:
@@ -314,7 +314,7 @@ def draw_gap(runs: Sequence[Run], metric: str, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _draw_losses(panel: Any, runs: Sequence[Run], colours: Sequence[str]) -> None:
+def _draw_losses(panel: Any, runs: Sequence[RunCurves], colours: Sequence[str]) -> None:
     for run, colour in zip(runs, colours):
         for direction, style in (("gradient", "-"), ("random", ":")):
             losses = run.losses.get(direction, {})
@@ -336,7 +336,7 @@ def _legend_of_styles(panel: Any, lines: Mapping[str, Any], marks: Mapping[str, 
     panel.legend(handles=handles, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncol=3, borderaxespad=0)
 
 
-def table(runs: Sequence[Run], metric: str) -> str:
+def gap_table(runs: Sequence[RunCurves], metric: str) -> str:
     """Lay out one line per run: metric on seen and validation queries at the best epoch, their gap, and the loss.
 
     ``rise`` is that of the loss at GAMMA, along the gradient and along a random direction. What a run lacks is ``-``.
@@ -359,7 +359,7 @@ def table(runs: Sequence[Run], metric: str) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def points_csv(runs: Sequence[Run], metric: str) -> str:
+def points_csv(runs: Sequence[RunCurves], metric: str) -> str:
     """Return every point of the picture as CSV: run, series, x (epoch or relative radius), value (metric or loss)."""
     rows: list[tuple[Any, ...]] = [("run", "series", "x", "value")]
     for run in runs:

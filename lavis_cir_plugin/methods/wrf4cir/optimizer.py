@@ -380,10 +380,10 @@ class PerturbedModel:
         weights = list(self.optimizer.weights.values())
         gradients = list(torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True))
         if isinstance(self.model, DistributedDataParallel):
-            together = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(together)
-            together /= dist.get_world_size()
-            parts = together.split([gradient.numel() for gradient in gradients])
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            parts = flat.split([gradient.numel() for gradient in gradients])
             gradients = [part.view(gradient.shape) for part, gradient in zip(parts, gradients)]
         return gradients
 

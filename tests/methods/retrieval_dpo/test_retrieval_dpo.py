@@ -17,7 +17,7 @@ from lavis_cir_plugin.core.checkpoints import read_checkpoint
 from lavis_cir_plugin.data.benchmark_datasets import TripletDataset
 from lavis_cir_plugin.data.negatives import load_negatives
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
-from lavis_cir_plugin.methods.retrieval_dpo.mining import Mining
+from lavis_cir_plugin.methods.retrieval_dpo.mining import MiningSettings
 from lavis_cir_plugin.methods.retrieval_dpo.preference_model import PreferenceModel
 from lavis_cir_plugin.methods.retrieval_dpo.task import RetrievalDpoTask, _check_data
 from lavis_cir_plugin.models.open_clip_towers import load_clip
@@ -471,7 +471,7 @@ def test_a_file_is_of_one_data_set():
     with pytest.raises(
         ValueError, match=r"run\.negatives\.file is of one data set, and 2 are trained on \(a, b\); leave"
     ):
-        _check_data({"a": None, "b": None}, Mining(file="x.npz", refresh=0))
+        _check_data({"a": None, "b": None}, MiningSettings(file="x.npz", refresh=0))
 
 
 def test_data_without_image_sets_are_refused(project, tmp_path):
