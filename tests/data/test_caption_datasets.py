@@ -1,4 +1,4 @@
-"""Captioned images in files and in shards: what is read, what is refused, and that models train on it."""
+"""Captioned images in files and in tar shards are read, broken ones are refused, and models train on them."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_of_several_captions_one_is_drawn_each_time(tmp_path: Path):
 
 
 def test_examples_of_one_image_have_one_id(tmp_path: Path):
-    """COCO has five of each; a loss that contrasts them would take an image for its own negative."""
+    """COCO has five captions per image; without equal ids a contrastive loss takes an image for its own negative."""
     picture_file = folder(tmp_path)
     examples, paths = read_captions(picture_file)
     dataset = CaptionDataset([*examples, examples[0]], paths, TargetPadProcessor(8), str.upper)
@@ -234,7 +234,7 @@ def test_webdataset_reads_the_same_samples(tmp_path: Path):
 
 
 def test_a_shard_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Again only if it has changed, or was broken, or the kept list is."""
+    """A shard is listed again only if it has changed, if it was broken, or if the cached listing is damaged."""
     for index, numbers in enumerate([(1, 2), (3, 4)]):
         shard(tmp_path / f"{index}.tar", pairs(*numbers))
     opened = []
@@ -310,7 +310,7 @@ def test_a_wrong_sample_is_named_or_counted(tmp_path: Path, kind: str, caplog: p
 
 
 def test_a_file_that_a_sample_has_twice_is_named(tmp_path: Path):
-    """A tar file may hold a name twice, and webdataset refuses it as well."""
+    """A tar file may hold a name twice; webdataset refuses such a sample too."""
     path = shard(tmp_path / "00.tar", pairs(1, 2))
     with tarfile.open(path, "a") as tar:
         tar.addfile(tarfile.TarInfo("000000001.txt"))
@@ -329,7 +329,7 @@ def test_names_with_dots_are_told_the_rule(tmp_path: Path, caplog: pytest.LogCap
     message = f'sample "heel 5" has 0 pictures; it must have one ({rule}).'
     with pytest.raises(ValueError, match=re.escape(message)):
         CaptionedShards({"root": str(tmp_path)})
-    # Beside a whole sample of that name they are no part of the data, which is said.
+    # Beside a whole sample of that name such files are no part of the data, and a warning says so.
     shard(tmp_path / "0.tar", {"heel 5.png": picture(7), "heel 5.txt": "seven", **dotted})
     samples = CaptionedShards({"root": str(tmp_path)})
     assert [samples[index][1] for index in range(len(samples))] == [("seven",)]
@@ -344,7 +344,7 @@ def test_other_files_of_a_sample_are_no_matter(tmp_path: Path, caplog: pytest.Lo
 
 @pytest.mark.parametrize("zeros", [0, 512 * 7, 2**21])
 def test_shards_joined_end_to_end_are_read_to_the_last(tmp_path: Path, zeros: int):
-    """Also where each numbers its samples from the same number on, and more zeros lie between them than tar writes."""
+    """The archives may use the same sample numbers, and more zeros than tar writes may lie between them."""
     parts = [pairs(1, 2), pairs(1), {"000000001.png": picture(3), "000000001.txt": "last"}]
     contents = [shard(tmp_path / "part", files).read_bytes() for files in parts]
     (tmp_path / "0.tar").write_bytes(bytes(zeros).join(contents))
@@ -419,6 +419,13 @@ def test_a_broken_picture_is_named_or_counted_and_the_next_one_taken(tmp_path: P
         CaptionedShards({"root": str(tmp_path), "skip_broken": True})[0]
 
 
+@pytest.mark.parametrize("name", ["image_captions", "caption_shards"])
+def test_drawn_garments_are_refused_because_no_world_has_captions_in_these_files(name: str):
+    section = OmegaConf.create({"garments": {"seed": 1}, "build_info": {"root": "x"}})
+    problems = list(registry.get_builder_class(name).section_problems(name, section))
+    assert problems[0] == f"datasets.{name}.garments has no effect: no world is drawn in {name}'s files."
+
+
 def test_preloading_shards_is_refused():
     builder = registry.get_builder_class("caption_shards")
     section = OmegaConf.create({"preload": True, "build_info": {"root": "x"}})
@@ -430,7 +437,7 @@ def test_preloading_shards_is_refused():
 
 
 def shares(rank: int, root: str) -> None:
-    """Write the texts that one of two processes sees in two epochs."""
+    """Write to a file the texts that one of two processes sees in two epochs."""
     dist.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=2)
     dataset = ShardDataset(CaptionedShards({"root": root}), TargetPadProcessor(8), str)
     loader = EpochLoader(training_loader(dataset, 3, batch_size=2, drop_last=True, collate_fn=dataset.collater))
@@ -458,7 +465,7 @@ WORLD = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A drawn FashionIQ, and its pictures with captions in files and in shards."""
+    """Draw FashionIQ's files, and write its pictures with captions to files and to shards."""
     root = tmp_path_factory.mktemp("world")
     fashioniq = make_garments(root, GarmentsConfig(**WORLD))
     pictures = sorted((fashioniq / "images").iterdir())
@@ -472,7 +479,7 @@ def world(tmp_path_factory):
 
 
 def project(tmp_path: Path, world: Any, names: tuple[str, ...], processor: str = "target_pad") -> str:
-    """A small CLIP from scratch on captions, validated on FashionIQ."""
+    """Write a project that trains a small CLIP from scratch on captions and validates it on FashionIQ."""
     root, fashioniq, _ = world
     infos = {
         "image_captions": {"root": str(root), "images": str(fashioniq / "images")},
@@ -515,7 +522,7 @@ def logged(tmp_path: Path) -> list[dict[str, Any]]:
     ids=lambda names: "+".join(names),
 )
 def test_a_model_trains_on_captions_beside_a_benchmark(names, world, tmp_path, monkeypatch):
-    """Several caption data sets are concatenated, LAVIS's own among them; FashionIQ is validated on."""
+    """Several caption data sets, one of them LAVIS's own, are concatenated; validation reads FashionIQ."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     launcher.main("train", ["--cfg-path", project(tmp_path, world, names)])
     rows = logged(tmp_path)
