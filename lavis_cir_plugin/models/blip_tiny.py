@@ -1,6 +1,6 @@
-"""LAVIS's BLIP for question answering and captioning, small enough to learn from scratch on a CPU and without a hub.
+"""LAVIS's BLIP for question answering and captioning in any size, so that it can learn from scratch on a CPU.
 
-Only the construction differs: LAVIS takes BERT's tokenizer from the hub and a tower of fixed size.
+Only the construction differs from LAVIS's classes, which take BERT's tokenizer from the hub and a tower of fixed size.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from lavis_cir_plugin.core.sentences import did_you_mean
 from lavis_cir_plugin.models.tokenizer import load_tokenizer
 
 _VIT = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
-# What med_config.json adds to BERT's own settings.
+# Settings that LAVIS's med_config.json adds to BERT's own.
 _BERT = {"add_cross_attention": True, "add_type_embeddings": False}
 
 
 class _BuiltFromConfig:
-    """Mix-in before one of LAVIS's BLIP classes: a tokenizer, a tower and BERTs built from the config alone."""
+    """Mix-in before a BLIP class of LAVIS: tokenizer, image tower and text models are built from the config alone."""
 
     _vocabulary: str
 
     def init_tokenizer(self) -> BertTokenizer:
-        """Return the tokenizer with BLIP's extra tokens [DEC] and [ENC]; LAVIS's constructor calls this."""
+        """Return the tokenizer with BLIP's extra tokens [DEC] and [ENC]; LAVIS's constructor calls this method."""
         tokenizer = load_tokenizer(self._vocabulary)
         tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
         tokenizer.enc_token_id = tokenizer.additional_special_tokens_ids[0]
@@ -53,10 +53,10 @@ class _BuiltFromConfig:
 
     @classmethod
     def check_config(cls, cfg: Mapping[str, Any]) -> None:
-        """Check a ``model`` section without building anything.
+        """Check a ``model`` section without building the model.
 
         Raises:
-            ValueError: The first unknown key or impossible size, and what is allowed.
+            ValueError: If a key is unknown or a size impossible; the message names the first one and what is allowed.
         """
         vit, bert = {**_VIT, **(cfg.get("vit_config") or {})}, {**_BERT, **(cfg.get("bert_config") or {})}
         known = {
@@ -76,11 +76,11 @@ class _BuiltFromConfig:
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> _BuiltFromConfig:
-        """Build from a ``model`` section, with the weights of ``finetuned`` where ``load_finetuned`` asks for them.
+        """Build the model of a ``model`` section, and load ``finetuned`` if ``load_finetuned`` is true.
 
         Raises:
             ValueError: If the checkpoint does not match the model.
-            FileNotFoundError: If it is missing.
+            FileNotFoundError: If the checkpoint is missing.
         """
         names = cls.__init__.__kwdefaults__
         model = cls(**{name: cfg[name] for name in names if cfg.get(name) is not None})
@@ -100,14 +100,14 @@ def _types(name: str) -> dict[str, str]:
 
 @registry.register_model("blip_vqa_tiny")
 class BlipVqaTiny(_BuiltFromConfig, BlipVQA):
-    """LAVIS's BLIP for visual question answering in the size that its config states.
+    """LAVIS's BLIP for visual question answering, in the size of its config.
 
     Args:
-        tokenizer: Folder or file of a WordPiece vocabulary, a vocabulary shipped with this package, or a hub name.
+        tokenizer: Folder or file of a WordPiece vocabulary, name of a vocabulary in this package, or a hub name.
         image_size: Pixels per side, a multiple of the patch size.
-        vit_config: Overrides of ViT-B/16's dimensions, by the names of LAVIS's constructor.
-        bert_config: Overrides of BERT-base's dimensions, for the question encoder and the answer decoder.
-        max_txt_len: Longest question in tokens; longer ones are cut.
+        vit_config: Values that replace ViT-B/16's dimensions, by the argument names of LAVIS's image tower.
+        bert_config: Values that replace BERT-base's dimensions, in the question encoder and the answer decoder.
+        max_txt_len: Largest number of tokens of a question; longer questions are cut.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT = _types("blip_vqa_tiny")
@@ -128,12 +128,12 @@ class BlipVqaTiny(_BuiltFromConfig, BlipVQA):
 
 @registry.register_model("blip_caption_tiny")
 class BlipCaptionTiny(_BuiltFromConfig, BlipCaption):
-    """LAVIS's BLIP for captioning in the size that its config states.
+    """LAVIS's BLIP for captioning, in the size of its config.
 
     Args:
-        tokenizer, image_size, vit_config, bert_config: As :class:`BlipVqaTiny`'s.
-        prompt: What every caption starts with; not counted as generated.
-        max_txt_len: Longest training caption in tokens, with the prompt.
+        tokenizer, image_size, vit_config, bert_config: See :class:`BlipVqaTiny`.
+        prompt: Beginning of every caption; it does not count as generated text.
+        max_txt_len: Largest number of tokens of a training caption, with the prompt.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT = _types("blip_caption_tiny")
