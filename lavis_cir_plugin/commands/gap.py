@@ -1,4 +1,4 @@
-"""``lavis-cir gap``: how far runs overfit (recall on seen and unseen queries) and how flat their minima are."""
+"""The command ``lavis-cir gap``: draws how far runs overfit and how flat their minima are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def add_command(subparsers: Any) -> None:
-    """Add ``lavis-cir gap``."""
+    """Add ``lavis-cir gap`` to the sub-commands."""
     parser = subparsers.add_parser(
         "gap", help="draw recall on seen and unseen queries, and the loss around the weights"
     )

@@ -1,4 +1,4 @@
-"""``lavis-cir lora``: adapters as peft folder, or merged into the weights."""
+"""The command ``lavis-cir lora``: writes a run's adapters as a folder for peft, or merged into the whole model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def add_command(subparsers: Any) -> None:
-    """Add ``lavis-cir lora``."""
+    """Add ``lavis-cir lora`` to the sub-commands."""
     parser = subparsers.add_parser("lora", help="export the adapters of a LoRA run, for peft or merged into the model")
     parser.add_argument("run_or_checkpoint", metavar="RUN", help="output folder of a run, or one of its checkpoints")
     parser.add_argument("--output", required=True, help="a new or empty folder")
@@ -22,7 +22,7 @@ def add_command(subparsers: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    """Write a peft folder, or with ``--merge`` a checkpoint of the whole model."""
+    """Write a folder for peft, or with ``--merge`` a checkpoint of the whole model."""
     import torch
     from lavis.tasks.base_task import BaseTask
     from omegaconf import OmegaConf

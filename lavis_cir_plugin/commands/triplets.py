@@ -1,4 +1,4 @@
-"""``lavis-cir triplets``: synthetic triplets from captions, with a contact sheet of them."""
+"""The command ``lavis-cir triplets``: makes synthetic triplets from captions, and draws some of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def add_command(subparsers: Any) -> None:
-    """Add ``lavis-cir triplets``."""
+    """Add ``lavis-cir triplets`` to the sub-commands."""
     parser = subparsers.add_parser("triplets", help="make training triplets from captioned images")
     parser.add_argument(
         "captions",

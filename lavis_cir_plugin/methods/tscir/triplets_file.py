@@ -1,4 +1,4 @@
-"""Captions read from a file, synthetic triplets written into one, and a contact sheet of them."""
+"""Files of synthetic triplets: captions are read, triplets are written, summed up in words and drawn on a sheet."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lavis_cir_plugin.methods.tscir.synthetic_triplets import ImageCaptions, Mad
 from lavis_cir_plugin.report import sheet_layout
 
 SHEET_ROWS, _CAPTION_WIDTH = 12, 330
-"""Triplets on a contact sheet, and pixels."""
+"""Number of triplets on a contact sheet, and width of the captions in pixels."""
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
 def read_image_captions(path: Path) -> ImageCaptions:
-    """Read captions from any file that the data set ``image_captions`` reads.
+    """Read captions from any file that the data set ``image_captions`` can read.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: it cannot be read, holds no captions, or a record has no image or caption.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be read, holds no captions, or a record has no image or caption.
     """
     numbers: dict[str, int] = {}
     texts, images = [], []
@@ -40,7 +40,7 @@ def read_image_captions(path: Path) -> ImageCaptions:
 
 
 def as_json_lines(captions: ImageCaptions, triplets: Sequence[SyntheticTriplet]) -> str:
-    """Write triplets as JSON lines of the data set ``triplets``."""
+    """Return triplets as JSON lines, in the format of the data set ``triplets``."""
     return "".join(
         json.dumps(
             {
@@ -56,11 +56,11 @@ def as_json_lines(captions: ImageCaptions, triplets: Sequence[SyntheticTriplet])
     )
 
 
-# -- what was made ---------------------------------------------------------------------------------------------------
+# -- summary and contact sheet ---------------------------------------------------------------------------------------
 
 
 def triplets_summary(captions: ImageCaptions, made: MadeTriplets, count: int) -> str:
-    """Say what was made, what was refused and why, and show examples."""
+    """Return lines with the number of triplets, the numbers of refused edits by reason, and examples."""
     lines = [
         f"{len(made.triplets):,} triplets of {count:,} wanted, from {len(captions.texts):,} captions of "
         f"{len(captions.names):,} images; {made.tried:,} edits tried",
@@ -75,10 +75,11 @@ def triplets_summary(captions: ImageCaptions, made: MadeTriplets, count: int) ->
 
 
 def triplets_sheet(captions: ImageCaptions, triplets: Sequence[SyntheticTriplet], images: Path, seed: int) -> bytes:
-    """Draw some triplets, chosen at random: reference, modification, target, and both captions; a PNG.
+    """Return a PNG of randomly chosen triplets: reference, modification text, target, and both captions.
 
     Raises:
-        FileNotFoundError, ValueError: a picture is missing or broken.
+        FileNotFoundError: If a picture is missing.
+        ValueError: If a picture cannot be read.
     """
     from PIL import Image, ImageDraw
 

@@ -271,7 +271,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(style, run, monkeypatch):
             raise KeyboardInterrupt
         return forward(self, samples)
 
-    use = RetrievalDpoTask._use
+    use = RetrievalDpoTask._use_negatives
 
     def interrupted_after_mining(self, dataset, sets):
         if sets.about["epoch"] == 1 and "mined" not in calls:
@@ -285,7 +285,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(style, run, monkeypatch):
             run("killed", **changes)
     with monkeypatch.context() as patch:
         calls = []
-        patch.setattr(RetrievalDpoTask, "_use", interrupted_after_mining)
+        patch.setattr(RetrievalDpoTask, "_use_negatives", interrupted_after_mining)
         with pytest.raises(KeyboardInterrupt):
             run("killed", **changes)
     resumed = run("killed", **changes)
@@ -307,7 +307,7 @@ def test_negatives_are_in_force_from_the_refresh_on(num_workers, run, monkeypatc
 
     Each mining finds one image for all triplets, another one each time.
     """
-    mine, use, forward = RetrievalDpoTask._mine, RetrievalDpoTask._use, PreferenceModel.forward
+    mine, use, forward = RetrievalDpoTask._mine, RetrievalDpoTask._use_negatives, PreferenceModel.forward
     expected, seen = [], []
 
     def one_image(self, name, dataset, epoch):
@@ -326,7 +326,7 @@ def test_negatives_are_in_force_from_the_refresh_on(num_workers, run, monkeypatc
         return forward(self, samples)
 
     monkeypatch.setattr(RetrievalDpoTask, "_mine", one_image)
-    monkeypatch.setattr(RetrievalDpoTask, "_use", noting)
+    monkeypatch.setattr(RetrievalDpoTask, "_use_negatives", noting)
     monkeypatch.setattr(PreferenceModel, "forward", looking)
     run(
         runner="runner_iter", max_iters=9, iters_per_inner_epoch=3, max_epoch=None, num_workers=num_workers,
