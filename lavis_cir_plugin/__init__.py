@@ -1,6 +1,6 @@
-"""Composed image retrieval for Salesforce LAVIS.
+"""Composed image retrieval for Salesforce LAVIS; importing the package registers everything with LAVIS.
 
-Importing this package registers its models, tasks, data sets, processors and runners with LAVIS. If LAVIS has been
+The import registers the package's models, tasks, data sets, processors and runners with LAVIS. If LAVIS has been
 imported, they are registered at once, otherwise when LAVIS is imported. The import of LAVIS takes seconds, so this
 package does not start it.
 """

@@ -114,6 +114,14 @@ def test_the_model_table_has_every_keyword_and_its_default():
     assert {key: yaml.safe_load(written[key]) for key in defaults} == defaults
 
 
+def test_the_card_of_blip2_cir_names_its_types_and_the_defaults_of_the_keys_it_explains():
+    defaults = Blip2Cir.__init__.__kwdefaults__
+    stated = table("Settings of `blip2_cir`")
+    assert {"fusion", "pooling", "loss_weights"} <= set(stated)
+    assert {key: yaml.safe_load(value) for key, value in stated.items()} == {key: defaults[key] for key in stated}
+    assert set(table("Types of `blip2_cir`")) == set(Blip2Cir.PRETRAINED_MODEL_CONFIG_DICT)
+
+
 def test_the_table_of_models_on_open_clip_has_every_keyword_and_its_default():
     written = table("`model` (archs `clip_cir`, `tscir_mapping`, `tscir_composing`)")
     defaults: dict[str, object] = {}
