@@ -63,14 +63,14 @@ def mine_all(kind: str, folder: Path, images: int, queries: int) -> dict[str, fl
     import torch
     import torch.nn.functional as F  # noqa: N812
 
-    from lavis_cir_plugin.methods.retrieval_dpo.mining import Mining, mine, mining_index
+    from lavis_cir_plugin.methods.retrieval_dpo.mining import MiningSettings, mine, mining_index
     from lavis_cir_plugin.ranking.index import recall_against_exact
 
     noise, gallery = circo_full_size.read(folder, images)
     gallery = gallery.float()
     targets = torch.randint(images, (len(noise),), generator=torch.Generator().manual_seed(0))[:queries]
     query = F.normalize(gallery[targets, 0] + noise[:queries], dim=-1)
-    settings = Mining(index=kind)
+    settings = MiningSettings(index=kind)
     none = torch.full((queries, 1), -1)
 
     start = time.perf_counter(), time.process_time()

@@ -1,7 +1,8 @@
-"""Composed image retrieval for Salesforce LAVIS.
+"""Composed image retrieval for Salesforce LAVIS; importing the package registers everything with LAVIS.
 
-Importing this package registers its models, tasks, data sets, processors and runners with LAVIS: at once if LAVIS has
-been imported, otherwise at the moment when it is. Importing LAVIS takes seconds, so this package does not do it.
+The import registers the package's models, tasks, data sets, processors and runners with LAVIS. If LAVIS has been
+imported, they are registered at once, otherwise when LAVIS is imported. The import of LAVIS takes seconds, so this
+package does not start it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _WITH_DECORATORS = ("processors", "data", "models", "training", "tasks", "method
 
 
 def _shipped(folder: str) -> Path:
-    """Return ``configs`` or ``projects``: inside the package in a wheel, beside it in a checkout."""
+    """Return the path of ``configs`` or ``projects``, which a wheel has inside the package and a checkout beside it."""
     inside = _PACKAGE / folder
     return inside if inside.is_dir() else _PACKAGE.parent / folder
 
@@ -33,8 +34,8 @@ PROJECTS = _shipped("projects")
 def register() -> None:
     """Register every model, task, data set, processor and runner of this package with LAVIS, once.
 
-    A module that carries one of LAVIS's ``@registry.register_*`` decorators is found by itself in the folders ``data``,
-    ``models``, ``tasks`` and ``methods``.
+    The function imports every module of `_WITH_DECORATORS`; LAVIS's ``@registry.register_*`` decorators in them do
+    the registration. A new module in these folders therefore needs no entry in a list.
 
     Raises:
         ImportError: LAVIS is not installed, or it cannot be imported.
@@ -47,7 +48,7 @@ def register() -> None:
 
 
 def _extend_model_zoo() -> None:
-    # LAVIS takes its list of models when it is imported, which is before ours are registered.
+    # LAVIS makes its list of models while it is imported, before this package registers its own.
     from lavis.common.registry import registry
     from lavis.models import model_zoo
 

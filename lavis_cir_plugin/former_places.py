@@ -1,8 +1,8 @@
-"""Serve public names under the modules in which released versions had them.
+"""Public names under the module paths of released versions.
 
-``from lavis_cir_plugin.losses import contrastive_loss`` still works although the losses now stand beside the methods
-that use them. A former module has no file: the finder below makes it when it is imported, and it looks its names up in
-the modules of today when they are asked for.
+``from lavis_cir_plugin.losses import contrastive_loss`` still works, although the losses have moved to the methods
+that use them. A former module has no file. The finder below creates it when it is imported, and the created module
+looks up each name in the present modules.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ TODAY = {
     "models.tscir_mapping": ("methods.tscir.mapping",),
     "models.tscir_composing": ("methods.tscir.composing",),
 }
-"""Modules of today that have the names of each former one."""
+"""The present modules that hold the names of each former module."""
 
 RENAMED = {"some_of": "list_of"}
 """Name of today for each former name that has changed."""
 
 
 def find(former: str, name: str) -> Any:
-    """Return what a former module had under a name.
+    """Return the object that a former module had under a name.
 
     Args:
         former: Name of the former module inside the package.
         name: Name of a public function, class or constant in that module.
 
     Raises:
-        AttributeError: no module of today has it.
+        AttributeError: If no present module has the name.
     """
     new_name = RENAMED.get(name, name)
     for today in TODAY[former] if not name.startswith("_") else ():
@@ -69,23 +69,23 @@ class _FormerModule(ModuleType):
 
 
 class FormerPlaces(MetaPathFinder, Loader):
-    """Finder and loader of the former modules that have no file of their own."""
+    """Import finder and loader of the former modules."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec of a former module, None for every other name."""
+        """Return the spec of a former module, and None for every other name."""
         package, _, former = fullname.partition(".")
         return ModuleSpec(fullname, self) if package == __package__ and former in TODAY else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """Return a module that looks up its names when they are asked for."""
+        """Return a module that looks up each name on its first use."""
         return _FormerModule(spec.name, f"The former place of {', '.join(TODAY[spec.name.partition('.')[2]])}.")
 
     def exec_module(self, module: ModuleType) -> None:
-        """Do nothing: the module is complete."""
+        """Do nothing, because the created module needs no code."""
 
 
 def install() -> None:
-    """Ask the finder for what no file is found for."""
+    """Let Python ask the finder for modules that have no file."""
     sys.meta_path.append(FormerPlaces())

@@ -1,4 +1,4 @@
-"""Image preprocessing that belongs to the protocols of composed retrieval."""
+"""Image processors of composed retrieval: target padding, and two random views of a picture."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lavis_cir_plugin.benchmarks.images import as_rgb
 
 
 def pad_to_ratio(image: Image.Image, target_ratio: float) -> Image.Image:
-    """Pad the short side with black until the long side is at most ``target_ratio`` times the short one.
+    """Pad the short side with black until the long side is at most ``target_ratio`` times as long.
 
     Args:
-        image: RGB; returned as it is when its ratio is already small enough.
-        target_ratio: >= 1.
+        image: RGB picture. It is returned unchanged if its ratio is small enough already.
+        target_ratio: Largest ratio of long to short side, >= 1.
 
-    Source: CLIP4Cir's target padding with 1.25, which SPRC and Bi-Blip4CIR keep.
+    Source: CLIP4Cir's target padding with a ratio of 1.25, which SPRC and Bi-Blip4CIR use too.
     """
     width, height = image.size
     short = round(max(width, height) / target_ratio)
@@ -36,18 +36,19 @@ def pad_to_ratio(image: Image.Image, target_ratio: float) -> Image.Image:
 
 @registry.register_processor("clip_two_views")
 class ClipTwoViewsProcessor(BlipImageBaseProcessor):
-    """Two random views of a picture, CLIP's mean and standard deviation, bicubic.
+    """Makes two random views of a picture: bicubic crops, normalised by CLIP's mean and standard deviation.
 
-    View 0 is weakly augmented: a random crop, mirrored half of the time; a model makes its pseudo-word of it.
-    View 1 is a random crop of nearly everything, CLIP's own augmentation. Aspect ratios vary from 3/4 to 4/3.
+    View 0 is the weakly augmented one, of which a model makes its pseudo-word: a random crop, mirrored with
+    probability 1/2. View 1 is CLIP's own augmentation: a random crop of nearly the whole picture. The aspect ratios
+    of both crops vary from 3/4 to 4/3.
 
     Args:
-        image_size: Pixels per side of the results.
-        weak_scale: Least and largest share of the picture's area in view 0, ``0 < least <= largest <= 1``.
-        scale: The same of view 1.
+        image_size: Pixels per side of each view.
+        weak_scale: Smallest and largest share of the picture's area in view 0, ``0 < least <= largest <= 1``.
+        scale: Smallest and largest share of the picture's area in view 1, with the same bounds.
 
     Raises:
-        ValueError: If ``image_size`` is below 1 or a scale is no such pair.
+        ValueError: If ``image_size`` is below 1, or a scale is not such a pair.
 
     Source: TSCIR (arXiv 2504.17990), stage I.
     """
@@ -78,10 +79,10 @@ class ClipTwoViewsProcessor(BlipImageBaseProcessor):
         )
 
     def __call__(self, item: Image.Image) -> Tensor:
-        """Return ``(2, 3, image_size, image_size)`` float32 of a picture of any mode.
+        """Return the two views of a picture of any mode: ``(2, 3, image_size, image_size)``, float32.
 
         Raises:
-            ValueError: If it is no PIL image.
+            ValueError: If ``item`` is not a PIL image.
         """
         picture = _picture(item, "clip_two_views")
         return torch.stack([view(picture) for view in self.views])
@@ -93,7 +94,7 @@ class ClipTwoViewsProcessor(BlipImageBaseProcessor):
 
 
 def _picture(item: Any, processor: str) -> Image.Image:
-    """Return a PIL image as RGB, as the data sets open their files."""
+    """Return a PIL image in RGB, converted as the data sets convert the pictures of their files."""
     if not isinstance(item, Image.Image):
         raise ValueError(f"{processor} takes one PIL image, got {type(item).__name__}; open a file by PIL.Image.open.")
     return as_rgb(item)
@@ -109,13 +110,13 @@ def _is_scale(pair: Any) -> bool:
 
 @registry.register_processor("target_pad")
 class TargetPadProcessor(BlipImageBaseProcessor):
-    """Target padding, bicubic resize of the short side, centre crop, CLIP's mean and standard deviation.
+    """Pads a picture, resizes its short side (bicubic), crops the centre, and normalises by CLIP's mean and deviation.
 
-    Deterministic: training and evaluation see the same pixels, as in CLIP4Cir, SPRC and Bi-Blip4CIR.
+    The processor is deterministic: training and evaluation see the same pixels, as in CLIP4Cir, SPRC and Bi-Blip4CIR.
 
     Args:
         image_size: Pixels per side of the result.
-        target_ratio: Largest ratio of long to short side that is left unpadded, >= 1.
+        target_ratio: Largest ratio of long to short side that is not padded, >= 1.
 
     Raises:
         ValueError: If ``target_ratio`` is below 1 or ``image_size`` below 1.
@@ -141,10 +142,10 @@ class TargetPadProcessor(BlipImageBaseProcessor):
         )
 
     def __call__(self, item: Image.Image) -> Tensor:
-        """Return ``(3, image_size, image_size)`` float32 of a picture of any mode.
+        """Return a picture of any mode as ``(3, image_size, image_size)``, float32.
 
         Raises:
-            ValueError: If it is no PIL image.
+            ValueError: If ``item`` is not a PIL image.
         """
         return self.transform(pad_to_ratio(_picture(item, "target_pad"), self.target_ratio))
 

@@ -1,4 +1,4 @@
-"""``python -m lavis.train``: the import hook serves this file under that name while LAVIS ships none."""
+"""The command ``python -m lavis.train``: the import hook runs this file under a name that LAVIS lacks."""
 
 from lavis_cir_plugin.training.launcher import main
 

@@ -28,8 +28,8 @@ from lavis_cir_plugin.commands import check, export, gap, lora, main, negatives,
 from lavis_cir_plugin.data.tar_shards import ShardsConfig
 from lavis_cir_plugin.garments.questions import QuestionGarments
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
-from lavis_cir_plugin.methods.retrieval_dpo.losses import Preference
-from lavis_cir_plugin.methods.retrieval_dpo.mining import Mining
+from lavis_cir_plugin.methods.retrieval_dpo.losses import PreferenceSettings
+from lavis_cir_plugin.methods.retrieval_dpo.mining import MiningSettings
 from lavis_cir_plugin.methods.retrieval_dpo.task import RetrievalDpoTask
 from lavis_cir_plugin.methods.tscir.composing import TscirComposing
 from lavis_cir_plugin.methods.tscir.mapping import TscirMapping
@@ -38,7 +38,7 @@ from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir
 from lavis_cir_plugin.models.clip_cir import ClipCir
 from lavis_cir_plugin.report.run_log import EPOCHS, STEPS
 from lavis_cir_plugin.training import config
-from lavis_cir_plugin.training.lora import Lora
+from lavis_cir_plugin.training.lora import LoraSettings
 from lavis_cir_plugin.training.resumable_runner import LAST, PREVIOUS
 
 ROOT = Path(__file__).parents[1]
@@ -91,9 +91,9 @@ def blocks(language: str) -> list[str]:
         ("`datasets.circo.garments`", garments.circo.CIRCOGarments),
         ("`datasets.garments_vqa.garments` and `datasets.garments_caption.garments`", QuestionGarments),
         ("`run.wrf`", WeightPerturbation),
-        ("`run.lora`", Lora),
-        ("`run.dpo`", Preference),
-        ("`run.negatives`", Mining),
+        ("`run.lora`", LoraSettings),
+        ("`run.dpo`", PreferenceSettings),
+        ("`run.negatives`", MiningSettings),
     ],
 )
 def test_a_table_has_every_field_and_its_default(heading, cls):
@@ -112,6 +112,14 @@ def test_the_model_table_has_every_keyword_and_its_default():
     defaults = Blip2Cir.__init__.__kwdefaults__
     assert set(written) == {*config._MODEL_KEYS, *defaults}
     assert {key: yaml.safe_load(written[key]) for key in defaults} == defaults
+
+
+def test_the_card_of_blip2_cir_names_its_types_and_the_defaults_of_the_keys_it_explains():
+    defaults = Blip2Cir.__init__.__kwdefaults__
+    stated = table("Settings of `blip2_cir`")
+    assert {"fusion", "pooling", "loss_weights"} <= set(stated)
+    assert {key: yaml.safe_load(value) for key, value in stated.items()} == {key: defaults[key] for key in stated}
+    assert set(table("Types of `blip2_cir`")) == set(Blip2Cir.PRETRAINED_MODEL_CONFIG_DICT)
 
 
 def test_the_table_of_models_on_open_clip_has_every_keyword_and_its_default():

@@ -1,1 +1,1 @@
-"""What ``lavis-cir`` does; a module with ``add_command`` is found by itself."""
+"""The sub-commands of ``lavis-cir``, one per module with a function ``add_command``."""

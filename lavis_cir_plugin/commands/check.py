@@ -1,4 +1,4 @@
-"""``lavis-cir check``: what of each data set is below a folder, what is missing and why, and what it is enough for."""
+"""The command ``lavis-cir check``: says which data sets a folder holds, what is missing, and what can be run."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from lavis_cir_plugin.core.error_messages import listed
 MANY_FOLDERS = 4
 
 EVALUATION = "projects/clip_cir/eval_all.yaml"
-"""Evaluates the validation splits of several data sets with weights that are downloaded."""
+"""Project that evaluates the validation splits of several data sets with downloaded weights."""
 
 DEMO = "python -m lavis.train --cfg-path projects/wrf4cir/demo.yaml"
-"""Needs no data set."""
+"""Command that needs no data set."""
 
 EXIT_CODES = (
     "The exit code is 0 if anything here can be run, be it with missing images left out; 1 if nothing can, or an image "
@@ -39,7 +39,7 @@ EXIT_CODES = (
 
 @cache
 def data_sets() -> dict[str, ModuleType]:
-    """Return the modules below ``benchmarks`` with a ``CHECKLIST``, by registered name; the published ones first."""
+    """Return the modules below ``benchmarks`` with a ``CHECKLIST`` by registered name, published data sets first."""
     names = [found.name for found in pkgutil.iter_modules(benchmarks.__path__)]
     modules = [importlib.import_module(f"{benchmarks.__name__}.{name}") for name in names]
     found = {m.CHECKLIST.name or name: m for name, m in zip(names, modules) if hasattr(m, "CHECKLIST")}
@@ -52,21 +52,21 @@ def data_sets() -> dict[str, ModuleType]:
 
 
 def checklist_of(name: str) -> Checklist:
-    """Return what is looked for of a data set."""
+    """Return the checklist of a data set: the files and uses that are looked for."""
     checklist: Checklist = data_sets()[name].CHECKLIST
     return checklist
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a reader said about one way and part.
+    """Result of reading one part of a data set, such as a category, for one use, such as training.
 
     Attributes:
-        count: Of triplets or queries.
-        usable: How many of these have all their images.
-        is_complete: Whether no image is missing, in the gallery neither.
-        problem: Why it could not be read; empty where it could.
-        absent: Annotation files that are missing.
+        count: Number of triplets or queries.
+        usable: Number of triplets or queries with all their images.
+        is_complete: Whether no image is missing, including the gallery's images.
+        problem: Reason why the part could not be read; empty if it could.
+        absent: Names of missing annotation files.
     """
 
     count: int = 0
@@ -78,14 +78,14 @@ class Reading:
 
 @dataclass
 class Findings:
-    """What is there of one data set.
+    """The files and images of one data set that a folder holds.
 
     Attributes:
-        readings: By label of the way and part.
-        files: Annotation files.
-        paths: Images by name.
-        missing: Names of images that an annotation file asks for.
-        left_out: What is no picture among the images, a phrase by image folder.
+        readings: Results by use and part.
+        files: Annotation files that were read.
+        paths: Paths of the images by name.
+        missing: Names of missing images that an annotation file needs.
+        left_out: Words on files that are no pictures, by image folder.
     """
 
     readings: dict[tuple[str, str], Reading] = field(default_factory=dict)
@@ -96,12 +96,12 @@ class Findings:
 
     @property
     def is_usable(self) -> bool:
-        """Whether anything can be run, be it with missing images left out."""
+        """Whether anything can be run, possibly without triplets or queries with missing images."""
         return any(reading.usable for reading in self.readings.values())
 
 
 def add_command(subparsers: Any) -> None:
-    """Add ``lavis-cir check``."""
+    """Add ``lavis-cir check`` to the sub-commands."""
     parser = subparsers.add_parser(
         "check",
         help="say what of the data sets is in a folder and what can be run with it",
@@ -119,7 +119,7 @@ def _check(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"{root} is no folder; give the folder of a data set, or the one that holds several.")
     start = time.perf_counter()
     found = {name: survey(name, root) for name in data_sets()}
-    for name in sorted(found, key=lambda name: not found[name].files):  # what is there before what is not
+    for name in sorted(found, key=lambda name: not found[name].files):  # data sets with files come first
         print("\n".join(report(name, found[name], root)) + "\n")
     broken = _verify(found.values()) if args.verify else []
     print(f"{root}: {time.perf_counter() - start:.1f} s" + ("" if args.verify else ", no image opened (--verify)"))
@@ -129,7 +129,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _verify(found: Iterable[Findings]) -> list[str]:
-    """Open every image and print what is wrong with the first few; return all that is wrong."""
+    """Open every image, print the problems of the first ten broken ones, and return all problems."""
     paths = sorted({path for findings in found for path in findings.paths.values()})
     problems = [problem for problem in image_problems(paths) if problem]
     print(f"verified: {len(paths) - len(problems):,} of {len(paths):,} images can be read")
@@ -141,7 +141,7 @@ def _verify(found: Iterable[Findings]) -> list[str]:
 
 
 def survey(name: str, root: Path) -> Findings:
-    """Read all that a data set can be used for, with the reader that a run would use; write nothing."""
+    """Read a data set for each of its uses, with the reader that a run would use; write nothing."""
     module, checklist = data_sets()[name], checklist_of(name)
     findings = Findings()
     scans: dict[Hashable, Any] = {}
@@ -159,7 +159,7 @@ def survey(name: str, root: Path) -> Findings:
 
 
 def _read(module: ModuleType, config: Mapping[str, Any], split: str, found: Mapping[str, Path]) -> Reading:
-    """Read a split. ``found`` fills while it is read."""
+    """Read a split; the reader fills ``found`` with the images that exist."""
     try:
         if hasattr(module, "read_captions"):
             examples, _ = module.read_captions(config)
@@ -185,11 +185,11 @@ def _usable(group: Group, found: Mapping[str, Path]) -> int:
         return 0
 
 
-# -- words -----------------------------------------------------------------------------------------------------------
+# -- report ----------------------------------------------------------------------------------------------------------
 
 
 def report(name: str, findings: Findings, root: Path) -> list[str]:
-    """Return what was found of one data set, a line each."""
+    """Return the lines of the report on one data set."""
     data_set = checklist_of(name)
     absent = sorted({file for reading in findings.readings.values() for file in reading.absent})
     if not findings.files:
@@ -217,7 +217,7 @@ def report(name: str, findings: Findings, root: Path) -> list[str]:
 
 
 def next_step(found: Mapping[str, Findings], root: Path, has_broken: bool = False) -> list[str]:
-    """Return what to do next and, as the last line, the command for it, which can be pasted."""
+    """Return a line on the next step and, as the last line, a command for it that can be pasted."""
     if has_broken:
         return [
             "next: replace the broken images, and look again:",
@@ -242,12 +242,12 @@ def next_step(found: Mapping[str, Findings], root: Path, has_broken: bool = Fals
 
 
 def _options(name: str, findings: Findings, root: Path, splits: Collection[str]) -> list[str] | None:
-    """Return the options that let a run read these splits of a data set; None where it cannot or takes no data set."""
+    """Return the options with which a run can read these splits of a data set, or None if it cannot."""
     data_set = checklist_of(name)
     trains = "train" in splits
     if not (data_set.training if trains else data_set.is_evaluated):
         return None
-    # A project for a data set that is not evaluated validates nothing.
+    # A project on a data set that is never evaluated needs the training split alone.
     needed = [split for split in splits if split == "train" or data_set.is_evaluated]
     ways = [next(way for way in data_set.ways if way.split == split) for split in needed]
     parts = [part for part in data_set.parts if all(findings.readings[way.label, part].usable for way in ways)]
@@ -271,7 +271,7 @@ def _unit(data_set: Checklist, split: str) -> str:
 
 
 def _count(data_set: Checklist, split: str, part: str, reading: Reading) -> str:
-    """Write a number of triplets or queries, and the published one where that is another."""
+    """Return words for a number of triplets or queries, with the published number if it differs."""
     if not reading.count:
         return ""
     published = data_set.published.get((split, part), reading.count)
@@ -280,7 +280,7 @@ def _count(data_set: Checklist, split: str, part: str, reading: Reading) -> str:
 
 
 def _verdict(way: Usage, data_set: Checklist, findings: Findings) -> str:
-    """Say whether a data set can be used in a way: ``yes``, or ``partly`` or ``no`` and why."""
+    """Return whether a data set is good for a use: ``yes``, or ``partly`` or ``no`` with the reasons."""
     readings = {part: findings.readings[way.label, part] for part in data_set.parts}
     if all(reading.is_complete for reading in readings.values()):
         return f"{way.label}: yes"
@@ -303,7 +303,7 @@ def _verdict(way: Usage, data_set: Checklist, findings: Findings) -> str:
 
 
 def _folders(paths: Collection[Path], root: Path) -> str:
-    """Write where files are and how many of each suffix; more than `MANY_FOLDERS` side by side become ``*``."""
+    """Return words for the folders of files with counts by suffix; more than `MANY_FOLDERS` siblings become ``*``."""
     counts = Counter(os.path.split(path)[0] for path in paths)
     siblings = Counter(os.path.dirname(folder) for folder in counts)
     suffixes: dict[str, Counter[str]] = {}

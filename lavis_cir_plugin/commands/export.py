@@ -1,4 +1,4 @@
-"""``lavis-cir export``: the whole model of a run, for transformers, as safetensors, or as LAVIS reads it."""
+"""The command ``lavis-cir export``: writes the whole model of a run for transformers, as safetensors, or for LAVIS."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMATS = ("transformers", "safetensors", "lavis")
 
 
 def add_command(subparsers: Any) -> None:
-    """Add ``lavis-cir export``."""
+    """Add ``lavis-cir export`` to the sub-commands."""
     parser = subparsers.add_parser("export", help="write the whole model of a run, its frozen tower included")
     parser.add_argument("run_or_checkpoint", metavar="RUN", help="output folder of a run, or one of its checkpoints")
     parser.add_argument("--output", required=True, help="a new or empty folder")
@@ -45,16 +45,17 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _whole_state(model: Any) -> dict[str, Any]:
-    """Return every tensor of a model, adapters merged, each in memory of its own as safetensors want it."""
+    """Return every tensor of a model with merged adapters, in separate memory because safetensors share none."""
     from lavis_cir_plugin.training.lora import merged_state
 
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in merged_state(model).items()}
 
 
 def _write_transformers(model: Any, folder: Path) -> None:
-    """Write a folder for ``Blip2ForImageTextRetrieval.from_pretrained``, all in float32.
+    """Write a folder for ``Blip2ForImageTextRetrieval.from_pretrained``, with float32 tensors.
 
-    Its matching head is left out, since composed retrieval has none: transformers says so and draws a random one.
+    The folder lacks the matching head, which composed retrieval does not have. transformers warns and draws a random
+    head.
     """
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""``lavis-cir gap``: how far runs overfit (recall on seen and unseen queries) and how flat their minima are."""
+"""The command ``lavis-cir gap``: draws how far runs overfit and how flat their minima are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def add_command(subparsers: Any) -> None:
-    """Add ``lavis-cir gap``."""
+    """Add ``lavis-cir gap`` to the sub-commands."""
     parser = subparsers.add_parser(
         "gap", help="draw recall on seen and unseen queries, and the loss around the weights"
     )
@@ -35,11 +35,11 @@ def _compare(args: argparse.Namespace) -> None:
     from lavis_cir_plugin.core.atomic_files import replace_file
     from lavis_cir_plugin.methods.wrf4cir.generalisation_gap import (
         draw_gap,
+        gap_table,
         logged_epochs,
         points_csv,
         read_run,
         selection_metric,
-        table,
         with_losses,
     )
 
@@ -52,4 +52,4 @@ def _compare(args: argparse.Namespace) -> None:
     replace_file(output.with_suffix(".csv"), points_csv(runs, metric).encode())
     notes = [f"{run.label}: {note}" for run in runs for note in run.notes]
     written = f"Written: {output} and {output.with_suffix('.csv').name}"
-    print("\n".join([table(runs, metric), *(["", *notes] if notes else []), "", written]))
+    print("\n".join([gap_table(runs, metric), *(["", *notes] if notes else []), "", written]))

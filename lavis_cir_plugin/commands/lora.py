@@ -1,4 +1,4 @@
-"""``lavis-cir lora``: adapters as peft folder, or merged into the weights."""
+"""The command ``lavis-cir lora``: writes a run's adapters as a folder for peft, or merged into the whole model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def add_command(subparsers: Any) -> None:
-    """Add ``lavis-cir lora``."""
+    """Add ``lavis-cir lora`` to the sub-commands."""
     parser = subparsers.add_parser("lora", help="export the adapters of a LoRA run, for peft or merged into the model")
     parser.add_argument("run_or_checkpoint", metavar="RUN", help="output folder of a run, or one of its checkpoints")
     parser.add_argument("--output", required=True, help="a new or empty folder")
@@ -22,13 +22,13 @@ def add_command(subparsers: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    """Write a peft folder, or with ``--merge`` a checkpoint of the whole model."""
+    """Write a folder for peft, or with ``--merge`` a checkpoint of the whole model."""
     import torch
     from lavis.tasks.base_task import BaseTask
     from omegaconf import OmegaConf
 
     from lavis_cir_plugin.training.lora import (
-        Lora,
+        LoraSettings,
         build_model,
         merged_state,
         read_lora_checkpoint,
@@ -54,6 +54,6 @@ def _export(args: argparse.Namespace) -> None:
         if args.merge:
             torch.save({"model": merged_state(model)}, content / "checkpoint_merged.pth")
         else:
-            write_peft_folder(model, Lora(**sections["run"]["lora"]), content)
+            write_peft_folder(model, LoraSettings(**sections["run"]["lora"]), content)
         os.replace(content, output)
     print(f"{output}: {', '.join(sorted(found.name for found in output.iterdir()))}")

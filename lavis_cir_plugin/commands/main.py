@@ -1,4 +1,4 @@
-"""``lavis-cir``: what looks at runs and data without training."""
+"""The command ``lavis-cir``, which finds its sub-commands in this folder and runs one of them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lavis_cir_plugin.core.interruption import interruptible
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one sub-command; its errors end it with one sentence.
+    """Run one sub-command; an error ends it with one sentence.
 
-    Each module beside this one that has ``add_command(subparsers)`` is a sub-command; it sets ``run`` to a function of
-    the parsed arguments, and imports what takes long when it runs.
+    Each module beside this one with ``add_command(subparsers)`` is a sub-command. That function sets ``run`` to a
+    function of the parsed arguments, which imports slow libraries only when it runs.
 
     Args:
-        arguments: The command line; ``sys.argv`` by default.
+        arguments: Arguments of the command line; by default those of ``sys.argv``.
     """
     parser = argparse.ArgumentParser(prog="lavis-cir", description="Look at runs and data without training.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -1,4 +1,4 @@
-"""``lavis-cir negatives``: the hard negatives that a run mined, as a picture and in numbers."""
+"""The command ``lavis-cir negatives``: shows the hard negatives that a run has mined, as a picture and in numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def add_command(subparsers: Any) -> None:
-    """Add ``lavis-cir negatives``."""
+    """Add ``lavis-cir negatives`` to the sub-commands."""
     parser = subparsers.add_parser("negatives", help="look at the negatives that a retrieval_dpo run has mined")
     parser.add_argument("of", metavar="RUN", help="output folder of a run, or one of its negatives/*.npz")
     parser.add_argument("--epoch", type=int, help="at whose beginning they were mined; by default the last")
@@ -46,7 +46,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _files_of(run: Path, epoch: int | None) -> list[Path]:
-    """Return the file of each of a run's data sets, or the file itself."""
+    """Return the file of negatives of each of a run's data sets; the path of a file is returned itself."""
     if run.is_file() and epoch is not None:
         raise ValueError(f"--epoch {epoch} chooses among the files of a run, and {run} is a file; leave it out.")
     if run.is_file():

@@ -1,4 +1,4 @@
-"""``lavis-cir submission``: what a test server would refuse in a file, whoever wrote it; its score where it has one."""
+"""The command ``lavis-cir submission``: checks a file for a benchmark's test server, and scores a file of val."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lavis_cir_plugin.benchmarks.submissions import Review
 
 
 def add_command(subparsers: Any) -> None:
-    """Add ``lavis-cir submission``."""
+    """Add ``lavis-cir submission`` to the sub-commands."""
     parser = subparsers.add_parser(
         "submission", help="check a file for a benchmark's test server, and score one of val"
     )
@@ -54,9 +54,14 @@ def _check(args: argparse.Namespace) -> None:
 def check(path: Path, annotation: Path, gallery: Path | None = None) -> Review:
     """Check a submission file by the rules of the benchmark that the annotation belongs to.
 
+    Args:
+        path: Path of the submission file.
+        annotation: Path of the annotation file of the split that it answers.
+        gallery: Path of the list of the gallery's images; by default the list beside the annotation.
+
     Raises:
-        ValueError: the annotation is none of a benchmark with a test server, or a file is not what it should be.
-        FileNotFoundError: a file does not exist.
+        ValueError: If no benchmark with a test server has such an annotation, or a file cannot be read as its kind.
+        FileNotFoundError: If a file does not exist.
     """
     benchmark = _benchmark_of(annotation)
     content = read_json(path)

@@ -1,4 +1,4 @@
-"""``lavis-cir triplets``: synthetic triplets from captions, with a contact sheet of them."""
+"""The command ``lavis-cir triplets``: makes synthetic triplets from captions, and draws some of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def add_command(subparsers: Any) -> None:
-    """Add ``lavis-cir triplets``."""
+    """Add ``lavis-cir triplets`` to the sub-commands."""
     parser = subparsers.add_parser("triplets", help="make training triplets from captioned images")
     parser.add_argument(
         "captions",
@@ -44,19 +44,24 @@ def _run(args: argparse.Namespace) -> None:
     _check(args, output, images, sheet)
 
     from lavis_cir_plugin.core.atomic_files import replace_file
-    from lavis_cir_plugin.methods.tscir.synthetic_triplets import ClipWords, make_triplets
-    from lavis_cir_plugin.methods.tscir.triplets_file import as_lines, contact_sheet, read_captions, summary
+    from lavis_cir_plugin.methods.tscir.synthetic_triplets import ClipTextFeatures, make_triplets
+    from lavis_cir_plugin.methods.tscir.triplets_file import (
+        as_json_lines,
+        read_image_captions,
+        triplets_sheet,
+        triplets_summary,
+    )
 
-    captions = read_captions(path)
-    features = ClipWords(args.clip_model, args.pretrained) if args.clip_model else None
+    captions = read_image_captions(path)
+    features = ClipTextFeatures(args.clip_model, args.pretrained) if args.clip_model else None
     made = make_triplets(captions, features, args.count, args.seed, args.similarity)
-    print(summary(captions, made, args.count))
+    print(triplets_summary(captions, made, args.count))
     if not made.triplets:
         raise ValueError(
             f"no triplet was made of {path}: give more captions, or several per image, or lower --similarity."
         )
-    picture = contact_sheet(captions, made.triplets, images, args.seed) if sheet and images else b""
-    replace_file(output, as_lines(captions, made.triplets).encode())
+    picture = triplets_sheet(captions, made.triplets, images, args.seed) if sheet and images else b""
+    replace_file(output, as_json_lines(captions, made.triplets).encode())
     if sheet:
         replace_file(sheet, picture)
     print(f"Written: {output}{f' and {sheet}' if sheet else ''}")

@@ -1,1 +1,1 @@
-"""Data sets over benchmarks and captions, LAVIS's builders for them, and what feeds a training loop."""
+"""Data sets over benchmarks and captions, LAVIS's builders of them, cached features, and loaders that can resume."""

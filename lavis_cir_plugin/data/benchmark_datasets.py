@@ -1,4 +1,4 @@
-"""Return pictures and texts of benchmarks as data sets."""
+"""PyTorch data sets over every benchmark: training triplets, gallery images, queries."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ Processor = Callable[[Any], Any]
 
 
 def image_id(name: str) -> int:
-    """Return a stable 63-bit id of an image name: the same picture has it in every data set and process."""
+    """Return a 63-bit id of an image name, which is the same in every data set, process and run."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def cache_root() -> Path:
-    """Return where drawn worlds and image features are kept.
+    """Return the folder of drawn worlds and cached image features.
 
-    ``$XDG_CACHE_HOME/lavis_cir_plugin``, by default below ``~/.cache``.
+    It is ``$XDG_CACHE_HOME/lavis_cir_plugin``; without that variable it is ``~/.cache/lavis_cir_plugin``.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lavis_cir_plugin"
 
 
 class CirDataset(Dataset):
-    """What the data sets of composed retrieval share: picture loading and a collater that drops nothing.
+    """Base class of the data sets of composed retrieval: it loads pictures, and its collater drops no sample.
 
     Attributes:
-        upright: Whether pictures are turned as their EXIF orientation says.
+        upright: Whether pictures are turned by their EXIF orientation.
     """
 
     upright = False
@@ -54,9 +54,10 @@ class CirDataset(Dataset):
         self.features: FeatureCache | None = None
 
     def load_image(self, name: str) -> torch.Tensor:
-        """Return the preprocessed picture ``(3, H, W)``, or its features, such as ``(P, width)``, if they are cached.
+        """Return the preprocessed picture ``(3, H, W)``, or its cached features, such as ``(P, width)``.
 
-        An unreadable picture is an error that names the file.
+        Raises:
+            ValueError: If the picture cannot be read; the message names the file.
         """
         if self.features is not None:
             return self.features[self.image_paths[name]]
@@ -65,23 +66,25 @@ class CirDataset(Dataset):
         return self.vis_processor(self.picture(name))
 
     def picture(self, name: str) -> Image.Image:
-        """Return the picture as RGB, not yet preprocessed."""
+        """Return the RGB picture before preprocessing."""
         return open_rgb(self.image_paths[name], self.upright)
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether the processor says that it returns the same for the same picture."""
+        """Whether the processor declares that it returns equal tensors for equal pictures."""
         return bool(getattr(self.vis_processor, "is_deterministic", False))
 
     def use_features(self, features: FeatureCache) -> None:
-        """Return these features in place of pictures from now on; preloaded pictures are dropped."""
+        """Let the data set return these features in place of pictures, and drop preloaded pictures."""
         self.features, self.preloaded = features, {}
 
     def preload(self) -> None:
-        """Preprocess every picture now and keep it: 4 * 3 * H * W bytes each, shared with forked workers.
+        """Preprocess every picture now and keep it in memory, which forked workers share.
+
+        A picture takes 4 * 3 * H * W bytes.
 
         Raises:
-            ValueError: If the processor is random, so that a kept picture would be the same crop for ever.
+            ValueError: If the processor is random, because a kept picture would show the same crop in every epoch.
         """
         if not self.is_deterministic:
             raise ValueError(
@@ -101,15 +104,15 @@ class CirDataset(Dataset):
 
 
 class TripletDataset(CirDataset):
-    """Training triplets: ``image``, ``text_input``, ``target``, and perhaps ``reference_caption``.
+    """Training triplets as samples with ``image``, ``text_input``, ``target`` and, if annotated, ``reference_caption``.
 
     ``image_id`` and ``target_id`` are equal for the same picture.
 
-    A triplet whose annotation has several texts gets one drawn by ``training_text`` each time it is read, from
-    Python's global generator, which LAVIS seeds and torch seeds in each worker.
+    If the annotation of a triplet has several texts, ``training_text`` draws one at each reading. It draws from
+    Python's global generator, which LAVIS seeds in the main process and torch in each worker.
 
-    With :meth:`use_negatives`, also ``negatives`` ``(K, ...)``, drawn likewise, and ``negatives_present`` ``(K,)``:
-    where there are fewer, the target stands in.
+    After :meth:`use_negatives` a sample also has ``negatives`` ``(K, ...)``, which are drawn from the same generator,
+    and ``negatives_present`` ``(K,)``. If a triplet has fewer than K negatives, its target fills the other places.
     """
 
     def __init__(
@@ -127,15 +130,19 @@ class TripletDataset(CirDataset):
         self.negatives: NegativeSets | None = None
 
     def use_negatives(self, negatives: NegativeSets, count: int, with_scores: bool = False) -> None:
-        """Return ``count`` of these negatives with each triplet from now on.
+        """Let each sample have ``count`` of these negatives.
 
-        With their scores, ``reference_scores`` ``(1 + K,)``, comes the text that they were computed with.
+        Args:
+            negatives: Negatives of every triplet.
+            count: K, how many are drawn at each reading.
+            with_scores: Whether a sample also has their scores as ``reference_scores`` ``(1 + K,)``. Its text is then
+                the one that the scores were computed with.
         """
         self.negatives, self.num_negatives, self.with_scores = negatives, count, with_scores
 
     @property
     def contents(self) -> str:
-        """How many triplets, and of how many pictures, for the log."""
+        """Numbers of triplets and pictures, in words for the log."""
         return f"{len(self):,} triplets of {len(self.image_paths):,} pictures"
 
     def __len__(self) -> int:
@@ -143,7 +150,7 @@ class TripletDataset(CirDataset):
         return len(self.triplets)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one triplet in LAVIS's keys."""
+        """Return one triplet under LAVIS's keys."""
         triplet = self.triplets[index]
         sample: dict[str, Any] = {
             "image": self.load_image(triplet.reference),
@@ -174,20 +181,25 @@ class TripletDataset(CirDataset):
 
 
 class BenchmarkDataset(CirDataset):
-    """A benchmark's images, each once, in a fixed order; ``queries`` (without pictures: ``texts``) are its queries."""
+    """The gallery images of a benchmark, each once and in a fixed order.
+
+    Attributes:
+        queries: Data set of the benchmark's queries.
+        texts: Data set of the queries' texts, without pictures.
+    """
 
     def __init__(self, benchmark: Benchmark, vis_processor: Processor, text_processor: Processor) -> None:
         super().__init__(benchmark.image_paths, vis_processor, text_processor)
         self.benchmark = benchmark
         self.upright = benchmark.upright
-        # Categories of FashionIQ share images; each goes through the model once.
+        # FashionIQ's categories share images; the model encodes each image once.
         self.names = list(dict.fromkeys(name for group in benchmark.groups for name in group.gallery))
         self.queries = QueryDataset(self)
         self.texts = QueryDataset(self, with_image=False)
 
     @property
     def contents(self) -> str:
-        """How many pictures the gallery has, and how many queries there are, for the log."""
+        """Numbers of gallery pictures and queries, in words for the log."""
         queries = sum(len(group.queries) for group in self.benchmark.groups)
         return f"{len(self):,} gallery pictures, {queries:,} queries"
 
@@ -201,7 +213,10 @@ class BenchmarkDataset(CirDataset):
 
 
 class QueryDataset(CirDataset):
-    """Every text of every query of a benchmark, group by group: ``text_input`` and, unless left out, ``image``."""
+    """Every text of every query of a benchmark, group by group, as samples with ``text_input`` and ``image``.
+
+    With ``with_image=False`` the samples have no ``image``.
+    """
 
     def __init__(self, dataset: BenchmarkDataset, with_image: bool = True) -> None:
         super().__init__(dataset.image_paths, dataset.vis_processor, dataset.text_processor)
@@ -219,7 +234,7 @@ class QueryDataset(CirDataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one row."""
+        """Return one text of a query, with the query's picture if the data set has pictures."""
         reference, text = self.rows[index]
         row: dict[str, Any] = {"text_input": self.text_processor(text)}
         if self.with_image:

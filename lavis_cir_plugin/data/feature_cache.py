@@ -1,15 +1,15 @@
-"""Features of a frozen image tower: computed once per data set, memory-mapped from then on.
+"""Cache of a frozen image tower's features: each picture is encoded once, and its features are memory-mapped.
 
-A cache is one folder per tower and transform, ``<root>/<key>/``::
+A cache has one folder per tower and transform, ``<root>/<key>/``::
 
-    meta.json                 what the key is the hash of; shape and type of a row
-    <segment>.rows            the features of one picture after the other
+    meta.json                 the description whose hash is the key; shape and type of a row
+    <segment>.rows            the features of the pictures, one row after the other
     <segment>.jsonl           a line per row: image (hash of the file's bytes), row, check (CRC-32 of both)
-    ../files/<segment>.jsonl  a line per file: path, size, mtime, image; so that no unchanged file is hashed again
+    ../files/<segment>.jsonl  a line per file: path, size, mtime, image; it saves hashing an unchanged file again
 
-Nothing written is ever changed. Each process that computes writes segments of its own, and a row is on the disk before
-its line is. So a process may be killed at any moment and several may work at once: a row without a whole line does not
-exist, and one that exists twice does no harm.
+No written file is ever changed. Each process writes its own segments, and it writes a row to the disk before the row's
+line. A process may therefore be killed at any moment, and several processes may work at once: a reader ignores a row
+without a whole line, and a picture that has two rows does no harm.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from lavis_cir_plugin.core.atomic_files import size_text
 from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, rank_and_world
 from lavis_cir_plugin.core.workers import worker_setup
 
-# Part of every key: raise it when a shipped model or processor comes to return something else under the same name.
+# Part of every key. Raise it when a shipped model or processor changes its results without changing its name.
 _FORMAT = 1
 
 _MODULES_OF_0_4 = {
@@ -52,30 +52,31 @@ _MODULES_OF_0_4 = {
     "lavis_cir_plugin.methods.tscir.composing": "lavis_cir_plugin.models.tscir_composing",
     "lavis_cir_plugin.methods.tscir.layers": "lavis_cir_plugin.pseudo_word",
 }
-"""Module of version 0.4 by module of today, of classes that a tower or a transform may hold."""
+"""Module path of version 0.4 by present module path, for classes that a tower or a transform may contain."""
 
-Named = Callable[[Any], str]
+NameOf = Callable[[Any], str]
+"""A function that names a class or function in a hash."""
 
 
 class HasImageTower(Protocol):
-    """What a model offers so that its image features can be cached.
+    """Interface of a model whose image features can be cached.
 
-    Wherever it takes a batch of pictures it also takes a batch of what ``image_features`` returns.
+    Every method of the model that takes a batch of pictures also takes a batch of ``image_features``.
     """
 
     @property
     def image_tower(self) -> nn.Module:
-        """Everything that ``image_features`` depends on; frozen, and in evaluation while the model trains."""
+        """The module that ``image_features`` depends on; frozen, and in evaluation mode while the model trains."""
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Return one row of features, ``(B, P, width)`` say, for each picture of ``(B, 3, H, W)``."""
+        """Return one row of features for each picture of ``(B, 3, H, W)``, such as ``(B, P, width)``."""
 
 
 def check_tower(model: Any) -> None:
-    """Refuse a model whose image features may differ from one step to the next.
+    """Refuse a model whose image features may change during training.
 
     Raises:
-        ValueError: If the model is no :class:`HasImageTower`, or its tower is trained.
+        ValueError: If the model is not a :class:`HasImageTower`, or its tower is trained.
     """
     tower = getattr(model, "image_tower", None)
     if not isinstance(tower, nn.Module) or not hasattr(model, "image_features"):
@@ -92,19 +93,20 @@ def check_tower(model: Any) -> None:
         )
 
 
-def fingerprint(thing: Any, named: Named | None = None) -> str:
-    """Return a hash of whatever in an object could change what it computes; equal in every process and on every device.
+def fingerprint(thing: Any, name_of: NameOf | None = None) -> str:
+    """Return a hash of everything in an object that could change its results.
 
-    A module counts with its class, settings, weights and buffers (name, type, shape, bytes), any other object with its
-    class and attributes, a function with its code; what cannot be looked into, with its class alone.
+    The hash is equal in every process and on every device. It covers class, settings, weights and buffers (name, type,
+    shape, bytes) of a module, the code of a function, and class and attributes of any other object. Of an object
+    without attributes it covers the class alone.
 
     Args:
-        thing: The object.
-        named: What a class or function is called in the hash; by default its distribution and its own name, so that a
-            module may be renamed.
+        thing: Any object.
+        name_of: Names a class or function in the hash. The default takes the name of the top-level package and the
+            qualified name, so that a module may be renamed.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for part in _describe(thing, (), named or _own_name):
+    for part in _describe(thing, (), name_of or _present_name):
         digest.update(part)
         digest.update(b"\0")
     return digest.hexdigest()
@@ -113,24 +115,25 @@ def fingerprint(thing: Any, named: Named | None = None) -> str:
 class FeatureCache:
     """Maps a picture's path to its features.
 
-    May be sent to other processes, DataLoader workers among them: each maps the files when it first reads.
+    The cache can be sent to other processes, such as DataLoader workers. Each process maps the files at its first
+    reading.
 
     Args:
-        root: Folder of all caches; this one lies below it in a folder that is named by its key.
-        model: The key takes its class and its tower; the model itself is not kept.
-        transform: From an RGB picture to ``(3, H, W)``, without randomness.
-        upright: Turn pictures first as their EXIF orientation says; it is part of the key.
+        root: Folder of all caches. This cache uses the folder ``<root>/<key>``.
+        model: Model whose class and tower the key depends on. The cache keeps no reference to it.
+        transform: Deterministic function from an RGB picture to ``(3, H, W)``.
+        upright: Whether pictures are turned by their EXIF orientation first; part of the key.
 
     Raises:
-        ValueError: If the folder's ``meta.json`` does not describe what the folder is named after.
+        ValueError: If the folder's ``meta.json`` does not match the key.
     """
 
     def __init__(
         self, root: Path, model: HasImageTower, transform: Callable[[Any], Tensor], upright: bool = False
     ) -> None:
-        self.identity, self.folder = _identified(root, model, transform, upright, _own_name)
+        self.identity, self.folder = _identity_and_folder(root, model, transform, upright, _present_name)
         if not self.folder.is_dir():
-            former_identity, former_folder = _identified(root, model, transform, upright, _former_name)
+            former_identity, former_folder = _identity_and_folder(root, model, transform, upright, _former_name)
             if former_folder.is_dir():
                 self.identity, self.folder = former_identity, former_folder
         self.transform = transform
@@ -148,27 +151,27 @@ class FeatureCache:
     def __getitem__(self, path: Path) -> Tensor:
         segment, row = self._rows[str(path)]
         # A copy, because torch has no read-only tensors and the file must not change.
-        return torch.from_numpy(self._map(segment)[row].copy()).view(self._dtype).view(self._shape)
+        return torch.from_numpy(self._mapped_segment(segment)[row].copy()).view(self._dtype).view(self._shape)
 
     def fill(self, model: HasImageTower, paths: Iterable[Path], *, batch_size: int = 64, num_workers: int = 0) -> None:
-        """Make the features of these pictures readable; compute those that are not there yet.
+        """Make the features of these pictures readable, and compute the missing ones.
 
-        In a distributed run every process calls it with the same arguments and computes its share.
+        In a distributed run every process calls this method with the same arguments and computes its share.
 
-        Each row that is needed is read once and compared with its check sum, shared out as well. For 40,000 rows of
-        724 kB that is a sequential pass of seconds over a fast disk, which the first epoch would otherwise make in
-        random order; checking at each reading would cost a tenth of a second per batch of 128 for ever.
+        The method reads each needed row once and compares it with its check sum; the processes share this work too.
+        For 40,000 rows of 724 kB this is one sequential pass of seconds over a fast disk. A check at each reading
+        would cost a tenth of a second per batch of 128 in every epoch.
 
         Args:
-            model: The one that this cache was made for, on the device that computes.
-            paths: Picture files; of files with the same content one is computed.
+            model: The model that this cache was made for, on the device that shall compute.
+            paths: Paths of the picture files. Files with equal content are computed once.
             batch_size: Pictures per call of the tower.
-            num_workers: Processes that decode pictures.
+            num_workers: Number of processes that decode pictures.
 
         Raises:
-            ValueError: If there is too little free space (nothing has been written then), a picture cannot be read, or
-                its features are not finite; or if the processes of a run have different towers.
-            OSError: If a row cannot be written, as on a full disk; earlier ones stay and count.
+            ValueError: If there is too little free space (then nothing has been written), if a picture cannot be read,
+                if its features are not finite, or if the processes of a run have different towers.
+            OSError: If a row cannot be written, for example on a full disk. Rows written earlier stay valid.
         """
         rank, world = rank_and_world()
         if len(set(gather(str(self.folder)))) > 1:
@@ -179,22 +182,22 @@ class FeatureCache:
             )
         names = sorted({str(path) for path in paths})
         with fail_in_all_processes():
-            files = self._identify(names[rank::world])
+            files = self._hash_files(names[rank::world])
         image_of = {file["name"]: file["image"] for part in gather(files) for file in part}
         source = {image_of[name]: name for name in reversed(names)}
 
         rows = self._read_rows()
-        checked = gather(self._wrong(rows, list(source)[rank::world]))
+        checked = gather(self._damaged_rows(rows, list(source)[rank::world]))
         wrong = {image: place for part in checked for image, place in part.items()}
-        # Processes may see different rows if an independent run is writing, so the first one decides.
+        # Processes can see different rows while another run writes to the cache, so the first process decides.
         missing = gather([image for image in source if image not in rows or image in wrong])[0]
         with fail_in_all_processes():
             if missing and not self._shape:
                 probe = self._features(model, self._picture(source[missing[0]])[None])
                 self._shape, self._dtype = tuple(probe.shape[1:]), probe.dtype
-            self._announce(len(source), len(missing), len(wrong))
+            self._announce_or_refuse(len(source), len(missing), len(wrong))
         with fail_in_all_processes():
-            self._remember(files)
+            self._remember_hashes(files)
             if missing[rank::world]:
                 self._compute(model, missing[rank::world], source, wrong, batch_size, num_workers)
 
@@ -205,12 +208,12 @@ class FeatureCache:
                 f"run.feature_cache: {self.folder} lacks {len(lost):,} images after every process has written its "
                 "share; choose a folder that all processes see."
             )
-        self._rows = {name: _place(rows[image]) for name, image in image_of.items()}
+        self._rows = {name: _segment_and_row(rows[image]) for name, image in image_of.items()}
 
     # Files and their hashes.
 
-    def _identify(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Return a line for each file; the hash of an unchanged one is looked up rather than computed."""
+    def _hash_files(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return a line for each file; the hash of an unchanged file is looked up, not computed."""
         lines = [line for path in self._file_lines.glob("*.jsonl") for line in _read_lines(path)]
         known = {(line.get("path"), line.get("size"), line.get("mtime")): line.get("image") for line in lines}
 
@@ -229,9 +232,9 @@ class FeatureCache:
         with ThreadPoolExecutor() as pool:
             return list(_progress(pool.map(identify, names), "identify images", len(names)))
 
-    def _remember(self, files: Sequence[dict[str, Any]]) -> None:
+    def _remember_hashes(self, files: Sequence[dict[str, Any]]) -> None:
         new = [json.dumps(file["file"]) + "\n" for file in files if file["is_new"]]
-        # Only a shortcut: without it the files are hashed again, also where the folder cannot be written.
+        # These lines only save time: if the folder cannot be written, the next run hashes the files again.
         with suppress(OSError):
             if new:
                 self._file_lines.mkdir(parents=True, exist_ok=True)
@@ -268,7 +271,7 @@ class FeatureCache:
             whole.replace(self.folder / "meta.json")
 
     def _read_rows(self) -> dict[str, dict[str, Any]]:
-        """Return the line of each image that has a whole row, with the segment's name."""
+        """Return, for each image with a whole row, its line and the segment's name."""
         self._maps = {}
         if not self._shape:
             self._read_meta()
@@ -279,31 +282,31 @@ class FeatureCache:
             found = (line for line in _read_lines(path) if "image" in line and line.get("row") in whole)
             lines += [{**line, "segment": path.stem} for line in found]
         replaced = {tuple(line["instead_of"]) for line in lines if "instead_of" in line}
-        return {line["image"]: line for line in lines if _place(line) not in replaced}
+        return {line["image"]: line for line in lines if _segment_and_row(line) not in replaced}
 
-    def _map(self, segment: str) -> np.ndarray[Any, Any]:
+    def _mapped_segment(self, segment: str) -> np.ndarray[Any, Any]:
         if segment not in self._maps:
-            # Read-only and not torch.from_file, whose private mapping is refused where it exceeds the memory.
+            # np.memmap maps read-only. torch.from_file maps privately, and the system refuses more than the memory.
             data = np.memmap(self.folder / f"{segment}.rows", np.uint8, mode="r")
             count = len(data) // self._row_bytes
             self._maps[segment] = data[: count * self._row_bytes].reshape(count, self._row_bytes)
         return self._maps[segment]
 
-    def _wrong(self, rows: Mapping[str, Mapping[str, Any]], images: Iterable[str]) -> dict[str, tuple[str, int]]:
-        """Return which of these images have a row that is not what was written, and where it is."""
+    def _damaged_rows(self, rows: Mapping[str, Mapping[str, Any]], images: Iterable[str]) -> dict[str, tuple[str, int]]:
+        """Return those of these images whose row does not match its check sum, with segment and row."""
 
         def is_wrong(line: Mapping[str, Any]) -> bool:
-            return line.get("check") != _check(line["image"], self._map(line["segment"])[line["row"]])
+            return line.get("check") != _check_sum(line["image"], self._mapped_segment(line["segment"])[line["row"]])
 
-        lines = sorted((rows[image] for image in images if image in rows), key=_place)
+        lines = sorted((rows[image] for image in images if image in rows), key=_segment_and_row)
         for segment in {line["segment"] for line in lines}:
-            self._map(segment)  # here rather than in several threads at once
+            self._mapped_segment(segment)  # map each file before the threads, which could map it twice
         with ThreadPoolExecutor() as pool:
             checked = zip(lines, _progress(pool.map(is_wrong, lines), "check features", len(lines)))
-            return {line["image"]: _place(line) for line, wrong in checked if wrong}
+            return {line["image"]: _segment_and_row(line) for line, wrong in checked if wrong}
 
-    def _announce(self, total: int, missing: int, wrong: int) -> None:
-        """Log what there is and what will be written where; refuse to start if it does not fit."""
+    def _announce_or_refuse(self, total: int, missing: int, wrong: int) -> None:
+        """Log sizes and free space before anything is written; refuse to start if the features do not fit."""
         existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.is_dir())
         free = shutil.disk_usage(existing).free
         size = self._row_bytes
@@ -330,9 +333,9 @@ class FeatureCache:
         batch_size: int,
         num_workers: int,
     ) -> None:
-        """Write the rows of these images into a new segment; the lines name the ``wrong`` rows that they replace."""
+        """Write the rows of these images into a new segment; its lines name the ``wrong`` rows that they replace."""
         names = [source[image] for image in images]
-        # A generator of its own, so that a run draws the same random numbers whether or not it computes features.
+        # With its own generator the loader leaves the run's random numbers alone, whether or not features are missing.
         loader = DataLoader(
             _Pictures(names, self._picture),
             batch_size,
@@ -341,7 +344,7 @@ class FeatureCache:
             worker_init_fn=worker_setup(),
         )
         with ExitStack() as stack:
-            with _explained(self.folder):
+            with _write_errors_explained(self.folder):
                 self._write_meta()
                 segment = stack.enter_context(_Segment(self.folder))
             bar = stack.enter_context(_progress(None, "image features", len(images)))
@@ -353,7 +356,7 @@ class FeatureCache:
                 if not all(is_finite):
                     name = source[batch[is_finite.index(False)]]
                     raise ValueError(f"run.feature_cache: the features of {name} are not finite; check the weights.")
-                with _explained(self.folder):
+                with _write_errors_explained(self.folder):
                     segment.append(batch, features, wrong)
                 before, done = done, done + len(batch)
                 bar.update(len(batch))
@@ -378,7 +381,7 @@ class FeatureCache:
 
 
 class _Segment:
-    """Rows that one process appends, and their lines; a row is on the disk before its line is written."""
+    """Appends rows and their lines to the files of one process; a row is on the disk before its line is written."""
 
     def __init__(self, folder: Path) -> None:
         name = _new_name()
@@ -391,14 +394,14 @@ class _Segment:
 
     def __exit__(self, *_: object) -> None:
         for file in (self._rows, self._lines):
-            with suppress(OSError):  # what counts is on the disk; what a failed write left in the buffer does not
+            with suppress(OSError):  # valid rows are on the disk; the buffer holds at most the rest of a failed write
                 file.close()
 
     def append(self, images: Sequence[str], features: Tensor, wrong: Mapping[str, tuple[str, int]]) -> None:
         data = features.flatten(1).view(torch.uint8).numpy()
         lines = []
         for row, (image, content) in enumerate(zip(images, data), self._count):
-            line = {"image": image, "row": row, "check": _check(image, content)}
+            line = {"image": image, "row": row, "check": _check_sum(image, content)}
             lines.append(json.dumps({**line, "instead_of": wrong[image]} if image in wrong else line) + "\n")
         for file, content in ((self._rows, data.data), (self._lines, "".join(lines).encode())):
             file.write(content)
@@ -418,33 +421,36 @@ class _Pictures(Dataset[Tensor]):
         return self.read(self.names[index])
 
 
-def _identified(
-    root: Path, model: HasImageTower, transform: Callable[[Any], Tensor], upright: bool, named: Named
+def _identity_and_folder(
+    root: Path, model: HasImageTower, transform: Callable[[Any], Tensor], upright: bool, name_of: NameOf
 ) -> tuple[dict[str, Any], Path]:
-    """Return what identifies a cache, and the folder that it is in."""
+    """Return the description of a cache that its key is the hash of, and the cache's folder."""
     identity = {
         "format": _FORMAT,
-        "model": named(type(model)),
-        "tower": fingerprint(model.image_tower, named),
-        "transform": fingerprint(transform, named),
+        "model": name_of(type(model)),
+        "tower": fingerprint(model.image_tower, name_of),
+        "transform": fingerprint(transform, name_of),
         **({"upright": True} if upright else {}),
     }
-    return identity, root / fingerprint(identity, named)
+    return identity, root / fingerprint(identity, name_of)
 
 
-def _own_name(thing: Any) -> str:
+def _present_name(thing: Any) -> str:
     return f"{str(thing.__module__).partition('.')[0]}:{thing.__qualname__}"
 
 
 def _former_name(thing: Any) -> str:
-    """Return the name in the keys of version 0.4, which held a module's name: caches written then are still found."""
+    """Return the name that version 0.4 put into its keys, so that its caches are still found.
+
+    Those keys contained the module path of a class or function.
+    """
     module = thing.__module__
     return f"{_MODULES_OF_0_4.get(module, module)}.{thing.__qualname__}"
 
 
-def _describe(thing: Any, ancestors: tuple[int, ...], named: Named) -> Iterator[bytes | memoryview]:
-    """Yield what :func:`fingerprint` hashes, depth first."""
-    yield named(type(thing)).encode()
+def _describe(thing: Any, ancestors: tuple[int, ...], name_of: NameOf) -> Iterator[bytes | memoryview]:
+    """Yield the bytes that :func:`fingerprint` hashes, depth first."""
+    yield name_of(type(thing)).encode()
     if thing is None or isinstance(thing, (bool, int, float, str, bytes, torch.dtype)):
         yield repr(thing).encode()
     elif isinstance(thing, Enum):
@@ -456,31 +462,31 @@ def _describe(thing: Any, ancestors: tuple[int, ...], named: Named) -> Iterator[
         yield f"{thing.dtype} {thing.shape}".encode()
         yield thing.tobytes()
     elif id(thing) not in ancestors:
-        parts = list(_parts(thing, named))
+        parts = list(_parts(thing, name_of))
         yield str(len(parts)).encode()
         for part in parts:
-            yield from _describe(part, (*ancestors, id(thing)), named)
+            yield from _describe(part, (*ancestors, id(thing)), name_of)
 
 
-def _parts(thing: Any, named: Named) -> Iterator[Any]:
+def _parts(thing: Any, name_of: NameOf) -> Iterator[Any]:
     if isinstance(thing, Mapping):
         for item in thing.items():
             yield from item
     elif isinstance(thing, (list, tuple)):
         yield from thing
     elif isinstance(thing, (set, frozenset)):
-        yield sorted(fingerprint(part, named) for part in thing)
+        yield sorted(fingerprint(part, name_of) for part in thing)
     elif isinstance(thing, MethodType):
         yield from (thing.__func__, thing.__self__)
     elif isinstance(thing, FunctionType):
-        yield from (named(thing), thing.__code__, thing.__defaults__)
+        yield from (name_of(thing), thing.__code__, thing.__defaults__)
         yield from (cell.cell_contents for cell in thing.__closure__ or ())
     elif isinstance(thing, CodeType):
         yield from (thing.co_code, thing.co_consts, thing.co_names)
     elif isinstance(thing, (type, BuiltinFunctionType)):
-        yield named(thing)
+        yield name_of(thing)
     elif isinstance(thing, nn.Module):
-        # Public settings and what is registered; the rest is torch's own bookkeeping.
+        # Public settings and registered tensors and modules count; the other attributes are torch's bookkeeping.
         registered = ("_parameters", "_buffers", "_modules")
         for name, value in vars(thing).items():
             if name in registered or not (name.startswith("_") or name == "training"):
@@ -489,16 +495,16 @@ def _parts(thing: Any, named: Named) -> Iterator[Any]:
         yield vars(thing)
 
 
-def _check(image: str, row: np.ndarray[Any, Any]) -> int:
+def _check_sum(image: str, row: np.ndarray[Any, Any]) -> int:
     return zlib.crc32(row.data, zlib.crc32(image.encode()))
 
 
-def _place(line: Mapping[str, Any]) -> tuple[str, int]:
+def _segment_and_row(line: Mapping[str, Any]) -> tuple[str, int]:
     return line["segment"], line["row"]
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of the whole lines of a file; what is torn or damaged is left out."""
+    """Yield the JSON objects of a file's lines, and leave out torn and damaged lines."""
     *whole, _torn = path.read_bytes().split(b"\n")
     for line in whole:
         with suppress(ValueError):
@@ -512,12 +518,12 @@ def _new_name() -> str:
 
 
 def _progress(items: Iterable[Any] | None, label: str, total: int) -> tqdm:
-    """Return a bar of the first process, shown on a terminal."""
+    """Return a progress bar that the first process shows on a terminal."""
     return tqdm(items, label, total, unit="image", leave=False, disable=True if rank_and_world()[0] else None)
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _write_errors_explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

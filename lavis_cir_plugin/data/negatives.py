@@ -1,4 +1,4 @@
-"""Keep the negatives of training triplets: in memory, in a file, drawn from in each step."""
+"""Hard negatives of training triplets: the object that training draws from, and its file."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ _RANKS = (0, 5, 10, 25, 50, 100, 250, 500, 1000)
 
 @dataclass
 class NegativeSets:
-    """The negatives of N triplets over a gallery of G training images; arrays are of int32 and float32.
+    """The negatives of N triplets over a gallery of G training images. Arrays hold int32 or float32 numbers.
 
     Attributes:
-        names: Of the gallery, G.
-        references, targets: ``(N,)`` gallery indices.
-        texts: N, with which the query was made.
-        negatives: ``(N, P)`` gallery indices, hardest first, -1 pads.
-        scores: ``(N, P)`` of the negatives by the source's ranking, cosines; nan for random ones.
-        target_scores: ``(N,)`` of the right images, likewise; nan for random negatives.
-        ranks: ``(N, P)`` of the negatives, from 0, among all images that the source ranks; -1 where unknown.
-        target_ranks: ``(N,)`` of the right images, likewise; -1 where unknown, or below what was searched.
-        about: What they were made of: data set, epoch, seed, ``run.dpo.positive`` and ``run.negatives``.
-        paths: Of the gallery's pictures, G, to look at them later.
+        names: Names of the G gallery images.
+        references: Gallery indices of the reference images, ``(N,)``.
+        targets: Gallery indices of the targets, ``(N,)``.
+        texts: The N texts with which the queries were made.
+        negatives: Gallery indices of the negatives, ``(N, P)``, hardest first, padded with -1.
+        scores: Cosines of the negatives in the ranking that they were mined from, ``(N, P)``; nan if they were drawn
+            at random.
+        target_scores: Cosines of the right images in that ranking, ``(N,)``; nan if the negatives were drawn at random.
+        ranks: Ranks of the negatives in that ranking, from 0, ``(N, P)``; -1 if unknown.
+        target_ranks: Ranks of the right images in that ranking, ``(N,)``; -1 if unknown or beyond the searched depth.
+        about: Origin of the negatives: data set, epoch, seed, ``run.dpo.positive`` and ``run.negatives``.
+        paths: Paths of the G gallery pictures, for contact sheets.
     """
 
     names: list[str]
@@ -51,22 +53,22 @@ class NegativeSets:
 
     @property
     def counts(self) -> np.ndarray[Any, Any]:
-        """How many negatives each triplet has, ``(N,)``."""
+        """Number of negatives of each triplet, ``(N,)``."""
         counts: np.ndarray[Any, Any] = (self.negatives >= 0).sum(axis=1)
         return counts
 
     @property
     def is_mined(self) -> bool:
-        """Whether they were mined, not drawn at random."""
+        """Whether the negatives were mined rather than drawn at random."""
         return not bool(np.isnan(self.target_scores).all())
 
     def draw(self, index: int, count: int, rng: Any = random) -> list[int]:
-        """Return up to ``count`` distinct columns of a triplet's negatives, in order."""
+        """Draw up to ``count`` distinct negatives of a triplet and return their columns in ascending order."""
         available = int((self.negatives[index] >= 0).sum())
         return sorted(rng.sample(range(available), min(count, available)))
 
     def summary(self) -> str:
-        """Return one line: how many triplets have no negative, and at which ranks the negatives are, from 1."""
+        """Return one line on the number of triplets without a negative and on the negatives' ranks, counted from 1."""
         empty = float((self.counts == 0).mean())
         text = (
             f"{len(self.targets):,} triplets, {self.counts.mean():.1f} negatives each, {100 * empty:.1f} % without one"
@@ -77,13 +79,13 @@ class NegativeSets:
         return f"{text}; ranks {', '.join(shares)}" if shares else text
 
     def save(self, path: Path) -> Path:
-        """Write them to a file, whole or not at all.
+        """Write the negatives to a file, whole or not at all, and return its path.
 
         Raises:
-            OSError: It cannot be written; an older file is then left as it was.
+            OSError: If the file cannot be written. An older file of that name then stays unchanged.
         """
         texts = {"format": _FORMAT, **{name: getattr(self, name) for name in _TEXTS}}
-        # As an array of strings, each would take as much as the longest.
+        # In a numpy array of strings each one would take as much space as the longest.
         content = np.frombuffer(json.dumps(texts).encode(), np.uint8)
         with replacing(path) as file:
             np.savez_compressed(file, texts=content, **{name: getattr(self, name) for name in _ARRAYS})
@@ -91,13 +93,13 @@ class NegativeSets:
 
 
 def negatives_path(run: Path, dataset: str, epoch: int) -> Path:
-    """Return where a run keeps the negatives that a data set had from an epoch on."""
+    """Return the path of the negatives that a run mined for a data set at the beginning of an epoch."""
     return run / "negatives" / f"{dataset}_{epoch:03d}.npz"
 
 
 _ARRAYS = ("references", "targets", "negatives", "scores", "target_scores", "ranks", "target_ranks")
 _TEXTS = ("names", "texts", "paths", "about")
-_DAMAGES = (
+_READ_ERRORS = (
     ValueError,
     KeyError,
     TypeError,
@@ -109,22 +111,22 @@ _DAMAGES = (
     zlib.error,
     zipfile.BadZipFile,
 )
-"""What numpy and zipfile raise on files that are damaged, or of another kind."""
+"""Exceptions that numpy and zipfile raise on damaged files and on files of another kind."""
 
 
 def load_negatives(path: str | Path) -> NegativeSets:
-    """Read what :meth:`NegativeSets.save` wrote.
+    """Read a file that :meth:`NegativeSets.save` wrote.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, of another version, or another kind of file.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, of another version, or of another kind.
     """
     path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise FileNotFoundError(f"negatives {path} does not exist; a retrieval_dpo run writes <run>/negatives/*.npz.")
     try:
         with zipfile.ZipFile(path) as file:
-            if file.testzip() is not None:  # before numpy takes memory for what a damaged header asks for
+            if file.testzip() is not None:  # a damaged header could make numpy ask for any amount of memory
                 raise ValueError("wrong check sum")
         with np.load(path, allow_pickle=False) as content:
             texts: dict[str, Any] = json.loads(content["texts"].tobytes())
@@ -132,14 +134,14 @@ def load_negatives(path: str | Path) -> NegativeSets:
                 raise ValueError("another version's")
             arrays: dict[str, Any] = {name: content[name] for name in _ARRAYS}
             return NegativeSets(**texts, **arrays)
-    except _DAMAGES as error:
+    except _READ_ERRORS as error:
         raise ValueError(f"negatives {path} is damaged or no file of negatives ({error}); mine them again.") from error
 
 
 def rank_histogram(sets: NegativeSets) -> dict[str, float]:
-    """Return the share of negatives by rank, counted from 1, in percent: ``1-5``, ``6-10``, ``11-25`` ...
+    """Return the percentage of negatives in each range of ranks, counted from 1: ``1-5``, ``6-10``, ``11-25`` ...
 
-    The last range ends with the largest rank; there is none where no rank is known.
+    The last range ends with the largest rank. If no rank is known, the result is empty.
     """
     known = sets.ranks[sets.ranks >= 0]
     last = int(known.max()) + 1 if len(known) else 0

@@ -1,7 +1,7 @@
-"""Training batches as a function of seed, epoch and position alone: the order of the data, and what is drawn for it.
+"""Training batches that depend on seed, epoch and position alone, so that a run can go on in the middle of an epoch.
 
-LAVIS shuffles and augments from the global generators, so a batch depends on everything that was drawn before and on
-the number of loader workers, and a stopped run can never be continued as it was.
+LAVIS shuffles and augments with the global random generators. Its batches therefore depend on everything that was
+drawn before and on the number of loader workers, and a stopped run cannot continue with the batches it would have had.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from lavis_cir_plugin.core.workers import worker_setup
 
 
 def training_loader(dataset: Dataset[Any], seed: int, **options: Any) -> DataLoader[Any]:
-    """Return a loader of shuffled batches, without the incomplete last one, for :class:`EpochLoader`.
+    """Return a loader of shuffled batches for :class:`EpochLoader`, which leaves out an incomplete last batch.
 
     Args:
-        dataset: Map-style; each process gets its own share.
-        seed: Of order and augmentation, the same on every process.
-        options: Of torch's DataLoader, other than sampler, shuffle, generator and worker_init_fn. What
-            ``collate_fn`` draws itself is not covered: it draws from the process's own generators.
+        dataset: Map-style data set; each process gets its own share.
+        seed: Seed of order and augmentation, equal on every process.
+        options: Options of torch's DataLoader except sampler, shuffle, generator and worker_init_fn. The seed does
+            not cover random numbers that ``collate_fn`` draws itself.
     """
     sampler = _EpochSampler(dataset, seed)
-    # With a generator of its own the loader takes nothing from the global one when an epoch starts.
+    # A loader with its own generator draws nothing from the global one when an epoch starts.
     own: dict[str, Any] = {"generator": torch.Generator(), "worker_init_fn": worker_setup()}
     return DataLoader(_SeededDataset(dataset, seed), sampler=sampler, **own, **options)
 
 
 class EpochLoader:
-    """Endless batches of a :func:`training_loader`, epoch after epoch, that can begin anywhere.
+    """Yields batches of a :func:`training_loader` without end, epoch after epoch, from any position on.
 
     Args:
         loader: A :func:`training_loader`, or LAVIS's prefetcher around one.
 
     Attributes:
-        taken: Batches handed out since the first epoch began.
+        taken: Number of batches since the beginning of the first epoch.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -50,7 +50,7 @@ class EpochLoader:
 
     @property
     def epoch(self) -> int:
-        """The epoch of the data that the next batch belongs to, counted from 0."""
+        """The epoch of the next batch, counted from 0."""
         return self.taken // len(self)
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class EpochLoader:
         return self
 
     def __next__(self) -> Any:
-        """Return the next batch, of the next epoch where this one is over."""
+        """Return the next batch; at the end of an epoch the next epoch begins."""
         batch = next(self._iterator, None) if self._iterator is not None else None
         if batch is None:
             epoch, position = divmod(self.taken, len(self))
@@ -73,13 +73,13 @@ class EpochLoader:
         return batch
 
     def seek(self, taken: int) -> None:
-        """Continue as if ``taken`` batches had been handed out; those before are not loaded."""
+        """Go on after the first ``taken`` batches without loading them."""
         self.taken = taken
         self._iterator = None
 
 
 class _EpochSampler(DistributedSampler[Any]):
-    """Yields (epoch, index), so that a worker knows what to seed its generators with."""
+    """Yields pairs (epoch, index), from which a worker seeds its generators."""
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -95,6 +95,8 @@ class _EpochSampler(DistributedSampler[Any]):
 
 
 class _SeededDataset(Dataset[Any]):
+    """Loads each batch with generators that are seeded by the run's seed, the epoch and the batch's first index."""
+
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
@@ -103,7 +105,7 @@ class _SeededDataset(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Any]:
-        """Load one batch; the generators are the process's own again afterwards (without workers: the training's)."""
+        """Load one batch, then restore the generators, which without workers are those of the training."""
         state = get_random_state()
         try:
             digest = hashlib.blake2b(repr((self.seed, *keys[0])).encode(), digest_size=8).digest()

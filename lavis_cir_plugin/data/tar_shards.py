@@ -1,8 +1,8 @@
-"""Pictures and captions in webdataset shards, read by position: tar files with ``<key>.jpg`` and ``<key>.txt``.
+"""Captioned pictures in webdataset's tar shards (``<key>.jpg``, ``<key>.txt``), read at any position.
 
-A stream of shards has no length, no position and no shuffling but a buffer's, so that a run over it could not be
-resumed nor its data told from the seed, as all others can. A tar file on disk needs no streaming: its members are
-listed once, when a run starts, and each is then read where it lies.
+A stream of shards has no length and no position, and it can be shuffled only within a buffer. A run over a stream
+could not be resumed, and the seed would not determine its data. Tar files on a disk need no streaming: this module
+lists their members once, when a run starts, and then reads each member at its offset.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class ShardsConfig:
 
     Attributes:
         root: Folder of the shards.
-        shards: Which, by their paths below ``root``: a pattern with braces such as ``{00000..00331}.tar``, or a list of
-            patterns. By default all ``.tar`` files of the folder, sorted.
-        skip_broken: Leave out what is broken and log how much; otherwise it ends the run.
-        max_images: Train on so many at most: the first, or with a ``seed`` drawn ones.
-        seed: Of the draw. Fewer images of one seed are among more of it.
+        shards: Paths of the shards below ``root``: a pattern with braces such as ``{00000..00331}.tar``, or a list of
+            patterns. By default these are all ``.tar`` files of the folder, sorted.
+        skip_broken: Whether broken shards and samples are left out and counted in the log; otherwise they end the run.
+        max_images: Largest number of images to train on: the first ones, or randomly drawn ones if ``seed`` is set.
+        seed: Seed of that draw. A smaller draw is part of every larger draw of the same seed.
     """
 
     root: str
@@ -60,15 +60,19 @@ class ShardsConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> ShardsConfig:
-        """Build the configuration; raise ValueError with every unknown key and impossible value."""
+        """Build the configuration.
+
+        Raises:
+            ValueError: If keys are unknown or values impossible; the message names all of them.
+        """
         return config_from_mapping(cls, "caption_shards", mapping)
 
     def paths(self) -> list[Path]:
-        """Return the shards, in the order of the patterns.
+        """Return the paths of the shards, in the order of the patterns.
 
         Raises:
-            FileNotFoundError: there is none, or one is missing.
-            ValueError: a pattern's braces do not match.
+            FileNotFoundError: If there is no shard, or one is missing.
+            ValueError: If a pattern has unbalanced braces.
         """
         root = Path(self.root)
         if self.shards is None:
@@ -97,42 +101,44 @@ class ShardsConfig:
 
 
 class _NoFurtherArchive(tarfile.ReadError):
-    """What follows a whole tar file in a shard is none."""
+    """The bytes after a whole tar file in a shard are not another tar file."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """Where the content of a file lies in a shard: first byte and number of bytes."""
+    """Place of a file's content in a shard: offset of the first byte, and number of bytes."""
 
     start: int
     size: int
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading anything.
+    """Check the keys and values of a ``build_info`` without reading any file.
 
     Raises:
-        ValueError: every unknown key and impossible value.
+        ValueError: If keys are unknown or values impossible; the message names all of them.
     """
     ShardsConfig.from_mapping(config)
 
 
-class Shards:
-    """The pictures of shards with their captions, in the order of the shards and of their members.
+class CaptionedShards:
+    """The captioned pictures of tar shards, in the order of the shards and of their members.
 
-    A sample is the files of one shard that have the same path up to the first dot of the file name. It needs one
-    picture (`SUFFIXES`) and a caption: a ``.txt`` file, or else a ``.json`` file with the key ``caption``, text or a
-    list of texts. Other files are ignored, as are names such as ``__index__``, webdataset's own; ``a.1.jpg`` with
-    ``a.1.txt``, which belong to sample ``a`` by that rule, are named. Tar files joined end to end are read to the last.
+    A sample consists of those files of one shard whose paths are equal up to the first dot of the file name. It needs
+    one picture (`SUFFIXES`) and a caption: a ``.txt`` file, or else a ``.json`` file whose key ``caption`` holds a text
+    or a list of texts. Other files, and webdataset's own names such as ``__index__``, are ignored. By this rule
+    ``a.1.jpg`` and ``a.1.txt`` belong to sample ``a``; a warning names such pairs. If tar files were joined end to end
+    in one shard, all of them are read.
 
     Args:
         config: A ``build_info``.
-        cache: Folder that keeps the listings of whole shards, for as long as these do not change; ``None``: none.
+        cache: Folder for the listings of whole shards. A listing is used until its shard changes. ``None`` keeps none.
 
     Raises:
-        ValueError: a key or value of the configuration is wrong, or a shard or sample is broken; with the number of
-            broken ones, and shard and key of the first five. With ``skip_broken`` only if nothing is left.
-        FileNotFoundError: a shard is missing.
+        ValueError: If a key or value of the configuration is wrong, or a shard or sample is broken. The message has
+            the number of broken ones, and shard and key of the first five. With ``skip_broken`` broken ones are an
+            error only if no sample is left.
+        FileNotFoundError: If a shard is missing.
     """
 
     def __init__(self, config: Mapping[str, Any], cache: Path | None = None) -> None:
@@ -141,7 +147,7 @@ class Shards:
         self.broken_pictures = 0
         self.paths = settings.paths()
         problems: list[str] = []
-        # One array, not many objects: workers share its pages, and a million samples take 48 MB.
+        # Workers share the memory pages of one array, in which a million samples take 48 MB.
         listings = [_listing(p, cache, problems) for p in tqdm(self.paths, "listing shards", disable=None, leave=False)]
         shards = np.repeat(np.arange(len(listings)), [len(listing) for listing in listings])
         places = np.column_stack([shards, np.concatenate(listings)])
@@ -164,13 +170,14 @@ class Shards:
         return len(self._places)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, tuple[str, ...]]:
-        """Return a sample's picture and captions.
+        """Return the picture and the captions of a sample.
 
-        In the place of a picture that cannot be decoded stands the next one that can, if ``skip_broken``; a warning
-        says which and how many this process has met.
+        With ``skip_broken``, the next sample that can be decoded replaces one that cannot. A warning names the broken
+        sample and the number of broken ones that this process has met.
 
         Raises:
-            ValueError: the picture cannot be decoded; with shard and key. With ``skip_broken`` only if none can.
+            ValueError: If the picture cannot be decoded; the message names shard and key. With ``skip_broken`` only if
+                no picture can be decoded.
         """
         for following in range(len(self)):
             shard, *place, is_json = self._places[(index + following) % len(self)].tolist()
@@ -194,27 +201,27 @@ class Shards:
 
 
 def _listing(path: Path, cache: Path | None, problems: list[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return what `_samples` finds, ``(N, 5)``; the kept listing of an unchanged shard that was whole."""
+    """Return what `_samples` yields of a shard as ``(N, 5)``, from the cached listing if that is still valid."""
     refuse_special(path)
     status = path.stat()
-    # The 2 tells listings from those of version 0.4, which end with the first of several joined archives.
+    # The 2 distinguishes these listings from those of version 0.4, which stop after the first of joined archives.
     shard = f"2 {path.resolve()} {status.st_size} {status.st_mtime_ns}"
     kept = None if cache is None else cache / f"{hashlib.blake2b(shard.encode(), digest_size=16).hexdigest()}.npy"
     if kept is not None and kept.is_file():
-        with suppress(ValueError, OSError, EOFError):  # damaged: list the shard again
+        with suppress(ValueError, OSError, EOFError):  # a damaged listing is made again
             listing: np.ndarray[Any, np.dtype[np.int64]] = np.load(kept)
             return listing
     before = len(problems)
     listing = np.array(list(_samples(path, problems)), dtype=np.int64).reshape(-1, 5)
     if kept is not None and len(problems) == before:
-        with replacing(kept) as file:  # another process may do the same
+        with replacing(kept) as file:  # another process may write the same listing
             np.save(file, listing)
     return listing
 
 
 def _samples(path: Path, problems: list[str]) -> Iterator[tuple[int, int, int, int, bool]]:
-    """List a shard: per sample start and size of picture and caption, and whether that is JSON; note what is broken."""
-    # By archive and key: archives that are joined end to end may number their samples alike.
+    """Yield start and size of each sample's picture and caption, and whether the caption is JSON; collect problems."""
+    # The archive's number is part of the key, because joined archives may use the same sample names.
     samples: dict[tuple[int, str], dict[str, Member]] = {}
     twice: dict[tuple[int, str], str] = {}
     try:
@@ -229,7 +236,7 @@ def _samples(path: Path, problems: list[str]) -> Iterator[tuple[int, int, int, i
             f"unpacked to .tar)."
         )
         if samples and not isinstance(error, _NoFurtherArchive):
-            samples.popitem()  # its end may be lost
+            samples.popitem()  # files of the last sample may be lost
     with path.open("rb") as file:
         for place, files in samples.items():
             pictures = [files[extension] for extension in files if f".{extension}" in SUFFIXES]
@@ -247,7 +254,7 @@ def _samples(path: Path, problems: list[str]) -> Iterator[tuple[int, int, int, i
 
 
 def _dotted_pairs(files: Mapping[str, Member]) -> list[str]:
-    """Return what stands between the first and the last dot of names that would be pairs if the last one counted."""
+    """Return the part between first and last dot of file names that would be pairs if the last dot ended the key."""
     kinds: dict[str, set[str]] = {}
     for extension in files:
         inner, dot, last = extension.rpartition(".")
@@ -265,7 +272,7 @@ def _rule(key: str, dotted: Sequence[str]) -> str:
 
 
 def _problem(file: BinaryIO, pictures: Sequence[Member], caption: Member | None, is_json: bool) -> str:
-    """Say what is wrong with a sample; empty where nothing is."""
+    """Return what is wrong with a sample, or an empty text."""
     if len(pictures) != 1:
         return f"has {len(pictures)} pictures; it must have one"
     if caption is None:
@@ -278,23 +285,23 @@ def _problem(file: BinaryIO, pictures: Sequence[Member], caption: Member | None,
 
 
 def _members(path: Path) -> Iterator[tuple[int, str, str, Member]]:
-    """Yield number of the archive, key, extension in lower case, and place of each file of a shard.
+    """Yield the archive's number, key, lower-case extension and place of each file of a shard.
 
-    Tar files that were joined end to end are archives 0, 1, ... of one shard.
+    If tar files were joined end to end, they are the archives 0, 1, ... of one shard.
     """
     with tarfile.open(path, "r:") as tar:
         file: Any = tar.fileobj
         part, archive, start = tar, 0, None
         while True:
             for member in part:
-                part.members = []  # type: ignore[attr-defined]  # it would keep all
+                part.members = []  # type: ignore[attr-defined]  # tarfile would keep every member in memory
                 folder, name = os.path.split(member.name)
                 stem, _, extension = name.partition(".")
                 is_meta = name.startswith("__") and name.endswith("__")
                 if member.isreg() and stem and extension and not is_meta:
                     place = Member(member.offset_data, member.size)
                     yield archive, os.path.join(folder, stem), extension.lower(), place
-            # tarfile takes a header that is cut or damaged, but for the first, for the end of the file.
+            # tarfile takes a cut or damaged header for the end of the file, unless it is the first header.
             if (file.seek(part.offset), file.read(_BLOCK))[1] != bytes(_BLOCK):
                 if archive and part.offset == start:
                     raise _NoFurtherArchive(f"after its end, at byte {start:,}, it goes on with no tar file")
@@ -307,7 +314,7 @@ def _members(path: Path) -> Iterator[tuple[int, str, str, Member]]:
 
 
 def _after_zeros(file: BinaryIO, start: int) -> int | None:
-    """Return where the first block with anything but zeros begins, at or after ``start``; None where there is none."""
+    """Return the offset of the first block, at or after ``start``, that is not all zeros, or None."""
     file.seek(start)
     while chunk := file.read(_CHUNK):
         rest = chunk.lstrip(b"\0")
@@ -327,7 +334,11 @@ def _content(file: BinaryIO, member: Member) -> bytes:
 
 
 def _captions(content: bytes, is_json: bool) -> tuple[str, ...]:
-    """Return the captions of a file's content; raise ValueError with what is wrong, to follow the sample's name."""
+    """Return the captions in a file's content.
+
+    Raises:
+        ValueError: If there are none; the message is the predicate of a sentence about the sample.
+    """
     try:
         text = content.decode("utf-8-sig")
         record = parse_json(text) if is_json else None
@@ -335,7 +346,7 @@ def _captions(content: bytes, is_json: bool) -> tuple[str, ...]:
         raise ValueError(f"has a caption that is not UTF-8 text (byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"has a .json file that is not valid JSON: {error.msg} at column {error.colno}") from error
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits; a key twice
+    except (RecursionError, ValueError) as error:  # too deeply nested, a number of thousands of digits, a repeated key
         raise ValueError(f"has a .json file that cannot be read as JSON: {error}") from error
     if not is_json:
         return (one_text(text, "caption", ValueError),)

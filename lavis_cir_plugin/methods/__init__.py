@@ -1,4 +1,4 @@
-"""One folder per method: its pure functions first, its adapters to LAVIS after them."""
+"""The methods, one folder each: pure functions that know no LAVIS, and adapters that connect them to LAVIS."""
 
 import lavis_cir_hook
 

@@ -1,4 +1,4 @@
-"""Models: each file registers one with LAVIS."""
+"""Models that belong to no single method, and the parts that several models share."""
 
 import lavis_cir_hook
 

@@ -1,6 +1,6 @@
-"""LAVIS's BLIP for question answering and captioning, small enough to learn from scratch on a CPU and without a hub.
+"""LAVIS's BLIP for question answering and captioning in any size, so that it can learn from scratch on a CPU.
 
-Only the construction differs: LAVIS takes BERT's tokenizer from the hub and a tower of fixed size.
+Only the construction differs from LAVIS's classes, which take BERT's tokenizer from the hub and a tower of fixed size.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.models.tokenizer import load_tokenizer
 
 _VIT = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
-# What med_config.json adds to BERT's own settings.
+# Settings that LAVIS's med_config.json adds to BERT's own.
 _BERT = {"add_cross_attention": True, "add_type_embeddings": False}
 
 
-class _Tiny:
-    """Mix-in before one of LAVIS's BLIP classes: a tokenizer, a tower and BERTs built from the config alone."""
+class _BuiltFromConfig:
+    """Mix-in before a BLIP class of LAVIS: tokenizer, image tower and text models are built from the config alone."""
 
-    _words: str
+    _vocabulary: str
 
     def init_tokenizer(self) -> BertTokenizer:
-        """Return the tokenizer with BLIP's extra tokens [DEC] and [ENC]; LAVIS's constructor calls this."""
-        tokenizer = load_tokenizer(self._words)
+        """Return the tokenizer with BLIP's extra tokens [DEC] and [ENC]; LAVIS's constructor calls this method."""
+        tokenizer = load_tokenizer(self._vocabulary)
         tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
         tokenizer.enc_token_id = tokenizer.additional_special_tokens_ids[0]
         return tokenizer
 
-    def _parts(
+    def _tower_and_bert_config(
         self,
         tokenizer: str,
         image_size: int,
@@ -46,17 +46,17 @@ class _Tiny:
         bert_config: Mapping[str, Any] | None,
     ) -> tuple[VisionTransformerEncoder, BertConfig]:
         self.check_config({"image_size": image_size, "vit_config": vit_config, "bert_config": bert_config})
-        self._words = tokenizer
+        self._vocabulary = tokenizer
         tower = VisionTransformerEncoder(img_size=image_size, **{**_VIT, **dict(vit_config or {})})
         size = {"vocab_size": len(self.init_tokenizer()), "encoder_width": tower.num_features}
         return tower, BertConfig(**{**_BERT, **dict(bert_config or {}), **size})
 
     @classmethod
     def check_config(cls, cfg: Mapping[str, Any]) -> None:
-        """Check a ``model`` section without building anything.
+        """Check a ``model`` section without building the model.
 
         Raises:
-            ValueError: The first unknown key or impossible size, and what is allowed.
+            ValueError: If a key is unknown or a size impossible; the message names the first one and what is allowed.
         """
         vit, bert = {**_VIT, **(cfg.get("vit_config") or {})}, {**_BERT, **(cfg.get("bert_config") or {})}
         known = {
@@ -75,12 +75,12 @@ class _Tiny:
             )
 
     @classmethod
-    def from_config(cls, cfg: Mapping[str, Any]) -> _Tiny:
-        """Build from a ``model`` section, with the weights of ``finetuned`` where ``load_finetuned`` asks for them.
+    def from_config(cls, cfg: Mapping[str, Any]) -> _BuiltFromConfig:
+        """Build the model of a ``model`` section, and load ``finetuned`` if ``load_finetuned`` is true.
 
         Raises:
             ValueError: If the checkpoint does not match the model.
-            FileNotFoundError: If it is missing.
+            FileNotFoundError: If the checkpoint is missing.
         """
         names = cls.__init__.__kwdefaults__
         model = cls(**{name: cfg[name] for name in names if cfg.get(name) is not None})
@@ -99,15 +99,15 @@ def _types(name: str) -> dict[str, str]:
 
 
 @registry.register_model("blip_vqa_tiny")
-class BlipVqaTiny(_Tiny, BlipVQA):
-    """LAVIS's BLIP for visual question answering in the size that its config states.
+class BlipVqaTiny(_BuiltFromConfig, BlipVQA):
+    """LAVIS's BLIP for visual question answering, in the size of its config.
 
     Args:
-        tokenizer: Folder or file of a WordPiece vocabulary, a vocabulary shipped with this package, or a hub name.
+        tokenizer: Folder or file of a WordPiece vocabulary, name of a vocabulary in this package, or a hub name.
         image_size: Pixels per side, a multiple of the patch size.
-        vit_config: Overrides of ViT-B/16's dimensions, by the names of LAVIS's constructor.
-        bert_config: Overrides of BERT-base's dimensions, for the question encoder and the answer decoder.
-        max_txt_len: Longest question in tokens; longer ones are cut.
+        vit_config: Values that replace ViT-B/16's dimensions, by the argument names of LAVIS's image tower.
+        bert_config: Values that replace BERT-base's dimensions, in the question encoder and the answer decoder.
+        max_txt_len: Largest number of tokens of a question; longer questions are cut.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT = _types("blip_vqa_tiny")
@@ -121,19 +121,19 @@ class BlipVqaTiny(_Tiny, BlipVQA):
         bert_config: Mapping[str, Any] | None = None,
         max_txt_len: int = 35,
     ) -> None:
-        tower, config = self._parts(tokenizer, image_size, vit_config, bert_config)
+        tower, config = self._tower_and_bert_config(tokenizer, image_size, vit_config, bert_config)
         question_encoder = XBertEncoder(config, add_pooling_layer=False)
         super().__init__(tower, question_encoder, XBertLMHeadDecoder(config), max_txt_len)
 
 
 @registry.register_model("blip_caption_tiny")
-class BlipCaptionTiny(_Tiny, BlipCaption):
-    """LAVIS's BLIP for captioning in the size that its config states.
+class BlipCaptionTiny(_BuiltFromConfig, BlipCaption):
+    """LAVIS's BLIP for captioning, in the size of its config.
 
     Args:
-        tokenizer, image_size, vit_config, bert_config: As :class:`BlipVqaTiny`'s.
-        prompt: What every caption starts with; not counted as generated.
-        max_txt_len: Longest training caption in tokens, with the prompt.
+        tokenizer, image_size, vit_config, bert_config: See :class:`BlipVqaTiny`.
+        prompt: Beginning of every caption; it does not count as generated text.
+        max_txt_len: Largest number of tokens of a training caption, with the prompt.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT = _types("blip_caption_tiny")
@@ -148,5 +148,5 @@ class BlipCaptionTiny(_Tiny, BlipCaption):
         prompt: str = "a picture of ",
         max_txt_len: int = 40,
     ) -> None:
-        tower, config = self._parts(tokenizer, image_size, vit_config, bert_config)
+        tower, config = self._tower_and_bert_config(tokenizer, image_size, vit_config, bert_config)
         super().__init__(tower, XBertLMHeadDecoder(config), prompt, max_txt_len)

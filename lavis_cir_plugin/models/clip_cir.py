@@ -1,4 +1,4 @@
-"""open_clip's CLIP as a composed-retrieval model: the sum of image and text feature, the zero-shot baseline."""
+"""CLIP with late fusion: the zero-shot baseline ``clip_cir``, and the base class of TSCIR's models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lavis_cir_plugin.models.open_clip_towers import (
 )
 
 TYPES = {path.stem[len("clip_") :]: str(path) for path in sorted((CONFIGS / "models").glob("clip_*.yaml"))}
-"""The type is the open_clip model's name; one file serves all models that stand on open_clip."""
+"""Config file by model type. A type is named after the open_clip model; all models on open_clip share these files."""
 
 _LARGEST_LOGIT_SCALE = 100.0
 
@@ -40,42 +40,43 @@ class ClipCir(BaseModel):  # type: ignore[misc]
 
     .. math:: q = \frac{\hat g + \hat t}{\lVert \hat g + \hat t \rVert}, \qquad s(q, v) = q \cdot \hat v
 
-    Hats are unit length. ``image`` and ``text`` alone are the two other zero-shot baselines.
+    Hats denote unit length. The image's or the text's feature alone gives the two other zero-shot baselines.
 
-    On triplets (samples with ``target``) it is trained to contrast queries with targets; on image-caption pairs as
-    CLIP was, also with SigLIP's towers. The temperature is CLIP's learned one.
+    On triplets (samples with ``target``) training contrasts queries with targets. On image-caption pairs the model is
+    trained as CLIP was, also with SigLIP's towers. The temperature is CLIP's learned one.
 
-    Wherever a batch of pictures ``(B, 3, H, W)`` is taken, what :meth:`image_features` returns is taken as well:
-    four dimensions are pictures, three are features.
+    Methods that take a batch of pictures ``(B, 3, H, W)`` also take the features that :meth:`image_features` returns;
+    the number of dimensions, four or three, tells them apart.
 
     Args:
-        clip_model: A model of open_clip with a CLIP or SigLIP text tower, such as ``ViT-L-14-quickgelu``.
-        pretrained: A tag of open_clip, such as ``openai``, or a file; empty: random weights.
-        image_size: Pixels per side; other than the model's own interpolates position embeddings.
-        tokenizer: Folder of a Hugging Face tokenizer (SigLIP) in place of the one that would be downloaded.
-        pixels: Mean of the pixels that the weights were trained with: ``auto`` (as open_clip says), ``clip``, or
-            ``inception`` (0.5). The data sets always hand over CLIP's; the tower converts.
-        freeze_vit: Whether the image tower stays as loaded, in eval mode.
-        freeze_text: Whether the text tower does, and the temperature.
-        fusion: ``sum``; ``text``, a query that is the text's feature alone, as in the seed paper's Retrieval-DPO; or
-            ``combiner``, CLIP4Cir's network over both features (:class:`~lavis_cir_plugin.models.combiner.Combiner`).
-        combiner: Of that fusion: CLIP4Cir's file of the combiner; empty: a new one, to be trained. The CLIP that
-            CLIP4Cir has fine-tuned is a file for ``pretrained``.
-        text_projection: Whether the text tower's last linear layer brings its features into the space of the images'.
-            The released code of Retrieval-DPO leaves it out (``false``), so that scores say nothing; it can where
-            both spaces happen to be of one width.
+        clip_model: Name of an open_clip model with a CLIP or SigLIP text tower, such as ``ViT-L-14-quickgelu``.
+        pretrained: Tag of open_clip, such as ``openai``, or a file. Without it the weights are random.
+        image_size: Pixels per side. If it differs from the model's own size, position embeddings are interpolated.
+        tokenizer: Folder of a Hugging Face tokenizer (SigLIP), which replaces the download.
+        pixels: Normalisation that the weights were trained with: ``auto`` (open_clip's information), ``clip``, or
+            ``inception`` (mean and deviation 0.5). The data sets always normalise as CLIP does; the tower converts.
+        freeze_vit: Whether the image tower keeps its loaded weights and stays in evaluation mode.
+        freeze_text: Whether the text tower and the temperature keep theirs.
+        fusion: ``sum``; ``text``, which takes the text's feature alone as the query, like the seed paper's
+            Retrieval-DPO; or ``combiner``, CLIP4Cir's network over both features
+            (:class:`~lavis_cir_plugin.models.combiner.Combiner`).
+        combiner: CLIP4Cir's file of its combiner, for ``fusion: combiner``. Without it the combiner is new and has to
+            be trained. CLIP4Cir's fine-tuned CLIP is another file, for ``pretrained``.
+        text_projection: Whether the text tower's last linear layer maps its features into the space of the images'
+            features. With ``false``, as in the released code of Retrieval-DPO, scores compare two spaces and say
+            nothing; this needs a text tower as wide as the image feature.
 
     Raises:
-        ValueError: If a choice is unknown or impossible, with what is allowed.
-        FileNotFoundError: If weights or tokenizer are neither local nor to be had.
+        ValueError: If a choice is unknown or impossible; the message says what is allowed.
+        FileNotFoundError: If weights or tokenizer are neither local nor downloadable.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT = TYPES
     row_label = "image + text"
-    """What to call the model itself in a report."""
+    """Name of the model's own row in a report."""
     fusion = "sum"
     baselines: Mapping[str, str] = {"image": "image only", "text": "text only"}
-    """Modes of :meth:`encode_query` that are reported beside the model itself, and what to call them."""
+    """Names of the rows beside the model's own, by the mode of :meth:`encode_query` that they rank with."""
 
     def __init__(
         self,
@@ -126,7 +127,7 @@ class ClipCir(BaseModel):  # type: ignore[misc]
             tower.requires_grad_(False)
         bias = getattr(self.text_tower.clip, "logit_bias", None)
         if bias is not None:
-            bias.requires_grad_(False)  # SigLIP's; no loss here reads it, and DDP would wait for its gradient
+            bias.requires_grad_(False)  # SigLIP's bias feeds no loss here, and DDP would wait for its gradient
         self.train(self.training)
 
     @classmethod
@@ -135,16 +136,16 @@ class ClipCir(BaseModel):  # type: ignore[misc]
 
     @classmethod
     def _values(cls, cfg: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the constructor would be given: absent and empty keys have its defaults."""
+        """Return the constructor's arguments by a ``model`` section; absent and empty keys get the defaults."""
         arguments = cls._arguments()
         return {**arguments, **{name: cfg[name] for name in arguments if cfg.get(name) is not None}}
 
     @classmethod
     def check_config(cls, cfg: Mapping[str, Any]) -> None:
-        """Check a ``model`` section without building anything.
+        """Check a ``model`` section without building the model.
 
         Raises:
-            ValueError: The first unknown or impossible value, and what is allowed.
+            ValueError: If a value is unknown or impossible; the message names the first one and what is allowed.
         """
         values = cls._values(cfg)
         check_clip_model(values["clip_model"])
@@ -171,15 +172,15 @@ class ClipCir(BaseModel):  # type: ignore[misc]
 
     @classmethod
     def needs_finetuned(cls, cfg: Mapping[str, Any]) -> bool:
-        """Return whether a part of the model would be random without ``finetuned``: here, a new combiner."""
+        """Return whether the model without ``finetuned`` has a random part, which is a new combiner."""
         return cfg.get("fusion") == "combiner" and not cfg.get("combiner")
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> ClipCir:
-        """Build from the ``model`` section of a config and load the weights it names.
+        """Build the model of a config's ``model`` section and load the weights that the section names.
 
-        ``pretrained`` holds CLIP's weights; with ``load_finetuned: true``, ``finetuned`` holds a checkpoint of this
-        model, which lacks the towers that were frozen.
+        ``pretrained`` names CLIP's weights. With ``load_finetuned: true``, ``finetuned`` names a checkpoint of this
+        model, which lacks the towers that were frozen in its training.
 
         Raises:
             ValueError: If a checkpoint does not match the model.
@@ -193,16 +194,16 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         return model
 
     def load_checkpoint(self, url_or_filename: str) -> None:
-        """Load a checkpoint of this model; frozen towers may be left out of the file.
+        """Load a checkpoint of this model; the file may lack frozen towers.
 
         Raises:
-            ValueError: If it does not match.
+            ValueError: If the checkpoint does not match the model.
         """
         may_lack = tuple(f"{name}." for name, child in self.named_children() if child in self.frozen)
         load_strictly(self, read_state(url_or_filename), url_or_filename, may_lack=may_lack)
 
     def train(self, mode: bool = True) -> ClipCir:
-        """Switch between training and evaluation; what is frozen stays in evaluation."""
+        """Switch between training and evaluation mode; frozen modules stay in evaluation mode."""
         super().train(mode)
         for module in getattr(self, "frozen", ()):
             module.eval()
@@ -212,9 +213,9 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         """Return the training loss.
 
         Args:
-            samples: ``image`` ``(B, 3, H, W)`` and ``text_input``, B strings. With ``target``, like ``image``, and
-                optionally ``target_id`` ``(B,)``, triplets; without, captions of the images, and optionally
-                ``image_id`` ``(B,)``, equal for the same image.
+            samples: A batch with ``image`` ``(B, 3, H, W)`` and ``text_input``, B strings. A batch of triplets also has
+                ``target``, shaped like ``image``, and optionally ``target_id`` ``(B,)``, equal for the same image. In a
+                batch without ``target`` the texts are captions, and ``image_id`` ``(B,)`` is optional.
         """
         if "target" not in samples:
             pictures, captions = read_pairs(samples, self.image_tower.tokens_shape)
@@ -225,7 +226,7 @@ class ClipCir(BaseModel):  # type: ignore[misc]
 
     @property
     def temperature(self) -> Tensor:
-        """What divides scores: CLIP's learned one."""
+        """CLIP's learned temperature, by which scores are divided."""
         return 1 / self.text_tower.clip.logit_scale.exp().clamp(max=_LARGEST_LOGIT_SCALE)
 
     def query_features(self, samples: Mapping[str, Any]) -> Tensor:
@@ -246,12 +247,12 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         """Return unit-length query vectors ``(B, D)``.
 
         Args:
-            samples: ``image`` ``(B, 3, H, W)`` and ``text_input``, B strings (one string is one text), each only where
-                the mode needs it.
-            mode: ``multimodal`` (as ``fusion`` says), ``image`` or ``text``.
+            samples: A batch with ``image`` ``(B, 3, H, W)`` and ``text_input``, B strings (a single string is one
+                text); each is read only if the mode needs it.
+            mode: ``multimodal`` (fused by ``fusion``), ``image`` or ``text``.
 
         Raises:
-            ValueError: If the mode is unknown, or the samples are no such batch.
+            ValueError: If the mode is unknown, or the samples are not such a batch.
         """
         check_choice("mode", mode, ("multimodal", *self.baselines))
         if mode == "image":
@@ -260,12 +261,14 @@ class ClipCir(BaseModel):  # type: ignore[misc]
 
     @torch.no_grad()
     def encode_target(self, image: Tensor) -> Tensor:
-        """Return unit-length target vectors ``(B, D)`` of images ``(B, 3, H, W)``: CLIP's image features."""
+        """Return CLIP's image features of pictures ``(B, 3, H, W)`` as unit-length target vectors ``(B, D)``."""
         return self.target_features(image)
 
     @torch.no_grad()
     def extract_features(self, samples: Mapping[str, Any], mode: str = "multimodal") -> BlipOutputFeatures:
-        """Return features in LAVIS's container: un-normalised ``image_embeds`` ``(B, 1 + P, D)``, unit projections.
+        """Return features in LAVIS's container.
+
+        ``image_embeds`` ``(B, 1 + P, D)`` are not normalised; all other features have unit length.
 
         Raises:
             ValueError: If the mode is unknown.
@@ -280,7 +283,7 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         )
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Return ``(B, 1 + P, D)`` of pictures ``(B, 3, H, W)``: the image feature, then any patches it reads."""
+        """Return the image feature and any P patches of pictures ``(B, 3, H, W)``: ``(B, 1 + P, D)``."""
         is_trained = any(weight.requires_grad for weight in self.image_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
             return self.image_tower(images)
@@ -300,10 +303,10 @@ class ClipCir(BaseModel):  # type: ignore[misc]
 
 
 def image_ids(samples: Mapping[str, Any]) -> Tensor | None:
-    """Return ``image_id`` ``(B,)``, equal for the same image, if the batch of every process has numbers there.
+    """Return ``image_id`` ``(B,)``, equal for the same image, if every process's batch has numbers under this key.
 
-    Of several data sets in one batch LAVIS keeps what all samples have, so that it may be here and lack elsewhere. Some
-    of LAVIS's caption data sets name images by text.
+    If a batch mixes data sets, LAVIS keeps only the keys that all samples have. Thus the key can be present on one
+    process and absent on another. Some of LAVIS's caption data sets have texts under this key.
     """
     ids = samples.get("image_id")
     has_ids = torch.tensor(isinstance(ids, Tensor), dtype=torch.uint8, device=samples["image"].device)

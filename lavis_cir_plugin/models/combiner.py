@@ -20,13 +20,13 @@ class Combiner(nn.Module):
     .. math:: c = [\phi(W_t t); \phi(W_g g)], \qquad \lambda = \sigma(w\,\phi(W_s c)), \qquad
               q = \frac{W_o\,\phi(W_c c) + \lambda t + (1 - \lambda) g}{\lVert \cdot \rVert}
 
-    :math:`\phi` is a ReLU, followed by dropout of one half; every linear layer has a bias. Parameter names are those of
-    the published files.
+    :math:`\phi` is a ReLU followed by dropout with probability 1/2, and every linear layer has a bias. The parameters
+    have the names of the published files.
 
     Args:
-        feature_width: D.
-        projection_width: Rows of :math:`W_t` and :math:`W_g`; 4 D by default.
-        hidden_width: Rows of :math:`W_c` and :math:`W_s`; 8 D by default.
+        feature_width: D, the width of both features.
+        projection_width: Number of rows of :math:`W_t` and :math:`W_g`; 4 D by default.
+        hidden_width: Number of rows of :math:`W_c` and :math:`W_s`; 8 D by default.
 
     Source: CLIP4Cir (Baldrati et al., ACM TOMM 2023).
     """
@@ -47,7 +47,7 @@ class Combiner(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        """Return unit-length queries ``(B, D)`` of image and text features ``(B, D)``."""
+        """Return unit-length queries ``(B, D)`` of image features and text features, both ``(B, D)``."""
         projected = self.text_projection_layer(text), self.image_projection_layer(image)
         both = torch.cat([self.dropout(F.relu(part)) for part in projected], dim=-1)
         share = self.dynamic_scalar(both)
@@ -56,17 +56,17 @@ class Combiner(nn.Module):
 
 
 def read_combiner(source: str, feature_width: int) -> Combiner:
-    """Return the combiner in a file of CLIP4Cir (``{"epoch": ..., "Combiner": ...}``) or a bare state dictionary.
+    """Return the combiner of a file of CLIP4Cir (``{"epoch": ..., "Combiner": ...}``) or of a bare state dictionary.
 
-    Its widths are those of the file.
+    The file determines the widths of the layers.
 
     Args:
-        source: File or URL.
-        feature_width: D of the CLIP model that it shall combine.
+        source: Path or URL of the file.
+        feature_width: D, the width of the CLIP model's features.
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If it holds no combiner, or one of features of another width.
+        ValueError: If the file holds no combiner, or one for features of another width.
     """
     state = read_state(source)
     weights = state.get("combiner_layer.weight"), state.get("output_layer.weight")

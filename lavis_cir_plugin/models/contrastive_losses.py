@@ -1,4 +1,4 @@
-"""Compute contrastive losses over the negatives of all processes."""
+"""Contrastive losses whose negatives come from the batches of all processes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from lavis_cir_plugin.ranking.scoring import similarity
 
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
-    """Concatenate the tensors of all processes along dim 0, in rank order, keeping the gradient to each of them.
+    """Concatenate the tensors of all processes along dim 0, in rank order, and let gradients flow to each of them.
 
     Args:
-        tensor: ``(B, ...)``, the same shape on every process.
+        tensor: ``(B, ...)``, with the same shape on every process.
 
     Returns:
-        ``(world_size * B, ...)``; the tensor itself in a single process. With losses averaged over processes (as
-        DistributedDataParallel does with gradients) the gradient equals the one of a single process that sees the
-        whole batch.
+        ``(world_size * B, ...)``; in a single process the tensor itself. If gradients are averaged over processes, as
+        DistributedDataParallel does, they equal those of a single process with the whole batch.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return tensor
@@ -39,22 +38,23 @@ def contrastive_loss(
     .. math:: L = -\frac1B \sum_i \log \frac{\exp(s_{ii}/\tau)}{\exp(s_{ii}/\tau) + \sum_{j \in N_i} \exp(s_{ij}/\tau)},
               \qquad s_{ij} = \max_k q_i \cdot v_{jk}
 
-    :math:`N_i` holds every target of the global batch that is another image than target i. CIRR repeats targets up to
-    nine times; counting such a repetition as a negative would push the right answer away.
+    :math:`N_i` holds every target of the global batch that shows another image than target i. CIRR repeats targets up
+    to nine times; if a repetition counted as a negative, the loss would push the right answer away.
 
     Args:
-        query: ``(B, D)``, unit length.
-        targets: ``(B, K, D)`` or ``(B, D)``, unit length; row i is the target of query i.
-        temperature: :math:`\tau > 0`, divides.
-        target_ids: ``(B,)`` int64; equal ids mean the same image. ``None``: all targets are taken to differ.
+        query: Unit-length queries, ``(B, D)``.
+        targets: Unit-length targets, ``(B, K, D)`` or ``(B, D)``; row i is the target of query i.
+        temperature: :math:`\tau > 0`, by which scores are divided.
+        target_ids: ``(B,)`` int64, equal for the same image. Without ids all targets count as different images.
 
     Returns:
-        Scalar; ``log(world_size * B)`` when all scores are equal and no target repeats, 0 for a single target.
+        A scalar: ``log(world_size * B)`` if all scores are equal and no target repeats, 0 for a single target.
 
     Source: SPRC (arXiv 2310.05473) without the mask; BLIP-2 (arXiv 2301.12597) for the maximum over query tokens.
     """
     all_targets, positives, repeated = features_of_all_processes(targets, target_ids)
-    # A cosine in half precision is off by up to 5e-4, which the temperature makes 0.7 % of a probability.
+    # A cosine in half precision has an error of up to 5e-4; divided by the temperature, it changes a probability by
+    # 0.7 %.
     with torch.autocast(query.device.type, enabled=False):
         logits = similarity(query.float(), all_targets.float()) / temperature
     if repeated is not None:
@@ -63,9 +63,11 @@ def contrastive_loss(
 
 
 def features_of_all_processes(targets: Tensor, target_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the targets of all processes, the place of each own one there, and where its image is repeated.
+    """Return the targets of all processes, the positions of this process's targets, and where their images repeat.
 
-    The last is ``(B, N)``, false at the own place; ``None`` where no ids are known.
+    Returns:
+        The N targets of all processes; the position ``(B,)`` of each own target among them; and a mask ``(B, N)`` that
+        is true where another target shows the same image. The mask is ``None`` if no ids are known.
     """
     everyone = gather_with_gradient(targets)
     count, device = targets.shape[0], targets.device
@@ -85,9 +87,9 @@ def symmetric_contrastive_loss(
     .. math:: L_\mathrm{con}(a, b) = \tfrac12 \left( L(a \to b) + L(b \to a) \right)
 
     Args:
-        first: ``(B, D)``, unit length.
-        second: ``(B, D)``, unit length; row i belongs to row i of the first.
-        temperature: > 0, divides.
+        first: Unit-length features, ``(B, D)``.
+        second: Unit-length features, ``(B, D)``; row i belongs to row i of ``first``.
+        temperature: Number > 0 by which scores are divided.
         ids: ``(B,)`` int64; rows with equal ids are not negatives of each other.
 
     Source: CLIP (arXiv 2103.00020).

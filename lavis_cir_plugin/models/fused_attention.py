@@ -1,4 +1,4 @@
-"""Attention of LAVIS's EVA tower through torch's fused kernel, which never stores the matrix of weights."""
+"""Attention of LAVIS's EVA tower computed by torch's fused kernel, which never stores the attention matrix."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 class FusedAttention(eva_vit.Attention):
-    """LAVIS's attention computed by ``scaled_dot_product_attention``; same parameters, names and result.
+    """Computes LAVIS's attention, softmax(scale * q k^T + bias) v, by torch's ``scaled_dot_product_attention``.
 
-    Equal up to rounding: softmax(scale * q k^T + bias) v. In training it is LAVIS's own, because dropout would draw
-    other numbers.
+    Parameters and their names are LAVIS's, and the results are equal up to rounding. In training mode LAVIS's own
+    method runs, because the kernel's dropout would draw other random numbers.
     """
 
     def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
-        """Return ``(B, N, C)`` of tokens ``(B, N, C)``; the bias, if any, is ``(heads, N, N)``."""
+        """Return the attention's output ``(B, N, C)`` for tokens ``(B, N, C)`` and a bias ``(heads, N, N)`` or None."""
         if self.training:
             return super().forward(x, rel_pos_bias)
         bias = None
@@ -30,7 +30,7 @@ class FusedAttention(eva_vit.Attention):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
     def _position_bias(self, shared: Tensor | None) -> Tensor | None:
-        """Return the sum of the layer's own relative position bias and the tower's: ``(heads, N, N)``, or None."""
+        """Return the sum of the layer's and the tower's relative position bias, ``(heads, N, N)``, or None."""
         if self.relative_position_bias_table is None:
             return shared
         own = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
@@ -38,11 +38,11 @@ class FusedAttention(eva_vit.Attention):
 
 
 def fuse_attention(tower: nn.Module) -> None:
-    """Let every EVA attention of a tower use the fused kernel; other towers' attention stays as it is.
+    """Let every EVA attention of a tower use the fused kernel, and leave other attention layers unchanged.
 
-    LAVIS's CLIP tower needs nothing: ``nn.MultiheadAttention`` without weights calls the fused kernel itself.
+    LAVIS's CLIP tower needs no change: ``nn.MultiheadAttention`` calls the fused kernel unless weights are asked for.
     """
     for module in tower.modules():
         if type(module) is eva_vit.Attention:
-            # The subclass adds no state, and LAVIS's constructor gives no way to choose the class.
+            # The subclass adds no state, and LAVIS's constructor has no argument for the attention's class.
             module.__class__ = FusedAttention

@@ -1,4 +1,4 @@
-"""What a model is given: texts and pictures of a batch, checked before they are read wrongly without an error."""
+"""Checks of the texts and pictures that a model is given, which it could otherwise misread without an error."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ PROCESS = "torch.stack([vis_processors['eval'](picture) for picture in pictures]
 
 
 def read_texts(samples: Mapping[str, Any], key: str = "text_input") -> list[str]:
-    """Return the texts of a batch; one string is a batch of one text, not of its letters.
+    """Return the texts of a batch; a single string is a batch of one text.
 
     Raises:
-        ValueError: If there are none under this key, or they are no strings.
+        ValueError: If the batch has nothing under this key, or something other than strings.
     """
     texts = _value(samples, key)
     if isinstance(texts, str):
@@ -25,10 +25,10 @@ def read_texts(samples: Mapping[str, Any], key: str = "text_input") -> list[str]
 
 
 def read_pictures(samples: Mapping[str, Any], key: str = "image") -> Tensor:
-    """Return the pictures of a batch, or their features, of any shape; see :func:`check_pictures` for that.
+    """Return the pictures of a batch, or their features, without a check of the shape (see :func:`check_pictures`).
 
     Raises:
-        ValueError: If there are none under this key, or they are no tensor.
+        ValueError: If the batch has nothing under this key, or something other than a tensor.
     """
     return _tensor(_value(samples, key), key)
 
@@ -37,11 +37,12 @@ def check_pictures(pictures: Any, features: tuple[int, int]) -> Tensor:
     """Return a batch of pictures ``(B, 3, H, W)`` or of their features ``(B, P, D)``.
 
     Args:
-        pictures: What was given as one.
-        features: P and D of the model's image tower. A single picture has three dimensions too, but not these.
+        pictures: The value to check.
+        features: P and D of the model's image tower. They distinguish features from a single picture, which has three
+            dimensions too.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If the value is neither.
     """
     batch = _tensor(pictures, "image")
     shape = tuple(batch.shape)
@@ -59,10 +60,10 @@ def check_pictures(pictures: Any, features: tuple[int, int]) -> Tensor:
 
 
 def read_pairs(samples: Mapping[str, Any], features: tuple[int, int]) -> tuple[Tensor, list[str]]:
-    """Return the pictures of a batch, or their features, and its texts, one each.
+    """Return the pictures of a batch, or their features, and its texts, of which each picture has one.
 
     Raises:
-        ValueError: As :func:`check_pictures`, :func:`read_texts` and :func:`check_counts`.
+        ValueError: If :func:`check_pictures`, :func:`read_texts` or :func:`check_counts` raises it.
     """
     pictures = check_pictures(read_pictures(samples), features)
     texts = read_texts(samples)
@@ -71,7 +72,7 @@ def read_pairs(samples: Mapping[str, Any], features: tuple[int, int]) -> tuple[T
 
 
 def check_counts(pictures: Tensor, texts: Sequence[str]) -> None:
-    """Refuse a batch that has not one text per picture.
+    """Refuse a batch whose numbers of pictures and texts differ.
 
     Raises:
         ValueError: If the numbers differ.
@@ -98,6 +99,6 @@ def _tensor(value: Any, key: str) -> Tensor:
 
 
 def _shown(value: Any) -> str:
-    """Name a value's type, and of a list also that of its first entry."""
+    """Return the name of a value's type; for a list with the type of its first entry."""
     inside = f" of {type(value[0]).__name__}" if isinstance(value, (list, tuple)) and value else ""
     return f"{type(value).__name__}{inside}"

@@ -1,4 +1,4 @@
-"""open_clip's two towers for composed retrieval: patches beside the image feature, edits inside the text tower."""
+"""open_clip's image and text tower: loading of weights, patch features, and edits of the text's hidden states."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.normalisation import CLIP_MEAN_AND_STD
 
 PSEUDO_WORD = "*"
-"""Stands for the image in a sentence."""
+"""The word of a sentence that stands for the image."""
 
 PIXELS = {"clip": CLIP_MEAN_AND_STD, "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
 
-# What OpenAI's archives hold besides weights.
+# Numbers that OpenAI's archives hold beside the weights.
 _ARCHIVE_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 
-# Of the words that stand for the image inside a tokenizer, the first that it keeps as one token.
+# Candidates for the word that a tokenizer reads in place of the pseudo-word; the first that stays one token is used.
 _PLACEHOLDERS = (PSEUDO_WORD, "@", "x")
 
-Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(hidden states (B, L, W), positions (B,) of the pseudo-word, positions (B,) that are read) -> hidden states."""
+HiddenStateEdit = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A function (hidden states (B, L, W), positions (B,) of the pseudo-word, positions (B,) read) -> hidden states."""
 
 
 @cache
-def library() -> Any:
-    """Return the module ``open_clip``, which knows the tiny model; only models on CLIP import it.
+def open_clip_library() -> Any:
+    """Import ``open_clip``, add this package's tiny model to it, and return it; only models on CLIP need it.
 
     Raises:
-        ValueError: It is not installed.
+        ValueError: If open_clip is not installed.
     """
     try:
         import open_clip
@@ -59,13 +59,13 @@ def load_clip(clip_model: str, pretrained: str | None = None, image_size: int | 
     """Return an open_clip model on the CPU, in evaluation mode.
 
     Args:
-        clip_model: A name that open_clip knows, such as ``ViT-L-14-quickgelu``.
-        pretrained: One of its tags, such as ``openai`` (downloaded once); or a file: a state dictionary, a
-            ``.safetensors`` file, OpenAI's archive, or a checkpoint of ``clip_cir``. ``None``: random weights.
-        image_size: Pixels per side, if not the model's own; position embeddings are interpolated.
+        clip_model: Model name of open_clip, such as ``ViT-L-14-quickgelu``.
+        pretrained: One of the model's tags, such as ``openai`` (downloaded once); or a file: a state dictionary, a
+            ``.safetensors`` file, OpenAI's archive, or a checkpoint of ``clip_cir``. ``None`` gives random weights.
+        image_size: Pixels per side. If it differs from the model's own size, position embeddings are interpolated.
 
     Raises:
-        ValueError: If the model or its text tower is not supported, or the weights are not this model's.
+        ValueError: If the model or its text tower is not supported, or the weights do not fit the model.
         FileNotFoundError: If the weights are missing and cannot be downloaded.
     """
     config = check_clip_model(clip_model)
@@ -81,18 +81,19 @@ def pixel_normalisation(clip_model: str, pretrained: str | None, asked: str = "a
     """Return mean and standard deviation of the pictures that a model was trained on.
 
     Args:
-        clip_model: open_clip's name.
-        pretrained: Tag or file.
-        asked: ``auto`` (as open_clip says of the tag, or of all tags of the model alike), ``clip`` or ``inception``.
+        clip_model: Model name of open_clip.
+        pretrained: Tag or file of the weights.
+        asked: ``clip``, ``inception``, or ``auto``: open_clip's information on the tag, or the one on which all tags
+            of the model agree.
 
     Raises:
-        ValueError: If ``auto`` cannot know: the weights are a file and the model's tags differ.
+        ValueError: If ``auto`` cannot decide, because the weights are a file and the model's tags differ.
     """
     if asked != "auto":
         return PIXELS[asked]
-    tags = library().list_pretrained_tags_by_model(clip_model)
+    tags = open_clip_library().list_pretrained_tags_by_model(clip_model)
     tags = [pretrained] if pretrained in tags else tags
-    known = [library().get_pretrained_cfg(clip_model, tag) for tag in tags]
+    known = [open_clip_library().get_pretrained_cfg(clip_model, tag) for tag in tags]
     found = {(tuple(tag["mean"]), tuple(tag["std"])) for tag in known if tag.get("mean") and tag.get("std")}
     if len(found) > 1 and pretrained:
         raise ValueError(
@@ -104,20 +105,20 @@ def pixel_normalisation(clip_model: str, pretrained: str | None, asked: str = "a
 
 
 class ImageTower(nn.Module):
-    r"""The image tower: one row for the image feature g, and one for each patch if asked for.
+    r"""Image tower that returns a row for the image feature g and, on request, a row for each patch.
 
     .. math:: [g; p_1 \dots p_P] = \mathrm{LN}(x^{(L)}) W_v
 
-    All last-layer tokens go through the final normalisation and, where the tower has one, the visual projection; row 0
-    is exactly open_clip's ``encode_image``, un-normalised, also where the tower pools otherwise (SigLIP).
+    All last-layer tokens go through the final normalisation and the visual projection, if the tower has one. Row 0 is
+    exactly open_clip's un-normalised ``encode_image``, also for towers with another pooling (SigLIP).
 
     Args:
-        visual: ``clip.visual``.
-        pixels: Mean and standard deviation that the tower expects; pictures arrive with CLIP's.
+        visual: The image tower ``clip.visual`` of an open_clip model.
+        pixels: Mean and standard deviation that the tower expects. Pictures arrive with CLIP's, and the tower converts.
         with_patches: Whether to return the patches.
 
     Raises:
-        ValueError: If patches are asked for and the tower gives none of the feature's width in a square grid.
+        ValueError: If patches are asked for, and the tower has none as wide as the feature in a square grid.
     """
 
     scale: Tensor
@@ -146,18 +147,18 @@ class ImageTower(nn.Module):
 
     @property
     def tokens_shape(self) -> tuple[int, int]:
-        """1 + P and D of what it returns of a picture."""
+        """Shape (1 + P, D) of the result for one picture."""
         return 1 + self.grid**2, self.width
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return ``(B, 1 + P, D)`` of pictures ``(B, 3, H, W)`` normalised by CLIP's mean; P = 0 without patches."""
+        """Return ``(B, 1 + P, D)`` for pictures ``(B, 3, H, W)`` in CLIP's normalisation; without patches P is 0."""
         if self.renormalises:
             images = images * self.scale + self.shift
         if not self.with_patches:
             feature: Tensor = self.visual(images)
             return feature[:, None]
         trunk = getattr(self.visual, "trunk", self.visual)
-        is_resnet = isinstance(self.visual, library().modified_resnet.ModifiedResNet)
+        is_resnet = isinstance(self.visual, open_clip_library().modified_resnet.ModifiedResNet)
         if is_resnet or not hasattr(trunk, "forward_intermediates"):
             raise ValueError(
                 f"model.clip_model: an image tower of type {type(trunk).__name__} gives no patches; take a ViT, or set "
@@ -165,7 +166,7 @@ class ImageTower(nn.Module):
             )
         out = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")
         feature, patches = out["image_features"], out["image_intermediates"][-1]
-        if isinstance(self.visual, library().transformer.VisionTransformer):
+        if isinstance(self.visual, open_clip_library().transformer.VisionTransformer):
             patches = patches @ self.visual.proj
         if patches.shape[-1] != feature.shape[-1]:
             raise ValueError(
@@ -176,23 +177,23 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """The text tower: open_clip's own ``encode_text``, optionally with a pseudo-word and edits of hidden states.
+    """Text tower that computes open_clip's ``encode_text``, optionally with a pseudo-word and edited hidden states.
 
     Args:
-        clip: The open_clip model; its image tower is taken out, so that each tensor has one name.
-        clip_model: Its name, which decides the tokenizer.
-        tokenizer: Folder of a Hugging Face tokenizer in place of the one that open_clip would download; only for models
-            that use one (SigLIP). CLIP's own needs no file.
+        clip: The open_clip model. Its image tower is removed, so that each tensor has a single name.
+        clip_model: Name of the model, which determines the tokenizer.
+        tokenizer: Folder of a Hugging Face tokenizer, which replaces the download; only for models that use such a
+            tokenizer (SigLIP). CLIP's own tokenizer needs no file.
 
     Raises:
-        ValueError: If the tower is pooled so that no position can be named, or its tokenizer splits every placeholder.
-        FileNotFoundError: If the tokenizer is not to be had.
+        ValueError: If the tower's pooling reads no single position, or its tokenizer splits every placeholder.
+        FileNotFoundError: If the tokenizer is neither local nor downloadable.
     """
 
     def __init__(self, clip: nn.Module, clip_model: str, tokenizer: str | None = None) -> None:
         super().__init__()
         clip._modules.pop("visual", None)
-        # open_clip's classes share methods and no interface that types could name.
+        # open_clip's classes share methods, but no base class that a type hint could name.
         self.clip: Any = clip
         self.pooling = str(getattr(clip, "text_pool_type", None) or self._text.pool_type)
         if self.pooling not in ("argmax", "eos", "last", "first"):
@@ -208,8 +209,8 @@ class TextTower(nn.Module):
 
     @property
     def _text(self) -> Any:
-        """What holds embeddings and blocks: the model itself, or its tower where open_clip keeps that apart."""
-        return self.clip.text if isinstance(self.clip, library().CustomTextCLIP) else self.clip
+        """The module with embeddings and blocks: the model itself, or its text tower if open_clip separates them."""
+        return self.clip.text if isinstance(self.clip, open_clip_library().CustomTextCLIP) else self.clip
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -219,14 +220,14 @@ class TextTower(nn.Module):
 
     @property
     def width(self) -> int:
-        """Of the hidden states."""
+        """Width W of the hidden states."""
         return int(self._text.token_embedding.weight.shape[1])
 
     def skip_projection(self) -> None:
-        """Leave out the last linear layer from now on, as the released code of Retrieval-DPO does.
+        """Replace the last linear layer by the identity, as the released code of Retrieval-DPO leaves it out.
 
         Raises:
-            ValueError: If the tower's width is not that of the images' features, so that there would be no score.
+            ValueError: If the tower's width differs from the width of the image feature, so that scores are undefined.
         """
         projection = getattr(self._text, "text_projection", None)
         if not isinstance(projection, Tensor) or projection.shape[0] != projection.shape[1]:
@@ -240,9 +241,9 @@ class TextTower(nn.Module):
         self._text.register_buffer("text_projection", identity, persistent=False)
 
     def tokenize(self, sentences: Sequence[str]) -> Tensor:
-        """Return token ids ``(B, L)``; ``*`` becomes the placeholder of the pseudo-word; longer sentences are cut.
+        """Return token ids ``(B, L)``; ``*`` becomes the pseudo-word's placeholder, and longer sentences are cut.
 
-        The first that has no padding, so that it may have been cut, is logged.
+        A warning names the first sentence without padding, because it may have been cut.
         """
         ids = self.tokenizer([sentence.replace(PSEUDO_WORD, self.placeholder) for sentence in sentences])
         if not self.has_told_of_a_cut and bool((is_full := ids[:, -1] != self.padding).any()):
@@ -256,7 +257,7 @@ class TextTower(nn.Module):
         return ids.to(self._text.token_embedding.weight.device)
 
     def positions_read(self, ids: Tensor) -> Tensor:
-        """Return the position ``(B,)`` whose hidden state is the sentence's feature (CLIP: end of text)."""
+        """Return the position ``(B,)`` whose hidden state becomes the sentence's feature (CLIP: end of text)."""
         if self.pooling == "argmax":
             return ids.argmax(dim=1)
         if self.pooling == "eos":
@@ -264,20 +265,21 @@ class TextTower(nn.Module):
         return torch.full_like(ids[:, 0], 0 if self.pooling == "first" else ids.shape[1] - 1)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return open_clip's un-normalised text features ``(B, D)`` of token ids ``(B, L)``."""
+        """Return open_clip's un-normalised text features ``(B, D)`` for token ids ``(B, L)``."""
         features: Tensor = self.clip.encode_text(ids)
         return features
 
-    def compose(self, ids: Tensor, words: Tensor, edits: Sequence[tuple[int, Edit]] = ()) -> Tensor:
-        """Return the features of sentences in which a vector stands for a word and hidden states are edited.
+    def compose(self, ids: Tensor, words: Tensor, edits: Sequence[tuple[int, HiddenStateEdit]] = ()) -> Tensor:
+        """Return the features of sentences in which a vector replaces a word and hidden states are edited.
 
         Args:
-            ids: ``(B, L)``; the first placeholder of each sentence is replaced.
-            words: ``(B, W)``, in place of that token's embedding, before positions are added.
-            edits: (block, edit): the edit takes what the block returns. Several of one block follow each other.
+            ids: Token ids ``(B, L)``, of which the first placeholder of each sentence is replaced.
+            words: Vectors ``(B, W)`` that replace the embedding of that token, before positions are added.
+            edits: Pairs of a block's number and an edit of the block's output. Edits of one block run in order.
 
         Returns:
-            ``(B, D)``, un-normalised; without edits, what open_clip returns if the embedding table held the words.
+            Un-normalised features ``(B, D)``. Without edits they are what open_clip returns if its embedding table
+            held the vectors.
 
         Raises:
             ValueError: If a sentence has no placeholder.
@@ -289,14 +291,14 @@ class TextTower(nn.Module):
         read = self.positions_read(ids)
 
         def put(_: nn.Module, __: Any, embeddings: Tensor) -> Tensor:
-            return at_positions(embeddings, place, words.to(embeddings.dtype))
+            return replace_at_positions(embeddings, place, words.to(embeddings.dtype))
 
         with self._hooked(self._text.token_embedding, put), self._edited(edits, place, read):
             features: Tensor = self.clip.encode_text(ids)
             return features
 
     @contextmanager
-    def _edited(self, edits: Sequence[tuple[int, Edit]], place: Tensor, read: Tensor) -> Iterator[None]:
+    def _edited(self, edits: Sequence[tuple[int, HiddenStateEdit]], place: Tensor, read: Tensor) -> Iterator[None]:
         if not edits:
             yield
             return
@@ -318,7 +320,7 @@ class TextTower(nn.Module):
             handle.remove()
 
     def _choose_placeholder(self, clip_model: str) -> tuple[str, int]:
-        """Return a word that the tokenizer keeps as one token in the middle of a sentence, and its id."""
+        """Return a word that the tokenizer keeps as one token inside a sentence, and the token's id."""
         for word in _PLACEHOLDERS:
             without, with_word, after = self.tokenizer(["a photo of", f"a photo of {word}", f"a photo of {word} that"])
             differ = (without != with_word).nonzero().flatten()
@@ -332,8 +334,8 @@ class TextTower(nn.Module):
         )
 
 
-def at_positions(hidden: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-    """Return ``hidden`` ``(B, L, W)`` with ``rows`` ``(B, W)`` at one position of each sentence; nothing in place."""
+def replace_at_positions(hidden: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    """Return a copy of ``hidden`` ``(B, L, W)`` with ``rows`` ``(B, W)`` at one position ``(B,)`` of each sentence."""
     index = positions[:, None, None].expand(-1, 1, hidden.shape[2])
     return hidden.scatter(1, index, rows[:, None].to(hidden.dtype))
 
@@ -342,13 +344,13 @@ def check_clip_model(clip_model: Any) -> Mapping[str, Any]:
     """Return open_clip's config of a model.
 
     Raises:
-        ValueError: If open_clip does not know it, or its text tower is none that can be composed with.
+        ValueError: If open_clip does not know the model, or a pseudo-word cannot be put into its text tower.
     """
-    config = library().get_model_config(clip_model)
+    config = open_clip_library().get_model_config(clip_model)
     if config is None:
         raise ValueError(
-            f"model.clip_model: {clip_model!r} is no model of open_clip {library().__version__}"
-            f"{did_you_mean(clip_model, library().list_models())}"
+            f"model.clip_model: {clip_model!r} is no model of open_clip {open_clip_library().__version__}"
+            f"{did_you_mean(clip_model, open_clip_library().list_models())}"
         )
     text = config.get("text_cfg", {})
     reason = ""
@@ -365,18 +367,22 @@ def check_clip_model(clip_model: Any) -> Mapping[str, Any]:
 
 
 def count_blocks(clip_model: str) -> int:
-    """Return how many blocks the text tower of a model has; raises what :func:`check_clip_model` raises."""
+    """Return the number of blocks of a model's text tower.
+
+    Raises:
+        ValueError: If :func:`check_clip_model` raises it.
+    """
     return int(check_clip_model(clip_model)["text_cfg"]["layers"])
 
 
 def _build(clip_model: str, config: dict[str, Any], image_size: int | None) -> nn.Module:
-    """Build a model with random weights; open_clip's own function would warn of these before others are loaded."""
+    """Build a model with random weights, without open_clip's own function, which would warn of random weights."""
     if image_size is not None:
         config["vision_cfg"] = {**config["vision_cfg"], "image_size": image_size}
-    build = library().CustomTextCLIP if config.pop("custom_text", False) else library().CLIP
+    build = open_clip_library().CustomTextCLIP if config.pop("custom_text", False) else open_clip_library().CLIP
     try:
         clip: nn.Module = build(**config)
-    except (RuntimeError, AssertionError) as error:  # of an image tower that this version of timm does not know
+    except (RuntimeError, AssertionError) as error:  # this version of timm does not know the image tower
         raise ValueError(
             f"model.clip_model: open_clip cannot build {clip_model!r} ({first_line(error)}). Image towers of timm, "
             "such as SigLIP's, need Python >= 3.12, because LAVIS's pins for earlier ones keep timm at 0.4."
@@ -385,16 +391,18 @@ def _build(clip_model: str, config: dict[str, Any], image_size: int | None) -> n
 
 
 def _tokenizer(clip_model: str, folder: str | None) -> Callable[[Sequence[str]], Tensor]:
-    text = library().get_model_config(clip_model)["text_cfg"]
+    text = open_clip_library().get_model_config(clip_model)["text_cfg"]
     if folder and not text.get("hf_tokenizer_name"):
         raise ValueError(f"model.tokenizer: {clip_model} has CLIP's own tokenizer; leave model.tokenizer empty.")
     try:
         if folder:
             local = os.path.expanduser(folder)
             length = int(text["context_length"])
-            found = library().tokenizer.HFTokenizer(local, context_length=length, **text.get("tokenizer_kwargs", {}))
+            found = open_clip_library().tokenizer.HFTokenizer(
+                local, context_length=length, **text.get("tokenizer_kwargs", {})
+            )
         else:
-            found = library().get_tokenizer(clip_model)
+            found = open_clip_library().get_tokenizer(clip_model)
     except (OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(
             f"model.tokenizer: the tokenizer of {clip_model} cannot be had from "
@@ -405,8 +413,8 @@ def _tokenizer(clip_model: str, folder: str | None) -> Callable[[Sequence[str]],
 
 
 def _weights_file(clip_model: str, pretrained: str, quick_gelu: bool) -> Path:
-    """Return the local file of a tag or path."""
-    tags = library().list_pretrained_tags_by_model(clip_model)
+    """Return the local file of a tag, which is downloaded if needed, or of a path."""
+    tags = open_clip_library().list_pretrained_tags_by_model(clip_model)
     if pretrained not in tags:
         path = Path(os.path.expanduser(pretrained))
         if not path.is_file():
@@ -416,11 +424,11 @@ def _weights_file(clip_model: str, pretrained: str, quick_gelu: bool) -> Path:
                 f"{clip_model} in open_clip (tags: {known})."
             )
         return path
-    tag = library().get_pretrained_cfg(clip_model, pretrained)
+    tag = open_clip_library().get_pretrained_cfg(clip_model, pretrained)
     _check_activation(clip_model, f"the weights {pretrained}", bool(tag.get("quick_gelu")), quick_gelu)
     try:
-        return Path(library().download_pretrained(tag))
-    except Exception as error:  # whatever the hub's client raises
+        return Path(open_clip_library().download_pretrained(tag))
+    except Exception as error:  # the hub's client raises exceptions of many classes
         raise FileNotFoundError(
             f"model.pretrained: {pretrained} of {clip_model} cannot be downloaded ({first_line(error)}). Without a "
             "network, set model.pretrained to the local file."
@@ -437,15 +445,15 @@ def _check_activation(clip_model: str, what: str, trained: bool, built: bool) ->
 
 
 def _clip_state(path: Path, clip_model: str, quick_gelu: bool) -> dict[str, Tensor]:
-    """Return open_clip's state dictionary from any of the files that hold one."""
+    """Return open_clip's state dictionary from any supported file."""
     if _is_archive(path):
         _check_activation(clip_model, f"OpenAI's weights in {path}", True, quick_gelu)
         state = _read_archive(path)
     else:
         state = read_state(str(path))
     state = {name[7:] if name.startswith("module.") else name: tensor for name, tensor in state.items()}
-    towers = {"image_tower.visual.": "visual.", "text_tower.clip.": ""}  # names in a checkpoint of clip_cir
-    if any(name.startswith(tuple(towers)) for name in state):  # or of TSCIR with adapters merged, which holds more
+    towers = {"image_tower.visual.": "visual.", "text_tower.clip.": ""}  # prefixes in a checkpoint of clip_cir
+    if any(name.startswith(tuple(towers)) for name in state):  # TSCIR's checkpoints with merged adapters have more
         state = {
             own + name[len(prefix) :]: tensor
             for prefix, own in towers.items()
@@ -456,7 +464,7 @@ def _clip_state(path: Path, clip_model: str, quick_gelu: bool) -> dict[str, Tens
 
 
 def _read_archive(path: Path) -> dict[str, Tensor]:
-    """Return the weights of a TorchScript file, whose check sums are verified."""
+    """Verify a TorchScript file's check sums and return its weights."""
     verify_checkpoint(path)
     try:
         return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
@@ -465,7 +473,7 @@ def _read_archive(path: Path) -> dict[str, Tensor]:
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether a file is TorchScript, as OpenAI publishes; a checkpoint of torch.save is a zip file as well."""
+    """Return whether a file is TorchScript, OpenAI's format; files of ``torch.save`` are zip files too."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -473,13 +481,13 @@ def _is_archive(path: Path) -> bool:
 
 
 def _load(clip: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    state = dict(library().convert.convert_state_dict(clip, state))
-    if isinstance(clip, library().CustomTextCLIP) and not any(name.startswith("text.") for name in state):
-        state = library().model.convert_to_custom_text_state_dict(state)
+    state = dict(open_clip_library().convert.convert_state_dict(clip, state))
+    if isinstance(clip, open_clip_library().CustomTextCLIP) and not any(name.startswith("text.") for name in state):
+        state = open_clip_library().model.convert_to_custom_text_state_dict(state)
     for name in ("logit_scale", "logit_bias"):
         own = getattr(clip, name, None)
         if name in state and own is not None:
             state[name] = state[name].reshape(own.shape)
-    library().model.resize_pos_embed(state, clip)
+    open_clip_library().model.resize_pos_embed(state, clip)
     constant = ("attn_mask", "text.attn_mask")
     load_strictly(clip, state, str(path), unused=constant, fresh=("logit_bias",))

@@ -1,4 +1,4 @@
-"""Load BERT's tokenizer for BLIP-2 and BLIP, from a hub name or a local file."""
+"""BERT's tokenizer for BLIP-2 and BLIP, loaded from a local file or from the hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load_tokenizer(name: str) -> BertTokenizer:
             model configs, or a name on the Hugging Face hub.
 
     Raises:
-        FileNotFoundError: If it is neither local nor to be had from the hub.
+        FileNotFoundError: If the vocabulary is neither local nor downloadable from the hub.
     """
     local = Path(os.path.expanduser(name))
     local = local / "vocab.txt" if local.is_dir() else local

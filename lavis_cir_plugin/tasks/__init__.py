@@ -1,4 +1,4 @@
-"""Tasks: each file registers one with LAVIS."""
+"""LAVIS tasks that belong to no single method; each file registers one."""
 
 import lavis_cir_hook
 

@@ -1,4 +1,4 @@
-"""The LAVIS task of composed retrieval: train a model on triplets, rank galleries, report by the protocol."""
+"""The LAVIS task ``composed_retrieval``: trains on triplets, ranks galleries, and reports by each protocol."""
 
 from __future__ import annotations
 
@@ -31,69 +31,70 @@ from lavis_cir_plugin.ranking.gallery_features import DTYPES, shared_rows
 from lavis_cir_plugin.ranking.ranks import Ranking, padded, rank
 from lavis_cir_plugin.report import chance, contact_sheets, curves, result_files, tables
 from lavis_cir_plugin.report.run_log import EPOCHS
-from lavis_cir_plugin.training.config import own_name
+from lavis_cir_plugin.training.config import plain_split_name
 from lavis_cir_plugin.training.training_history import trained_on
 
 TOP = 50
-"""How many images per query a submission and a contact sheet can show."""
+"""Number of ranked images that a submission or a contact sheet can show per query."""
 GALLERY_FILE = "gallery_features.tmp"
 ATTENTION_ROWS = 6
-"""Queries per group on a picture of attention."""
+"""Number of a group's queries on a sheet of attention maps."""
 TRAINED, RANDOM = "trained model", "random (expected)"
-_DISPENSABLE_KEYS = {"image_id", "instance_id"}  # no model needs them
+_DISPENSABLE_KEYS = {"image_id", "instance_id"}  # keys of samples that no model needs
 BASELINES = {"image": "image only", "text": "text only"}
 
 
 @registry.register_task("composed_retrieval")
 class ComposedRetrievalTask(BaseTask):
-    """Ranks each benchmark group's gallery for its queries and scores the ranking by the benchmark's own metric.
+    """Ranks the gallery of each benchmark group for its queries and scores the rankings by the benchmark's metric.
 
-    Works with any model that offers ``encode_query(samples, mode)`` and ``encode_target(image)`` as ``blip2_cir`` does.
-    The gallery and the queries are shared out over the processes with exact counts; every process ends with the whole
-    ranking. The final evaluation (after training, and in an evaluation run) writes to ``<run>/<split>/``, or with
-    several benchmarks in ``run.test_splits`` to ``<run>/<benchmark>_<split>/``: the test server's files where the
-    targets are not public, elsewhere ``metrics.json`` with, for comparison, the rankings by the image alone, by the
-    text alone and at random; contact sheets; after training also the training curve. ``<run>/summary.json`` sets
-    several benchmarks side by side.
+    The task works with any model that offers ``encode_query(samples, mode)`` and ``encode_target(image)`` as
+    ``blip2_cir`` does. The processes share the gallery and the queries with exact counts, and every process gets the
+    whole ranking. The final evaluation (after training, and in an evaluation run) writes to ``<run>/<split>/``, or, if
+    ``run.test_splits`` names several benchmarks, to ``<run>/<benchmark>_<split>/``. It writes the test server's files
+    if the targets are not public, and otherwise ``metrics.json``, which also has the metrics of rankings by the image
+    alone, by the text alone and at random. It also writes contact sheets and, after training, the training curve.
+    ``<run>/summary.json`` compares several benchmarks.
 
-    What else a model may offer:
+    A model may also offer:
 
-    * ``row_label``: what to call it in the tables, in place of "trained model".
-    * ``baselines``: the modes of ``encode_query`` to compare it with, and what to call them; ``image`` and ``text``
-      where it says nothing.
-    * ``is_zero_shot``: whether training on a benchmark's own training split has to be said beside the benchmark's
-      numbers.
-    * ``attention_maps(samples)``, ``(B, maps, height, width)``: where it looks in the reference images, and
-      ``attention_labels``, one name per map: drawn beside the contact sheets where there is one.
+    * ``row_label``: its name in the tables, in place of "trained model".
+    * ``baselines``: names of further rows by the mode of ``encode_query`` that they rank with; by default those of
+      ``image`` and ``text``.
+    * ``is_zero_shot``: whether the protocol line must say that the model was trained on a benchmark's own training
+      split.
+    * ``attention_maps(samples)``: maps ``(B, maps, height, width)`` of where it looks in the reference images, and
+      ``attention_labels``, a name per map. Sheets of these maps are drawn beside the contact sheets.
 
-    Other data sets of LAVIS (captions, say) can be trained on; benchmarks alone are evaluated.
+    Training data may also come from other data sets of LAVIS, such as captions; only benchmarks are evaluated.
 
-    * ``run.feature_cache`` (``false``, ``true`` or a folder) runs a frozen image tower once per picture, for any model
-      that is a :class:`~lavis_cir_plugin.feature_cache.HasImageTower`.
-    * ``run.gallery_dtype`` (``float32`` or ``float16``): as what the gallery's features are kept while it is ranked, in
-      a file in the run's folder.
+    * ``run.feature_cache`` (``false``, ``true`` or a folder) lets a frozen image tower run once per picture, for any
+      model that is a :class:`~lavis_cir_plugin.data.feature_cache.HasImageTower`.
+    * ``run.gallery_dtype`` (``float32`` or ``float16``) is the type of the gallery's features, which are kept in a file
+      in the run's folder during the ranking.
     """
 
     RUN_KEYS: tuple[str, ...] = ("feature_cache", "gallery_dtype")
     evaluates_benchmarks = True
-    """Each by itself, and nothing else: see :func:`~lavis_cir_plugin.config.choose_splits`."""
+    """Whether the task evaluates benchmarks alone, each separately; see
+    :func:`~lavis_cir_plugin.training.config.choose_splits`."""
 
     def __init__(self, gallery_dtype: torch.dtype = torch.float32, test_splits: Sequence[str] = ()) -> None:
         super().__init__()
         self.gallery_dtype = gallery_dtype
         self.test_splits = test_splits
-        self.validation_metric: str | None = None  # on `val`
+        self.validation_metric: str | None = None  # the metric on `val` that chooses a checkpoint
         self.results: dict[str, tuple[Benchmark, Mapping[str, Mapping[str, float]]]] = {}
 
     @classmethod
     def setup_task(cls, cfg: Any, **_: Any) -> ComposedRetrievalTask:
-        """Return the task as LAVIS asks for it."""
+        """Build the task from a config; LAVIS calls this method."""
         run = cfg.run_cfg
         return cls(DTYPES[run.get("gallery_dtype", "float32")], tuple(run.get("test_splits", ())))
 
     @staticmethod
     def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what is wrong with ``run.feature_cache`` and ``run.gallery_dtype``."""
+        """Yield one sentence per problem of ``run.feature_cache`` and ``run.gallery_dtype``."""
         dtype = run.get("gallery_dtype", "float32")
         if dtype not in DTYPES:
             yield f"run.gallery_dtype must be {' or '.join(DTYPES)}, got {dtype!r}."
@@ -104,28 +105,28 @@ class ComposedRetrievalTask(BaseTask):
             yield f"run.feature_cache: {where} is a file; name a folder."
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
-        """Build what each section's ``splits`` name, LAVIS's way; pictures whose features will be cached stay unread.
+        """Build the splits that each section names; with a feature cache, pictures are not preloaded.
 
         Returns:
-            Data sets by name and split, where a split is called as its section calls it (``val`` or ``cirr.val``).
+            Data sets by name and split; a split has the name in its section, such as ``val`` or ``cirr.val``.
 
         Raises:
-            ValueError: If a checkpoint would be chosen on a split without public targets, or if samples of several
-                kinds would be trained on.
+            ValueError: If a checkpoint would be chosen on a split without public targets, or if training data would
+                mix samples of several kinds.
         """
-        sections = copy.deepcopy(cfg.datasets_cfg)  # the config itself is logged, and compared when a run is resumed
+        sections = copy.deepcopy(cfg.datasets_cfg)  # the config itself is logged, and a resumed run compares it
         wanted = {name: section.get("splits") for name, section in sections.items()}
         for name, section in list(sections.items()):
             if cfg.run_cfg.get("feature_cache") and section.get("preload"):
                 logging.info("datasets.%s.preload has no effect: run.feature_cache keeps the features instead", name)
                 section.preload = False
             if wanted[name] is not None:
-                _keep_splits(section, list(dict.fromkeys(own_name(split) for split in wanted[name])))
+                _keep_splits(section, list(dict.fromkeys(plain_split_name(split) for split in wanted[name])))
             if wanted[name] == []:
                 del sections[name]
         built = super().build_datasets(SimpleNamespace(datasets_cfg=sections))
         datasets = {
-            name: splits if wanted[name] is None else {split: splits[own_name(split)] for split in wanted[name]}
+            name: splits if wanted[name] is None else {split: splits[plain_split_name(split)] for split in wanted[name]}
             for name, splits in built.items()
         }
         _check_training_data({name: splits["train"] for name, splits in datasets.items() if "train" in splits})
@@ -147,17 +148,17 @@ class ComposedRetrievalTask(BaseTask):
         return datasets
 
     def prepare(self, model: nn.Module, datasets: Mapping[str, Mapping[str, Any]], cfg: Any) -> None:
-        """Let the data sets return cached features of a frozen image tower, if ``run.feature_cache`` says so.
+        """Let the data sets return cached features of a frozen image tower, if ``run.feature_cache`` is set.
 
-        The launcher calls it once everything is built and before any checkpoint of a resumed run is read.
+        The launcher calls this method after everything is built and before it reads the checkpoint of a resumed run.
 
         Args:
-            model: As it will be trained or evaluated; moved to ``run.device``.
-            datasets: By name and split; those of other packages stay as they are.
-            cfg: LAVIS's config.
+            model: Model that will be trained or evaluated; it is moved to ``run.device``.
+            datasets: Data sets by name and split; those of other packages stay unchanged.
+            cfg: Config object of LAVIS.
 
         Raises:
-            ValueError: If the tower is trained, or a processor random; with the key to change.
+            ValueError: If the tower is trained, or a processor is random; the message names the key to change.
             OSError: If the features cannot be written.
         """
         where = cfg.run_cfg.get("feature_cache")
@@ -190,19 +191,20 @@ class ComposedRetrievalTask(BaseTask):
                 dataset.use_features(cache)
 
     def evaluation(self, model: nn.Module, data_loader: DataLoader, cuda_enabled: bool = True) -> Evaluation:
-        """Encode the gallery and rank every query; the rest happens in :meth:`after_evaluation`."""
+        """Return the evaluation of a split, which encodes and ranks when :meth:`after_evaluation` asks for rankings."""
         return Evaluation(model, data_loader, cuda_enabled, self.gallery_dtype)
 
     def after_evaluation(self, val_result: Evaluation, split_name: str, epoch: Any, **_: Any) -> dict[str, float]:
-        """Return the metrics in percent and ``agg_metrics``, the one that chooses the best checkpoint.
+        """Compute the metrics of a split, and in the final evaluation write its report.
 
         Args:
-            val_result: What :meth:`evaluation` returned.
-            split_name: Of the evaluated split.
+            val_result: Result of :meth:`evaluation`.
+            split_name: Name of the evaluated split.
             epoch: LAVIS's epoch; ``"best"`` marks the final evaluation.
 
         Returns:
-            Nothing for a split without public targets.
+            The metrics in percent, and ``agg_metrics``, the one that chooses the best checkpoint. The result is empty
+            for a split without public targets.
         """
         benchmark = val_result.dataset.benchmark
         rankings = val_result.rankings(top_k=TOP if epoch == "best" else 0)  # metrics read ranks alone
@@ -220,7 +222,7 @@ class ComposedRetrievalTask(BaseTask):
     def _report(
         self, evaluation: Evaluation, split: str, metrics: Mapping[str, float], rankings: Mapping[str, Ranking]
     ) -> None:
-        """Write and print what the final evaluation of a split gave, and after the last one the summary of all."""
+        """Write and print the results of a split's final evaluation, and after the last split the summary of all."""
         benchmark, model = evaluation.dataset.benchmark, evaluation.model
         rows: dict[str, Mapping[str, float]] = {}
         if benchmark.has_targets:
@@ -242,7 +244,7 @@ class ComposedRetrievalTask(BaseTask):
         print(f"\nWritten to {run}:\n  " + "\n  ".join(str(path.relative_to(run)) for path in written))
 
     def _report_run(self, run: Path, curve_metric: str) -> list[Path]:
-        """Write and print what belongs to all benchmarks of a run; return the files, with the checkpoints."""
+        """Write and print the reports on all benchmarks of a run; return their files and the checkpoints."""
         written = []
         if len(self.results) > 1:
             print("\n" + tables.summary_table(self.results))
@@ -257,18 +259,18 @@ class ComposedRetrievalTask(BaseTask):
 
 
 def _panels_of_methods() -> list[curves.Panel]:
-    """Return the panels that registered runners and tasks bring, each once."""
+    """Return the panels of the training curve that registered runners and tasks define, each once."""
     entries = [*registry.mapping["runner_name_mapping"].values(), *registry.mapping["task_name_mapping"].values()]
     return list(dict.fromkeys(panel for entry in entries for panel in getattr(entry, "CURVE_PANELS", ())))
 
 
 def folder_name(split: str) -> str:
-    """Return the folder in a run's that a split's reports go to: ``val`` of ``val``, ``cirr_val`` of ``cirr.val``."""
+    """Return the name of a split's report folder in a run: ``val`` for ``val``, ``cirr_val`` for ``cirr.val``."""
     return split.replace(".", "_")
 
 
 def _tell_of_own_training(datasets: Mapping[str, Mapping[str, Any]], trained: set[str]) -> None:
-    """Say in the protocol line of each of these benchmarks that its numbers are not zero-shot."""
+    """Add to the protocol line of each benchmark in ``trained`` that its numbers are not zero-shot."""
     for name in trained & datasets.keys():
         for dataset in datasets[name].values():
             if isinstance(dataset, BenchmarkDataset):
@@ -277,7 +279,7 @@ def _tell_of_own_training(datasets: Mapping[str, Mapping[str, Any]], trained: se
 
 
 def _keep_splits(section: Any, splits: list[str]) -> None:
-    """Let a builder build these splits alone; LAVIS's own build whatever has an annotation."""
+    """Let a builder build these splits alone; LAVIS's own builders build every split with an annotation."""
     section.splits = splits
     annotations = (section.get("build_info") or {}).get("annotations")
     if isinstance(annotations, DictConfig):
@@ -286,7 +288,7 @@ def _keep_splits(section: Any, splits: list[str]) -> None:
 
 
 def _check_training_data(datasets: Mapping[str, Any]) -> None:
-    """Refuse training data whose samples differ in their keys: of a mixed batch LAVIS keeps those that all have."""
+    """Refuse training data whose samples differ in their keys, because LAVIS keeps only the keys that all have."""
     mixed = {name: dataset for name, dataset in datasets.items() if not isinstance(dataset, IterableDataset)}
     if len(mixed) < 2:
         return
@@ -304,7 +306,7 @@ def _check_training_data(datasets: Mapping[str, Any]) -> None:
 
 @dataclass
 class Evaluation:
-    """One model on one benchmark: encodes the gallery once, queries per mode."""
+    """Ranks the galleries of one benchmark with one model; it encodes the gallery once and the queries per mode."""
 
     model: nn.Module
     loader: DataLoader
@@ -314,12 +316,12 @@ class Evaluation:
 
     @property
     def dataset(self) -> BenchmarkDataset:
-        """The benchmark's data set."""
+        """Data set of the benchmark."""
         dataset: BenchmarkDataset = self.loader.dataset  # type: ignore[assignment]
         return dataset
 
     def rankings(self, mode: str = "multimodal", top_k: int = 0) -> dict[str, Ranking]:
-        """Return each group's ranking by queries of ``mode``: ``multimodal``, ``text`` or what else the model has."""
+        """Return each group's ranking by queries of a mode of the model, such as ``multimodal`` or ``text``."""
         if self.gallery is None:
             self.gallery = self.encode_gallery()
         groups = self.dataset.benchmark.groups
@@ -333,12 +335,12 @@ class Evaluation:
         }
 
     def draw_attention(self, folder: Path) -> list[Path]:
-        """Draw where the model looks in the references of some queries of each group, and return the files."""
+        """Draw the model's attention in the references of some queries of each group, and return the files."""
         processors = self.dataset.vis_processor, self.dataset.text_processor
         written = []
         for group in self.dataset.benchmark.groups:
             queries = [group.queries[index] for index in contact_sheets.drawn_queries(group, ATTENTION_ROWS)]
-            # The pictures themselves, also where features are cached.
+            # The sheet shows pictures, so the cached features do not help.
             pictures = torch.stack([processors[0](self.dataset.picture(query.reference)) for query in queries])
             samples = {"image": pictures, "text_input": [processors[1](query.texts[0]) for query in queries]}
             maps = self.model.attention_maps(prepare_sample(samples, self.cuda_enabled)).float().cpu()
@@ -360,14 +362,14 @@ class Evaluation:
         for group, queries in zip(groups, parts):
             count = sum(len(query.texts) for query in queries)
             if queries:
-                is_whole = list(group.gallery) == self.dataset.names  # then a copy would only cost memory
+                is_whole = list(group.gallery) == self.dataset.names  # a copy of all features would only cost memory
                 features = gallery if is_whole else gallery[[position[name] for name in group.gallery]]
                 own[group.name] = rank_queries(queries, rows[:count], features, group, self.model.device, top_k)
             rows = rows[count:]
         return own
 
     def encode_gallery(self) -> Tensor:
-        """Encode every image of the data set once, each process its share: ``(G, ...)``."""
+        """Return the features of all G images, ``(G, ...)``; each process encodes its share."""
         place = Path(registry.get_path("output_dir")) / GALLERY_FILE
         batches = self._encode(
             self.dataset,
@@ -378,7 +380,7 @@ class Evaluation:
         return shared_rows(place, len(self.dataset), batches, self.gallery_dtype)
 
     def encode_queries(self, mode: str, parts: Iterable[Iterable[Query]]) -> Tensor:
-        """Encode the texts of these parts of the groups, one row each: ``(R, D)`` float32."""
+        """Return one query vector per text of these parts of the groups: ``(R, D)``, float32."""
         rows = self.dataset.texts if mode == "text" else self.dataset.queries
         indices: list[int] = []
         start = 0
@@ -398,7 +400,7 @@ class Evaluation:
         function: Callable[[dict[str, Any]], Tensor],
         label: str,
     ) -> Iterator[Tensor]:
-        """Apply ``function`` to these rows of a data set, batch by batch: float32 on the CPU."""
+        """Yield the results of ``function`` on batches of these rows of a data set, as float32 on the CPU."""
         loader = DataLoader(
             Subset(dataset, indices),
             batch_size=self.loader.batch_size,
@@ -416,16 +418,16 @@ def rank_queries(
     """Rank a group's gallery for some of its queries by the group's rules.
 
     Args:
-        queries: Of the group.
-        rows: ``(R, D)``, one unit vector per text of each query, in order; a query with several texts is the
-            normalised mean of theirs.
-        gallery: ``(G, K, D)`` or ``(G, D)`` in the group's order, on any device.
-        group: Names and rules.
-        device: Where to compute.
-        top_k: How many of the best to return.
+        queries: Some queries of the group.
+        rows: One unit vector per text of each query, in order, ``(R, D)``. The vector of a query with several texts is
+            the normalised mean of theirs.
+        gallery: Features ``(G, K, D)`` or ``(G, D)`` in the order of the group's gallery, on any device.
+        group: Group with the names and the rules.
+        device: Device that computes.
+        top_k: Number of best images to return.
 
     Returns:
-        The ranking on the CPU; its widths are those of the whole group.
+        The ranking on the CPU, padded to the widths of the whole group.
     """
     index: dict[str | None, int] = {name: position for position, name in enumerate(group.gallery)}
 
@@ -439,7 +441,7 @@ def rank_queries(
         rows = F.normalize(torch.zeros(len(counts), rows.shape[1]).index_add_(0, owner, rows), dim=-1)
     ranking = rank(
         rows.to(device),
-        gallery,  # moved block by block
+        gallery,  # `rank` moves it to the device block by block
         positions(lambda query: (query.target,)).flatten(),
         excluded=positions(lambda query: (query.reference,)).flatten() if group.reference_removed else None,
         members=positions(lambda query: query.members),
@@ -450,7 +452,7 @@ def rank_queries(
 
 
 def rankings_of_all_processes(rankings: Sequence[Ranking]) -> Ranking:
-    """Put the rankings of consecutive queries together."""
+    """Concatenate the rankings of consecutive queries."""
     return Ranking(**{field.name: torch.cat([getattr(r, field.name) for r in rankings]) for field in fields(Ranking)})
 
 
@@ -461,14 +463,15 @@ def write_report(
     rankings: Mapping[str, Ranking],
     extra: Mapping[str, Any],
 ) -> list[Path]:
-    """Write what the final evaluation of a split gave and return the files.
+    """Write the report of a split's final evaluation and return the files.
 
     Args:
-        folder: Of the split's reports.
-        benchmark: The split.
-        rows: Metrics per way of ranking; none where the targets are not public, and then the submissions are written.
-        rankings: Of the trained model, by group.
-        extra: What else ``metrics.json`` shall say.
+        folder: Folder of the split's report.
+        benchmark: Benchmark with this split.
+        rows: Metrics by the name of the query mode. If it is empty, because the targets are not public, submission
+            files are written in place of ``metrics.json``.
+        rankings: Rankings of the trained model, by group.
+        extra: Further entries of ``metrics.json``.
     """
     written = []
     if rows:

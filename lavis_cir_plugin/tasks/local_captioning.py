@@ -1,4 +1,4 @@
-"""Captioning scored against the captions of the data set itself: no download, no Java."""
+"""The LAVIS task ``local_captioning``: captioning scored by the data set's own captions, without download or Java."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pycocoevalcap.cider.cider import Cider  # type: ignore[import-untyped]
 from torch import nn
 from torch.utils.data import Dataset
 
-# Scripts that put no blanks between words: Chinese, Japanese, and those of South-East Asia (Thai, Lao, Khmer, Burmese),
-# which Unicode puts into the line breaking class SA because only a dictionary finds their words.
+# These scripts have no blanks between words: Chinese, Japanese, and those of South-East Asia (Thai, Lao, Khmer,
+# Burmese). Unicode puts the latter into the line breaking class SA, because only a dictionary finds their words.
 _UNSPACED = r"[\p{Han}\p{scx=Hira}\p{scx=Kana}\p{lb=SA}]"
 _CHARACTER = rf"[[\p{{L}}\p{{N}}]&&{_UNSPACED}]\p{{M}}*"
-# The two joiners (U+200C, U+200D) stand inside words of Persian and of India's scripts.
+# The two joiners (U+200C, U+200D) occur inside words of Persian and of Indian scripts.
 _WORD = rf"[[\p{{L}}\p{{N}}']--{_UNSPACED}][[\p{{L}}\p{{M}}\p{{N}}'\u200c\u200d]--{_UNSPACED}]*"
 _TOKEN = regex.compile(f"(?V1){_CHARACTER}|{_WORD}")  # V1: differences and intersections of sets
 
@@ -32,26 +32,26 @@ _TOKEN = regex.compile(f"(?V1){_CHARACTER}|{_WORD}")  # V1: differences and inte
 class LocalCaptionTask(CaptionTask):
     """LAVIS's captioning task with another scorer: CIDEr and BLEU-4 in pure Python.
 
-    LAVIS's own task downloads COCO's ground truth whatever the data set, and tokenizes by a Java program. This one
-    takes the references from the evaluated data set's ``annotation`` (key ``caption``, a text or a list of texts, as
-    in COCO's Karpathy splits), so it scores any captioning data set of LAVIS that ships them.
+    LAVIS's own task downloads COCO's ground truth for every data set and tokenizes by a Java program. This task takes
+    the references from the data set's ``annotation`` (key ``caption``, a text or a list of texts, as in COCO's Karpathy
+    splits). It can score every captioning data set of LAVIS with such an annotation.
     """
 
     RUN_KEYS = ()
 
     @staticmethod
     def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
-        """Yield which of the keys that LAVIS's task takes for granted are missing, one sentence each."""
+        """Yield one sentence per missing or impossible key that LAVIS's task needs."""
         for key in ("num_beams", "max_len", "min_len"):
             value = run.get(key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 yield f"run.{key} must be a whole number >= 1, got {value!r}."
 
     def before_evaluation(self, model: nn.Module, dataset: Dataset, **kwargs: Any) -> None:
-        """Remember whose captions are the references.
+        """Remember the data set whose captions are the references.
 
         Raises:
-            ValueError: If the data set ships no captions for this split.
+            ValueError: If the data set has no captions for this split.
         """
         super().before_evaluation(model, dataset, **kwargs)
         self._annotation = dataset.annotation
@@ -71,7 +71,7 @@ class LocalCaptionTask(CaptionTask):
             )
 
     def valid_step(self, model: nn.Module, samples: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Generate captions; each also carries the place of its record in the annotation."""
+        """Generate captions; each result also has the position of its record in the annotation."""
         results: list[dict[str, Any]] = super().valid_step(model, samples)
         for result, instance in zip(results, samples["instance_id"]):
             result["instance_id"] = int(instance)
@@ -88,16 +88,16 @@ class LocalCaptionTask(CaptionTask):
 
 
 def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return ``CIDEr`` (0 to 10) and ``Bleu_4`` (fraction) of captions against their references.
+    """Return ``CIDEr`` (0 to 10) and ``Bleu_4`` (a fraction) of captions against their references.
 
-    Texts are tokenized by :func:`tokenized`, so the numbers are close to, and not the same as, those of COCO's scorer.
-    In scripts without blanks the n-grams are of characters, so scores are comparable within one script only.
-    CIDEr weighs words by their rarity in these references; with one picture all weights, and so CIDEr, are 0. Where no
+    Texts are tokenized by :func:`tokenized`, so the numbers are close to those of COCO's scorer but not equal. In
+    scripts without blanks the n-grams consist of characters, so scores can be compared within one script only. CIDEr
+    weighs words by their rarity in these references. With a single picture all weights are 0, and so is CIDEr. If no
     reference holds a word, both scores are 0.
 
     Args:
-        captions: One per picture.
-        references: For each, at least one.
+        captions: One caption per picture.
+        references: For each picture one or more references.
 
     Source: CIDEr-D (arXiv 1411.5726) and corpus BLEU with the closest reference length, by pycocoevalcap.
     """
@@ -113,9 +113,9 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
 def tokenized(text: str) -> str:
     """Return the words of a text in lower case, joined by blanks.
 
-    A word is a run of letters with their marks, digits and apostrophes of any script: punctuation, symbols and emoji
-    are no tokens. Of scripts that put no blanks between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each
-    letter with its marks is a token. Texts that Unicode holds to be the same (NFC, NFD) give the same tokens.
+    A word is a run of letters with their marks, digits and apostrophes of any script. Punctuation, symbols and emoji
+    are no tokens. In scripts without blanks between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each letter
+    with its marks is a token. Texts that are canonically equivalent in Unicode (NFC, NFD) give equal tokens.
     """
     return " ".join(_TOKEN.findall(unicodedata.normalize("NFC", text.lower())))
 

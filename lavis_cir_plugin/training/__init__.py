@@ -1,4 +1,4 @@
-"""The launcher, the check of configs, LoRA, and LAVIS's runners made portable and resumable."""
+"""Launcher, checks of a config, LoRA, and LAVIS's runners made portable and resumable."""
 
 import lavis_cir_hook
 

@@ -1,6 +1,6 @@
-"""Check a config before LAVIS acts on it: names first, then, after LAVIS has merged its defaults, values.
+"""Checks of a config before anything is loaded: first its names, then, with LAVIS's defaults merged in, its values.
 
-LAVIS itself answers an unknown name with an error about NoneType and an unknown key with silence.
+LAVIS itself raises an error about NoneType for an unknown name, and it ignores an unknown key.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lavis_cir_plugin.core.settings import as_plain, is_number
 from lavis_cir_plugin.training import lora
 from lavis_cir_plugin.training.resumable_runner import ResumableRunner
 
-# What a project file need not repeat.
+# Defaults of ``run``, which a project file need not repeat.
 RUN_DEFAULTS: dict[str, Any] = {
     "runner": "runner_base",
     "lr_sched": "linear_warmup_cosine_lr",
@@ -49,11 +49,11 @@ RUN_DEFAULTS: dict[str, Any] = {
     "valid_splits": [],
     "test_splits": [],
 }
-# Whatever else reads keys of ``run``: each has RUN_KEYS and run_problems, as our runners and tasks may have.
+# Readers of ``run`` beside runners and tasks. A reader has RUN_KEYS and run_problems.
 _RUN_KEY_READERS: tuple[Any, ...] = (ResumableRunner, lora)
 _TRAINING_KEYS = ("init_lr", "max_epoch", "batch_size_train")
 
-# Read by LAVIS's runners and tasks, and missing in its own (unused) validator.
+# Keys that LAVIS's runners and tasks read and that its own (unused) validator lacks.
 _RUN_KEYS_OF_LAVIS = (
     "amp",
     "beta2",
@@ -68,25 +68,25 @@ _DATASET_KEYS = ("type", "data_type", "splits", "preload", "build_info", "garmen
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a config, one sentence each."""
+    """A config is wrong; the message has one sentence per problem."""
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         super().__init__(f"{source}: " + ("\n  " if len(problems) > 1 else "") + "\n  ".join(problems))
 
 
 def read_config(path: str, options: Sequence[str]) -> DictConfig:
-    """Return a project file with command-line overrides and the defaults of ``run`` merged in, all names checked.
+    """Read a project file, merge in options and the defaults of ``run``, and check all names.
 
-    The overrides go in before LAVIS looks, because it picks default configs by the file alone: with LAVIS,
-    ``--options model.model_type=x`` keeps the old type's defaults and reports x.
+    The options are merged before LAVIS reads the config, because LAVIS chooses default configs by the file alone: with
+    LAVIS, ``--options model.model_type=x`` keeps the defaults of the old type and reports x.
 
     Args:
-        path: YAML file with ``model``, ``datasets`` and ``run``.
-        options: ``key.path=value`` each.
+        path: Path of a YAML file with the sections ``model``, ``datasets`` and ``run``.
+        options: Texts of the form ``key.path=value``.
 
     Raises:
-        ConfigError: With every unknown name and key, and the nearest known one; and every value that a file leaves to
-            the command line (``???``).
+        ConfigError: If names or keys are unknown, or values that the file leaves to the command line (``???``) are
+            missing. The message names all of them, and the nearest known names.
     """
     try:
         raw = OmegaConf.load(path)
@@ -119,11 +119,11 @@ def check_values(cfg: Config, command: str) -> None:
     """Check the values of a config that LAVIS has completed with its defaults.
 
     Args:
-        cfg: LAVIS's config.
+        cfg: LAVIS's config object.
         command: ``train`` or ``evaluate``.
 
     Raises:
-        ConfigError: With every impossible value, what is allowed, and its key.
+        ConfigError: If values are impossible; the message names the key of each and what is allowed.
     """
     problems = [
         *_run_values(cfg.run_cfg, command),
@@ -137,14 +137,14 @@ def check_values(cfg: Config, command: str) -> None:
 
 
 def choose_splits(cfg: Config, command: str) -> None:
-    """Let each data set build only the splits that this run reads, and tell several benchmarks' splits apart.
+    """Let each data set build only the splits that this run reads, and distinguish the splits of several benchmarks.
 
-    So an evaluation needs no training images, and a training run without ``valid_splits`` no validation images. What
-    ``datasets.<name>.splits`` holds afterwards are the names under which LAVIS's loop finds the splits:
+    Thus an evaluation needs no training images, and a training run without ``valid_splits`` needs no validation images.
+    Afterwards ``datasets.<name>.splits`` holds the names under which LAVIS's loop finds the splits:
 
-    * A split of ``run.test_splits`` that several benchmarks have becomes one of each, ``val`` becomes
-      ``[fashioniq.val, cirr.val]``: LAVIS takes one data set per split and evaluates one split after the other.
-    * ``cirr.val`` in ``run.valid_splits`` becomes ``val``: on the split of this name alone LAVIS chooses a checkpoint.
+    * If several benchmarks have a split of ``run.test_splits``, the split becomes one per benchmark: ``val`` becomes
+      ``[fashioniq.val, cirr.val]``. LAVIS takes one data set per split and evaluates one split after the other.
+    * ``cirr.val`` in ``run.valid_splits`` becomes ``val``, because LAVIS chooses a checkpoint on this name alone.
     """
     run, offered = cfg.run_cfg, _offered_splits(cfg)
     chosen: dict[str, list[str]] = {name: [] for name in offered}
@@ -152,29 +152,29 @@ def choose_splits(cfg: Config, command: str) -> None:
         for key in ("train_splits", "valid_splits"):
             for split in run[key]:
                 for owner in _owners(offered, split):
-                    chosen[owner].append(own_name(split))
-        run.valid_splits = [own_name(split) for split in run.valid_splits]
+                    chosen[owner].append(plain_split_name(split))
+        run.valid_splits = [plain_split_name(split) for split in run.valid_splits]
     tested = []
     for split in run.test_splits:
         owners = _owners(offered, split)
         tested += [f"{owner}.{split}" for owner in owners] if len(owners) > 1 else [split]
         for owner, name in zip(owners, tested[-len(owners) :]):
             chosen[owner].append(name)
-    run.test_splits = list(dict.fromkeys(tested))  # each reported once
+    run.test_splits = list(dict.fromkeys(tested))  # each split is reported once
     for name, splits in chosen.items():
         cfg.datasets_cfg[name].splits = list(dict.fromkeys(splits))
 
 
-def own_name(split: str) -> str:
-    """Return the name that a split has in its data set: ``val`` of ``cirr.val`` as of ``val``."""
+def plain_split_name(split: str) -> str:
+    """Return a split's name without its data set: ``val`` for ``cirr.val``, and ``val`` for ``val``."""
     return split.rpartition(".")[2]
 
 
 def _offered_splits(cfg: Config) -> dict[str, list[str]]:
-    """Return the splits that a run may read of each data set: those that its section names, or all that there are.
+    """Return the splits that a run may read of each data set: those that its section names, or all that it has.
 
-    A task that ``evaluates_benchmarks`` trains on any data set of LAVIS and evaluates nothing else; what builders of
-    other packages build for other tasks is theirs to say, and left out.
+    A task with ``evaluates_benchmarks`` can train on any data set of LAVIS and evaluates benchmarks alone. For other
+    tasks the result leaves out the data sets of other packages, whose splits are unknown here.
     """
     offered = {}
     for name, section in cfg.datasets_cfg.items():
@@ -185,12 +185,12 @@ def _offered_splits(cfg: Config) -> dict[str, list[str]]:
         elif not _is_ours(builder):
             continue
         splits = section.get("splits")
-        offered[name] = [own_name(split) for split in (known if splits is None else splits)]
+        offered[name] = [plain_split_name(split) for split in (known if splits is None else splits)]
     return offered
 
 
 def _owners(offered: Mapping[str, Sequence[str]], split: str) -> list[str]:
-    """Return the data sets that a split of ``run`` means: all that have it, or of ``cirr.val`` that one."""
+    """Return the data sets that a split of ``run`` means: ``cirr`` for ``cirr.val``, all that have it for ``val``."""
     owner, _, own = split.rpartition(".")
     return [name for name, splits in offered.items() if own in splits and owner in ("", name)]
 
@@ -221,7 +221,7 @@ def _registered(key: str, name: Any, known: Sequence[str]) -> Iterator[str]:
 
 
 def _known_keys(where: str, given: Iterable[str], known: Iterable[str], is_complete: bool = True) -> Iterator[str]:
-    """Name unknown keys; of a list that LAVIS does not state completely, only those that are a letter or two off."""
+    """Yield a sentence per unknown key. If the known keys are incomplete, only likely misspellings are reported."""
     known = sorted(known)
     for key in given:
         is_slip = bool(difflib.get_close_matches(key, known, n=1, cutoff=0.9))
@@ -258,7 +258,7 @@ def _run_names(run: DictConfig) -> Iterator[str]:
 
 
 def _foreign_run_keys(run: DictConfig, kind: str, entries: Mapping[str, type]) -> Iterator[str]:
-    """Name the keys of ``run`` that only other runners (or tasks) than the chosen one read."""
+    """Yield a sentence per key of ``run`` that only another runner (or task) than the chosen one reads."""
     chosen = getattr(entries.get(run[kind]), "RUN_KEYS", ())
     owners: dict[str, str] = {}
     for name, entry in entries.items():
@@ -323,7 +323,7 @@ def _processor_problems(key: str, stage: str, processor: Any) -> Iterator[str]:
 
 def _run_values(run: DictConfig, command: str) -> Iterator[str]:
     if command == "train":
-        # Iteration-based runners count by max_iters instead of max_epoch; LAVIS checks that pair itself.
+        # Iteration-based runners count max_iters instead of max_epoch; LAVIS checks this pair of keys itself.
         counted_by_iterations = run.get("max_iters") is not None
         for key in _TRAINING_KEYS:
             if run.get(key) is None and not (key == "max_epoch" and counted_by_iterations):
@@ -389,7 +389,7 @@ def _split_values(cfg: Config, command: str) -> Iterator[str]:
     for key in keys:
         for split in cfg.run_cfg[key]:
             yield from _split_owners(cfg, key, split)
-    for own, count in Counter(own_name(split) for split in cfg.run_cfg.valid_splits).items():
+    for own, count in Counter(plain_split_name(split) for split in cfg.run_cfg.valid_splits).items():
         if count > 1:
             yield f"run.valid_splits: LAVIS validates on one {own}, got {list(cfg.run_cfg.valid_splits)}; keep one."
     if _evaluates_benchmarks(cfg.run_cfg):
@@ -399,10 +399,10 @@ def _split_values(cfg: Config, command: str) -> Iterator[str]:
 
 
 def _split_owners(cfg: Config, key: str, split: str) -> Iterator[str]:
-    """A split must be built by some data set, and the one that chooses the checkpoint by one."""
+    """Yield a sentence if no data set builds a split, or if several build one that must have a single owner."""
     offered = _offered_splits(cfg)
     if len(offered) < len(cfg.datasets_cfg):
-        return  # what LAVIS's own builders build is theirs to say
+        return  # the splits of other packages' builders are unknown here
     owners = _owners(offered, split)
     if not owners:
         built = "; ".join(f"datasets.{name}.splits: [{', '.join(splits)}]" for name, splits in offered.items())
@@ -416,7 +416,7 @@ def _split_owners(cfg: Config, key: str, split: str) -> Iterator[str]:
 
 
 def _training_data(key: str, section: DictConfig, command: str) -> Iterator[str]:
-    """Of a data set that is no benchmark, a task of benchmarks takes the training split, with pictures as tensors."""
+    """Yield problems of a data set that is not a benchmark: only its training split is read, with a vis_processor."""
     splits = section.get("splits")
     if splits is not None and (isinstance(splits, str) or not set(splits) <= {"train"}):
         yield f"{key}.splits: benchmarks alone are evaluated, this one can be trained on; set [train], got {splits!r}."
@@ -446,7 +446,7 @@ def _model_values(cfg: Config, command: str) -> Iterator[str]:
 
 
 def _image_sizes(cfg: Config) -> Iterator[str]:
-    """A tower takes pictures of one size; LAVIS finds out in the first batch, by an assertion."""
+    """Yield a sentence per picture size other than the model's, which LAVIS notices in the first batch alone."""
     if not _is_ours(registry.get_model_class(cfg.model_cfg.arch)):
         return
     size = cfg.model_cfg.get("image_size")
@@ -459,7 +459,7 @@ def _image_sizes(cfg: Config) -> Iterator[str]:
 
 
 def _output_place(cfg: Config) -> Iterator[str]:
-    """Where every picture below a folder is one of the data set, no run may write its own ones there."""
+    """Yield a sentence if the output folder lies in a folder whose every picture belongs to a data set."""
     for name, section in cfg.datasets_cfg.items():
         module = getattr(registry.get_builder_class(name), "benchmark_module", None)
         image_folder = getattr(module, "image_folder", None)

@@ -1,4 +1,4 @@
-"""What ``python -m lavis.train`` and ``python -m lavis.evaluate`` do: LAVIS's own steps, checked and made portable."""
+"""The launcher behind ``python -m lavis.train`` and ``python -m lavis.evaluate``: LAVIS's steps with checks."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ from lavis_cir_plugin.training import config, lora
 from lavis_cir_plugin.training.portable_runner import join_single_process
 from lavis_cir_plugin.training.resumable_runner import LAST, PREVIOUS, find_checkpoint, resumable
 
-# Long enough to download a checkpoint on one process while the others wait, short enough to notice a dead one.
+# The other processes wait this long while one downloads a checkpoint; a dead process is noticed after that time.
 _PROCESS_TIMEOUT = timedelta(minutes=60)
 
-# What disks and folders refuse with, wherever in LAVIS or another library a file was to be written.
+# Error numbers of disks and folders that refuse a file, which LAVIS or another library may have tried to write.
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO)
 
 
 def main(command: str, arguments: Sequence[str] | None = None) -> None:
-    """Train or evaluate as a config file says.
+    """Train or evaluate by a config file.
 
     Args:
         command: ``train`` or ``evaluate``.
-        arguments: The command line; ``sys.argv`` by default.
+        arguments: Arguments of the command line; by default those of ``sys.argv``.
     """
     parser = argparse.ArgumentParser(prog=f"python -m lavis.{command}")
     parser.add_argument("--cfg-path", required=True, help="YAML file; projects/... is also found where none is local")
     parser.add_argument("--options", nargs="+", action="extend", default=[], help="run.seed=1 and the like")
     args = parser.parse_args(arguments)
     runners: list[Any] = []
-    with interruptible(f"lavis.{command}", lambda: _kept(command, runners)):
+    with interruptible(f"lavis.{command}", lambda: _kept_by_interrupted(command, runners)):
         try:
             run(command, args, runners.append)
         except (ValueError, OSError) as error:
-            sentence = _sentence(error)
+            sentence = _sentence_for_user(error)
             if sentence is None:
                 raise
             sys.exit(f"lavis.{command}: {sentence}")
@@ -74,10 +74,10 @@ def run(command: str, args: argparse.Namespace, announce: Callable[[Any], None] 
 
     Args:
         command: ``train`` or ``evaluate``.
-        args: ``cfg_path`` and ``options``.
-        announce: Is called with the runner before it begins.
+        args: Parsed arguments with ``cfg_path`` and ``options``.
+        announce: Function that is called with the runner before the runner starts.
     """
-    cfg = complete(config.read_config(str(_find_config(args.cfg_path)), args.options))
+    cfg = with_lavis_defaults(config.read_config(str(_find_config(args.cfg_path)), args.options))
     config.check_values(cfg, command)
     config.choose_splits(cfg, command)
     cfg.run_cfg.output_dir = str(_output_folder(cfg.run_cfg.output_dir))
@@ -104,14 +104,14 @@ def run(command: str, args: argparse.Namespace, announce: Callable[[Any], None] 
         logging.info("output: %s", runner.output_dir)
 
 
-def complete(merged: DictConfig) -> Config:
-    """Let LAVIS add the defaults of model and data sets; it insists on reading the project from a file."""
-    # One in memory, so that no disk has to have room for it and no message names a file that is gone.
+def with_lavis_defaults(merged: DictConfig) -> Config:
+    """Let LAVIS add the defaults of model and data sets, for which it reads the project from a file."""
+    # A file in memory needs no space on a disk, and no message can name a temporary file that is gone.
     return Config(argparse.Namespace(cfg_path=io.StringIO(OmegaConf.to_yaml(merged)), options=[]))
 
 
-def _kept(command: str, runners: Sequence[Any]) -> str | None:
-    """Return what an interrupted command has kept and how to go on; the main process says it for all."""
+def _kept_by_interrupted(command: str, runners: Sequence[Any]) -> str | None:
+    """Return what an interrupted command has kept and how to go on; only the main process says so."""
     if int(os.environ.get("RANK", "0")) != 0:
         return None
     if not runners:
@@ -122,7 +122,7 @@ def _kept(command: str, runners: Sequence[Any]) -> str | None:
 
 
 def _find_config(path: str) -> Path:
-    """Return the config file, looking in the shipped projects when a relative ``projects/...`` is not local."""
+    """Return the path of the config file; a relative ``projects/...`` may also be one of the shipped projects."""
     local = Path(os.path.expanduser(path))
     if local.is_file():
         return local
@@ -134,7 +134,7 @@ def _find_config(path: str) -> Path:
 
 
 def _output_folder(path: str) -> Path:
-    """Return the folder of all runs, absolute, after trying that it can be written."""
+    """Return the absolute path of the folder of all runs, after a test that it can be written."""
     folder = Path(os.path.expanduser(path)).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def _output_folder(path: str) -> Path:
 
 
 def _refuse_output_among_images(output: Path, datasets: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse an output folder below a folder that some data set has images in."""
+    """Refuse an output folder below a folder with images of a data set."""
     for name, splits in datasets.items():
         folders = {path.parent for data in splits.values() for path in getattr(data, "image_paths", {}).values()}
         for folder in sorted(folders):
@@ -155,7 +155,7 @@ def _refuse_output_among_images(output: Path, datasets: Mapping[str, Mapping[str
 
 
 def _join_processes(run_cfg: DictConfig) -> None:
-    """Open the process group: torchrun's, or one of a single process, on gloo for a CPU and NCCL for GPUs."""
+    """Open torchrun's process group, or a group of one process; gloo serves a CPU and NCCL serves GPUs."""
     run_cfg.distributed = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if not run_cfg.distributed:
         join_single_process(run_cfg.device)
@@ -170,9 +170,9 @@ def _join_processes(run_cfg: DictConfig) -> None:
 
 
 def _build_model(task: Any, cfg: Any) -> nn.Module:
-    """Build the model from the same random numbers on every process; each goes on with numbers of its own.
+    """Build the model from equal random numbers on every process, then give each process its own random numbers.
 
-    So frozen weights that come from no file are the same everywhere, as are the features that a cache keeps of them.
+    Thus frozen weights that come from no file are equal on all processes, and so are the features cached from them.
     """
     if dist.get_world_size() == 1:
         return lora.build_model(task, cfg)
@@ -194,7 +194,7 @@ def _seed(seed: int) -> None:
 
 
 def _job_id(cfg: Config) -> str:
-    """Return the run's folder, on which all processes agree: one that no other run has, or that of a resumed run."""
+    """Return the folder of the run, a new one or that of a resumed run; all processes get the same answer."""
     chosen: list[Any] = [None, None, None]
     if is_main_process():
         try:
@@ -211,10 +211,13 @@ def _job_id(cfg: Config) -> str:
     return str(chosen[0])
 
 
-def _sentence(error: BaseException) -> str | None:
-    """Return the message of an error that this package raised, which is written for users and needs no traceback."""
+def _sentence_for_user(error: BaseException) -> str | None:
+    """Return the message of an error that a user understands without a traceback, or None for any other error.
+
+    Such errors are those that this package raised, and refusals of a disk or folder.
+    """
     package = str(Path(lavis_cir_plugin.__file__).parent)
-    if "in DataLoader worker process" in str(error):  # torch raises it again with the worker's traceback as its text
+    if "in DataLoader worker process" in str(error):  # torch's new error has the worker's traceback as its message
         *trace, message = str(error).strip().splitlines()
         origins = [line for line in trace if line.lstrip().startswith("File ")]
         return message.partition(": ")[2] if origins and package in origins[-1] else None

@@ -1,4 +1,4 @@
-"""Add LoRA adapters to a model, save them, find them again, merge them."""
+"""LoRA adapters: adding them to a model, saving, loading and merging them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from lavis_cir_plugin.core.settings import is_number
 RUN_KEYS = ("lora",)
 
 _ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Embedding)
-_NAME = "default"  # peft's own name of a model's first adapter
-# Settings that only matter while training, so that a checkpoint may be read under others.
+_ADAPTER = "default"  # peft's own name of a model's first adapter
+# These settings matter in training alone, so they may differ from those of a checkpoint.
 _TRAINING_ONLY = ("lora_dropout", "init_lora_weights")
 _REFUSED = {
     "modules_to_save": "copies whole modules; name what is trained beside the adapters in run.lora.also_train",
@@ -41,25 +41,25 @@ _REFUSED = {
 
 
 @dataclass(frozen=True)
-class Lora:
-    r"""Settings of the adapters, as they stand under ``run.lora``: :math:`W + s B A` in place of :math:`W`.
+class LoraSettings:
+    r"""Settings under ``run.lora`` of the adapters, which turn a weight :math:`W` into :math:`W + s B A`.
 
-    All but ``also_train`` are fields of ``peft.LoraConfig`` of the same name and meaning.
+    All fields but ``also_train`` have the name and meaning of a field of ``peft.LoraConfig``.
 
     Attributes:
         target_modules: Modules that get an adapter (Linear, Conv2d or Embedding): a regular expression that matches
             the whole module name, or a list of names or last parts of names.
         r: Rank, the number of rows of A, >= 1.
-        lora_alpha: > 0; the scaling s is lora_alpha / r.
-        lora_dropout: On the input of A, >= 0 and < 1.
+        lora_alpha: Number > 0; the scaling s is lora_alpha / r.
+        lora_dropout: Dropout probability on the input of A, >= 0 and < 1.
         use_rslora: Whether s is lora_alpha / sqrt(r) instead (arXiv 2312.03732).
-        init_lora_weights: ``true`` (A random, B zero; of an Embedding A zero, B random), ``gaussian`` (likewise, the
-            random one normal) or ``false`` (both random).
-        also_train: A regular expression searched in parameter names; these are trained whole beside the adapters.
-            Everything else is frozen.
+        init_lora_weights: ``true`` (A is random and B zero; for an Embedding A is zero and B random), ``gaussian``
+            (the random factor is normally distributed) or ``false`` (both factors are random).
+        also_train: Regular expression that is searched in parameter names. Matching parameters are trained whole
+            beside the adapters; all others are frozen.
 
     Raises:
-        ValueError: One sentence per impossible value, all at once.
+        ValueError: If values are impossible; the message has one sentence for each.
     """
 
     target_modules: str | tuple[str, ...] = ()
@@ -79,7 +79,7 @@ class Lora:
             raise ValueError(" ".join(problems))
 
     def matches(self, module_name: str) -> bool:
-        """Return whether the module of this name gets an adapter, as peft decides."""
+        """Return whether the module of this name gets an adapter, by peft's rules."""
         if isinstance(self.target_modules, str):
             return re.fullmatch(self.target_modules, module_name) is not None
         return any(_is_last_part(part, module_name) for part in self.target_modules)
@@ -123,38 +123,39 @@ class Lora:
 
 
 def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with ``run.lora``, one sentence each, without importing peft."""
+    """Yield one sentence per problem of ``run.lora``, without importing peft."""
     given = run.get("lora")
     if given is None:
         return
     if not isinstance(given, Mapping):
         yield f"run.lora must be a mapping such as {{target_modules: [query, value]}}, got {given!r}."
         return
-    known = [field.name for field in dataclasses.fields(Lora)]
+    known = [field.name for field in dataclasses.fields(LoraSettings)]
     for key in given:
         if key in _REFUSED:
             yield f"run.lora.{key} {_REFUSED[key]}."
         elif key not in known:
             yield f"run.lora.{key} is not a known key{did_you_mean(key, known)} Known: {', '.join(known)}."
     try:
-        Lora(**{key: value for key, value in given.items() if key in known})
+        LoraSettings(**{key: value for key, value in given.items() if key in known})
     except ValueError as error:
         yield str(error)
 
 
 def build_model(task: Any, cfg: Any) -> nn.Module:
-    """Build the model of a config as its task does; with ``run.lora``, add adapters to it.
+    """Build the model of a config as its task does, and add adapters to it if ``run.lora`` is set.
 
-    Then ``model.finetuned`` may also be a checkpoint of a LoRA run with the same ``run.lora``: the model is built as
-    for that run, and the checkpoint loaded into its adapters. Random weights depend on that run's ``run.seed`` alone,
-    so that a model that was trained from no checkpoint is found again.
+    With ``run.lora``, ``model.finetuned`` may be a checkpoint of a LoRA run with the same ``run.lora``. The model is
+    then built as for that run, and its adapters are loaded from the checkpoint. Random weights depend on that run's
+    ``run.seed`` alone, so that a base model that came from no checkpoint is built again with equal weights.
 
     Args:
-        task: LAVIS's task.
-        cfg: LAVIS's config, or anything with its ``model_cfg`` and ``run_cfg``.
+        task: Task of LAVIS.
+        cfg: LAVIS's config, or an object with its attributes ``model_cfg`` and ``run_cfg``.
 
     Raises:
-        ValueError: If ``run.lora`` does not fit the model or the checkpoint, or is missing for it.
+        ValueError: If ``run.lora`` does not fit the model or the checkpoint, or if a checkpoint with adapters is given
+            without ``run.lora``.
     """
     path = _finetuned(cfg.model_cfg)
     saved = read_lora_checkpoint(path) if path else None
@@ -167,7 +168,7 @@ def build_model(task: Any, cfg: Any) -> nn.Module:
             )
         stock: nn.Module = task.build_model(cfg)
         return stock
-    lora = Lora(**OmegaConf.to_container(cfg.run_cfg.lora, resolve=True))
+    lora = LoraSettings(**OmegaConf.to_container(cfg.run_cfg.lora, resolve=True))
     seed = int(cfg.run_cfg.seed)
     if saved is not None:
         _check_settings(lora, saved, str(path))
@@ -175,7 +176,7 @@ def build_model(task: Any, cfg: Any) -> nn.Module:
         seed = int(first["run"].get("seed", seed))
         base = _finetuned(first["model"])
         below = OmegaConf.merge(cfg.model_cfg, {"load_finetuned": base is not None, "finetuned": base})
-        _warn_of_another_base(below, first["model"])
+        _warn_of_other_frozen_weights(below, first["model"])
         cfg = SimpleNamespace(model_cfg=below, run_cfg=cfg.run_cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -186,25 +187,26 @@ def build_model(task: Any, cfg: Any) -> nn.Module:
     return model
 
 
-def add_adapters(model: nn.Module, lora: Lora) -> None:
-    """Put adapters into a model, in place, and freeze everything but them and ``also_train``.
+def add_adapters(model: nn.Module, lora: LoraSettings) -> None:
+    """Add adapters to a model, in place, and freeze all weights but the adapters and ``also_train``.
 
     Names and attributes of the model stay, except that the weight of an adapted module ``m`` moves to
-    ``m.base_layer``. Adapters are float32 whatever the frozen weights are. Code that reads ``m.weight`` instead of
-    calling ``m``, as LAVIS's EVA tower does, finds :math:`W + s B A` there.
+    ``m.base_layer``. Adapters are float32, whatever the type of the frozen weights. Code that reads ``m.weight``
+    instead of calling ``m``, as LAVIS's EVA tower does, gets :math:`W + s B A`.
 
     Raises:
-        ValueError: If a pattern matches nothing or what cannot be adapted, or the model keeps adapters from training:
-            tied weights, momentum copies, activation checkpointing, dropout that the model holds in one mode.
+        ValueError: If a pattern matches nothing, or a module that cannot have an adapter; or if adapters could not be
+            trained because of tied weights, momentum copies, activation checkpointing, or dropout that the model
+            holds in one mode.
     """
     targets = _targets(model, lora)
     also = _also_trained(model, lora)
-    _refuse_unfit(model, targets)
+    _refuse_unadaptable(model, targets)
 
     from peft.mapping import inject_adapter_in_model
     from peft.tuners.lora.config import LoraConfig
 
-    inject_adapter_in_model(LoraConfig(**lora.peft_fields()), model, _NAME)
+    inject_adapter_in_model(LoraConfig(**lora.peft_fields()), model, _ADAPTER)
     for weight in model.parameters():
         weight.requires_grad_(False)
     for _, layer in _adapted(model):
@@ -212,7 +214,7 @@ def add_adapters(model: nn.Module, lora: Lora) -> None:
         layer.train(layer.get_base_layer().training)
         for name, weight in layer.named_parameters():
             if name.startswith("lora_"):
-                # peft makes them of the frozen weight's type, and half precision cannot be trained.
+                # peft gives adapters the frozen weight's type, and half precision cannot be trained.
                 weight.data = weight.data.float()
                 weight.requires_grad_(True)
     for weight in also:
@@ -226,17 +228,17 @@ def add_adapters(model: nn.Module, lora: Lora) -> None:
 
 @dataclass(frozen=True)
 class LoraPair:
-    r"""The two factors of an adapter, which act as :math:`W + s B A`.
+    r"""The two factors of an adapter, which turn a weight :math:`W` into :math:`W + s B A`.
 
     Attributes:
-        a_name: Name of A among the model's parameters; ``(rank, in)``, or ``(rank, in, height, width)`` of a Conv2d. An
-            Embedding ``(rows, width)`` is stored transposed: its ``in`` are the rows.
-        b_name: Name of B; ``(out, rank)``, or ``(out, rank, 1, 1)`` of a Conv2d.
-        a: A.
-        b: B.
-        scaling: s.
-        merged_norm: Gives the Frobenius norm :math:`\lVert W + s B A \rVert` at the present weights, a scalar tensor
-            in float32 without gradient.
+        a_name: Name of A among the model's parameters.
+        b_name: Name of B among the model's parameters.
+        a: Factor A, ``(rank, in)``, or ``(rank, in, height, width)`` for a Conv2d. For an Embedding ``(rows, width)``,
+            which is stored transposed, ``in`` is the number of rows.
+        b: Factor B, ``(out, rank)``, or ``(out, rank, 1, 1)`` for a Conv2d.
+        scaling: Scaling s.
+        merged_norm: Function that returns the Frobenius norm :math:`\lVert W + s B A \rVert` at the present weights, a
+            float32 scalar without gradient.
     """
 
     a_name: str
@@ -248,7 +250,7 @@ class LoraPair:
 
 
 def lora_pairs(model: nn.Module) -> list[LoraPair]:
-    """Return the active adapters of a model, in its order; empty, and without importing peft, if it has none."""
+    """Return the active adapters of a model, in the order of its modules, without importing peft if it has none."""
     pairs = []
     for name, layer in _adapted(model):
         for adapter in layer.active_adapters:
@@ -262,7 +264,7 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dictionary of a model with its adapters merged, under the names that it had without them."""
+    """Return the state dictionary of a model with merged adapters, under the names of the model without adapters."""
     state = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
     for prefix, layer in _adapted(model):
         for name in [name for name in state if name.startswith(f"{prefix}.base_layer.")]:
@@ -271,13 +273,13 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def write_peft_folder(model: nn.Module, lora: Lora, folder: Path) -> None:
-    """Write the adapters as a folder that plain peft loads.
+def write_peft_folder(model: nn.Module, lora: LoraSettings, folder: Path) -> None:
+    """Write the adapters to a folder that plain peft can load.
 
     Raises:
-        ValueError: the model reads adapted weights without calling their modules, so that peft would ignore adapters.
+        ValueError: If the model reads adapted weights without calling their modules, so that peft would ignore them.
     """
-    ignored = [name for name, _ in _adapted(model) if _is_read(model, name)]
+    ignored = [name for name, _ in _adapted(model) if _is_read_without_call(model, name)]
     if ignored:
         raise ValueError(
             f"plain peft would ignore {len(ignored)} of the adapters (first: {ignored[0]}), because the model reads "
@@ -286,9 +288,9 @@ def write_peft_folder(model: nn.Module, lora: Lora, folder: Path) -> None:
     from safetensors.torch import save_file
 
     frozen = {name for name, weight in model.named_parameters(remove_duplicate=False) if not weight.requires_grad}
-    # peft leaves the adapter's name out of a file, and loads any other tensor by its plain name.
+    # peft's files lack the adapter's name in the names of its factors, and have all other names unchanged.
     tensors = {
-        "base_model.model." + re.sub(rf"(\.lora_\w+)\.{_NAME}\b", r"\1", name): tensor.contiguous()
+        "base_model.model." + re.sub(rf"(\.lora_\w+)\.{_ADAPTER}\b", r"\1", name): tensor.contiguous()
         for name, tensor in model.state_dict().items()
         if name not in frozen
     }
@@ -297,8 +299,8 @@ def write_peft_folder(model: nn.Module, lora: Lora, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _targets(model: nn.Module, lora: Lora) -> list[str]:
-    """Return the names of the modules that get an adapter; refuse patterns that miss."""
+def _targets(model: nn.Module, lora: LoraSettings) -> list[str]:
+    """Return the names of the modules that get an adapter; refuse patterns without a match."""
     modules = dict(model.named_modules())
     adaptable = [name for name, module in modules.items() if isinstance(module, _ADAPTABLE)]
     patterns = lora.target_modules
@@ -321,7 +323,7 @@ def _targets(model: nn.Module, lora: Lora) -> list[str]:
     return chosen
 
 
-def _also_trained(model: nn.Module, lora: Lora) -> list[nn.Parameter]:
+def _also_trained(model: nn.Module, lora: LoraSettings) -> list[nn.Parameter]:
     """Return the parameters that ``also_train`` names; refuse half precision, which cannot be trained."""
     if lora.also_train is None:
         return []
@@ -342,8 +344,8 @@ def _also_trained(model: nn.Module, lora: Lora) -> list[nn.Parameter]:
     return list(chosen.values())
 
 
-def _refuse_unfit(model: nn.Module, targets: list[str]) -> None:
-    """Refuse what peft would do without a word and get wrong."""
+def _refuse_unadaptable(model: nn.Module, targets: list[str]) -> None:
+    """Refuse a model that peft would adapt wrongly without an error."""
     if getattr(model, "model_pairs", None):
         raise ValueError(
             f"run.lora: {type(model).__name__} keeps momentum copies of its weights, paired one by one, which adapters "
@@ -370,12 +372,12 @@ def _refuse_unfit(model: nn.Module, targets: list[str]) -> None:
 
 
 def _check_dropout(model: nn.Module) -> None:
-    """Refuse dropout that would be always on or always off, such as in a tower that is held in evaluation."""
-    names = [name for name, _ in _adapted(model) if _is_read(model, name)]
+    """Refuse dropout that would always be on or off, as in a tower that the model holds in evaluation mode."""
+    names = [name for name, _ in _adapted(model) if _is_read_without_call(model, name)]
     modes = [(module, module.training) for module in model.modules()]
     for mode in (True, False):
         model.train(mode)
-        names += [name for name, layer in _adapted(model) if layer.lora_dropout[_NAME].training is not mode]
+        names += [name for name, layer in _adapted(model) if layer.lora_dropout[_ADAPTER].training is not mode]
     for module, mode in modes:
         module.training = mode
     if names:
@@ -385,8 +387,8 @@ def _check_dropout(model: nn.Module) -> None:
         )
 
 
-def _is_read(model: nn.Module, name: str) -> bool:
-    """Return whether a module's owner reads its weight instead of calling it."""
+def _is_read_without_call(model: nn.Module, name: str) -> bool:
+    """Return whether the parent module reads a module's weight instead of calling the module."""
     from lavis.models.eva_vit import Attention
 
     owner, _, last = name.rpartition(".")
@@ -396,7 +398,7 @@ def _is_read(model: nn.Module, name: str) -> bool:
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield name and peft layer of each adapted module."""
-    lora = sys.modules.get("peft.tuners.lora")  # where it was never imported, there is nothing to find
+    lora = sys.modules.get("peft.tuners.lora")  # if peft was never imported, no module is adapted
     if lora is not None:
         yield from ((name, module) for name, module in model.named_modules() if isinstance(module, lora.LoraLayer))
 
@@ -408,7 +410,7 @@ def _with_merged_weight(layer_class: type) -> type:
 
 
 def _merged_weight(layer: Any) -> Tensor:
-    """Return W + s B A in the type of W; the gradient reaches A and B."""
+    """Return W + s B A in the type of W, with gradients to A and B."""
     weight: Tensor = layer.get_base_layer().weight
     if layer.merged or layer.disable_adapters:
         return weight
@@ -433,19 +435,23 @@ def _merged_norm(layer: Any) -> Tensor:
 
 
 def _finetuned(model_cfg: Mapping[str, Any]) -> str | None:
-    # Where the key is missing, LAVIS's models load it.
+    # Without the key load_finetuned, LAVIS's models load the finetuned weights.
     return model_cfg.get("finetuned") or None if model_cfg.get("load_finetuned", True) else None
 
 
 def read_lora_checkpoint(path: str) -> dict[str, Any] | None:
-    """Return the content of a LAVIS checkpoint if it holds adapters; other files are for the model to read."""
+    """Return the content of a LAVIS checkpoint with adapters, or None for any other file, which the model will read.
+
+    Raises:
+        ValueError: If the file is damaged, or holds adapters without the run's config.
+    """
     if urlparse(path).scheme in ("http", "https"):
         return None
     try:
-        # Mapped, so that looking at the names of a large model costs nothing.
+        # A mapped file costs no memory for the weights of a large model.
         with plain_numbers():
             content = torch.load(Path(os.path.expanduser(path)), map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # the model reads the file as well and says what is wrong with it
+    except Exception:  # the model reads the file too and reports what is wrong with it
         return None
     state = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not any(".lora_" in str(name) for name in state):
@@ -461,24 +467,27 @@ def read_lora_checkpoint(path: str) -> dict[str, Any] | None:
 
 
 def _first_run(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the config of the run that added the adapters; later ones may have gone on from its checkpoint."""
+    """Return the config of the run that added the adapters, which later runs may have continued."""
     path = _finetuned(saved["config"]["model"])
     earlier = read_lora_checkpoint(path) if path else None
     config: Mapping[str, Any] = saved["config"]
     return config if earlier is None else _first_run(earlier)
 
 
-def _warn_of_another_base(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
-    """The frozen weights are not in the checkpoint, so nothing else would tell; a moved file may be the same one."""
+def _warn_of_other_frozen_weights(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    """Warn if a key that names frozen weights has changed, because the checkpoint does not hold these weights.
+
+    This is no error, because the other path may lead to the same file.
+    """
     for key in ("model_type", "pretrained", "vit_pretrained"):
         if now.get(key) != then.get(key):
             logging.warning("adapters were trained on model.%s: %s, now: %s", key, then.get(key), now.get(key))
 
 
-def _check_settings(lora: Lora, saved: Mapping[str, Any], path: str) -> None:
-    """The scaling is no tensor, so a checkpoint under another one would load and be wrong."""
-    theirs = Lora(**saved["config"]["run"]["lora"])
-    for field in dataclasses.fields(Lora):
+def _check_settings(lora: LoraSettings, saved: Mapping[str, Any], path: str) -> None:
+    """Refuse other settings than the checkpoint's: a different scaling, which no tensor shows, would load unnoticed."""
+    theirs = LoraSettings(**saved["config"]["run"]["lora"])
+    for field in dataclasses.fields(LoraSettings):
         here, there = getattr(lora, field.name), getattr(theirs, field.name)
         if here != there and field.name not in _TRAINING_ONLY:
             raise ValueError(
@@ -503,7 +512,7 @@ def _is_last_part(part: str, name: str) -> bool:
 
 
 def _nearest(pattern: str, names: list[str]) -> str:
-    """Return the names that look most like a pattern, else the first."""
+    """Return up to four names that resemble a pattern, or the first names if none does."""
     words = [word for word in re.split(r"\W+", pattern) if word]
     ends = {name.rpartition(".")[2] for name in names}
     close = {end for word in words for end in difflib.get_close_matches(word, list(ends), n=2)}

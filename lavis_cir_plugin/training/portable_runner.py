@@ -1,4 +1,4 @@
-"""LAVIS's runners, freed from what they take for granted: a GPU, torchrun, and a process with one runner."""
+"""LAVIS's runners on any machine: without a GPU, without torchrun, and several in one process."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 
 
 class PortableRunner:
-    """Mix-in that goes before one of LAVIS's runners; it overrides no loop and changes no arithmetic.
+    """Mix-in before a runner of LAVIS; it overrides no loop and changes no arithmetic.
 
-    * Trains and evaluates on a CPU, in one process or several.
-    * Several runners may live in one process.
-    * Order and augmentation of the training data follow from seed and epoch (:mod:`~lavis_cir_plugin.data_order`).
-    * The best checkpoint is read without unpickling objects and must match the trained tensors.
+    * It trains and evaluates on a CPU, in one process or several.
+    * Several runners may exist in one process.
+    * Order and augmentation of the training data depend on seed and epoch alone
+      (:mod:`~lavis_cir_plugin.data.resumable_loader`).
+    * It reads the best checkpoint without unpickling objects, and the checkpoint must match the trained tensors.
     """
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Any, job_id: str) -> None:
@@ -42,15 +43,15 @@ class PortableRunner:
             registry.mapping["paths"].pop(name, None)
         super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
         if not self.cuda_enabled:
-            # LAVIS's tasks move evaluation batches to a GPU unless told otherwise, and its meters sum there.
+            # By default LAVIS's tasks move evaluation batches to a GPU, and its meters sum on a GPU.
             task.evaluation = partial(task.evaluation, cuda_enabled=False)
             lavis_logger.SmoothedValue.synchronize_between_processes = _synchronize_meter
-            # Its loader sleeps two seconds before each epoch for the sake of CUDA prefetching, and uses no other clock.
+            # LAVIS's loader sleeps for two seconds before each epoch, for CUDA prefetching; it uses `time` for no more.
             dataloader_utils.time = SimpleNamespace(sleep=lambda seconds: None)
 
     @property
     def model(self) -> nn.Module:
-        """The model on its device, inside DistributedDataParallel in a distributed run."""
+        """The model on its device; in a distributed run DistributedDataParallel wraps it."""
         wrapped: nn.Module | None = self._wrapped_model
         if wrapped is None:
             wrapped = self._model = self._model.to(self.device)
@@ -62,8 +63,8 @@ class PortableRunner:
 
     @property
     def dataloaders(self) -> Any:
-        """LAVIS's loaders by split; the log says what each split holds, and not a number of "records"."""
-        root, words = logging.getLogger(), _InOwnWords(self)
+        """LAVIS's loaders by split; the log names the contents of each split in place of a number of "records"."""
+        root, words = logging.getLogger(), _SplitContents(self)
         root.addFilter(words)
         try:
             return super().dataloaders
@@ -71,11 +72,11 @@ class PortableRunner:
             root.removeFilter(words)
 
     def create_loaders(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """Return LAVIS's loaders, in an order that can be resumed; on a CPU without its prefetcher, a CUDA stream."""
+        """Return LAVIS's loaders with a resumable order of the data, on a CPU without LAVIS's CUDA prefetcher."""
         seed = int(self.config.run_cfg.get("seed", 42))
 
         def loader(dataset: Any, drop_last: bool = False, **options: Any) -> DataLoader[Any]:
-            if not drop_last:  # LAVIS's mark of training on data of known length
+            if not drop_last:  # LAVIS sets drop_last only for training on data of known length
                 return DataLoader(dataset, worker_init_fn=worker_setup(), **options)
             del options["sampler"], options["shuffle"]
             return training_loader(dataset, seed, drop_last=True, **options)
@@ -90,7 +91,7 @@ class PortableRunner:
             return super().create_loaders(*args, **kwargs)
 
     def evaluate(self, cur_epoch: Any = "best", skip_reload: bool = False) -> Any:
-        """Evaluate the test splits at the end: the best checkpoint, or without any validation the last weights."""
+        """Evaluate the test splits with the best checkpoint, or with the last weights if nothing was validated."""
         return super().evaluate(cur_epoch="best", skip_reload=skip_reload or not self.valid_splits)
 
     def _reload_best_model(self, model: nn.Module) -> nn.Module:
@@ -98,14 +99,14 @@ class PortableRunner:
         if not os.path.isfile(path):
             logging.warning("no epoch of this run had a validation metric above 0; the last weights are evaluated.")
             return model
-        # The names are the model's own, so no prefix is taken off them.
+        # The runner wrote the file with the model's own names, so no prefix has to be removed.
         load_strictly(model, read_checkpoint(path)["model"], path, may_lack=frozen_names(model))
         return model
 
 
 @contextmanager
 def _replaced(module: ModuleType, names: dict[str, Any]) -> Iterator[None]:
-    """Let a module have other things under these names while the context lasts."""
+    """Replace attributes of a module while the context lasts."""
     stock = {name: getattr(module, name) for name in names}
     vars(module).update(names)
     try:
@@ -114,12 +115,12 @@ def _replaced(module: ModuleType, names: dict[str, Any]) -> Iterator[None]:
         vars(module).update(stock)
 
 
-class _InOwnWords(logging.Filter):
-    """Replaces LAVIS's "Loaded 60 records for val split from the dataset." by what these records are."""
+class _SplitContents(logging.Filter):
+    """Replaces LAVIS's log line "Loaded 60 records for val split from the dataset." by the contents of the split."""
 
     def __init__(self, runner: Any) -> None:
         super().__init__()
-        self.runner = runner  # its data sets are put in order by LAVIS just before
+        self.runner = runner  # LAVIS arranges its data sets by split just before it writes the line
 
     def filter(self, record: logging.LogRecord) -> bool:
         found = re.fullmatch(r"Loaded (\d+) records for (\w+) split from the dataset\.", record.getMessage())
@@ -129,7 +130,7 @@ class _InOwnWords(logging.Filter):
 
 
 def _contents(dataset: Any) -> str:
-    """Say what a data set holds, or each of those that LAVIS has concatenated."""
+    """Return the contents of a data set, or of each data set that LAVIS has concatenated, in words."""
     parts = dataset if isinstance(dataset, (list, tuple)) else getattr(dataset, "datasets", None)
     if parts is not None:
         return ", ".join(map(_contents, parts))
@@ -138,7 +139,7 @@ def _contents(dataset: Any) -> str:
 
 
 def _synchronize_meter(meter: lavis_logger.SmoothedValue) -> None:
-    """Sum a meter over processes on the CPU; LAVIS's own sums on a GPU."""
+    """Sum a meter over all processes on the CPU; LAVIS's own method sums on a GPU."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     total = torch.tensor([meter.count, meter.total], dtype=torch.float64)
@@ -148,6 +149,6 @@ def _synchronize_meter(meter: lavis_logger.SmoothedValue) -> None:
 
 
 def join_single_process(device: str) -> None:
-    """Open a process group of this process alone, unless one is open: LAVIS ends each epoch with a barrier."""
+    """Open a process group of this process alone if none is open, because LAVIS ends each epoch with a barrier."""
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)

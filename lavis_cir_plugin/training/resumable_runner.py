@@ -1,4 +1,4 @@
-"""A training run that can be stopped anywhere, by anything, and goes on as if it had not been."""
+"""LAVIS's runners made resumable: a run that was stopped anywhere goes on as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -34,40 +34,41 @@ from lavis_cir_plugin.report.run_log import RunLog, progress
 from lavis_cir_plugin.training.portable_runner import PortableRunner
 
 LAST, PREVIOUS = "checkpoint_last.pth", "checkpoint_previous.pth"
-_LOCK, _PATIENCE = ".running.lock", 0.5  # seconds, for processes that only look who holds it
+_LOCK, _PATIENCE = ".running.lock", 0.5  # seconds to wait for processes that hold the lock only to read its holder
 _LOGS = ("log.txt", "steps.csv", "epochs.csv", "evaluate.txt")
 _FINISHED = {"run_finished": True}
-# A scaler skips a step that has overflowed, so one such loss is no reason to stop.
+# A gradient scaler skips a step after an overflow, so that many such losses in a row are tolerated.
 _NOT_FINITE_WITH_SCALER = 20
-# Of the optimizer's groups: a resumed run takes these from its config, as it does the learning rate.
+# A resumed run takes these keys of the optimizer's groups from its config, and the learning rate from the schedule.
 _GROUP_KEYS = ("weight_decay", "eps", "betas")
 
-# The order of the data, hence the place to go on from, depends on these.
+# The order of the data, and hence the position to go on from, depends on these keys.
 _MUST_AGREE = ("seed", "batch_size_train", "accum_grad_iters", "iters_per_inner_epoch")
 _MAY_DIFFER = ("resume_ckpt_path", "output_dir", "num_workers", "log_freq", "save_every", "distributed", "rank", "gpu",
                "world_size", "dist_url", "dist_backend", "device")  # fmt: skip
 
 
 class ResumableRunner(PortableRunner):
-    """Mix-in that goes before one of LAVIS's runners, epoch- or iteration-based; it copies no loop of theirs.
+    """Mix-in before an epoch-based or iteration-based runner of LAVIS; it copies no loop of theirs.
 
-    * ``checkpoint_last.pth`` is written after each epoch before its validation, again after it, and every
+    * ``checkpoint_last.pth`` is written after each epoch before its validation, again after the validation, and every
       ``run.save_every`` batches. It holds weights, optimizer, scaler, left-over gradients, the random state of every
-      process, the place in the data, the best metric so far, and how long the logs were.
-    * A checkpoint is written beside its place and then moved there; the one before stays as
-      ``checkpoint_previous.pth`` and is used where the last one turns out to be damaged.
-    * A run resumed from such a checkpoint goes on in its own folder and ends with the same weights, metrics and logs,
-      bit for bit on a CPU. Other checkpoints of LAVIS start a new folder with their weights, optimizer and epoch.
+      process, the position in the data, the best metric so far, and the sizes of the logs.
+    * A checkpoint is written to a temporary file and then renamed. The one before it stays as
+      ``checkpoint_previous.pth``, from which a run goes on if the last one is damaged.
+    * A run that is resumed from such a checkpoint goes on in its own folder and ends with the weights, metrics and logs
+      of an uninterrupted run, bit for bit on a CPU. Other checkpoints of LAVIS start a new folder with their weights,
+      optimizer and epoch.
     * ``steps.csv``, ``epochs.csv`` and TensorBoard's files are written beside LAVIS's ``log.txt``.
     """
 
     RUN_KEYS: tuple[str, ...] = ("save_every",)
     LOG_COLUMNS: ClassVar[Mapping[str, str]] = {}
-    """What a method measures in each step: tag in TensorBoard by column of ``steps.csv``."""
+    """Numbers that a method measures in each step: the tag in TensorBoard by the column of ``steps.csv``."""
 
     @staticmethod
     def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what is wrong with ``run.save_every``, in one sentence."""
+        """Yield a sentence if ``run.save_every`` is impossible."""
         every = run.get("save_every")
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             yield f"run.save_every must be a whole number of batches >= 1, or null, got {every!r}."
@@ -75,18 +76,18 @@ class ResumableRunner(PortableRunner):
     def __init__(self, cfg: Any, task: Any, model: Any, datasets: Any, job_id: str) -> None:
         super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
         self.best: dict[str, Any] = {"epoch": 0, "metric": 0.0}
-        self._resumed: dict[str, Any] | None = None  # until the first batch
+        self._resumed: dict[str, Any] | None = None  # a resumed checkpoint's progress, until the first batch
         self._continues = False
         self._validation_metric = 0.0
         self._has_trained = False
-        self._run_log: RunLog | None = None  # on the main process
-        self._train_means: dict[str, float] = {}  # of the last epoch
-        self._epoch = 0  # of the part that was trained last, and the batches done since the run began
-        self._batches_done = 0
-        self._next_place = 0  # where the run goes on once that part is done
-        self._kept: str | None = None  # up to where this process has saved or resumed the run
+        self._run_log: RunLog | None = None  # open on the main process alone
+        self._train_means: dict[str, float] = {}  # averages of the last epoch
+        self._epoch = 0  # the epoch that was trained last
+        self._batches_done = 0  # since the beginning of the run
+        self._next_place = 0  # the epoch or iteration that comes after the one in training
+        self._kept: str | None = None  # the moment up to which this process has saved or resumed the run
 
-    # What differs between LAVIS's two loops: the unit that is counted, and where a resumed run begins.
+    # LAVIS's two loops differ in the unit that they count and in the attribute where a resumed run begins.
 
     @property
     def _counts_iterations(self) -> bool:
@@ -100,8 +101,8 @@ class ResumableRunner(PortableRunner):
     def _end(self) -> int:
         return self.max_iters if self._counts_iterations else self.max_epoch
 
-    def _named(self, place: int, batches: int) -> str:
-        """Name a moment of the run for a reader: both are counted from 0, so that they are what is done."""
+    def _moment(self, place: int, batches: int) -> str:
+        """Return words for the moment at which so many epochs or iterations, and so many batches, are done."""
         return f"iteration {place + batches}" if self._counts_iterations else f"epoch {place}, batch {batches}"
 
     def _start_at(self, place: int) -> None:
@@ -109,14 +110,14 @@ class ResumableRunner(PortableRunner):
 
     @property
     def resume_ckpt_path(self) -> None:
-        """Nothing is left to do for LAVIS's loop: :meth:`train` has resumed before it begins."""
+        """None, so that LAVIS's loop resumes nothing: :meth:`train` has done it before the loop begins."""
 
     def train(self) -> None:
-        """Run LAVIS's loop, from where the checkpoint named by ``run.resume_ckpt_path`` stopped.
+        """Run LAVIS's loop, from the moment of the checkpoint in ``run.resume_ckpt_path`` on.
 
         Raises:
-            ValueError: If there is not a single batch, which LAVIS would only notice in a division by zero, or if the
-                checkpoint does not fit this run.
+            ValueError: If the data give no batch, which LAVIS would notice as a division by zero, or if the checkpoint
+                does not fit this run.
         """
         if not self.evaluate_only and any(len(loader) == 0 for loader in self._epoch_loaders()):
             raise ValueError(
@@ -140,7 +141,7 @@ class ResumableRunner(PortableRunner):
         if path is not None and not self.evaluate_only:
             self._load_checkpoint(path)
         if self._resumed is not None and self._begin >= self._end:
-            set_random_state(self._own(self._resumed)["random_state"], self.device)
+            set_random_state(self._state_of_this_process(self._resumed)["random_state"], self.device)
             self.evaluate()
         else:
             super().train()
@@ -149,26 +150,31 @@ class ResumableRunner(PortableRunner):
             self._run_log.close()
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
-        """Train one epoch of LAVIS's loop, or what is left of it."""
-        return self._part("train_epoch", epoch, len(self.train_loader), partial(super().train_epoch, epoch))
+        """Train one epoch of LAVIS's loop, or the remaining batches of an interrupted one."""
+        return self._train_remaining("train_epoch", epoch, len(self.train_loader), partial(super().train_epoch, epoch))
 
     def train_iters(self, epoch: int, start_iters: int) -> dict[str, Any]:
-        """Train one inner epoch of LAVIS's iteration-based loop, or what is left of it."""
+        """Train one inner epoch of LAVIS's iteration-based loop, or the remaining batches of an interrupted one."""
         total = self.iters_per_inner_epoch
-        return self._part("train_iters", start_iters, total, partial(super().train_iters, epoch, start_iters))
+        return self._train_remaining(
+            "train_iters", start_iters, total, partial(super().train_iters, epoch, start_iters)
+        )
 
     def training_model(self, model: Any, scaler: Any) -> Callable[[dict[str, Any]], Any]:
-        """Return what LAVIS's loop calls as the model; a runner that changes the training step overrides it."""
+        """Return the callable that LAVIS's loop calls as the model.
+
+        A runner that changes the training step overrides this method.
+        """
         return model
 
     def evaluate(self, cur_epoch: Any = "best", skip_reload: bool = False) -> Any:
-        """Save what was trained, then evaluate as :class:`PortableRunner` does."""
+        """Save the trained state, then evaluate as :class:`PortableRunner` does."""
         if self._has_trained:
             self._save_last(self._next_place, 0, {})
         return super().evaluate(cur_epoch, skip_reload)
 
     def what_is_kept(self) -> str:
-        """Return what an interrupted run has on the disk and how to go on, as the end of a sentence."""
+        """Return what an interrupted run has saved and how to go on, as the end of a sentence."""
         if self.evaluate_only:
             return "an evaluation keeps nothing until it is done, so start it again."
         if self._kept is None:
@@ -182,14 +188,14 @@ class ResumableRunner(PortableRunner):
         )
 
     def eval_epoch(self, split_name: str, cur_epoch: Any, skip_reload: bool = False) -> Any:
-        """Evaluate a split and keep the metric that decides about the best checkpoint."""
+        """Evaluate a split and remember the metric that chooses the best checkpoint."""
         result = super().eval_epoch(split_name, cur_epoch, skip_reload)
         if split_name == "val" and isinstance(result, Mapping):
             self._validation_metric = float(result.get("agg_metrics", 0.0))
         return result
 
     def log_stats(self, stats: Any, split_name: str) -> None:
-        """Log as LAVIS does, and to CSV and TensorBoard."""
+        """Write the numbers to LAVIS's log, to CSV and to TensorBoard."""
         for key in ("best_epoch", "best_iters"):
             if isinstance(stats, dict) and key in stats:
                 stats[key] = self.best["epoch"]
@@ -198,21 +204,28 @@ class ResumableRunner(PortableRunner):
         if self._run_log is not None and isinstance(stats, dict):
             values = {key: value for key, value in stats.items() if not key.startswith("best_")}
             if split_name == "train":
-                values.update(self._train_means)  # LAVIS's have three decimals, which leaves nothing of a learning rate
+                values.update(self._train_means)  # LAVIS rounds to three decimals, too few for a learning rate
             self._run_log.log_epoch(max(self._batches_done - 1, 0), self._epoch, split_name, values)
 
     def log_config(self) -> None:
-        """Log the config at the start of a run, not again where it goes on."""
+        """Log the config at the start of a run, but not when the run is resumed."""
         if not self._continues:
             with _log_explained(self.output_dir):
                 super().log_config()
 
     # Training, interrupted or not.
 
-    def _part(self, name: str, place: int, total: int, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Run LAVIS's ``name``, from ``place`` on, for ``total`` batches less those that were done before a resume."""
+    def _train_remaining(self, name: str, place: int, total: int, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Train the remaining batches of an epoch by LAVIS's own loop.
+
+        Args:
+            name: Name of the task's method with the loop, ``train_epoch`` or ``train_iters``.
+            place: Epoch or iteration at which the epoch begins.
+            total: Number of batches of the whole epoch.
+            run: LAVIS's function that calls that method.
+        """
         resumed, self._resumed = self._resumed, None
-        part = _EpochInParts(self, place, total, resumed)
+        part = _RemainingEpoch(self, place, total, resumed)
         self._epoch, self._batches_done = part.epoch, part.first + part.done
         if self._run_log is None and is_main_process():
             self._run_log = RunLog(Path(self.output_dir), first_step=self._batches_done, columns=self.LOG_COLUMNS)
@@ -229,17 +242,17 @@ class ResumableRunner(PortableRunner):
         finally:
             delattr(self.task, name)
             part.bar.close()
-        if self.valid_splits and part.skipped < total:  # so that nothing is lost with an interrupted validation
+        if self.valid_splits and part.skipped < total:  # an interrupted validation must not lose the epoch
             self._save_last(place, total, part.meters)
         return {**stats, **part.stats()} if part.skipped or part.has_outputs else stats
 
-    def _own(self, resumed: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a checkpoint holds of this process alone."""
+    def _state_of_this_process(self, resumed: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the part of a checkpoint's progress that belongs to this process."""
         own: dict[str, Any] = resumed["processes"][get_rank()]
         return own
 
     def _epoch_loaders(self) -> list[EpochLoader]:
-        # Streams (webdataset) have no place to go back to and start anew.
+        # Streams (webdataset) have no position to return to; they start anew.
         loaders = getattr(self.train_loader, "loaders", [self.train_loader])
         return [loader for loader in loaders if isinstance(loader, EpochLoader)]
 
@@ -247,9 +260,12 @@ class ResumableRunner(PortableRunner):
 
     @main_process
     def _save_checkpoint(self, cur_epoch: Any, is_best: bool = False) -> None:
-        """Save as LAVIS does, but whole or not at all, and the best only where it beats that of before a resume."""
+        """Save a checkpoint as LAVIS does, whole or not at all.
+
+        A resumed run replaces the best checkpoint only if its metric is better than the best one before the resume.
+        """
         if self.evaluate_only:
-            return  # LAVIS's loop would save what it has only evaluated
+            return  # LAVIS's loop would also save a model that it has only evaluated
         if is_best:
             if self._validation_metric <= self.best["metric"]:
                 return
@@ -257,7 +273,7 @@ class ResumableRunner(PortableRunner):
         self._write(self._checkpoint(cur_epoch), f"checkpoint_{'best' if is_best else cur_epoch}.pth")
 
     def _save_last(self, place: int, batches: int, meters: dict[str, tuple[int, float]]) -> None:
-        """Write ``checkpoint_last.pth``: ``batches`` of the part that begins at ``place`` are done."""
+        """Write ``checkpoint_last.pth`` after ``batches`` batches of the epoch that begins at ``place``."""
         own = {"random_state": get_random_state(self.device), "meters": meters}
         processes: list[Any] = [own]
         if get_world_size() > 1:
@@ -277,13 +293,13 @@ class ResumableRunner(PortableRunner):
             "best": self.best,
             "logs": {name: (folder / name).stat().st_size for name in _LOGS if (folder / name).is_file()},
         }
-        # In LAVIS's counts, for its own runners: iterations done, or the last epoch done.
+        # LAVIS's own runners count finished iterations, or the number of the last finished epoch.
         done = place if self._counts_iterations else place - 1
         self._write({**self._checkpoint(done), "progress": progress}, LAST, PREVIOUS)
-        self._kept = self._named(place, batches)
+        self._kept = self._moment(place, batches)
 
     def _checkpoint(self, done: Any) -> dict[str, Any]:
-        """Return what LAVIS's checkpoints hold; frozen weights are left out, unless training moves them."""
+        """Return the content of a LAVIS checkpoint, without frozen weights unless training moves them."""
         model = self.unwrap_dist_model(self.model)
         left_out = set(frozen_names(model)) - set(momentum_copies(model))
         return {
@@ -299,7 +315,7 @@ class ResumableRunner(PortableRunner):
         try:
             write_checkpoint(content, folder, name, previous)
         except (OSError, RuntimeError) as error:
-            # torch's own writer reports a failed write as a RuntimeError; any other one is no matter of space.
+            # torch's writer reports a failed write as a RuntimeError; other RuntimeErrors have other causes.
             if isinstance(error, RuntimeError) and Path(_origin(error)).name != "serialization.py":
                 raise
             reason = getattr(error, "strerror", None) or "the file could not be finished"
@@ -312,10 +328,10 @@ class ResumableRunner(PortableRunner):
         logging.info("checkpoint complete: %s", folder / name)
 
     def _load_checkpoint(self, path: str) -> None:
-        """Resume from ``checkpoint_last.pth``, or from a checkpoint of LAVIS's; frozen tensors may be left out."""
+        """Resume from ``checkpoint_last.pth`` or from a checkpoint of LAVIS, which may lack frozen tensors."""
         saved = read_checkpoint(path)
         counts = "iters" if self._counts_iterations else "epoch"
-        check_saved(saved, path, counts, self.config.run_cfg.get("runner"))
+        check_saved_run(saved, path, counts, self.config.run_cfg.get("runner"))
         model = self.unwrap_dist_model(self.model)
         load_strictly(model, saved["model"], path, may_lack=frozen_names(model))
         self._check_optimizer(saved["optimizer"], path)
@@ -328,7 +344,7 @@ class ResumableRunner(PortableRunner):
         if "progress" in saved:
             self._continue(saved, path)
             return
-        # LAVIS counts the last epoch done, and in its other runner the iterations done.
+        # LAVIS's epoch-based runner saves the last finished epoch, its other runner the number of finished iterations.
         self._start_at(saved[counts] + (0 if self._counts_iterations else 1))
         if self._begin >= self._end:
             raise ValueError(
@@ -337,7 +353,7 @@ class ResumableRunner(PortableRunner):
             )
 
     def _check_optimizer(self, saved: Mapping[str, Any], path: str) -> None:
-        """Refuse the state of an optimizer that trained other weights, which torch finds by counting them, too."""
+        """Refuse the state of an optimizer that trained another number of weights, which torch reports less clearly."""
         before, now = (
             [len(group["params"]) for group in groups]
             for groups in (saved["param_groups"], self.optimizer.param_groups)
@@ -350,7 +366,7 @@ class ResumableRunner(PortableRunner):
             )
 
     def _continue(self, saved: Mapping[str, Any], path: str) -> None:
-        """Restore everything besides the weights and the optimizer, and cut the logs back to that moment."""
+        """Restore everything but weights and optimizer, and cut the logs back to the moment of the checkpoint."""
         state = saved["progress"]
         if len(state["processes"]) != get_world_size():
             raise ValueError(
@@ -394,11 +410,11 @@ class ResumableRunner(PortableRunner):
         self.best = dict(state["best"])
         if is_main_process():
             for log in (folder / name for name in _LOGS):
-                if log.is_file():  # one that the checkpoint does not know is younger
+                if log.is_file():  # a log that the checkpoint does not know was begun later
                     os.truncate(log, state["logs"].get(log.name, 0))
-            if Path(path).name == PREVIOUS:  # the last one is damaged, and would become the previous one
+            if Path(path).name == PREVIOUS:  # the last checkpoint is damaged and must not become the previous one
                 (folder / LAST).unlink(missing_ok=True)
-        self._kept = self._named(state["place"], state["batches"])
+        self._kept = self._moment(state["place"], state["batches"])
         logging.info("resumed from %s: %s batches after %s", path, state["batches"], state["place"])
 
     def _append_to_log(self, record: Mapping[str, Any]) -> None:
@@ -407,11 +423,11 @@ class ResumableRunner(PortableRunner):
                 file.write(json.dumps(record) + "\n")
 
 
-class _EpochInParts:
-    """What stands between LAVIS's loop and the run for one epoch (or inner epoch): it counts, logs and saves.
+class _RemainingEpoch:
+    """The batches of an epoch (or inner epoch) that are left to train: it counts, logs and saves them for LAVIS's loop.
 
-    LAVIS's loop always counts its batches from 0. After a resume in mid-epoch it is given the rest of them, a schedule
-    that counts on from there, and a model that tells the batch its true number.
+    LAVIS's loop always counts batches from 0. After a resume within an epoch the loop gets the remaining batches, a
+    schedule that goes on counting, and a model that writes the true number into each batch.
     """
 
     def __init__(self, runner: ResumableRunner, place: int, total: int, resumed: Mapping[str, Any] | None) -> None:
@@ -421,44 +437,48 @@ class _EpochInParts:
         self.skipped = resumed["batches"] if resumed is not None else 0
         self.done = self.skipped
         self.epoch = place // total if runner._counts_iterations else place
-        self.first = self.epoch * total  # batches of the run before this part
+        self.first = self.epoch * total  # number of the run's batches before this epoch
         self.bar = progress((), total, self.skipped, f"epoch {self.epoch}")
         self.random_state = None
         self.meters = {"lr": (0, 0.0), "loss": (0, 0.0)}
         if resumed is not None:
-            own = runner._own(resumed)
+            own = runner._state_of_this_process(resumed)
             self.random_state = own["random_state"]
             self.meters.update({name: tuple(meter) for name, meter in own["meters"].items()})
         self.loss: Tensor | None = None
-        self.outputs: dict[str, Tensor] = {}  # what else the model returned as numbers
-        self.not_finite = 0  # losses in a row
+        self.outputs: dict[str, Tensor] = {}  # numbers that the model returned beside the loss
+        self.not_finite = 0  # number of successive losses that were not finite
 
     def arguments(self, stock: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what LAVIS's loop gets in place of the runner's own arguments."""
+        """Return the arguments for LAVIS's loop, which replace those of the runner."""
         own = dict(stock)
         rest = self.total - self.skipped
         self.optimizer = stock["optimizer"]
         self.loader = stock["data_loader"]
         self.model = self.runner.training_model(stock["model"], stock.get("scaler"))
         if "start_iters" in stock:
-            own.update(iters_per_inner_epoch=rest, start_iters=self.epoch * rest)  # LAVIS divides one by the other
+            own.update(iters_per_inner_epoch=rest, start_iters=self.epoch * rest)  # LAVIS divides the two numbers
         if not self.bar.disable:
-            own["log_freq"] = self.total + 1  # LAVIS's lines would break the bar
+            own["log_freq"] = self.total + 1  # LAVIS's log lines would break the progress bar
         if self.random_state is not None:
             set_random_state(self.random_state, self.runner.device)
-        own.update(data_loader=_Batches(self, rest), model=_Model(self), lr_scheduler=_Schedule(self, stock))
+        own.update(
+            data_loader=_CountedBatches(self, rest),
+            model=_CountedModel(self),
+            lr_scheduler=_ContinuedSchedule(self, stock),
+        )
         return own
 
     def skip_all(self) -> dict[str, Any]:
-        """Do what is left of a part whose batches were all done before a resume: LAVIS's loop cannot run over none."""
+        """Begin an epoch whose batches were all done before the resume; LAVIS's loop cannot run without a batch."""
         if self.random_state is not None:
             set_random_state(self.random_state, self.runner.device)
         if hasattr(self.runner.task, "begin_epoch"):
-            self.runner.task.begin_epoch(self.epoch, _Batches(self, 0))
+            self.runner.task.begin_epoch(self.epoch, _CountedBatches(self, 0))
         return {}
 
     def before_batch(self) -> None:
-        """Finish the batch before: log it, and save where it is time."""
+        """Finish the previous batch: log it, and save a checkpoint if one is due."""
         if self.loss is None:
             self._measure()
             return
@@ -472,7 +492,7 @@ class _EpochInParts:
         """Finish the last batch.
 
         Raises:
-            ValueError: If the task has not trained by calling the model it was given, so that nothing was perturbed.
+            ValueError: If the task did not call the model that it was given, so that nothing was perturbed or logged.
         """
         if self.loss is not None:
             self._finish_batch(self.loss)
@@ -484,7 +504,7 @@ class _EpochInParts:
 
     @property
     def has_outputs(self) -> bool:
-        """Whether the model returned numbers besides the loss, which LAVIS's loop drops."""
+        """Whether the model returned numbers beside the loss, which LAVIS's loop drops."""
         return len(self.meters) > 2
 
     def stats(self) -> dict[str, str]:
@@ -494,7 +514,7 @@ class _EpochInParts:
 
     @cached_property
     def means(self) -> dict[str, float]:
-        """LAVIS's averages over the whole epoch and all processes, once all its batches are done."""
+        """Averages over the epoch's batches on all processes, once all batches are done."""
         sums = torch.tensor(list(self.meters.values()), dtype=torch.float64, device=self.runner.device)
         if get_world_size() > 1:
             dist.all_reduce(sums)
@@ -514,7 +534,7 @@ class _EpochInParts:
             )
         for name, value in {**values, **dict(zip(self.outputs, numbers[1:]))}.items():
             count, total = self.meters.get(name, (0, 0.0))
-            # Shares of an empty part of a batch are nan; a loss that is not finite belongs in the average.
+            # A share among no samples is nan and is left out; a loss that is not finite counts in the average.
             is_counted = name in values or math.isfinite(value)
             self.meters[name] = (count + 1, total + value) if is_counted else (count, total)
         if self.runner._run_log is not None:
@@ -527,23 +547,25 @@ class _EpochInParts:
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
 
     def _measure(self) -> None:
-        """Tell the optimizer whether the next batch is one of which it measures more than loss and rate."""
+        """Tell the optimizer whether it shall measure more than loss and learning rate in the next batch."""
         if hasattr(self.optimizer, "is_measuring"):
             self.optimizer.is_measuring = self.done % self.runner.log_freq == 0
             self.optimizer.measured = {}
             if self.done == self.skipped:
-                self.optimizer.drop_measurement()  # of gradients left over, which no checkpoint holds
+                self.optimizer.drop_measurement()  # checkpoints do not hold measurements of left-over gradients
 
 
-class _Batches:
-    def __init__(self, part: _EpochInParts, rest: int) -> None:
+class _CountedBatches:
+    """The remaining batches of an epoch, for LAVIS's loop."""
+
+    def __init__(self, part: _RemainingEpoch, rest: int) -> None:
         self.part = part
         self.rest = rest
 
     def __len__(self) -> int:
         return self.rest
 
-    def __iter__(self) -> _Batches:
+    def __iter__(self) -> _CountedBatches:
         return self
 
     def __next__(self) -> Any:
@@ -551,13 +573,15 @@ class _Batches:
         return next(self.part.loader)
 
     def renew(self) -> None:
-        """Let the loader's workers see the data sets as they are now; the order stays."""
+        """Restart the loader's workers, so that they see the present data sets; the order of the data stays."""
         for loader in self.part.runner._epoch_loaders():
             loader.seek(loader.taken)
 
 
-class _Model:
-    def __init__(self, part: _EpochInParts) -> None:
+class _CountedModel:
+    """The model for LAVIS's loop: it remembers its outputs and corrects the batch's number after a resume."""
+
+    def __init__(self, part: _RemainingEpoch) -> None:
         self.part = part
 
     def __call__(self, samples: dict[str, Any]) -> Any:
@@ -579,8 +603,10 @@ class _Model:
         return getattr(self.part.model, name)
 
 
-class _Schedule:
-    def __init__(self, part: _EpochInParts, stock: Mapping[str, Any]) -> None:
+class _ContinuedSchedule:
+    """The learning-rate schedule for LAVIS's loop: it adds the batches that were done before a resume."""
+
+    def __init__(self, part: _RemainingEpoch, stock: Mapping[str, Any]) -> None:
         self.part = part
         self.schedule = stock["lr_scheduler"]
 
@@ -589,7 +615,7 @@ class _Schedule:
 
 
 def resumable(runner: type) -> type:
-    """Return a runner class of LAVIS with :class:`ResumableRunner` before it, or the class itself if it is one."""
+    """Return a runner class with :class:`ResumableRunner` mixed in, or the class itself if it is resumable already."""
     if issubclass(runner, ResumableRunner):
         return runner
     attributes = {"__module__": runner.__module__, "__doc__": runner.__doc__}
@@ -597,21 +623,22 @@ def resumable(runner: type) -> type:
 
 
 def find_checkpoint(asked: str | None, output_dir: str, config: Mapping[str, Any]) -> Path | None:
-    """Return the checkpoint that ``run.resume_ckpt_path`` means, checked byte for byte.
+    """Return the checkpoint that ``run.resume_ckpt_path`` means, after its check sums were verified.
 
     Args:
-        asked: A checkpoint; a run's folder, for its last one; ``auto``, for the newest unfinished run of the same
-            config below ``output_dir``; or None.
-        output_dir: Of all runs of the project.
-        config: Of this run, as LAVIS logs it.
+        asked: Path of a checkpoint; folder of a run, whose last checkpoint is meant; ``auto``, which means the newest
+            unfinished run of the same config below ``output_dir``; or None.
+        output_dir: Folder of all runs of the project.
+        config: Config of this run, as LAVIS logs it.
 
     Returns:
-        None to start anew: nothing was asked for, or ``auto`` has nothing to go on from. A warning then says why an
-        unfinished run of the same config is left. Of a damaged last checkpoint the one before.
+        The path of the checkpoint; if the last one is damaged, that of the previous one. None means a new run, because
+        nothing was asked for or ``auto`` found nothing. If an unfinished run of the same config exists, a warning says
+        why it is not continued.
 
     Raises:
-        FileNotFoundError: If there is no such file, or no checkpoint in the folder.
-        ValueError: If every checkpoint there is damaged.
+        FileNotFoundError: If the file does not exist, or the folder holds no checkpoint.
+        ValueError: If every checkpoint of the run is damaged.
     """
     if asked is not None and asked != "auto":
         path = Path(os.path.expanduser(asked)).absolute()
@@ -622,7 +649,7 @@ def find_checkpoint(asked: str | None, output_dir: str, config: Mapping[str, Any
     for log in sorted(Path(output_dir).glob("*/log.txt"), key=os.path.getmtime, reverse=True):
         if not _is_unfinished(log, config):
             continue
-        reason = _why_not(log.parent, asked)
+        reason = _reason_to_pass_by(log.parent, asked)
         if reason is None:
             return _last_whole(log.parent)
         left.append(f"{log.parent} ({reason})")
@@ -632,17 +659,17 @@ def find_checkpoint(asked: str | None, output_dir: str, config: Mapping[str, Any
     return None
 
 
-def check_saved(saved: Any, path: str, counts: str, runner: Any) -> None:
-    """Check that a file's content is what a run saves, before anything of it is loaded.
+def check_saved_run(saved: Any, path: str, counts: str, runner: Any) -> None:
+    """Check that a file has the content of a run's checkpoint, before any of it is loaded.
 
     Args:
-        saved: The content.
-        path: The file's name, for the messages.
-        counts: ``epoch`` or ``iters``, what this run counts.
-        runner: ``run.runner``.
+        saved: Content of the file.
+        path: Path of the file, for the messages.
+        counts: Unit that this run counts, ``epoch`` or ``iters``.
+        runner: Value of ``run.runner``.
 
     Raises:
-        ValueError: The first that is missing or cannot be used.
+        ValueError: If a part is missing or cannot be used; the message names the first one.
     """
     missing = [key for key in ("model", "optimizer") if not isinstance(saved, Mapping) or key not in saved]
     if missing:
@@ -682,7 +709,7 @@ def check_saved(saved: Any, path: str, counts: str, runner: Any) -> None:
 
 
 def _progress_checks(saved: Mapping[str, Any]) -> list[tuple[str, Any, Any, str]]:
-    """Return key, value, whether it can be used, and what it must be, of all that a run goes on by."""
+    """Return key, value, validity and a description of valid values for each part of a checkpoint's progress."""
     config, progress = saved["config"], saved["progress"]
     is_config = isinstance(config, Mapping) and isinstance(config.get("run", {}), Mapping)
     is_mapping = isinstance(progress, Mapping)
@@ -710,7 +737,7 @@ def _progress_checks(saved: Mapping[str, Any]) -> list[tuple[str, Any, Any, str]
 
 
 def _unusable(path: str, key: str, value: Any, what: str) -> ValueError:
-    """Return the error that names a value of a checkpoint, or its type where it is long."""
+    """Return an error that names a key of a checkpoint with its value, or with its type if the value is long."""
     is_plain = value is None or isinstance(value, (bool, int, float, str)) or value in ({}, [])
     written = printable(repr(value))[:80] if is_plain else f"a {type(value).__name__}"
     return ValueError(
@@ -731,8 +758,8 @@ def _is_mapping_of(value: Any, key: type, item: type) -> bool:
     return isinstance(value, Mapping) and all(isinstance(k, key) and isinstance(v, item) for k, v in value.items())
 
 
-def _why_not(folder: Path, asked: str | None) -> str | None:
-    """Return why an unfinished run of the same config is not gone on with; None if it is."""
+def _reason_to_pass_by(folder: Path, asked: str | None) -> str | None:
+    """Return why an unfinished run of the same config is not continued, or None if it can be."""
     holder = holder_of(folder / _LOCK)
     if holder is not None:
         return f"it is still going on in {holder}"
@@ -742,10 +769,10 @@ def _why_not(folder: Path, asked: str | None) -> str | None:
 
 
 def lock_run(folder: Path) -> FileLock:
-    """Mark a run's folder as in use until the returned lock is released or the process ends, however it ends.
+    """Lock a run's folder until the returned lock is released or the process ends in any way.
 
     Raises:
-        ValueError: If another process trains there.
+        ValueError: If another process trains in the folder.
         OSError: If the folder cannot be written.
     """
     lock, begin = FileLock(folder / _LOCK, f"training in {folder}"), time.monotonic()

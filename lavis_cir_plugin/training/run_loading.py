@@ -1,4 +1,4 @@
-"""What a run wrote, as a model again: ``load_run`` builds it by the config inside the run's checkpoint."""
+"""Loads the trained model of a run: ``load_run`` builds it by the config inside the run's checkpoint."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint
 from lavis_cir_plugin.core.error_messages import unknown_key
 from lavis_cir_plugin.core.model_parts import frozen_names
 from lavis_cir_plugin.training import lora
-from lavis_cir_plugin.training.config import own_name
+from lavis_cir_plugin.training.config import plain_split_name
 
 CHECKPOINTS = ("checkpoint_best.pth", "checkpoint_last.pth", "checkpoint_previous.pth")
-"""Which file of a run's folder is taken: the first that is there."""
+"""Names of a run's checkpoints; the first that exists is loaded."""
 
 
 class LoadedRun(NamedTuple):
-    """A trained model and what belongs to it.
+    """A trained model with its processors and its config.
 
     Attributes:
-        model: In evaluation mode, on the device asked for.
-        vis_processors: Of pictures, by stage, as LAVIS's ``load_model_and_preprocess`` returns them: ``eval`` as the
-            run evaluated, ``train`` as it trained.
-        txt_processors: Of texts, likewise.
-        config: The run's, complete with all defaults.
+        model: The model in evaluation mode, on the requested device.
+        vis_processors: Processors of pictures by stage, as LAVIS's ``load_model_and_preprocess`` returns them: the run
+            evaluated with ``eval`` and trained with ``train``.
+        txt_processors: Processors of texts by stage.
+        config: The run's config with all defaults.
     """
 
     model: Any
@@ -48,33 +48,33 @@ def load_run(
     device: str | torch.device = "cpu",
     changes: Mapping[str, Any] | None = None,
 ) -> LoadedRun:
-    """Return the model of a run with every setting that it was trained with, its adapters (``run.lora``) included.
+    """Return the model of a run with all settings of its training, adapters (``run.lora``) included.
 
-    A checkpoint leaves out what was frozen: that is loaded from where the run had it (``model.pretrained``, or the
-    ``model.finetuned`` that it started from), so these files must be where they were, or named by ``changes``.
+    A checkpoint lacks frozen weights. They are loaded from the run's own source (``model.pretrained``, or the
+    ``model.finetuned`` that it started from), so these files must still be there, or ``changes`` must name new ones.
 
     Args:
-        run: Folder of a run, for its best checkpoint or else its last one; or one of its checkpoints.
-        device: Where the model shall be. On a CPU a tower stored in half precision is loaded in single precision.
-        changes: Keys of the run's ``model`` section and what they are now: ``{"pretrained": "/new/place.pth"}``, say.
+        run: Folder of a run, whose best checkpoint (or else last checkpoint) is loaded, or one of its checkpoints.
+        device: Device of the model. On a CPU a tower that is stored in half precision is loaded in single precision.
+        changes: New values for keys of the run's ``model`` section, such as ``{"pretrained": "/new/place.pth"}``.
 
     Raises:
-        FileNotFoundError: If there is no checkpoint, or a file that the model stands on is missing.
-        ValueError: If the checkpoint holds no run's config, a change is of an unknown key, or weights do not fit.
+        FileNotFoundError: If there is no checkpoint, or a file with frozen weights is missing.
+        ValueError: If the checkpoint holds no run's config, a changed key is unknown, or weights do not fit.
     """
     path = checkpoint_in(Path(os.path.expanduser(run)))
     content = read_checkpoint(str(path))
     config = _config_of(content, path)
-    model = _build(config, content["model"], str(path), torch.device(device), dict(changes or {}))
+    model = _build_trained(config, content["model"], str(path), torch.device(device), dict(changes or {}))
     vis_processors, txt_processors = load_preprocess(_preprocessing(config))
     return LoadedRun(model.to(device).eval(), vis_processors, txt_processors, config)
 
 
 def checkpoint_in(run: Path) -> Path:
-    """Return a checkpoint itself, or the one of a run's folder that `load_run` takes.
+    """Return the checkpoint that `load_run` loads from a run's folder; the path of a checkpoint is returned itself.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no checkpoint.
     """
     if run.is_file():
         return run
@@ -97,7 +97,7 @@ def _config_of(content: Any, path: Path) -> DictConfig:
     return complete
 
 
-def _build(
+def _build_trained(
     config: DictConfig, state: Mapping[str, Any], path: str, device: torch.device, changes: Mapping[str, Any]
 ) -> nn.Module:
     model_class = registry.get_model_class(config.model.get("arch"))
@@ -110,25 +110,25 @@ def _build(
     model = OmegaConf.merge(config.model, changes)
     if device.type == "cpu" and model.get("vit_precision") == "fp16":
         model.vit_precision = "fp32"
-    # Their content is in the checkpoint, so that the files need not be there any more.
+    # The checkpoint holds the content of these files, so the files need not exist any more.
     model.update({key: None for key in getattr(model_class, "kept_in_checkpoints", ()) if key in model})
     starts_elsewhere = bool(model.get("load_finetuned")) and bool(model.get("finetuned"))
     if not config.run.get("lora") and (starts_elsewhere or not model.get("pretrained")):
-        found = _built(model, config.run)
+        found = _build_from_sections(model, config.run)
         _load_trained(found, state, path, starts_elsewhere)
         return found
-    return _built(OmegaConf.merge(model, {"load_finetuned": True, "finetuned": path}), config.run)
+    return _build_from_sections(OmegaConf.merge(model, {"load_finetuned": True, "finetuned": path}), config.run)
 
 
-def _built(model: DictConfig, run: DictConfig) -> nn.Module:
-    """Build as the run did; frozen weights of no file are drawn from the run's seed, as they were."""
+def _build_from_sections(model: DictConfig, run: DictConfig) -> nn.Module:
+    """Build the model as the run did; frozen weights without a file are drawn again from the run's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(run.get("seed", 42)))
         return lora.build_model(BaseTask(), SimpleNamespace(model_cfg=model, run_cfg=run))
 
 
 def _load_trained(model: nn.Module, state: Mapping[str, Any], path: str, has_start: bool) -> None:
-    """Load what a run trained over what it started from."""
+    """Load the weights that a run trained into the model that it started from."""
     frozen = frozen_names(model)
     load_strictly(model, state, path, may_lack=frozen)
     drawn = [name for name in frozen if name not in state]
@@ -139,9 +139,9 @@ def _load_trained(model: nn.Module, state: Mapping[str, Any], path: str, has_sta
 
 
 def _preprocessing(config: DictConfig) -> DictConfig:
-    """Return the processors by stage: of the benchmark that the run evaluated and of the data that it trained on.
+    """Return the config of the processors: ``train`` of the training data, ``eval`` of the evaluated benchmark.
 
-    Where it evaluated none, those of the model's type in the model's picture size.
+    Without such a section, the processors are those of the model's type, in the model's picture size.
     """
     path = registry.get_model_class(config.model.arch).default_config_path(config.model.model_type)
     defaults = OmegaConf.load(path).get("preprocess") or OmegaConf.create()
@@ -150,7 +150,7 @@ def _preprocessing(config: DictConfig) -> DictConfig:
     for stage, processor in chosen["vis_processor"].items():
         if size is not None and processor is not None and "image_size" in processor:
             chosen["vis_processor"][stage] = OmegaConf.merge(processor, {"image_size": size})
-    for stage, section in (("train", _trained(config)), ("eval", _evaluated(config))):
+    for stage, section in (("train", _training_section(config)), ("eval", _evaluation_section(config))):
         for kind in chosen:
             own = ((section or {}).get(kind) or {}).get(stage)
             if own is not None:
@@ -158,17 +158,17 @@ def _preprocessing(config: DictConfig) -> DictConfig:
     return OmegaConf.create(chosen)
 
 
-def _trained(config: DictConfig) -> Mapping[str, Any] | None:
+def _training_section(config: DictConfig) -> Mapping[str, Any] | None:
     sections = config.datasets.values()
     return next((section for section in sections if "train" in (section.get("splits") or ["train"])), None)
 
 
-def _evaluated(config: DictConfig) -> Mapping[str, Any] | None:
-    """Return the section of the first benchmark that the run evaluated, or else read."""
+def _evaluation_section(config: DictConfig) -> Mapping[str, Any] | None:
+    """Return the section of the first benchmark that the run evaluated, or else of the first one that it has."""
     sections = [
         section
         for name, section in config.datasets.items()
         if hasattr(registry.get_builder_class(name), "benchmark_module")
     ]
-    evaluated = [s for s in sections if any(own_name(split) != "train" for split in s.get("splits") or ())]
+    evaluated = [s for s in sections if any(plain_split_name(split) != "train" for split in s.get("splits") or ())]
     return next(iter([*evaluated, *sections]), None)

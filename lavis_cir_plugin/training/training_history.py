@@ -1,4 +1,4 @@
-"""Which data sets a model was trained on: by this run, and by those whose checkpoints it stands on."""
+"""Finds the data sets that a model was trained on, in this run and in the runs whose checkpoints it started from."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _CHECKPOINT_KEYS = ("pretrained", "mapping_checkpoint", "finetuned")
 
 
 def trained_on(model: Mapping[str, Any], datasets: Mapping[str, Any]) -> set[str]:
-    """Return the names of the data sets whose split ``train`` a run reads, or an earlier one of its model has read.
+    """Return the names of the data sets whose split ``train`` this run or an earlier run of its model has read.
 
     Args:
-        model: Section of a config. The checkpoints that it names are followed back, as far as they are local files
-            with a run's config in them and the files that this names in turn still exist.
-        datasets: Section of the same config, with the splits that :func:`~lavis_cir_plugin.config.choose_splits` put
-            there.
+        model: Section ``model`` of a config. The function reads the configs in the checkpoints that the section
+            names, then those in the checkpoints that these configs name, as long as they are existing local files.
+        datasets: Section ``datasets`` of the same config, after
+            :func:`~lavis_cir_plugin.training.config.choose_splits`.
     """
     return _trained_on(model, datasets, set())
 
@@ -39,9 +39,9 @@ def _trained_on(model: Mapping[str, Any], datasets: Mapping[str, Any], seen: set
 
 
 def _config_in(path: Path) -> Mapping[str, Any]:
-    """Return the config of the run that wrote a checkpoint; empty for files of others, which the model judges."""
+    """Return the config in a run's checkpoint, or an empty one for any other file, which the model will check."""
     try:
-        # Mapped, so that looking at the config of a large model costs nothing.
+        # A mapped file costs no memory for the weights of a large model.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError):
         return {}

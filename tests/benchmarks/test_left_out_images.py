@@ -21,7 +21,7 @@ from lavis_cir_plugin.benchmarks.json_lines import read_lines
 from lavis_cir_plugin.benchmarks.triplets import read_benchmark
 from lavis_cir_plugin.commands.check import report, survey
 from lavis_cir_plugin.commands.triplets import _check
-from lavis_cir_plugin.data.tar_shards import Shards, ShardsConfig
+from lavis_cir_plugin.data.tar_shards import CaptionedShards, ShardsConfig
 from lavis_cir_plugin.training import launcher
 from lavis_cir_plugin.training.config import ConfigError, check_values, read_config
 
@@ -134,7 +134,7 @@ def test_an_output_folder_elsewhere_is_taken(shop: Path, output: str):
 
 def resolved(shop: Path, *options: str) -> Any:
     path = lavis_cir_plugin.PROJECTS / "wrf4cir" / "triplets_tiny.yaml"
-    return launcher.complete(read_config(str(path), [f"datasets.triplets.build_info.root={shop}", *options]))
+    return launcher.with_lavis_defaults(read_config(str(path), [f"datasets.triplets.build_info.root={shop}", *options]))
 
 
 def test_a_run_with_such_an_output_folder_does_not_start(shop: Path):
@@ -216,7 +216,7 @@ def test_no_reader_waits_at_a_named_pipe(tmp_path: Path):
     with pytest.raises(ValueError, match=refused):
         read_json(tmp_path / "val.json")
     with pytest.raises(ValueError, match=refused):
-        Shards({"root": str(tmp_path)})
+        CaptionedShards({"root": str(tmp_path)})
 
 
 def test_hidden_shards_are_left_out(tmp_path: Path):

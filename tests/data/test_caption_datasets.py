@@ -1,4 +1,4 @@
-"""Captioned images in files and in shards: what is read, what is refused, and that models train on it."""
+"""Captioned images in files and in tar shards are read, broken ones are refused, and models train on them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from PIL import Image
 from lavis_cir_plugin.benchmarks.captions import CaptionedImage, caption_records, check_config, read_captions
 from lavis_cir_plugin.data.builders.captions import CaptionDataset, ShardDataset
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
-from lavis_cir_plugin.data.tar_shards import Shards
+from lavis_cir_plugin.data.tar_shards import CaptionedShards
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.processors import TargetPadProcessor
 from lavis_cir_plugin.training import launcher
@@ -146,7 +146,7 @@ def test_of_several_captions_one_is_drawn_each_time(tmp_path: Path):
 
 
 def test_examples_of_one_image_have_one_id(tmp_path: Path):
-    """COCO has five of each; a loss that contrasts them would take an image for its own negative."""
+    """COCO has five captions per image; without equal ids a contrastive loss takes an image for its own negative."""
     picture_file = folder(tmp_path)
     examples, paths = read_captions(picture_file)
     dataset = CaptionDataset([*examples, examples[0]], paths, TargetPadProcessor(8), str.upper)
@@ -196,7 +196,7 @@ def test_every_kind_of_sample_is_read(tmp_path: Path):
         ".hidden": "x",
     }
     shard(tmp_path / "0.tar", files)
-    samples = Shards({"root": str(tmp_path)})
+    samples = CaptionedShards({"root": str(tmp_path)})
     assert [texts for _, texts in (samples[0], samples[1])] == [("one", "1"), ("two",)]
     assert [round(np.asarray(image).mean() / 10) for image, _ in (samples[0], samples[1])] == [1, 2]
     dataset = ShardDataset(samples, TargetPadProcessor(8), str.upper)
@@ -216,7 +216,7 @@ def test_every_kind_of_sample_is_read(tmp_path: Path):
 def test_shards_are_named_by_patterns(tmp_path: Path, shards: Any, numbers: list[int]):
     for index, part in enumerate([(1, 2), (3, 4), (5,)]):
         shard(tmp_path / f"{index:05d}.tar", pairs(*part))
-    samples = Shards({"root": str(tmp_path), "shards": shards})
+    samples = CaptionedShards({"root": str(tmp_path), "shards": shards})
     assert [int(texts[0].split()[1]) for _, texts in (samples[i] for i in range(len(samples)))] == numbers
 
 
@@ -225,7 +225,7 @@ def test_webdataset_reads_the_same_samples(tmp_path: Path):
         shard(tmp_path / f"{index}.tar", pairs(*range(index * 5, index * 5 + 5)))
     theirs = webdataset.WebDataset([str(path) for path in sorted(tmp_path.glob("*.tar"))], shardshuffle=False)
     theirs = list(theirs.decode("pil").to_tuple("png", "txt"))
-    ours = Shards({"root": str(tmp_path)})
+    ours = CaptionedShards({"root": str(tmp_path)})
     assert len(ours) == len(theirs) == 10
     for index, (image, text) in enumerate(theirs):
         assert ours[index][1] == (text,)
@@ -233,7 +233,7 @@ def test_webdataset_reads_the_same_samples(tmp_path: Path):
 
 
 def test_a_shard_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Again only if it has changed, or was broken, or the kept list is."""
+    """A shard is listed again only if it has changed, if it was broken, or if the cached listing is damaged."""
     for index, numbers in enumerate([(1, 2), (3, 4)]):
         shard(tmp_path / f"{index}.tar", pairs(*numbers))
     opened = []
@@ -243,7 +243,7 @@ def test_a_shard_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     def texts() -> list[str]:
         opened.clear()
-        samples = Shards(config, tmp_path / "cache")
+        samples = CaptionedShards(config, tmp_path / "cache")
         return [samples[index][1][0] for index in range(len(samples))]
 
     assert texts() == [f"grey {number}" for number in (1, 2, 3, 4)]
@@ -266,7 +266,7 @@ def test_fewer_samples_of_one_seed_are_among_more(tmp_path: Path):
     shard(tmp_path / "0.tar", pairs(*range(9)))
     drawn = []
     for count in (3, 5):
-        samples = Shards({"root": str(tmp_path), "max_images": count, "seed": 1})
+        samples = CaptionedShards({"root": str(tmp_path), "max_images": count, "seed": 1})
         drawn.append([samples[index][1] for index in range(len(samples))])
     assert [len(texts) for texts in drawn] == [3, 5]
     assert set(drawn[0]) < set(drawn[1])
@@ -300,8 +300,8 @@ def test_a_wrong_sample_is_named_or_counted(tmp_path: Path, kind: str, caplog: p
     with pytest.raises(
         ValueError, match=rf"1 samples or shards are broken and 2 samples whole; .*00\.tar, .*{message}"
     ):
-        Shards(config)
-    samples = Shards({**config, "skip_broken": True})
+        CaptionedShards(config)
+    samples = CaptionedShards({**config, "skip_broken": True})
     assert [samples[index][1] for index in (0, 1)] == [("grey 1",), ("grey 9",)]
     assert len(samples) == 2
     assert "caption_shards: 1 broken, left out." in caplog.text
@@ -309,13 +309,13 @@ def test_a_wrong_sample_is_named_or_counted(tmp_path: Path, kind: str, caplog: p
 
 
 def test_a_file_that_a_sample_has_twice_is_named(tmp_path: Path):
-    """A tar file may hold a name twice, and webdataset refuses it as well."""
+    """A tar file may hold a name twice; webdataset refuses such a sample too."""
     path = shard(tmp_path / "00.tar", pairs(1, 2))
     with tarfile.open(path, "a") as tar:
         tar.addfile(tarfile.TarInfo("000000001.txt"))
     with pytest.raises(ValueError, match=r'sample "000000001" has two files \.txt'):
-        Shards({"root": str(tmp_path)})
-    assert len(Shards({"root": str(tmp_path), "skip_broken": True})) == 1
+        CaptionedShards({"root": str(tmp_path)})
+    assert len(CaptionedShards({"root": str(tmp_path), "skip_broken": True})) == 1
 
 
 def test_names_with_dots_are_told_the_rule(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -327,27 +327,27 @@ def test_names_with_dots_are_told_the_rule(tmp_path: Path, caplog: pytest.LogCap
     )
     message = f'sample "heel 5" has 0 pictures; it must have one ({rule}).'
     with pytest.raises(ValueError, match=re.escape(message)):
-        Shards({"root": str(tmp_path)})
-    # Beside a whole sample of that name they are no part of the data, which is said.
+        CaptionedShards({"root": str(tmp_path)})
+    # Beside a whole sample of that name such files are no part of the data, and a warning says so.
     shard(tmp_path / "0.tar", {"heel 5.png": picture(7), "heel 5.txt": "seven", **dotted})
-    samples = Shards({"root": str(tmp_path)})
+    samples = CaptionedShards({"root": str(tmp_path)})
     assert [samples[index][1] for index in range(len(samples))] == [("seven",)]
     assert f"0.tar: {rule}" in caplog.text
 
 
 def test_other_files_of_a_sample_are_no_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     shard(tmp_path / "0.tar", {**pairs(1), "000000001.mask.png": b"x", "000000001.meta.json": "{}"})
-    assert len(Shards({"root": str(tmp_path)})) == 1
+    assert len(CaptionedShards({"root": str(tmp_path)})) == 1
     assert not caplog.records
 
 
 @pytest.mark.parametrize("zeros", [0, 512 * 7, 2**21])
 def test_shards_joined_end_to_end_are_read_to_the_last(tmp_path: Path, zeros: int):
-    """Also where each numbers its samples from the same number on, and more zeros lie between them than tar writes."""
+    """The archives may use the same sample numbers, and more zeros than tar writes may lie between them."""
     parts = [pairs(1, 2), pairs(1), {"000000001.png": picture(3), "000000001.txt": "last"}]
     contents = [shard(tmp_path / "part", files).read_bytes() for files in parts]
     (tmp_path / "0.tar").write_bytes(bytes(zeros).join(contents))
-    samples = Shards({"root": str(tmp_path)})
+    samples = CaptionedShards({"root": str(tmp_path)})
     texts = [samples[index][1][0] for index in range(len(samples))]
     assert texts == ["grey 1", "grey 2", "grey 1", "last"]
     assert [round(np.asarray(samples[index][0]).mean()) for index in range(4)] == [1, 2, 1, 3]
@@ -359,8 +359,8 @@ def test_what_follows_a_shard_and_is_none_is_named(tmp_path: Path):
     path.write_bytes(path.read_bytes() + b"x" * 600)
     message = rf"after 2 samples: after its end, at byte {size:,}, it goes on with no tar file"
     with pytest.raises(ValueError, match=message):
-        Shards({"root": str(tmp_path)})
-    assert len(Shards({"root": str(tmp_path), "skip_broken": True})) == 2
+        CaptionedShards({"root": str(tmp_path)})
+    assert len(CaptionedShards({"root": str(tmp_path), "skip_broken": True})) == 2
 
 
 @pytest.mark.parametrize("cut", [300, 512 + 100, 512 * 5])
@@ -369,8 +369,8 @@ def test_a_cut_shard_is_named_and_its_whole_samples_can_be_used(tmp_path: Path, 
     whole = path.read_bytes().rstrip(b"\0")
     path.write_bytes(whole[:-cut])
     with pytest.raises(ValueError, match=r"00\.tar cannot be read as a tar file after \d samples: .*unpacked to \.tar"):
-        Shards({"root": str(tmp_path)})
-    samples = Shards({"root": str(tmp_path), "skip_broken": True})
+        CaptionedShards({"root": str(tmp_path)})
+    samples = CaptionedShards({"root": str(tmp_path), "skip_broken": True})
     assert 1 <= len(samples) < 3
     assert [samples[index][1] for index in range(len(samples))] == [(f"grey {i + 1}",) for i in range(len(samples))]
     assert "1 broken, left out" in caplog.text
@@ -380,42 +380,49 @@ def test_a_cut_shard_is_named_and_its_whole_samples_can_be_used(tmp_path: Path, 
 def test_a_file_that_is_no_shard_is_named(tmp_path: Path, content: bytes):
     (tmp_path / "00.tar").write_bytes(content)
     with pytest.raises(ValueError, match=r"00\.tar cannot be read as a tar file after 0 samples"):
-        Shards({"root": str(tmp_path)})
+        CaptionedShards({"root": str(tmp_path)})
     with pytest.raises(ValueError, match=r"1 shards \(first: .*00\.tar\) hold no whole pair such as 000000000\.jpg"):
-        Shards({"root": str(tmp_path), "skip_broken": True})
+        CaptionedShards({"root": str(tmp_path), "skip_broken": True})
 
 
 def test_a_shard_without_pairs_or_that_is_missing_is_told(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"has no \.tar file; set datasets\.caption_shards\.build_info\.root"):
-        Shards({"root": str(tmp_path)})
+        CaptionedShards({"root": str(tmp_path)})
     shard(tmp_path / "0.tar", {"README": "x"})
     with pytest.raises(ValueError, match=r"hold no whole pair such as"):
-        Shards({"root": str(tmp_path)})
+        CaptionedShards({"root": str(tmp_path)})
     with pytest.raises(FileNotFoundError, match=r"1 of 2 shards do not exist \(first: .*1\.tar\)"):
-        Shards({"root": str(tmp_path), "shards": "{0..1}.tar"})
+        CaptionedShards({"root": str(tmp_path), "shards": "{0..1}.tar"})
     with pytest.raises(ValueError, match=r'shards: "\{0\.\.1\.tar" has unbalanced braces'):
-        Shards({"root": str(tmp_path), "shards": "{0..1.tar"})
+        CaptionedShards({"root": str(tmp_path), "shards": "{0..1.tar"})
     for value in ([], "", 5, ["a", 5]):
         with pytest.raises(ValueError, match=r"build_info\.shards must be a path or a list of paths, got"):
-            Shards({"root": str(tmp_path), "shards": value})
+            CaptionedShards({"root": str(tmp_path), "shards": value})
 
 
 def test_a_broken_picture_is_named_or_counted_and_the_next_one_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     files = {**pairs(1, 2, 3), "000000002.png": picture(2)[:60]}
     shard(tmp_path / "00.tar", files)
-    samples = Shards({"root": str(tmp_path)})
+    samples = CaptionedShards({"root": str(tmp_path)})
     with pytest.raises(
         ValueError, match=r'00\.tar, sample "000000002": the picture cannot be read as an image: .*skip_br'
     ):
         samples[1]
-    samples = Shards({"root": str(tmp_path), "skip_broken": True})
+    samples = CaptionedShards({"root": str(tmp_path), "skip_broken": True})
     with caplog.at_level(logging.WARNING):
         assert [samples[index][1] for index in range(3)] == [("grey 1",), ("grey 3",), ("grey 3",)]
     assert samples.broken_pictures == 1
     assert 'sample "000000002": the picture cannot be read' in caplog.text
     shard(tmp_path / "00.tar", {"1.png": b"x", "1.txt": "x"})
     with pytest.raises(ValueError, match="no picture of 1 shards can be read"):
-        Shards({"root": str(tmp_path), "skip_broken": True})[0]
+        CaptionedShards({"root": str(tmp_path), "skip_broken": True})[0]
+
+
+@pytest.mark.parametrize("name", ["image_captions", "caption_shards"])
+def test_drawn_garments_are_refused_because_no_world_has_captions_in_these_files(name: str):
+    section = OmegaConf.create({"garments": {"seed": 1}, "build_info": {"root": "x"}})
+    problems = list(registry.get_builder_class(name).section_problems(name, section))
+    assert problems[0] == f"datasets.{name}.garments has no effect: no world is drawn in {name}'s files."
 
 
 def test_preloading_shards_is_refused():
@@ -429,9 +436,9 @@ def test_preloading_shards_is_refused():
 
 
 def shares(rank: int, root: str) -> None:
-    """Write the texts that one of two processes sees in two epochs."""
+    """Write to a file the texts that one of two processes sees in two epochs."""
     dist.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=2)
-    dataset = ShardDataset(Shards({"root": root}), TargetPadProcessor(8), str)
+    dataset = ShardDataset(CaptionedShards({"root": root}), TargetPadProcessor(8), str)
     loader = EpochLoader(training_loader(dataset, 3, batch_size=2, drop_last=True, collate_fn=dataset.collater))
     batches = [next(loader)["text_input"] for _ in range(2 * len(loader))]
     Path(root, f"{rank}.json").write_text(json.dumps(batches))
@@ -457,7 +464,7 @@ WORLD = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A drawn FashionIQ, and its pictures with captions in files and in shards."""
+    """Draw FashionIQ's files, and write its pictures with captions to files and to shards."""
     root = tmp_path_factory.mktemp("world")
     fashioniq = make_garments(root, GarmentsConfig(**WORLD))
     pictures = sorted((fashioniq / "images").iterdir())
@@ -471,7 +478,7 @@ def world(tmp_path_factory):
 
 
 def project(tmp_path: Path, world: Any, names: tuple[str, ...], processor: str = "target_pad") -> str:
-    """A small CLIP from scratch on captions, validated on FashionIQ."""
+    """Write a project that trains a small CLIP from scratch on captions and validates it on FashionIQ."""
     root, fashioniq, _ = world
     infos = {
         "image_captions": {"root": str(root), "images": str(fashioniq / "images")},
@@ -514,7 +521,7 @@ def logged(tmp_path: Path) -> list[dict[str, Any]]:
     ids=lambda names: "+".join(names),
 )
 def test_a_model_trains_on_captions_beside_a_benchmark(names, world, tmp_path, monkeypatch):
-    """Several caption data sets are concatenated, LAVIS's own among them; FashionIQ is validated on."""
+    """Several caption data sets, one of them LAVIS's own, are concatenated; validation reads FashionIQ."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     launcher.main("train", ["--cfg-path", project(tmp_path, world, names)])
     rows = logged(tmp_path)

@@ -1,4 +1,4 @@
-"""LAVIS datasets and builders over a small drawn world, and the preprocessing of pictures."""
+"""LAVIS's data sets and builders over a small drawn world, and the preprocessing of pictures."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_random_crops_are_not_preloaded(tmp_path, monkeypatch):
 
 
 def test_the_text_of_a_triplet_is_drawn_from_pythons_generator(tmp_path, monkeypatch):
-    """LAVIS seeds it and torch seeds it in workers, so a run's texts follow from its seed."""
+    """LAVIS seeds this generator, and torch seeds it in workers, so a run's texts follow from its seed."""
     train = build(tmp_path, monkeypatch)["train"]
     texts = []
     for seed in (1, 1, 2):
@@ -75,7 +75,7 @@ def test_the_text_of_a_triplet_is_drawn_from_pythons_generator(tmp_path, monkeyp
 
 
 def test_a_reference_caption_goes_through_the_text_processor(tmp_path):
-    """Where the triplets have one; else there is no such key."""
+    """If no triplet has a reference caption, samples have no such key."""
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 4)).save(path)
     for caption, keys in (("A Shoe", {"reference_caption"}), ("", set())):
@@ -87,7 +87,7 @@ def test_a_reference_caption_goes_through_the_text_processor(tmp_path):
 
 @pytest.fixture
 def with_negatives(tmp_path):
-    """Three triplets over pictures whose every pixel is their number; negatives 2, 3 and 4; 5; and none."""
+    """Return three triplets with the negatives (2, 3, 4), (5) and none; every pixel of a picture is its number."""
     paths = {}
     for number in range(6):
         paths[str(number)] = tmp_path / f"{number}.png"
@@ -138,7 +138,7 @@ def test_negatives_are_drawn_without_repetition_and_the_target_stands_in(with_ne
 
 
 def test_the_scores_of_negatives_come_with_the_text_that_they_belong_to(with_negatives):
-    """First the right image's, then those of the negatives drawn; of a missing one, the right image's again."""
+    """The right image's score comes first, then those of the negatives; a missing one has the right image's score."""
     dataset, sets = with_negatives
     dataset.use_negatives(sets, 2, with_scores=True)
     score_of = {2: 0.5, 3: 0.25, 4: 0.125}
@@ -153,7 +153,7 @@ def test_the_scores_of_negatives_come_with_the_text_that_they_belong_to(with_neg
 
 
 def test_image_ids_are_stable_and_fit_a_signed_integer():
-    """The same in every process and on every platform: the first is written down."""
+    """An id is equal in every process and on every platform: the first one is compared with a constant."""
     assert image_id("B000000001") == 7557791385062964943 != image_id("B000000002")
     assert all(0 <= image_id(str(n)) < 2**63 for n in range(1000))
 
@@ -183,7 +183,7 @@ def test_target_padding_worked_by_hand(size, padded):
 
 
 def test_the_processor_normalises_like_clip():
-    """White, 1.0 a channel: (1 - mean) / std of CLIP."""
+    """A white picture has 1.0 in each channel, which becomes (1 - mean) / std with CLIP's numbers."""
     pixel = TargetPadProcessor(image_size=8)(Image.new("RGB", (20, 20), "white"))[:, 4, 4]
     expected = [(1 - m) / s for m, s in zip((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))]
     torch.testing.assert_close(pixel, torch.tensor(expected), atol=1e-5, rtol=0)
@@ -194,19 +194,19 @@ def two_views(**changes):
 
 
 def gradient():
-    """A picture whose red is its column and whose green is its row, in steps of 2."""
+    """Return a picture whose red channel is the column and whose green channel is the row, in steps of 2."""
     rows, columns = np.mgrid[0:100, 0:100].astype(np.uint8) * 2
     return Image.fromarray(np.stack([columns, rows, np.full_like(rows, 100)], axis=-1))
 
 
 def pixels(view):
-    """Return columns and rows of the picture that a view's pixels show."""
+    """Return the picture's columns and rows that a view's pixels show."""
     means, stds = torch.tensor((0.48145466, 0.4578275)), torch.tensor((0.26862954, 0.26130258))
     return (view[:2] * stds[:, None, None] + means[:, None, None]) * 255 / 2
 
 
 def test_two_views_are_two_crops_of_the_same_picture():
-    """Their shares of the area are in range, but for the size of a pixel; half of the first are mirrored, no second."""
+    """Both shares of the area are in range up to a pixel; half of the first views are mirrored, no second view is."""
     torch.manual_seed(0)
     processor = two_views(weak_scale=[0.3, 0.5], scale=[0.8, 0.9])
     mirrored = []

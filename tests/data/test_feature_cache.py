@@ -1,4 +1,4 @@
-"""The feature cache: same numbers as without it, never computed twice, never wrong, whatever happened to its files."""
+"""The feature cache changes no number, computes nothing twice, and never returns a wrong row of a damaged file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ROW_BYTES = 2 * 3 * 4
 
 
 class Stub(nn.Module):
-    """Rows (2, 3) of pictures (3, 8, 8); remembers how many pictures each call had."""
+    """Model with rows (2, 3) for pictures (3, 8, 8); it remembers the number of pictures of each call."""
 
     def __init__(self, stop_at=-1):
         super().__init__()
@@ -70,7 +70,7 @@ def paths(tmp_path):
 
 
 def filled(root, paths, model=None, batch_size=2, transform=None, **options):
-    """Return a new cache, as the next run would open it, and the pictures of each call of its tower."""
+    """Return a new cache, as the next run would open it, and the number of pictures in each call of its tower."""
     model = model or Stub()
     cache = FeatureCache(root, model, transform or TargetPadProcessor(8))
     cache.fill(model, paths, batch_size=batch_size, **options)
@@ -79,7 +79,7 @@ def filled(root, paths, model=None, batch_size=2, transform=None, **options):
 
 
 def assert_right(cache, paths, model, transform=None):
-    """Compare every row with the tower's output for that picture alone."""
+    """Compare every row with the tower's output for its picture alone."""
     transform = transform or TargetPadProcessor(8)
     for path in paths:
         alone = model.image_tower(transform(open_rgb(path))[None])[0].view(2, 3)
@@ -95,7 +95,7 @@ def the(folder, suffix):
 
 
 def test_each_picture_is_computed_once_for_ever(tmp_path, paths):
-    """One call for the shape of a row, then ceil(7 / 2) batches; the next run calls nothing."""
+    """One call finds the shape of a row, ceil(7 / 2) calls compute the batches, and the next run calls nothing."""
     _, calls = filled(tmp_path / "c", paths)
     assert calls == [1, 2, 2, 2, 1]
     assert filled(tmp_path / "c", paths)[1] == []
@@ -114,12 +114,12 @@ def test_more_pictures_are_added(tmp_path, paths):
 
 
 def test_a_changed_picture_is_computed_again_and_an_untouched_one_not_even_read(tmp_path, paths):
-    """Same size and time stamp pass for the same file, as in make or git; any other stamp makes it be read."""
+    """A file of equal size and time stamp counts as unchanged, as in make or git; otherwise it is read again."""
     filled(tmp_path / "c", paths)
     before = paths[0].stat()
     Image.new("RGB", (10, 9), "red").save(paths[1], format="png")
     assert filled(tmp_path / "c", paths)[1] == [1]
-    paths[0].write_bytes(b"x" * before.st_size)  # no picture any more: to read it would be an error
+    paths[0].write_bytes(b"x" * before.st_size)  # this is no picture any more, so reading it would raise an error
     os.utime(paths[0], ns=(before.st_atime_ns, before.st_mtime_ns))
     cache = FeatureCache(tmp_path / "c", Stub(), TargetPadProcessor(8))
     cache.fill(Stub(), paths)
@@ -169,7 +169,7 @@ def test_another_transform_has_another_folder_and_both_stay(tmp_path, paths):
     ],
 )
 def test_a_cache_of_version_0_4_is_found_under_the_key_that_it_had_then(kind, former, tmp_path):
-    """The keys were printed by version 0.4, on both stacks, for towers whose weights are all 0.5."""
+    """Version 0.4 printed these keys, on both stacks, for towers whose weights are all 0.5."""
     model = make_scoring_model(kind)
     for weight in model.image_tower.parameters():
         torch.nn.init.constant_(weight.requires_grad_(False), 0.5)
@@ -258,7 +258,7 @@ def test_rows_have_the_towers_own_type(tmp_path, paths, dtype):
 
 
 def test_it_says_what_it_will_do(tmp_path, paths, caplog):
-    """7 rows of 2 x 3 float32 are 168 bytes."""
+    """Seven rows of 2 x 3 float32 take 168 bytes."""
     with caplog.at_level(logging.INFO):
         cache, _ = filled(tmp_path / "c", paths)
         filled(tmp_path / "c", paths)
@@ -274,7 +274,7 @@ def test_it_says_what_it_will_do(tmp_path, paths, caplog):
 
 @pytest.mark.parametrize("stop_at", [1, 2, 4])
 def test_a_killed_fill_is_continued(tmp_path, paths, stop_at):
-    """SIGKILL in call 0 (the probe), 1, ...: after call k, k - 1 batches of two are on the disk."""
+    """SIGKILL ends the process in call 0 (the probe), 1, ...; after call k, k - 1 batches of two are on the disk."""
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
@@ -360,7 +360,7 @@ def test_too_little_space_is_refused_before_anything_is_written(tmp_path, paths,
 
 
 def test_a_disk_that_fills_up_ends_in_a_sentence_and_keeps_what_is_whole(tmp_path, paths):
-    """No file may grow beyond two batches of two rows and a bit, so the third batch is written in part."""
+    """No file may grow beyond two batches of two rows and a few bytes, so the third batch is written in part."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     filled(tmp_path / "c", paths[:1])  # meta.json is longer
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
@@ -407,7 +407,7 @@ def work(rank, folder):
 
 
 def test_two_processes_share_the_work_and_read_all(tmp_path, paths):
-    """7 pictures: one probe each, then 4 and 3; what fails in one process ends both."""
+    """Of 7 pictures each process probes one, then they compute 4 and 3; a failure in one process ends both."""
     in_two_processes(work, str(tmp_path))
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert [(calls[1:], again) for calls, again, _ in results] == [([2, 2], []), ([2, 1], [])]
@@ -424,7 +424,7 @@ def test_two_processes_share_the_work_and_read_all(tmp_path, paths):
 def test_tokens_in_place_of_pictures_give_the_same_losses_gradients_and_vectors(
     fusion, vit_model, small_model, triplets
 ):
-    """Computed one by one, as a cache of another batch size would have them."""
+    """The tokens are computed one by one, as in a cache of another batch size."""
     small = {"vit_config": {"patch_size": 8, "width": 12, "layers": 2, "heads": 2}} if vit_model == "clip_L" else {}
     model = small_model(fusion=fusion, vit_model=vit_model, freeze_vit=True, **small)
     batch = triplets(4)
@@ -459,7 +459,7 @@ def test_what_cannot_be_cached_is_refused_with_the_key_to_change(small_model):
 
 
 def test_pictures_are_not_preloaded_and_the_config_stays_as_it_was(project):
-    """A run is found again for its resume by its config."""
+    """The config must not change, because a resumed run is found by it."""
     section = OmegaConf.merge(
         OmegaConf.load(registry.get_builder_class("fashioniq").default_config_path()).datasets.fashioniq,
         OmegaConf.load(project).datasets.fashioniq,
@@ -491,7 +491,7 @@ WORLD = {
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """The demo with a frozen tower on 3 x (16 + 14) small pictures, which its data set would preload."""
+    """Write the demo's project with a frozen tower, on 3 x (16 + 14) small pictures that the data set would preload."""
     folder = tmp_path_factory.mktemp("project")
     made = OmegaConf.load(PROJECTS / "wrf4cir" / "demo.yaml")
     made.model.freeze_vit = True
@@ -514,7 +514,7 @@ def launch(command, project, output, *options):
 
 
 def test_training_and_evaluation_through_the_launcher(project, tmp_path, monkeypatch):
-    """The first run computes, later ones, of either command, only read; and the numbers are those without a cache."""
+    """The first run computes features, later runs of both commands only read them; no number changes."""
     calls = []
     tower = Blip2Cir.image_features
     monkeypatch.setattr(

@@ -58,7 +58,7 @@ def test_pictures_are_normalised_as_open_clip_says_of_openais_weights():
 
 
 def test_without_open_clip_its_models_are_refused_with_what_to_install(monkeypatch):
-    open_clip_towers.library.cache_clear()
+    open_clip_towers.open_clip_library.cache_clear()
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ValueError, match=r"the library open_clip, which is not installed; run pip install open_clip_"):
         load_clip("ViT-B-32-quickgelu")

@@ -74,7 +74,7 @@ def project(tmp_path, datasets=None, model=None, **run):
 
 
 def completed(path, command="train"):
-    cfg = launcher.complete(config.read_config(path, []))
+    cfg = launcher.with_lavis_defaults(config.read_config(path, []))
     config.check_values(cfg, command)
     config.choose_splits(cfg, command)
     return cfg

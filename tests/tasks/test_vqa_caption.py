@@ -487,8 +487,8 @@ def test_only_the_construction_differs_from_lavis():
         own = {name for base in model.__mro__[:2] for name in vars(base) if not name.startswith("__")}
         assert own <= {
             "init_tokenizer",
-            "_parts",
-            "_words",
+            "_tower_and_bert_config",
+            "_vocabulary",
             "check_config",
             "from_config",
             "PRETRAINED_MODEL_CONFIG_DICT",

@@ -23,7 +23,14 @@ from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir
 from lavis_cir_plugin.training import config, launcher
-from lavis_cir_plugin.training.lora import Lora, add_adapters, build_model, lora_pairs, merged_state, run_problems
+from lavis_cir_plugin.training.lora import (
+    LoraSettings,
+    add_adapters,
+    build_model,
+    lora_pairs,
+    merged_state,
+    run_problems,
+)
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 CLIP = {"vit_model": "clip_L", "vit_config": {"patch_size": 8, "width": 12, "layers": 2, "heads": 2}}
@@ -83,7 +90,7 @@ def test_new_adapters_change_nothing_and_each_is_reached_by_gradients(changes, t
     model.requires_grad_(False)  # torch chooses kernels, and so last bits, also by whether a weight is trained
     with torch.no_grad():
         expected = model(batch)["loss"]
-        add_adapters(model, Lora(target_modules=targets, r=2, also_train="^query_tokens"))
+        add_adapters(model, LoraSettings(target_modules=targets, r=2, also_train="^query_tokens"))
         assert torch.equal(model.train()(batch)["loss"], expected)
     model(batch)["loss"].backward()
     trained = names_trained(model)
@@ -104,7 +111,7 @@ def test_an_adapter_acts_as_the_merged_weight_wherever_it_sits(small_model, trip
         batch, base = triplets(4), small_model(**changes)
         before = outputs(base, batch)
         model = small_model(**changes)
-        add_adapters(model, Lora(target_modules=targets, r=2, lora_alpha=3))
+        add_adapters(model, LoraSettings(target_modules=targets, r=2, lora_alpha=3))
         after = outputs(randomise(model), batch)
         assert not torch.allclose(after, before, atol=1e-3)
         state = merged_state(model)
@@ -118,7 +125,7 @@ def test_the_merged_norm_by_hand():
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].weight.data = torch.tensor([[3.0, 0.0], [0.0, 0.0]])
     assert lora_pairs(model) == []
-    add_adapters(model, Lora(target_modules=["0"], r=1, lora_alpha=2))
+    add_adapters(model, LoraSettings(target_modules=["0"], r=1, lora_alpha=2))
     (pair,) = lora_pairs(model)
     assert (pair.a_name, pair.b_name) == ("0.lora_A.default.weight", "0.lora_B.default.weight")
     assert pair.scaling == 2
@@ -131,7 +138,7 @@ def test_the_merged_norm_by_hand():
 def test_the_merged_norm_of_every_kind_of_layer(small_model):
     """Against the norm of the merged state dictionary; rank-stabilised scaling is alpha / sqrt(r)."""
     model = small_model()
-    add_adapters(model, Lora(target_modules=EVERY_KIND, r=4, lora_alpha=6, use_rslora=True))
+    add_adapters(model, LoraSettings(target_modules=EVERY_KIND, r=4, lora_alpha=6, use_rslora=True))
     state = merged_state(randomise(model))
     for pair in lora_pairs(model):
         assert model.get_parameter(pair.a_name) is pair.a
@@ -145,7 +152,7 @@ def test_adapters_of_half_precision_weights_are_float32(small_model):
     """Through the linear layers, as a CPU computes them: W in bfloat16, A and B in float32, the output as without."""
     model = small_model(freeze_vit=True)
     model.visual_encoder.to(torch.bfloat16)
-    add_adapters(model, Lora(target_modules=["fc1", "qkv"], r=2))
+    add_adapters(model, LoraSettings(target_modules=["fc1", "qkv"], r=2))
     layer = model.visual_encoder.blocks[0].mlp.fc1
     assert {weight.dtype for name, weight in model.named_parameters() if name in names_trained(model)} == {
         torch.float32
@@ -173,7 +180,7 @@ class Triplets(Dataset):
 def test_training_moves_adapters_and_also_train_only_and_only_they_are_saved(tmp_path, small_model, triplets):
     """LAVIS's loop and checkpoints under the perturbing runner."""
     model = small_model(freeze_vit=True)
-    add_adapters(model, Lora(target_modules=r".*\.(query|value|qkv)", r=2, also_train="_proj"))
+    add_adapters(model, LoraSettings(target_modules=r".*\.(query|value|qkv)", r=2, also_train="_proj"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     run = {
         "device": "cpu", "distributed": False, "evaluate": False, "output_dir": str(tmp_path), "min_lr": 1e-3,
@@ -199,9 +206,9 @@ def test_a_tied_tensor_and_its_neighbours():
     """The tied table keeps one weight and is refused; adapters elsewhere in the same BERT train."""
     model, ids = Text().train(), torch.tensor([[2, 5, 7], [2, 9, 3]])
     with pytest.raises(ValueError, match=r"bert.bert.embeddings.word_embeddings is tied .*would part them"):
-        add_adapters(model, Lora(target_modules=["word_embeddings"]))
+        add_adapters(model, LoraSettings(target_modules=["word_embeddings"]))
     expected = model(ids).loss
-    add_adapters(model, Lora(target_modules=["query", "value"], r=2))
+    add_adapters(model, LoraSettings(target_modules=["query", "value"], r=2))
     assert torch.equal(model(ids).loss, expected)
     model(ids).loss.backward()
     assert {name for name, weight in model.named_parameters() if weight.grad is not None} == names_trained(model)
@@ -273,24 +280,24 @@ def test_impossible_settings_are_refused_with_the_config(lora, sentence, tmp_pat
 )
 def test_patterns_that_miss_are_refused_with_what_could_be_meant(settings, sentence, small_model):
     with pytest.raises(ValueError, match=sentence):
-        add_adapters(small_model(freeze_vit=True), Lora(**settings))
+        add_adapters(small_model(freeze_vit=True), LoraSettings(**settings))
 
 
 def test_models_that_would_train_adapters_wrongly_are_refused(small_model):
     with pytest.raises(ValueError, match=r"fc1 is inside 'visual_encoder', which recomputes its activations"):
-        add_adapters(small_model(use_grad_checkpoint=True), Lora(target_modules=["fc1"]))
+        add_adapters(small_model(use_grad_checkpoint=True), LoraSettings(target_modules=["fc1"]))
     model = small_model()
     model.visual_encoder.half()
     with pytest.raises(ValueError, match=r"also_train matches \d+ parameters that are not float32 .*float16"):
-        add_adapters(model, Lora(target_modules=["query"], also_train="norm|query_tokens"))
+        add_adapters(model, LoraSettings(target_modules=["query"], also_train="norm|query_tokens"))
     model.model_pairs = [[model.vision_proj, model.text_proj]]
     with pytest.raises(ValueError, match="Blip2Cir keeps momentum copies of its weights"):
-        add_adapters(model, Lora(target_modules=["query"]))
+        add_adapters(model, LoraSettings(target_modules=["query"]))
 
 
 def test_dropout_acts_in_training_and_not_in_evaluation(small_model, triplets):
     batch, model = triplets(4), small_model()
-    add_adapters(model, Lora(target_modules=["query"], lora_dropout=0.5))
+    add_adapters(model, LoraSettings(target_modules=["query"], lora_dropout=0.5))
     randomise(model).train()
     assert not torch.equal(model(batch)["loss"], model(batch)["loss"])
     assert torch.equal(outputs(model, batch), outputs(model, batch))
@@ -466,7 +473,7 @@ def test_the_perturbation_takes_the_radius_of_the_merged_weights(scope, directio
     """At B = 0 a radius relative to each factor would leave every adapter where it is: delta_B = gamma ||B|| = 0 and
     g_A = 0. Scaled by W + s B A, the merged weight moves by gamma ||W||, to first order, and here exactly (g_A = 0)."""
     model = small_model(freeze_vit=True).train()
-    add_adapters(model, Lora(target_modules=r"Qformer.*\.(query|value)", r=2, lora_alpha=6))
+    add_adapters(model, LoraSettings(target_modules=r"Qformer.*\.(query|value)", r=2, lora_alpha=6))
     optimizer = PerturbingOptimizer(
         torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.1),
         model,
@@ -495,7 +502,7 @@ def test_the_perturbation_takes_the_radius_of_the_merged_weights(scope, directio
 
 def test_one_factor_without_the_other_is_refused(small_model):
     model = small_model(freeze_vit=True)
-    add_adapters(model, Lora(target_modules=r"Qformer.*\.query", r=2))
+    add_adapters(model, LoraSettings(target_modules=r"Qformer.*\.query", r=2))
     for values, message in (
         ({"tensors": "lora_A"}, r"chooses only one of .*lora_A.* and .*lora_B.*choose both or neither"),
         ({"radius": "elementwise"}, r"elementwise is not defined for LoRA's factors"),
@@ -506,7 +513,7 @@ def test_one_factor_without_the_other_is_refused(small_model):
 
 def test_the_frozen_layers_below_the_first_adapter_run_once(small_model, triplets):
     model = small_model(freeze_vit=True).train()
-    add_adapters(model, Lora(target_modules=r"Qformer.*\.query", r=2))
+    add_adapters(model, LoraSettings(target_modules=r"Qformer.*\.query", r=2))
     runs = []
     inner = model.visual_encoder.blocks[0].mlp.fc1
     forward = inner.forward

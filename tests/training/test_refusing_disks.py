@@ -47,7 +47,7 @@ def test_a_read_only_cache_is_one_sentence(tmp_path, monkeypatch, number, call):
     monkeypatch.setattr(tempfile if call == "mkdtemp" else os, call, refuse(number))
     with pytest.raises(OSError, match=r"garments: .* cannot be drawn") as caught:
         world.make_once(tmp_path / "w", {}, lambda part: None)
-    assert launcher._sentence(caught.value) == (
+    assert launcher._sentence_for_user(caught.value) == (
         f"garments: {tmp_path / 'w'} cannot be drawn ({os.strerror(number)}); free some space there, or set "
         "XDG_CACHE_HOME to a folder that can be written."
     )
@@ -98,7 +98,9 @@ def test_a_disk_with_no_byte_left_for_the_config_is_one_sentence(tmp_path, monke
     for write in (runner.log_config, lambda: runner.log_stats({"loss": 1}, "train")):
         with pytest.raises(OSError, match="cannot be written") as caught:
             write()
-        assert launcher._sentence(caught.value).startswith(f"{tmp_path}/log.txt cannot be written (No space left on")
+        assert launcher._sentence_for_user(caught.value).startswith(
+            f"{tmp_path}/log.txt cannot be written (No space left on"
+        )
 
 
 def test_a_refusal_in_any_library_is_one_sentence(tmp_path):
@@ -106,7 +108,7 @@ def test_a_refusal_in_any_library_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError) as caught:  # noqa: PT011 (any message)
         os.makedirs(tmp_path / "file" / "folder")
-    assert launcher._sentence(caught.value) == (
+    assert launcher._sentence_for_user(caught.value) == (
         f"{tmp_path}/file/folder cannot be written or read (Not a directory); free some space there, or choose another "
         "folder (runs are below run.output_dir, the cache below XDG_CACHE_HOME)."
     )
@@ -114,7 +116,7 @@ def test_a_refusal_in_any_library_is_one_sentence(tmp_path):
 
 def test_a_config_needs_no_room_on_a_disk(monkeypatch):
     monkeypatch.setattr(tempfile, "mkdtemp", refuse(errno.ENOSPC))
-    cfg = launcher.complete(config.read_config(str(PROJECTS / "wrf4cir/demo.yaml"), ["run.seed=7"]))
+    cfg = launcher.with_lavis_defaults(config.read_config(str(PROJECTS / "wrf4cir/demo.yaml"), ["run.seed=7"]))
     assert cfg.run_cfg.seed == 7
     assert "fashioniq" in cfg.datasets_cfg
 

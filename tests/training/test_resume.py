@@ -26,7 +26,7 @@ from lavis_cir_plugin.core import checkpoints
 from lavis_cir_plugin.core.checkpoints import read_checkpoint, verify_checkpoint
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.training import launcher, resumable_runner
-from lavis_cir_plugin.training.resumable_runner import check_saved
+from lavis_cir_plugin.training.resumable_runner import check_saved_run
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 KILLS = int(os.environ.get("CIR_KILLS", "2"))
@@ -236,10 +236,10 @@ def saved_content():
 
 
 def test_what_a_run_saves_can_be_gone_on_from(stopped_once):
-    check_saved(saved_content(), "x.pth", "epoch", "runner_base")
-    check_saved(read_checkpoint(str(stopped_once / "checkpoint_last.pth")), "x.pth", "epoch", "runner_base")
+    check_saved_run(saved_content(), "x.pth", "epoch", "runner_base")
+    check_saved_run(read_checkpoint(str(stopped_once / "checkpoint_last.pth")), "x.pth", "epoch", "runner_base")
     plain = {key: value for key, value in saved_content().items() if key in ("model", "optimizer", "epoch")}
-    check_saved(plain, "x.pth", "epoch", "runner_base")  # LAVIS's own, without a scaler
+    check_saved_run(plain, "x.pth", "epoch", "runner_base")  # LAVIS's own, without a scaler
 
 
 @pytest.mark.parametrize(
@@ -272,13 +272,13 @@ def test_what_nobody_can_go_on_from_gets_a_sentence(keys, value, message):
     inner = saved[parents[0]] if parents else saved
     inner[last] = value
     with pytest.raises(ValueError, match=rf"run\.resume_ckpt_path: x\.pth {message}"):
-        check_saved(saved, "x.pth", "epoch", "runner_base")
+        check_saved_run(saved, "x.pth", "epoch", "runner_base")
 
 
 @pytest.mark.parametrize("content", [[1], None, {"model": {}}, {"a": torch.zeros(1)}])
 def test_what_is_no_checkpoint_of_a_run_gets_a_sentence(content):
     with pytest.raises(ValueError, match=r"x\.pth holds no .*optimizer, so it is no checkpoint of a LAVIS run"):
-        check_saved(content, "x.pth", "epoch", "runner_base")
+        check_saved_run(content, "x.pth", "epoch", "runner_base")
 
 
 def test_progress_without_a_config_is_refused_by_the_run(stopped):

@@ -72,7 +72,7 @@ def write_run(folder, model, **run):
     settings = {"task": "composed_retrieval", "device": "cpu", "train_splits": ["train"], "seed": 3, **run}
     content = {"model": {"model_type": "tiny", **model}, "datasets": {"cirr": section}, "run": settings}
     OmegaConf.save(OmegaConf.create(content), folder / "project.yaml")
-    cfg = launcher.complete(config.read_config(str(folder / "project.yaml"), []))
+    cfg = launcher.with_lavis_defaults(config.read_config(str(folder / "project.yaml"), []))
     torch.manual_seed(int(cfg.run_cfg.seed))
     built = randomise(lora.build_model(BaseTask(), cfg)).eval()
     left_out = frozen_names(built)

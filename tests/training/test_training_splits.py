@@ -58,7 +58,7 @@ OWN = "; not zero-shot: trained on fashioniq's own training split"
 
 
 def completed(path, options, command):
-    cfg = launcher.complete(config.read_config(str(path), options))
+    cfg = launcher.with_lavis_defaults(config.read_config(str(path), options))
     config.choose_splits(cfg, command)
     return cfg
 

@@ -1,4 +1,4 @@
-"""LAVIS's builders over benchmarks, captions and drawn questions."""
+"""LAVIS's data set builders for benchmarks, captions and drawn questions."""
 
 import lavis_cir_hook
 

@@ -1,4 +1,4 @@
-"""Register a LAVIS builder for every benchmark."""
+"""LAVIS's data set builders for every benchmark: the module makes and registers one for each reader."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class BenchmarkBuilder(BaseDatasetBuilder):
 
     Keys of its config section, besides LAVIS's processors:
 
-    * ``splits``: which to build; the launcher fills in those that the run reads.
-    * ``preload``: keep every preprocessed image in memory, for small images or much memory.
-    * ``build_info``: passed to the benchmark's reader, which names its keys.
-    * ``garments``: settings of the embedded world; drawn into the cache on first use and read like a download.
+    * ``splits``: names of the splits to build; the launcher fills in those that the run reads.
+    * ``preload``: whether every preprocessed image is kept in memory, for small images or much memory.
+    * ``build_info``: settings of the benchmark's reader.
+    * ``garments``: settings of the drawn world, which is drawn into the cache on first use and read from there.
     """
 
     benchmark_module: ModuleType
     world: World | None
-    """What draws garments in the benchmark's files, if anything does."""
+    """Draws garments in the benchmark's file format; None if no world exists for the benchmark."""
 
     @classmethod
     def known_splits(cls) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ class BenchmarkBuilder(BaseDatasetBuilder):
 
     @classmethod
     def section_problems(cls, name: str, section: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what is wrong with a config section's values, before anything is drawn or read."""
+        """Yield one sentence per wrong value of a config section, before anything is drawn or read."""
         if not isinstance(section.get("preload", False), bool):
             yield f"datasets.{name}.preload must be true or false, got {section['preload']!r}."
         splits = section.get("splits")
@@ -51,7 +51,7 @@ class BenchmarkBuilder(BaseDatasetBuilder):
         if section.get("garments") is not None:
             yield from cls._world_problems(name, as_plain(section.garments))
         try:
-            # The root may still come from the defaults or from the drawn world.
+            # The section may lack a root, which then comes from the defaults or from the drawn world.
             cls.benchmark_module.check_config({"root": "any", **as_plain(section.get("build_info"))})
         except ValueError as error:
             yield str(error)
@@ -70,7 +70,7 @@ class BenchmarkBuilder(BaseDatasetBuilder):
             yield f"datasets.{name}.{error}"  # it begins with "garments: "
 
     def _download_data(self) -> None:
-        """Draw the embedded world if the config asks for it; real data sets are never downloaded."""
+        """Draw the world if the config asks for one; real data sets are never downloaded."""
         self._build_info()
 
     def _build_info(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""LAVIS builders over pictures with captions, as training data: ``image_captions`` and ``caption_shards``.
+"""LAVIS's data set builders for captioned pictures as training data: ``image_captions`` and ``caption_shards``.
 
-Samples are ``image`` and ``text_input``, and of image files ``image_id``, as of LAVIS's own captioning data sets, which
-train the same models.
+Samples have ``image`` and ``text_input``; samples of image files also have ``image_id``. LAVIS's own captioning data
+sets use the same keys, so that they can train the same models.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lavis_cir_plugin.benchmarks.captions import CaptionedImage
 from lavis_cir_plugin.data import tar_shards
 from lavis_cir_plugin.data.benchmark_datasets import CirDataset, Processor, cache_root, image_id
 from lavis_cir_plugin.data.builders.benchmarks import BenchmarkBuilder
-from lavis_cir_plugin.data.tar_shards import Shards
+from lavis_cir_plugin.data.tar_shards import CaptionedShards
 
 
 class CaptionDataset(CirDataset):
-    """Captioned image files. Of several captions of an example one is drawn each time it is read."""
+    """Captioned image files. If an example has several captions, one is drawn at each reading."""
 
     upright = True
 
@@ -58,9 +58,9 @@ class CaptionDataset(CirDataset):
 
 
 class ShardDataset(Dataset[dict[str, Any]]):
-    """Captioned images in shards. Of several captions of an example one is drawn each time it is read."""
+    """Captioned images in tar shards. If an example has several captions, one is drawn at each reading."""
 
-    def __init__(self, samples: Shards, vis_processor: Processor, text_processor: Processor) -> None:
+    def __init__(self, samples: CaptionedShards, vis_processor: Processor, text_processor: Processor) -> None:
         self.samples = samples
         self.vis_processor = vis_processor
         self.text_processor = text_processor
@@ -87,30 +87,30 @@ class ShardDataset(Dataset[dict[str, Any]]):
 
 @registry.register_builder("image_captions")
 class ImageCaptionsBuilder(BenchmarkBuilder):
-    """Builds the training split of captioned image files, by :mod:`~lavis_cir_plugin.benchmarks.captions`."""
+    """Builds the training split of captioned image files with :mod:`~lavis_cir_plugin.benchmarks.captions`."""
 
     benchmark_module = captions
-    world_module = None
+    world = None
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "datasets/image_captions/default.yaml")}  # noqa: RUF012
 
     def build_split(
         self, split: str, build_info: Mapping[str, Any], vis_processor: Processor, text_processor: Processor
     ) -> CirDataset:
-        """Read the only split."""
+        """Read the training split, which is the only one."""
         return CaptionDataset(*captions.read_captions(build_info), vis_processor, text_processor)
 
 
 @registry.register_builder("caption_shards")
 class CaptionShardsBuilder(BenchmarkBuilder):
-    """Builds the training split of captioned images in tar files, by :mod:`~lavis_cir_plugin.shards`."""
+    """Builds the training split of captioned images in tar files with :mod:`~lavis_cir_plugin.data.tar_shards`."""
 
     benchmark_module = tar_shards
-    world_module = None
+    world = None
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "datasets/caption_shards/default.yaml")}  # noqa: RUF012
 
     @classmethod
     def section_problems(cls, name: str, section: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what is wrong with a config section's values, before anything is read."""
+        """Yield one sentence per wrong value of a config section, before anything is read."""
         if section.get("preload"):
             yield f"datasets.{name}.preload is for small data sets of image files; set datasets.{name}.preload: false."
         yield from super().section_problems(name, section)
@@ -118,5 +118,5 @@ class CaptionShardsBuilder(BenchmarkBuilder):
     def build_split(
         self, split: str, build_info: Mapping[str, Any], vis_processor: Processor, text_processor: Processor
     ) -> ShardDataset:
-        """List the only split."""
-        return ShardDataset(Shards(build_info, cache_root() / "shards"), vis_processor, text_processor)
+        """List the samples of the training split, which is the only one."""
+        return ShardDataset(CaptionedShards(build_info, cache_root() / "shards"), vis_processor, text_processor)

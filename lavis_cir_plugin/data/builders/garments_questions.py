@@ -1,4 +1,4 @@
-"""LAVIS builders over drawn garments for LAVIS's own tasks: ``garments_vqa`` and ``garments_caption``."""
+"""LAVIS's data set builders for drawn questions and captions: ``garments_vqa`` and ``garments_caption``."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ from lavis_cir_plugin.data.benchmark_datasets import cache_root
 from lavis_cir_plugin.garments.questions import SPLITS, WORLD, QuestionGarments
 
 
-class _OnlyPictures:
-    """Put before a data set of LAVIS, lets it open files of our formats alone; it opens whatever Pillow knows."""
+class _ChecksFormat:
+    """Mix-in before a data set of LAVIS: it refuses picture formats that this package refuses and Pillow would open."""
 
     def __getitem__(self, index: int) -> Any:
         check_format(Path(self.vis_root, self.annotation[index]["image"]))  # type: ignore[attr-defined]
         return super().__getitem__(index)  # type: ignore[misc]
 
 
-class GarmentsVqa(_OnlyPictures, COCOVQADataset):  # type: ignore[misc]
+class GarmentsVqa(_ChecksFormat, COCOVQADataset):  # type: ignore[misc]
     """Questions on drawn garments, for training."""
 
 
-class GarmentsVqaEval(_OnlyPictures, COCOVQAEvalDataset):  # type: ignore[misc]
+class GarmentsVqaEval(_ChecksFormat, COCOVQAEvalDataset):  # type: ignore[misc]
     """Questions on drawn garments, for evaluation."""
 
 
-class GarmentsCaption(_OnlyPictures, COCOCapDataset):  # type: ignore[misc]
+class GarmentsCaption(_ChecksFormat, COCOCapDataset):  # type: ignore[misc]
     """Captions of drawn garments, for training."""
 
 
-class GarmentsCaptionEval(_OnlyPictures, COCOCapEvalDataset):  # type: ignore[misc]
+class GarmentsCaptionEval(_ChecksFormat, COCOCapEvalDataset):  # type: ignore[misc]
     """Captions of drawn garments, for evaluation."""
 
 
 class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
-    """Lets LAVIS's own COCO data sets read a drawn world.
+    """Base class of the builders that let LAVIS's COCO data sets read a drawn world.
 
     Keys of its config section, besides LAVIS's processors:
 
-    * ``splits``: which to build; the launcher fills in those that the run reads.
+    * ``splits``: names of the splits to build; the launcher fills in those that the run reads.
     * ``garments``: the fields of :class:`~lavis_cir_plugin.garments.questions.QuestionGarments`.
     """
 
@@ -65,7 +65,7 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
 
     @classmethod
     def section_problems(cls, name: str, section: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what is wrong with a config section's values, before anything is drawn."""
+        """Yield one sentence per wrong value of a config section, before anything is drawn."""
         for key in ("build_info", "preload"):
             if section.get(key):
                 yield f"datasets.{name}.{key} is not read: {name} draws its own files; set datasets.{name}.garments."
@@ -82,7 +82,7 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
             yield f"datasets.{name}.{error}"  # it begins with "garments: "
 
     def _download_data(self) -> None:
-        """Draw the world, where a download would be."""
+        """Draw the world, in the place where LAVIS's builders download."""
         self._with_files()
 
     def _with_files(self) -> Any:
@@ -96,7 +96,7 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
         return OmegaConf.merge(self.config, {"build_info": build_info})
 
     def build(self) -> dict[str, Dataset[Any]]:
-        """Return the data sets by split, as LAVIS's own builder makes them from the drawn files."""
+        """Return the data sets by split, which LAVIS's builder makes from the drawn files."""
         self.config = self._with_files()
         datasets: dict[str, Dataset[Any]] = super().build()
         return datasets
@@ -104,7 +104,7 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
 
 @registry.register_builder("garments_vqa")
 class GarmentsVqaBuilder(GarmentsBuilder):
-    """Question answering on drawn garments, for LAVIS's ``vqa`` task."""
+    """Builds questions and answers on drawn garments, for LAVIS's ``vqa`` task."""
 
     section = "garments_vqa"
     train_dataset_cls = GarmentsVqa
@@ -118,7 +118,7 @@ class GarmentsVqaBuilder(GarmentsBuilder):
 
 @registry.register_builder("garments_caption")
 class GarmentsCaptionBuilder(GarmentsBuilder):
-    """Captioning of drawn garments, for LAVIS's ``captioning`` task and ``local_captioning``."""
+    """Builds captions of drawn garments, for LAVIS's task ``captioning`` and for ``local_captioning``."""
 
     section = "garments_caption"
     train_dataset_cls = GarmentsCaption

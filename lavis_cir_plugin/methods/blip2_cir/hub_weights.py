@@ -1,4 +1,4 @@
-"""BLIP-2's image-text weights as the hub has them (transformers' ``Blip2ForImageTextRetrieval``), and the way back."""
+"""BLIP-2's weights in the layout of transformers' ``Blip2ForImageTextRetrieval``, translated to LAVIS's and back."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ HUB_NAMES = {
     "blip2_pretrained.pth": "Salesforce/blip2-itm-vit-g",
     "blip2_finetune_coco.pth": "Salesforce/blip2-itm-vit-g-coco",
 }
-"""Where the hub has the weights of a file of LAVIS."""
+"""Hub name of the weights in each file of LAVIS."""
 
 _STORAGE = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
 
 EXTRA_FILE = "lavis_cir.safetensors"
-"""Beside exported weights: the tensors that transformers' class has no place for."""
+"""File beside exported weights with the tensors that transformers' class lacks."""
 
 EXTRA_TENSORS = ("temp", "prompt_tokens")
 
-# (LAVIS, transformers): whole names and beginnings of names; the longer ones stand before what they begin with.
+# Pairs (LAVIS, transformers) of whole names and prefixes; a longer prefix precedes its own beginning.
 _MODULES = (
     ("visual_encoder.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
     ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
@@ -55,12 +55,12 @@ _MODULES = (
     ("text_proj.", "text_projection."),
     ("itm_head.", "itm_head."),
 )
-# What is called otherwise inside a layer of the image tower and of the Q-Former.
+# Parts of names inside a layer of the image tower and of the Q-Former, (LAVIS, transformers).
 _VISION_PARTS = ((".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."), (".attn.", ".self_attn."))
 _PROJECTION = (".self_attn.proj.", ".self_attn.projection.")
-_QFORMER_PARTS = (("attention.self.", "attention.attention."),)  # of attention and crossattention alike
+_QFORMER_PARTS = (("attention.self.", "attention.attention."),)  # this also renames crossattention
 
-# Settings that no tensor shows, with what transformers takes where config.json leaves them out.
+# Settings that no tensor shows, with transformers' defaults for keys that config.json lacks.
 _SILENT = {
     "vision_config": {"num_attention_heads": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-6},
     "qformer_config": {"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
@@ -77,24 +77,24 @@ class Blip2Weights(NamedTuple):
     """BLIP-2's weights from any source."""
 
     state: dict[str, Tensor]
-    """Under LAVIS's names."""
+    """Tensors by LAVIS's names."""
     lacks: tuple[str, ...]
-    """Names that the source's layout has no place for, so that they start anew."""
+    """Names of tensors that the source's layout lacks, so that they start anew."""
     config: Mapping[str, Any] | None
-    """Of transformers' layout, the content of ``config.json`` (empty where there is none); else None."""
+    """Content of ``config.json`` for transformers' layout (empty if the file is missing), None for LAVIS's layout."""
 
 
 def read_blip2_weights(source: str) -> Blip2Weights:
     """Return BLIP-2's weights under LAVIS's names.
 
     Args:
-        source: A file or URL in LAVIS's layout; or in transformers' layout a file (``.safetensors``, ``.bin``), a
-            folder, whole or in shards, or a hub name such as ``Salesforce/blip2-itm-vit-g``. The tensors' names tell
-            the layouts apart.
+        source: File or URL in LAVIS's layout; or, in transformers' layout, a file (``.safetensors``, ``.bin``), a
+            folder with one file or shards, or a hub name such as ``Salesforce/blip2-itm-vit-g``. The layout is
+            recognised by the names of the tensors.
 
     Raises:
-        FileNotFoundError: If it is missing or cannot be downloaded; the message names where else the weights are.
-        ValueError: If it cannot be read, or is in transformers' layout and has a tensor of unknown name.
+        FileNotFoundError: If the weights are missing or cannot be downloaded; the message names other sources.
+        ValueError: If they cannot be read, or a tensor in transformers' layout has an unknown name.
     """
     path = Path(os.path.expanduser(source))
     if urlparse(source).scheme in ("http", "https"):
@@ -120,12 +120,12 @@ def read_blip2_weights(source: str) -> Blip2Weights:
 def to_lavis_names(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Return a state dictionary of ``Blip2ForImageTextRetrieval`` under LAVIS's names.
 
-    The middle third of each ``qkv.bias``, which is the keys', has no place in LAVIS and no effect: it adds the same to
-    a query's scores for all keys, and the softmax over them takes no notice.
+    LAVIS has no bias of the keys, the middle third of each ``qkv.bias``, and this bias has no effect: it adds an equal
+    number to a query's scores of all keys, which the softmax over them cancels.
 
     Args:
-        state: Name to tensor.
-        source: What to call the file in a message.
+        state: Tensors by name.
+        source: Name of the file in error messages.
 
     Raises:
         ValueError: If a tensor's name is unknown, such as those of a BLIP-2 with a language model.
@@ -152,10 +152,10 @@ def to_lavis_names(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor
 def to_hub_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dictionary of ``blip2_cir`` under the names of ``Blip2ForImageTextRetrieval``.
 
-    Left out are `EXTRA_TENSORS`, and position ids, which transformers makes anew.
+    The result lacks `EXTRA_TENSORS`, and position ids, which transformers computes itself.
 
     Raises:
-        ValueError: If a tensor has no place there.
+        ValueError: If transformers' class has no place for a tensor.
     """
     named: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -172,10 +172,10 @@ def to_hub_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def hub_config(model: nn.Module) -> dict[str, Any]:
-    """Return the settings of a ``blip2_cir`` model as ``config.json`` of transformers has them.
+    """Return the settings of a ``blip2_cir`` model as the content of transformers' ``config.json``.
 
     Raises:
-        ValueError: If its image tower is not EVA-CLIP's, the only one that transformers' class has.
+        ValueError: If the image tower is not EVA-CLIP's, the only one that transformers' class supports.
     """
     tower: Any = model.visual_encoder
     if not hasattr(tower, "patch_embed"):
@@ -219,12 +219,12 @@ def hub_config(model: nn.Module) -> dict[str, Any]:
 
 
 def check_hub_config(config: Mapping[str, Any], model: nn.Module, source: str) -> None:
-    """Refuse weights that were trained under settings which no tensor shows and this model does not have.
+    """Refuse weights that were trained under other settings than the model's, if no tensor shows the difference.
 
     Args:
-        config: The content of ``config.json``; where it is empty, nothing can be compared.
-        model: A ``blip2_cir`` model.
-        source: What to call the weights in a message.
+        config: Content of ``config.json``. If it is empty, nothing can be compared.
+        model: Model ``blip2_cir`` that shall load the weights.
+        source: Name of the weights in error messages.
 
     Raises:
         ValueError: If a number of heads, an activation or an epsilon differs, or the image tower is not EVA-CLIP's.
@@ -244,14 +244,14 @@ def check_hub_config(config: Mapping[str, Any], model: nn.Module, source: str) -
 
 
 def _renamed(name: str, to_lavis: bool) -> str | None:
-    """Return a tensor's name in the other layout; None where it has no place there."""
+    """Return a tensor's name in the other layout, or None if that layout has no such tensor."""
     came_from, goes_to = (1, 0) if to_lavis else (0, 1)
     for pair in _MODULES:
         begins, becomes = pair[came_from], pair[goes_to]
         if name == begins or (begins.endswith(".") and name.startswith(begins)):
             parts: tuple[tuple[str, str], ...] = ()
             if pair[0] == "visual_encoder.blocks.":
-                # The projection's new name begins with that of the attention, which is therefore renamed first.
+                # The projection's new name begins with the attention's, so the attention has to be renamed first.
                 parts = (*_VISION_PARTS, _PROJECTION)
             elif pair[0] == "Qformer.bert.encoder.":
                 parts = _QFORMER_PARTS

@@ -1,4 +1,4 @@
-"""Compute the losses of ``blip2_cir``: contrastive, alignment, relaxed."""
+"""Losses of ``blip2_cir`` by name: contrastive, contrastive of the text alone, alignment of the prompts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def alignment_loss(sentence_prompt: Tensor, prompt_tokens: Tensor) -> Tensor:
     .. math:: L = \lVert \bar Z - \mathrm{stopgrad}(\bar P) \rVert_2^2 / H \quad\text{averaged over the batch}
 
     Args:
-        sentence_prompt: ``(B, N, H)``, the query outputs Z of the first Q-Former pass.
-        prompt_tokens: ``(1, N, H)``, the learned prompt P; receives no gradient.
+        sentence_prompt: Query outputs Z of the first Q-Former pass, ``(B, N, H)``.
+        prompt_tokens: Learned prompt P, ``(1, N, H)``; it receives no gradient.
 
     Source: SPRC (arXiv 2310.05473), prompt alignment.
     """
@@ -28,17 +28,17 @@ def alignment_loss(sentence_prompt: Tensor, prompt_tokens: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TrainingOutputs:
-    """What a model offers to the losses of one batch of B triplets.
+    """Outputs of a model for a batch of B triplets, from which the losses are computed.
 
     Attributes:
-        query: ``(B, D)``, unit length, fused from reference image and text.
-        targets: ``(B, K, D)``, unit length; row i is the target of query i.
-        temperature: Divides scores, > 0.
+        query: Unit-length queries ``(B, D)``, fused from reference image and text.
+        targets: Unit-length targets ``(B, K, D)``; row i is the target of query i.
+        temperature: Number > 0 by which scores are divided.
         target_ids: ``(B,)`` int64, equal for the same image; ``None`` if unknown.
-        text_query: ``(B, D)``, unit length, from the text and the learned prompt without the image; ``None`` in a
-            model without a prompt, like the next two.
-        sentence_prompt: ``(B, N, H)``, query outputs of the first pass.
-        prompt_tokens: ``(1, N, H)``, the learned prompt.
+        text_query: Unit-length queries ``(B, D)`` from the text and the learned prompt, without the image. This and
+            the next two are ``None`` in a model without a prompt.
+        sentence_prompt: Query outputs of the first pass, ``(B, N, H)``.
+        prompt_tokens: Learned prompt, ``(1, N, H)``.
     """
 
     query: Tensor
@@ -56,12 +56,12 @@ def itc(out: TrainingOutputs) -> Tensor:
 
 
 def rtc(out: TrainingOutputs) -> Tensor:
-    """Contrast the text-only query with the targets (SPRC); needs a learned prompt."""
+    """Contrast the text-only query with the targets (SPRC); the model must have a learned prompt."""
     return contrastive_loss(_prompted(out.text_query), out.targets, out.temperature, out.target_ids)
 
 
 def align(out: TrainingOutputs) -> Tensor:
-    """Align the sentence prompt with the learned prompt (SPRC); needs a learned prompt."""
+    """Align the sentence prompt with the learned prompt (SPRC); the model must have a learned prompt."""
     return alignment_loss(_prompted(out.sentence_prompt), _prompted(out.prompt_tokens))
 
 

@@ -1,4 +1,4 @@
-"""BLIP-2's Q-Former as a composed-retrieval model: reference image + text in, a query for target images out."""
+"""The model ``blip2_cir``: BLIP-2's Q-Former fuses a reference image and a text into a query for target images."""
 
 from __future__ import annotations
 
@@ -37,60 +37,62 @@ _CHOICES = {
 }
 DEFAULT_LOSS_WEIGHTS = {"joint": {"itc": 1.0}, "sentence_prompt": {"itc": 1.0, "rtc": 1.0, "align": 1.0}}
 
-# The towers that BLIP-2's checkpoints hold: all blocks of EVA's and CLIP's published towers but the last. LAVIS's CLIP
-# tower builds one block less than `layers`, and LAVIS 1.0.2 asks it for 22, two less than the checkpoints have.
+# BLIP-2's checkpoints hold EVA's and CLIP's published towers without their last block. LAVIS's CLIP tower builds one
+# block less than `layers`; LAVIS 1.0.2 sets `layers` to 22, so that its tower lacks two blocks of the checkpoints.
 _EVA_G = {"patch_size": 14, "embed_dim": 1408, "depth": 39, "num_heads": 16, "mlp_ratio": 4.3637}
 _CLIP_L = {"patch_size": 14, "width": 1024, "layers": 24, "heads": 16}
 
-# Heads of BLIP-2's other objectives, which a checkpoint may hold and composed retrieval never calls.
+# A checkpoint may hold heads of BLIP-2's other objectives, which composed retrieval does not use.
 _UNUSED_IN_CHECKPOINTS = ("itm_head.", "Qformer.cls.", "Qformer.bert.embeddings.position_ids")
 
 
 @registry.register_model("blip2_cir")
 class Blip2Cir(Blip2Base):
-    r"""BLIP-2 Q-Former whose query is fused from a reference image and a modification text.
+    r"""BLIP-2's Q-Former with a query that is fused from a reference image and a modification text.
 
-    Target: the Q-Former's K query outputs on the target image, projected, :math:`v_1 \dots v_K` of unit length.
-    Query: one vector q of unit length. Score: :math:`s(q, t) = \max_k q \cdot v_k`.
+    A target is represented by the Q-Former's K projected query outputs on the target image, :math:`v_1 \dots v_K` of
+    unit length, and a query by one vector q of unit length. The score is :math:`s(q, t) = \max_k q \cdot v_k`.
 
-    ``fusion="joint"``: one pass over [queries; text] with cross-attention to the reference; the output at the text's
-    [CLS] (or the mean query output, ``pooling="mean_queries"``), projected, is q. Loss: itc.
+    With ``fusion="joint"`` the Q-Former runs once over [queries; text] with cross-attention to the reference image.
+    The projected output at the text's [CLS] is q, or with ``pooling="mean_queries"`` the projected mean of the query
+    outputs. The loss is itc.
 
-    ``fusion="sentence_prompt"`` (SPRC, arXiv 2310.05473): that pass gives the query outputs Z; a second pass over
-    [Z; text] sees no image; the output at [CLS], projected, is q. Losses: itc; rtc, the same contrastive loss for r,
-    the [CLS] output of a pass over [[CLS]; learned prompt; rest of the text] without image; and align, which pulls
-    the mean of Z to the mean of the prompt. Loss = sum of ``loss_weights`` times each.
+    With ``fusion="sentence_prompt"`` (SPRC, arXiv 2310.05473) that pass gives the query outputs Z. A second pass over
+    [Z; text] sees no image, and its projected output at [CLS] is q. There are three losses: itc contrasts q with the
+    targets; rtc contrasts r with them, which is the [CLS] output of a pass over [[CLS]; learned prompt; rest of the
+    text] without an image; align pulls the mean of Z to the mean of the prompt. The training loss is their sum,
+    weighted by ``loss_weights``.
 
-    Types: ``pretrain`` (EVA-CLIP ViT-g, 224 px), ``pretrain_vitL`` (CLIP ViT-L, 224 px), ``coco`` (ViT-g, 364 px) and
-    ``tiny`` (2-layer, width 128, 64 px, trained from scratch on a CPU).
+    The types are ``pretrain`` (EVA-CLIP ViT-g, 224 px), ``pretrain_vitL`` (CLIP ViT-L, 224 px), ``coco`` (ViT-g,
+    364 px) and ``tiny`` (2 layers, width 128, 64 px, trained from scratch on a CPU).
 
-    Parameter names follow BLIP-2's published checkpoints, so those of LAVIS and of SPRC load as they are. Only heads
-    that composed retrieval never calls (matching and language-model heads) are left out.
+    Parameters have the names of BLIP-2's published checkpoints, so that checkpoints of LAVIS and SPRC load unchanged.
+    The model lacks the matching and language-model heads, which composed retrieval does not use.
 
-    Wherever a batch of pictures ``(B, 3, H, W)`` is taken, the tower's tokens ``(B, P, vit width)``, as
-    :meth:`image_features` returns them, are taken as well: four dimensions are pictures, three are tokens.
+    Methods that take a batch of pictures ``(B, 3, H, W)`` also take the tower's tokens ``(B, P, vit width)`` that
+    :meth:`image_features` returns; the number of dimensions, four or three, tells them apart.
 
     Args:
-        vit_model: ``eva_clip_g`` or ``clip_L``.
+        vit_model: Image tower, ``eva_clip_g`` or ``clip_L``.
         image_size: Pixels per side.
-        vit_config: Overrides of the tower's dimensions (``tiny`` uses them); empty for the published towers. Of
-            ``clip_L``, ``layers`` are one more than there are blocks.
-        vit_precision: ``fp16`` or ``fp32`` storage of the tower; fp16 needs a GPU and a frozen tower.
-        freeze_vit: Whether the image tower stays as loaded, in eval mode.
-        use_grad_checkpoint: Recompute the tower's activations in the backward pass.
+        vit_config: Values that replace the tower's published dimensions (``tiny`` uses them). ``layers`` of ``clip_L``
+            is one more than the number of blocks.
+        vit_precision: Storage type of the tower, ``fp16`` or ``fp32``; fp16 needs a GPU and a frozen tower.
+        freeze_vit: Whether the image tower keeps its loaded weights and stays in evaluation mode.
+        use_grad_checkpoint: Whether the tower's activations are recomputed in the backward pass.
         drop_path_rate: Stochastic depth of the ViT-g tower.
-        tokenizer: Folder or file of a WordPiece vocabulary, a vocabulary shipped with this package, or a hub name.
-        num_query_token: K.
-        cross_attention_freq: A cross-attention layer every so many layers.
-        qformer_config: Overrides of BERT-base's dimensions (``tiny`` uses them).
+        tokenizer: Folder or file of a WordPiece vocabulary, name of a vocabulary in this package, or a hub name.
+        num_query_token: Number K of query tokens.
+        cross_attention_freq: Number of layers from one cross-attention layer to the next.
+        qformer_config: Values that replace BERT-base's dimensions (``tiny`` uses them).
         embed_dim: Width of q and v.
-        max_txt_len: Text tokens incl. [CLS] and [SEP]; longer texts are cut.
+        max_txt_len: Largest number of text tokens with [CLS] and [SEP]; longer texts are cut.
         fusion: ``joint`` or ``sentence_prompt``.
-        pooling: Of the joint fusion: ``text_cls`` or ``mean_queries``.
-        loss_weights: Weight >= 0 by name of ``lavis_cir_plugin.losses.LOSSES``; merged over the fusion's defaults.
+        pooling: Output of the joint fusion that becomes the query, ``text_cls`` or ``mean_queries``.
+        loss_weights: Weights >= 0 by name in `LOSSES`, merged over the defaults of the fusion.
 
     Raises:
-        ValueError: If a choice is unknown or impossible, with what is allowed.
+        ValueError: If a choice is unknown or impossible; the message says what is allowed.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT = {  # noqa: RUF012 (LAVIS's class attribute)
@@ -161,8 +163,8 @@ class Blip2Cir(Blip2Base):
         self.text_proj = nn.Linear(config.hidden_size, embed_dim)
         self.temp = nn.Parameter(torch.tensor(0.07))
         if fusion == "joint" and pooling == "mean_queries":
-            # The text positions of the last layer feed no loss then; without a gradient they would stop DDP, and frozen
-            # parameters would be missing in checkpoints.
+            # The last layer's text positions feed no loss then. Parameters without a gradient would stop DDP, and
+            # frozen parameters would be missing in checkpoints.
             keep_as_buffers(self.Qformer["bert"].encoder.layer[-1].intermediate)
             keep_as_buffers(self.Qformer["bert"].encoder.layer[-1].output)
 
@@ -172,10 +174,10 @@ class Blip2Cir(Blip2Base):
 
     @classmethod
     def check_config(cls, cfg: Mapping[str, Any]) -> None:
-        """Check a ``model`` section without building anything; absent keys have the constructor's defaults.
+        """Check a ``model`` section without building the model; absent keys have the constructor's defaults.
 
         Raises:
-            ValueError: The first unknown or impossible value, and what is allowed.
+            ValueError: If a value is unknown or impossible; the message names the first one and what is allowed.
         """
         values = {**cls._arguments(), **{name: cfg[name] for name in cls._arguments() if cfg.get(name) is not None}}
         for key, allowed in _CHOICES.items():
@@ -230,12 +232,12 @@ class Blip2Cir(Blip2Base):
             load_strictly(self, state, finetuned, unused=_UNUSED_IN_CHECKPOINTS, may_lack=may_lack)
 
     def load_from_pretrained(self, url_or_filename: str, vit_pretrained: str | None = None) -> None:
-        """Load BLIP-2 weights in LAVIS's layout or transformers'; what neither has, such as the prompt, starts anew.
+        """Load BLIP-2's weights in LAVIS's or transformers' layout; tensors that they lack start anew.
 
         Args:
-            url_or_filename: A file, a URL, a folder of transformers or a hub name, as
+            url_or_filename: File, URL, folder of transformers or hub name, as
                 :func:`~lavis_cir_plugin.methods.blip2_cir.hub_weights.read_blip2_weights` takes it.
-            vit_pretrained: The image tower's own file or URL, read only where the weights lack the tower.
+            vit_pretrained: File or URL of the image tower, which is read only if the weights lack the tower.
         """
         state, lacks, config = read_blip2_weights(url_or_filename)
         if config is not None:
@@ -245,7 +247,7 @@ class Blip2Cir(Blip2Base):
         load_strictly(self, state, url_or_filename, unused=_UNUSED_IN_CHECKPOINTS, fresh=("prompt_tokens", *lacks))
 
     def _tower_state(self, tower: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-        """Fit a tower's own published file to this tower, as LAVIS does: its last block and head are not used."""
+        """Fit the published file of an image tower to this tower, as LAVIS does, without its last block and head."""
         is_clip = isinstance(self.visual_encoder, ClipVisionTransformer)
         own = self.visual_encoder.state_dict()
         self._check_depth(count_blocks_in(tower), count_blocks_in(own), source)
@@ -254,9 +256,9 @@ class Blip2Cir(Blip2Base):
         return {f"visual_encoder.{name}": tensor for name, tensor in tower.items() if name in own}
 
     def _check_depth(self, there: Mapping[str, int], here: Mapping[str, int], source: str) -> None:
-        """Refuse a tower of another depth: the first blocks of a deeper one would fit by name and shape.
+        """Refuse a tower of another depth, because the first blocks of a deeper tower fit by name and shape.
 
-        A depth that ``model.vit_config`` names is meant, and more blocks in the file are logged.
+        If ``model.vit_config`` names the depth, more blocks in the file are intended and only logged.
         """
         for stack, count in here.items():
             found = there.get(stack, 0)
@@ -270,14 +272,14 @@ class Blip2Cir(Blip2Base):
                 logging.info("model.vit_pretrained: %s; the last of the file are left out", said)
 
     def load_checkpoint(self, url_or_filename: str) -> None:
-        """Load a composed-retrieval checkpoint into this model; a frozen tower may be left out of the file."""
+        """Load a composed-retrieval checkpoint into this model; the file may lack a frozen tower."""
         may_lack = ("visual_encoder.",) if self.freeze_vit else ()
         load_strictly(
             self, read_state(url_or_filename), url_or_filename, unused=_UNUSED_IN_CHECKPOINTS, may_lack=may_lack
         )
 
     def train(self, mode: bool = True) -> Blip2Cir:
-        """Switch between training and evaluation; a frozen tower stays in evaluation."""
+        """Switch between training and evaluation mode; a frozen tower stays in evaluation mode."""
         super().train(mode)
         if self.freeze_vit:
             self.visual_encoder.eval()
@@ -287,8 +289,8 @@ class Blip2Cir(Blip2Base):
         """Return the training losses of a batch of triplets.
 
         Args:
-            samples: ``image`` and ``target`` ``(B, 3, H, W)``, or both as tokens ``(B, P, vit width)``; ``text_input``,
-                B strings; ``target_id`` ``(B,)`` int64, equal for the same target image (optional).
+            samples: A batch with ``image`` and ``target`` ``(B, 3, H, W)``, or both as tokens ``(B, P, vit width)``;
+                ``text_input``, B strings; and optionally ``target_id`` ``(B,)`` int64, equal for the same image.
 
         Returns:
             ``loss``, the weighted sum, and ``loss_<name>`` for each loss of the fusion.
@@ -317,13 +319,13 @@ class Blip2Cir(Blip2Base):
         """Return unit-length query vectors ``(B, embed_dim)``.
 
         Args:
-            samples: ``image`` ``(B, 3, H, W)`` and ``text_input``, B strings (one string is one text); each only where
-                the mode needs it.
-            mode: ``multimodal``; ``text`` (a text-only pass, the fusion's own where it trains one); or ``image`` (the
-                mean of the reference's target vectors, so "find what looks the same").
+            samples: A batch with ``image`` ``(B, 3, H, W)`` and ``text_input``, B strings (a single string is one
+                text); each is read only if the mode needs it.
+            mode: ``multimodal`` (both), ``text`` (a pass over the text alone, with the learned prompt if the fusion has
+                one) or ``image`` (the mean of the reference's target vectors, which finds similar images).
 
         Raises:
-            ValueError: If the mode is unknown, or the samples are no such batch.
+            ValueError: If the mode is unknown, or the samples are not such a batch.
         """
         check_choice("mode", mode, ("multimodal", "text", "image"))
         if mode == "image":
@@ -339,7 +341,7 @@ class Blip2Cir(Blip2Base):
 
     @property
     def temperature(self) -> Tensor:
-        """What divides scores."""
+        """Temperature by which scores are divided."""
         return self.temp
 
     def query_features(self, samples: Mapping[str, Any]) -> Tensor:
@@ -354,11 +356,12 @@ class Blip2Cir(Blip2Base):
 
     @torch.no_grad()
     def extract_features(self, samples: Mapping[str, Any], mode: str = "multimodal") -> BlipOutputFeatures:
-        """Return features in LAVIS's container, with LAVIS's three modes.
+        """Return features in LAVIS's container, for LAVIS's three modes.
 
-        ``image``: ``image_embeds`` ``(B, K, hidden)`` and ``image_embeds_proj`` = :meth:`encode_target`. ``text``:
-        ``text_embeds_proj`` ``(B, embed_dim)`` = the text-only query. ``multimodal``: ``multimodal_embeds``
-        ``(B, embed_dim)`` = :meth:`encode_query`, and the image features of the reference.
+        Mode ``image`` fills ``image_embeds`` ``(B, K, hidden)`` and ``image_embeds_proj``, the result of
+        :meth:`encode_target`. Mode ``text`` fills ``text_embeds_proj`` ``(B, embed_dim)``, the text-only query. Mode
+        ``multimodal`` fills ``multimodal_embeds`` ``(B, embed_dim)``, the result of :meth:`encode_query`, and the image
+        features of the reference.
 
         Raises:
             ValueError: If the mode is unknown.
@@ -374,14 +377,14 @@ class Blip2Cir(Blip2Base):
 
     @property
     def image_tower(self) -> nn.Module:
-        """Everything that :meth:`image_features` depends on."""
+        """The module that :meth:`image_features` depends on."""
         return self.visual_encoder
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Return the tower's tokens ``(B, P, vit width)`` of pictures ``(B, 3, H, W)``, in its own precision.
+        """Return the tower's tokens ``(B, P, vit width)`` of pictures ``(B, 3, H, W)``, in the tower's precision.
 
-        That is float16 for ``vit_precision: fp16``, although ViT-g adds its half-precision layers up in float32: the
-        last bits say nothing and would double the size of cached features.
+        With ``vit_precision: fp16`` the tokens are float16, although ViT-g adds its half-precision layers up in
+        float32: the additional bits carry no information and would double the size of cached features.
 
         Raises:
             ValueError: If the tower is stored in half precision and the pictures are on a CPU.
@@ -389,7 +392,7 @@ class Blip2Cir(Blip2Base):
         is_half = any(weight.dtype == torch.float16 for weight in self.visual_encoder.parameters())
         if is_half and images.device.type == "cpu":
             raise ValueError("model.vit_precision: 'fp16' needs a GPU; on a CPU set model.vit_precision: fp32.")
-        # Not freeze_vit: adapters are trained inside a frozen tower.
+        # freeze_vit would be the wrong test, because adapters can be trained inside a frozen tower.
         is_trained = any(weight.requires_grad for weight in self.visual_encoder.parameters())
         precision = torch.autocast(images.device.type, dtype=torch.float16) if is_half else nullcontext()
         with precision, torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
@@ -398,33 +401,33 @@ class Blip2Cir(Blip2Base):
 
     @property
     def _tokens_shape(self) -> tuple[int, int]:
-        """Number and width of the tower's tokens of a picture."""
+        """Number and width of the tower's tokens for one picture."""
         tower: Any = self.visual_encoder
         patches = tower if isinstance(tower, ClipVisionTransformer) else tower.patch_embed
         return int(patches.num_patches) + 1, int(tower.num_features)
 
     def _embed_images(self, image: Tensor) -> Tensor:
-        """Pictures ``(B, 3, H, W)`` or tokens ``(B, P, vit width)`` to normalised tokens in float32."""
+        """Return layer-normalised float32 tokens of pictures ``(B, 3, H, W)`` or of tokens ``(B, P, vit width)``."""
         image = check_pictures(image, self._tokens_shape)
         tokens = image if image.ndim == 3 else self.image_features(image)
-        # In float32 although LAVIS's layer takes any: a half-precision gradient into it would underflow.
+        # LAVIS's layer takes any type, but a half-precision gradient into it would underflow.
         return self.ln_vision(tokens.float())
 
     def _tokenize(self, text: Sequence[str]) -> tuple[Tensor, Tensor]:
-        # Padding to the longest text gives the same outputs as to max_txt_len: padded positions are masked everywhere.
+        # Padded positions are masked everywhere, so padding to max_txt_len would not change the outputs.
         tokens = self.tokenizer(
             list(text), padding="longest", truncation=True, max_length=self.max_txt_len, return_tensors="pt"
         ).to(self.device)
         return tokens.input_ids, tokens.attention_mask
 
     def _fuse(self, image_embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Run the Q-Former over [queries; text] with cross-attention: ``(B, K + T, hidden)``."""
+        """Return the outputs ``(B, K + T, hidden)`` of the Q-Former over [queries; text] with cross-attention."""
         queries = self.query_tokens.expand(ids.shape[0], -1, -1)
         hidden = self.Qformer["bert"].embeddings(input_ids=ids, query_embeds=queries)
         return self._attend(hidden, mask, image_embeds, query_length=queries.shape[1])
 
     def _query_outputs(self, image_embeds: Tensor) -> Tensor:
-        """Run the Q-Former over the queries alone: ``(B, K, hidden)``."""
+        """Return the outputs ``(B, K, hidden)`` of the Q-Former over the queries alone."""
         queries = self.query_tokens.expand(image_embeds.shape[0], -1, -1)
         hidden = self.Qformer["bert"].embeddings(query_embeds=queries)
         no_text = hidden.new_ones(hidden.shape[0], 0)
@@ -436,8 +439,8 @@ class Blip2Cir(Blip2Base):
     def _project_query(self, fused: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         num_queries = self.query_tokens.shape[1]
         if self.fusion == "sentence_prompt":
-            # LAVIS's layer insists on an image when told of queries; told of none, it treats every position as text,
-            # which is what SPRC's modified layer does on this pass.
+            # With a query length LAVIS's layer requires an image. Without one it treats every position as text, which
+            # is what SPRC's modified layer does in this pass.
             hidden = self.Qformer["bert"].embeddings(input_ids=ids, query_embeds=fused[:, :num_queries])
             fused = self._attend(hidden, mask)
         if self.pooling == "mean_queries" and self.fusion == "joint":
@@ -449,7 +452,7 @@ class Blip2Cir(Blip2Base):
         if self.fusion == "joint":
             hidden = bert.embeddings(input_ids=ids)
         else:
-            # SPRC puts the prompt behind [CLS] *before* adding positions, so the prompt takes positions 1..K.
+            # SPRC inserts the prompt after [CLS] *before* it adds positions, so the prompt takes positions 1..K.
             words = bert.embeddings.word_embeddings(ids)
             prompt = self.prompt_tokens.expand(ids.shape[0], -1, -1)
             sequence = torch.cat([words[:, :1], prompt, words[:, 1:]], dim=1)
@@ -460,7 +463,7 @@ class Blip2Cir(Blip2Base):
     def _attend(
         self, hidden: Tensor, text_mask: Tensor, image_embeds: Tensor | None = None, query_length: int = 0
     ) -> Tensor:
-        """Run the layers; ``text_mask`` ``(B, T)`` covers the last T positions, those before are always seen."""
+        """Run the layers; ``text_mask`` ``(B, T)`` masks the last T positions, and all others are always visible."""
         always = text_mask.new_ones(hidden.shape[0], hidden.shape[1] - text_mask.shape[1])
         seen = torch.cat([always, text_mask], dim=1).to(hidden.dtype)
         return (
@@ -478,7 +481,7 @@ class Blip2Cir(Blip2Base):
 def _build_tower(
     vit_model: str, image_size: int, vit_config: dict[str, Any], drop_path_rate: float, use_grad_checkpoint: bool
 ) -> nn.Module:
-    """Build the image tower with random weights; LAVIS's own functions would download some first."""
+    """Build the image tower with random weights; LAVIS's own functions would first download weights."""
     if vit_model == "clip_L":
         return ClipVisionTransformer(
             input_resolution=image_size, use_grad_checkpointing=use_grad_checkpoint, **{**_CLIP_L, **vit_config}

@@ -1,14 +1,14 @@
-r"""Retrieval-DPO as pure functions: scores of a policy and of a reference policy in, one loss per query out.
+r"""Retrieval-DPO's losses, computed from the scores of a policy and a reference policy, and their settings.
 
-The policy over a gallery is :math:`\pi(j \mid q) = \mathrm{softmax}_j(s(q, j) / \tau)`. In the difference between the
-right image p and a wrong one n the normaliser cancels, so that DPO's implicit reward margin needs scores alone:
+The policy over a gallery is :math:`\pi(j \mid q) = \mathrm{softmax}_j(s(q, j) / \tau)`. The normaliser cancels in the
+difference between the right image p and a wrong image n, so that DPO's implicit reward margin needs scores alone:
 
 .. math:: h_n = (s_p - s_n) - (s^\mathrm{ref}_p - s^\mathrm{ref}_n)
 
-Scores are cosines. DPO's :math:`\beta / \tau` is one number here, ``beta``, the slope per cosine, so that it means the
-same for every temperature.
+Scores are cosines. DPO's :math:`\beta / \tau` is the single number ``beta`` here, the slope per cosine, whose meaning
+does not depend on the temperature.
 
-Source: DPO (arXiv 2305.18290); the variants name theirs.
+Source: DPO (arXiv 2305.18290); the sources of the variants stand beside them.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ POSITIVES = ("target", "image")
 
 
 @dataclass(frozen=True)
-class Preference:
-    r"""Settings of Retrieval-DPO, as they stand under ``run.dpo``: :math:`L = L_\mathrm{DPO} + a L_\mathrm{InfoNCE}`.
+class PreferenceSettings:
+    r"""Settings under ``run.dpo`` of Retrieval-DPO's loss :math:`L = L_\mathrm{DPO} + a L_\mathrm{InfoNCE}`.
 
     Attributes:
-        variant: Of :func:`preference_losses`.
+        variant: Variant of :func:`preference_losses`.
         beta: Slope per cosine, > 0: DPO's :math:`\beta` divided by the temperature. The seed paper's 0.1 at CLIP's
             logit scale of 100 is 10 here.
-        epsilon: Share of preferences taken to be wrong, >= 0 and < 0.5; of ``label_smoothed`` and ``robust``.
-        anchor: Weight a >= 0 of the in-batch contrastive loss, the term that supervised fine-tuning is to DPO. "ITC
-            plus 0.4 DPO" is 2.5.
-        reference: The reference policy: ``start``, a frozen copy of what is trained as it was before the first step;
-            ``mined``, the scores in ``run.negatives.file``, so that no second policy is in memory; ``none``, h without
-            its second half (reference-free).
-        positive: ``target``; or ``image``, the reference image in the target's place, as the released code has it.
+        epsilon: Assumed share of wrong preferences, >= 0 and < 0.5, for ``label_smoothed`` and ``robust``.
+        anchor: Weight a >= 0 of the in-batch contrastive loss, which has the role of DPO's supervised fine-tuning term.
+            "ITC plus 0.4 DPO" is 2.5.
+        reference: Reference policy: ``start`` is a frozen copy of the trained weights before the first step; ``mined``
+            takes the scores in ``run.negatives.file``, so that no second policy is in memory; ``none`` drops the second
+            half of h (reference-free).
+        positive: Right image of a triplet: ``target``, or ``image``, the reference image, as in the released code.
 
     Raises:
-        ValueError: One sentence per impossible value, all at once.
+        ValueError: If values are impossible; the message has one sentence for each.
     """
 
     variant: str = "sigmoid"
@@ -75,14 +75,14 @@ class Preference:
 
 
 def reward_margins(scores: Tensor, reference_scores: Tensor | None = None) -> Tensor:
-    """Return h of each wrong image, in cosines.
+    """Return the reward margin h of each wrong image, in cosines.
 
     Args:
-        scores: ``(B, 1 + K)`` the policy's: of the right image, then of K wrong ones.
-        reference_scores: Likewise of the reference policy; ``None``: reference-free.
+        scores: Policy's scores of the right image and then of K wrong ones, ``(B, 1 + K)``.
+        reference_scores: Reference policy's scores of the same images, or ``None`` for reference-free margins.
 
     Returns:
-        ``(B, K)``.
+        The margins, ``(B, K)``.
     """
     margins = scores[:, :1] - scores[:, 1:]
     if reference_scores is None:
@@ -90,8 +90,11 @@ def reward_margins(scores: Tensor, reference_scores: Tensor | None = None) -> Te
     return margins - (reference_scores[:, :1] - reference_scores[:, 1:])
 
 
-def preference_losses(margins: Tensor, present: Tensor, scores: Tensor, settings: Preference) -> Tensor:
-    r"""Return the loss of each query; with :math:`x_n = \beta h_n` and the mean over a query's n unless said otherwise.
+def preference_losses(margins: Tensor, present: Tensor, scores: Tensor, settings: PreferenceSettings) -> Tensor:
+    r"""Return the loss of each query.
+
+    With :math:`x_n = \beta h_n`, the loss is the mean over a query's wrong images n of the variant's term, except for
+    ``sdpo`` and ``listwise``:
 
     ==================  ==========================================================================================
     ``sigmoid``         :math:`-\log \sigma(x_n)` (DPO, arXiv 2305.18290)
@@ -108,17 +111,17 @@ def preference_losses(margins: Tensor, present: Tensor, scores: Tensor, settings
                         weights are not normalised)
     ==================  ==========================================================================================
 
-    At h = 0 and K = 1 all but ``hinge`` (1), ``ipo`` (1/4) are log 2; ``sdpo`` is log(1 + K). With K = 1 ``sdpo`` and
-    ``listwise``, and with epsilon = 0 ``label_smoothed`` and ``robust``, are ``sigmoid``.
+    At h = 0 and K = 1 the loss is log 2, except for ``hinge`` (1) and ``ipo`` (1/4); ``sdpo`` is log(1 + K) at h = 0.
+    ``sdpo`` and ``listwise`` equal ``sigmoid`` for K = 1, ``label_smoothed`` and ``robust`` equal it for epsilon = 0.
 
     Args:
-        margins: ``(B, K)`` h, in cosines.
-        present: ``(B, K)`` bool, false where a query has fewer than K wrong images.
-        scores: ``(B, 1 + K)`` the policy's cosines; read by ``listwise`` alone.
-        settings: Variant, beta and epsilon.
+        margins: Margins h in cosines, ``(B, K)``.
+        present: Mask ``(B, K)``, false in the places that a query with fewer than K wrong images leaves empty.
+        scores: Policy's cosines, ``(B, 1 + K)``; only ``listwise`` reads them.
+        settings: Settings with variant, beta and epsilon.
 
     Returns:
-        ``(B,)``; 0 for a query without a wrong image.
+        The losses, ``(B,)``; a query without a wrong image has 0.
     """
     exponent = (settings.beta * margins).masked_fill(~present, 0)
     if settings.variant == "sdpo":
@@ -139,7 +142,7 @@ def preference_losses(margins: Tensor, present: Tensor, scores: Tensor, settings
 
 
 def _rank_weights(scores: Tensor, present: Tensor) -> Tensor:
-    """Return what exchanging the right image with each wrong one changes in DCG: ``(B, K)``, 0 where none is."""
+    """Return the change of DCG by an exchange of the right image with each wrong one, ``(B, K)``; 0 for absent ones."""
     known = torch.cat([scores[:, :1], scores[:, 1:].masked_fill(~present, -torch.inf)], dim=1).detach()
     ranks = known.argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
     gains = 1 / torch.log2(1 + ranks.double())

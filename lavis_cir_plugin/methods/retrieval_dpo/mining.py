@@ -1,4 +1,4 @@
-"""Mine hard negatives among the training images."""
+"""Hard negatives of training queries, mined among the training images, and the settings of the search."""
 
 from __future__ import annotations
 
@@ -22,50 +22,51 @@ from lavis_cir_plugin.ranking.scoring import memory_slices
 
 SOURCES = ("query", "positive", "image_set")
 LARGE_GALLERY = 10_000
-"""From so many images on ``index: auto`` is an inverted file; below, exact search takes seconds."""
+"""Number of images from which ``index: auto`` means an inverted file; in fewer, exact search takes seconds."""
 TWIN = 0.999
-"""Two images count as the same picture if the cosine of each feature of one with that of the other is as much."""
+"""Least cosine between corresponding features of two images that count as the same picture."""
 _SCORES_OF_TWINS = 0.05
-"""Unit features with a cosine of 0.999 are sqrt(0.002) = 0.045 apart, so that scores of twins differ by no more."""
+"""Largest difference of scores of twins: unit features with a cosine of 0.999 are sqrt(0.002) = 0.045 apart."""
 _TWINS_FORESEEN = 8
 DEEPEST = 1000
-"""How many images of a ranking are looked at, at most, unless a window ends later."""
+"""Largest number of a ranking's images that are searched, unless the window ends later."""
 _PROBES = 4
 _STEEP_LEAST = 4
 
 
 @dataclass(frozen=True)
-class Mining:
-    """Which training images are negatives of a triplet, as it stands under ``run.negatives``.
+class MiningSettings:
+    """Settings under ``run.negatives``: the rules by which training images become negatives of a triplet.
 
-    Images are ranked for each triplet. Those that may not be negatives (:func:`forbidden`, and twins of the right
-    image) and those that score too much (``cap``, ``margin``) are left out; of the rest, ``window`` chooses by rank, so
-    that a right image that is far down has negatives too: those below it.
+    Images are ranked for each triplet. Images that may not be negatives (:func:`forbidden_images`, and twins of the
+    right image) and images with too high a score (``cap``, ``margin``) are left out. Of the rest, ``window`` chooses by
+    rank. Thus a right image with a low rank has negatives too, namely images below it.
 
     Attributes:
-        source: What ranks the images: ``query``, the fused query of the triplet; ``positive``, the embedding of the
-            right image itself, as the seed paper does; or ``image_set``, the query, within CIRR's set of six.
-        count: Negatives in each step, >= 1, drawn without repetition from the window; a triplet may have fewer.
-        window: Ranks ``[first, last]`` from 0 among what is not left out, last excluded, at most `DEEPEST` of them.
-            Below the first `DEEPEST` of the whole ranking nothing is looked for, unless the window ends later.
-        within_category: Rank a triplet that has a category (FashionIQ) among the images of its category's triplets
-            alone, as its evaluation does. A dress is no hard negative of a shirt, and a top may be a right one.
-        cap: Share of the right image's score that a negative's must stay below (positive-aware mining, NV-Retriever,
-            arXiv 2407.15831), > 0 and <= 1; ``null``: no limit. Where the right image's score s is negative, below
-            s - (1 - cap) |s|.
-        margin: Cosines by which a negative must stay below the right image, >= 0 and <= 2; ``null``: no limit.
-        steep_drop: Leave out what scores as much as the right image or more, and of the window keep only what lies
-            between its two steepest drops of the score (:func:`between_drops`). QuRe (arXiv 2507.12416), with
-            ``cap: null`` and a window of 1,000.
-        warmup_epochs: Epochs with random negatives before the first mining, >= 0.
-        refresh: Mine again every so many epochs with the weights as they are then; 0: never.
-        index: One of lavis_cir_plugin.index.KINDS, or ``auto``: exact below `LARGE_GALLERY` images, ivf from there on.
-            All but ``hnsw`` find the same each time.
-        file: Negatives of an earlier run, ``<run>/negatives/<data set>_<epoch>.npz``, in place of mining; needs
-            ``refresh`` and ``warmup_epochs`` 0. What chooses images has no effect then.
+        source: Origin of the ranking: ``query``, the fused query of the triplet; ``positive``, the embedding of the
+            right image itself, as in the seed paper; or ``image_set``, the query within CIRR's set of six images.
+        count: Number of negatives in each step, >= 1, drawn without repetition from the window; a triplet may have
+            fewer.
+        window: Ranks ``[first, last)`` from 0 among the images that are not left out, at most `DEEPEST` of them. The
+            search ends after the first `DEEPEST` of the whole ranking, unless the window ends later.
+        within_category: Whether a triplet with a category (FashionIQ) is ranked among the images of its category's
+            triplets alone, as in its evaluation. A dress is no hard negative of a shirt, and a top may be a right one.
+        cap: Share of the right image's score that a negative's score must stay below (positive-aware mining,
+            NV-Retriever, arXiv 2407.15831), > 0 and <= 1; ``null`` sets no limit. If the right image's score s is
+            negative, the limit is s - (1 - cap) |s|.
+        margin: Cosines by which a negative must stay below the right image, >= 0 and <= 2; ``null`` sets no limit.
+        steep_drop: Whether to leave out images that score as high as the right image or higher, and to keep of the
+            window only the images between the two steepest drops of the score (:func:`between_drops`). This is QuRe
+            (arXiv 2507.12416) with ``cap: null`` and a window of 1,000.
+        warmup_epochs: Number of epochs with random negatives before the first mining, >= 0.
+        refresh: Number of epochs from one mining to the next, which uses the weights of that moment; 0 mines once.
+        index: One of `KINDS` of :mod:`~lavis_cir_plugin.ranking.index`, or ``auto``: exact below `LARGE_GALLERY`
+            images, ivf otherwise. All kinds but ``hnsw`` find the same images each time.
+        file: File with negatives of an earlier run, ``<run>/negatives/<data set>_<epoch>.npz``, which replaces mining.
+            It requires ``refresh`` and ``warmup_epochs`` to be 0, and the rules that choose images have no effect.
 
     Raises:
-        ValueError: One sentence per impossible value, all at once.
+        ValueError: If values are impossible; the message has one sentence for each.
     """
 
     source: str = "query"
@@ -88,11 +89,11 @@ class Mining:
 
     @property
     def width(self) -> int:
-        """How many negatives a triplet has at most."""
+        """Largest number of negatives of a triplet."""
         return self.window[1] - self.window[0]
 
     def mined_at(self, epoch: int) -> int:
-        """Return the epoch at whose beginning the negatives of this one are found."""
+        """Return the epoch at whose beginning the negatives of ``epoch`` are found."""
         if epoch < self.warmup_epochs:
             return 0
         return epoch - (epoch - self.warmup_epochs) % self.refresh if self.refresh else self.warmup_epochs
@@ -141,11 +142,11 @@ class Mining:
             yield "run.negatives.file serves all epochs; set run.negatives.refresh and .warmup_epochs to 0."
 
 
-def forbidden(triplets: Sequence[Triplet]) -> list[set[str]]:
-    """Return, for each triplet, the images that may never be its negatives.
+def forbidden_images(triplets: Sequence[Triplet]) -> list[set[str]]:
+    """Return, for each triplet, the names of the images that may never be its negatives.
 
-    The target; the targets of triplets with the same reference and captions; and what the annotation lists as also
-    right (CIRR's soft labels). Twins of the target are found by their features, when negatives are mined.
+    These are the target, the targets of triplets with the same reference and captions, and the images that the
+    annotation lists as also right (CIRR's soft labels). Twins of the target are found later, by their features.
     """
     answers: dict[tuple[str, tuple[str, ...]], set[str]] = {}
     for triplet in triplets:
@@ -153,8 +154,8 @@ def forbidden(triplets: Sequence[Triplet]) -> list[set[str]]:
     return [answers[triplet.reference, triplet.captions] for triplet in triplets]
 
 
-class Mined(NamedTuple):
-    """What :func:`mine` found for Q queries; see :class:`NegativeSets`."""
+class MinedNegatives(NamedTuple):
+    """Negatives that :func:`mine` found for Q queries; :class:`NegativeSets` describes the fields."""
 
     negatives: Tensor
     scores: Tensor
@@ -168,30 +169,30 @@ class MiningGroup:
     """Triplets that are mined among the same images.
 
     Attributes:
-        numbers: Of the triplets.
-        images: ``(g,)`` ascending gallery indices.
+        numbers: Numbers of the triplets.
+        images: Gallery indices of the images, ascending, ``(g,)``.
     """
 
     numbers: list[int]
     images: Tensor
 
     def places(self, images: Tensor) -> Tensor:
-        """Return where gallery indices, of any shape, are among the group's images; -1 where they are not."""
+        """Return the positions of gallery indices, of any shape, among the group's images; -1 for other images."""
         found = torch.searchsorted(self.images, images).clamp(max=len(self.images) - 1)
         return torch.where(self.images[found] == images, found, -1)
 
     def indices(self, places: Tensor) -> Tensor:
-        """Return the gallery indices at these places, int32; -1 of -1."""
+        """Return the gallery indices at these positions as int32; the position -1 gives -1."""
         return torch.where(places >= 0, self.images[places.clamp(min=0).long()], -1).int()
 
 
 def mining_groups(triplets: Sequence[Triplet], place: Mapping[str, int], within_category: bool) -> list[MiningGroup]:
-    """Divide triplets by category where there are several; otherwise all are mined among all images.
+    """Divide triplets by category, or return one group of all if there is a single category or no division is asked.
 
     Args:
-        triplets: In order.
-        place: Gallery index of every image.
-        within_category: Whether to divide.
+        triplets: All triplets, in order.
+        place: Gallery index of every image, by its name.
+        within_category: Whether to divide by category.
     """
     by_category: dict[str, list[int]] = {}
     for number, triplet in enumerate(triplets):
@@ -206,17 +207,17 @@ def mining_groups(triplets: Sequence[Triplet], place: Mapping[str, int], within_
     return groups
 
 
-def in_order_of_triplets(parts: Sequence[Mined], order: Sequence[int] | None = None) -> Mined:
-    """Put what was found for some queries after each other, or in ascending order of their numbers."""
-    found = Mined(*(torch.cat(rows) for rows in zip(*parts)))
-    return found if order is None else Mined(*(rows[torch.tensor(order).argsort()] for rows in found))
+def in_order_of_triplets(parts: Sequence[MinedNegatives], order: Sequence[int] | None = None) -> MinedNegatives:
+    """Concatenate the negatives of several parts, and with ``order``, the queries' numbers, sort them by it."""
+    found = MinedNegatives(*(torch.cat(rows) for rows in zip(*parts)))
+    return found if order is None else MinedNegatives(*(rows[torch.tensor(order).argsort()] for rows in found))
 
 
-def mining_index(gallery: Tensor, settings: Mining) -> Index:
-    """Index a gallery, ``(G, D)`` or ``(G, K, D)`` of unit length, to be mined.
+def mining_index(gallery: Tensor, settings: MiningSettings) -> Index:
+    """Return an index for mining over a gallery of unit-length features, ``(G, D)`` or ``(G, K, D)``.
 
-    An inverted file has half as many lists as for retrieval, because it is built at each mining, and looks into fewer:
-    a hard negative that is missed leaves others.
+    An inverted file has half as many lists as for retrieval, because it is built at each mining. A search looks into
+    fewer lists, because other hard negatives remain if one is missed.
     """
     kind = settings.index
     if kind == "auto":
@@ -231,18 +232,18 @@ def mine(
     index: Index,
     targets: Tensor,
     banned: Tensor,
-    settings: Mining,
+    settings: MiningSettings,
     candidates: Tensor | None = None,
-) -> Mined:
+) -> MinedNegatives:
     """Mine the negatives of Q queries.
 
     Args:
-        query: ``(Q, D)``, unit length: fused queries, or the right images' own embeddings.
-        index: Over the gallery, ``(G, D)`` or ``(G, K, D)``, unit length.
-        targets: ``(Q,)`` gallery indices of the right images.
-        banned: ``(Q, F)`` gallery indices that may not be negatives besides the right image, padded with -1.
-        settings: The rules.
-        candidates: ``(Q, C)`` distinct gallery indices to choose from, padded with -1; by default the index searches
+        query: Unit-length vectors ``(Q, D)``: fused queries, or the embeddings of the right images.
+        index: Index over the gallery, ``(G, D)`` or ``(G, K, D)``, of unit length.
+        targets: Gallery indices of the right images, ``(Q,)``.
+        banned: Gallery indices of other images that may not be negatives, ``(Q, F)``, padded with -1.
+        settings: Rules of the mining.
+        candidates: Distinct gallery indices to choose from, ``(Q, C)``, padded with -1; by default the index searches
             the whole gallery.
 
     Returns:
@@ -250,24 +251,24 @@ def mine(
     """
     own = rerank(query, index.gallery, targets[:, None], 1, longest=index.longest)[0]
     if candidates is None:
-        # What is banned must not shorten the window.
+        # The search is deep enough that banned images do not shorten the window.
         depth = settings.window[1] + 1 + banned.shape[1] + _TWINS_FORESEEN
         return _search(query, index, own, targets, banned, settings, depth)
     scores, found = rerank(query, index.gallery, candidates, candidates.shape[1], longest=index.longest)
-    return _chosen(scores, found, own, targets, banned, index.gallery, settings)[0]
+    return _apply_rules(scores, found, own, targets, banned, index.gallery, settings)[0]
 
 
 def _search(
-    query: Tensor, index: Index, own: Tensor, targets: Tensor, banned: Tensor, settings: Mining, depth: int
-) -> Mined:
-    """Choose among the best ``depth`` of the gallery, and again among more for the queries whose window is not full."""
+    query: Tensor, index: Index, own: Tensor, targets: Tensor, banned: Tensor, settings: MiningSettings, depth: int
+) -> MinedNegatives:
+    """Choose among the best ``depth`` images, and search deeper for the queries whose window is not full."""
     depth = min(depth, len(index.gallery))
-    # So many vectors belong to as many images even where all of an image's are alike.
+    # This many vectors belong to at least ``depth`` images, even if all vectors of an image are alike.
     hits = depth * index.gallery[0].numel() // query.shape[1]
     parts, full = [], []
     for part in memory_slices(len(query), scoring.WORKING_BYTES, depth * (64 + banned.shape[1])):
         scores, found = index.search(query[part], depth, hits=hits)
-        mined, is_full = _chosen(scores, found, own[part], targets[part], banned[part], index.gallery, settings)
+        mined, is_full = _apply_rules(scores, found, own[part], targets[part], banned[part], index.gallery, settings)
         parts.append(mined)
         full.append(is_full)
     mined, short = in_order_of_triplets(parts), (~torch.cat(full)).nonzero().squeeze(1)
@@ -275,28 +276,28 @@ def _search(
         return mined
     deeper = 4 * depth if 8 * depth <= DEEPEST else DEEPEST
     again = _search(query[short], index, own[short], targets[short], banned[short], settings, deeper)
-    return Mined(*(rows.index_copy(0, short, found) for rows, found in zip(mined, again)))
+    return MinedNegatives(*(rows.index_copy(0, short, found) for rows, found in zip(mined, again)))
 
 
-def _chosen(
+def _apply_rules(
     scores: Tensor,
     found: Tensor,
     own: Tensor,
     targets: Tensor,
     banned: Tensor,
     gallery: Tensor,
-    settings: Mining,
-) -> tuple[Mined, Tensor]:
-    """Apply the rules to a ranking; return also whether it fills each window, ``(Q,)``.
+    settings: MiningSettings,
+) -> tuple[MinedNegatives, Tensor]:
+    """Apply the rules to rankings; return the negatives, and whether each query's window is full, ``(Q,)``.
 
     Args:
-        scores: ``(Q, C)``, descending.
-        found: ``(Q, C)`` the ranked images, -1 pads at the end.
-        own: ``(Q, 1)`` scores of the right images.
-        targets: As the next two, see :func:`mine`.
-        banned: ``(Q, F)``.
-        gallery: ``(G, D)`` or ``(G, K, D)``.
-        settings: The rules.
+        scores: Scores of the ranked images, descending, ``(Q, C)``.
+        found: Gallery indices of the ranked images, ``(Q, C)``, padded with -1 at the end.
+        own: Scores of the right images, ``(Q, 1)``.
+        targets: Gallery indices of the right images, ``(Q,)``.
+        banned: Gallery indices that may not be negatives, ``(Q, F)``.
+        gallery: Features ``(G, D)`` or ``(G, K, D)``.
+        settings: Rules of the mining.
     """
     is_target = found == targets[:, None]
     allowed = (found >= 0) & ~is_target & ~(found[:, :, None] == banned[:, None, :]).any(dim=2)
@@ -308,7 +309,7 @@ def _chosen(
         allowed &= scores < own
     row, column = (allowed & ((scores - own).abs() <= _SCORES_OF_TWINS)).nonzero(as_tuple=True)
     allowed[row, column] = ~_are_twins(gallery, found[row, column], targets[row])
-    place = allowed.cumsum(dim=1) - 1  # the rank among what is allowed
+    place = allowed.cumsum(dim=1) - 1  # the rank among the allowed images
     kept = allowed & (place >= settings.window[0]) & (place < settings.window[1])
     if settings.steep_drop:
         kept = between_drops(scores, kept)
@@ -318,7 +319,7 @@ def _chosen(
     def filled(rows: Tensor, fill: float) -> Tensor:
         return F.pad(rows.masked_fill(~is_kept, fill), (0, settings.width - rows.shape[1]), value=fill)
 
-    mined = Mined(
+    mined = MinedNegatives(
         negatives=filled(found.gather(1, order).int(), -1),
         scores=filled(scores.gather(1, order).float(), torch.nan),
         target_scores=own[:, 0].float(),
@@ -329,18 +330,18 @@ def _chosen(
 
 
 def between_drops(scores: Tensor, counted: Tensor) -> Tensor:
-    """Return what lies between the two steepest drops of a ranking's score.
+    """Return a mask of the images between the two steepest drops of each ranking's score.
 
-    A drop is that from one counted image to the next. Where the two steepest are next to each other, so that a single
-    image lies between them, the second and the third steepest are taken, and so on, as QuRe's released code does
-    (arXiv 2507.12416). Of equal drops the first counts as the steeper.
+    A drop leads from one counted image to the next. If the two steepest drops are adjacent, so that a single image
+    lies between them, the second and the third steepest are taken, and so on, as in QuRe's released code
+    (arXiv 2507.12416). Of equal drops the first counts as the steeper one.
 
     Args:
-        scores: ``(Q, C)``, descending.
-        counted: ``(Q, C)`` bool, the images below the right one.
+        scores: Scores of the ranked images, descending, ``(Q, C)``.
+        counted: Mask ``(Q, C)`` of the images below the right one.
 
     Returns:
-        ``(Q, C)`` bool; nothing of a query where no two drops are apart, as with fewer than four images.
+        The mask, ``(Q, C)``. It is empty for a query without two drops that are apart, as with fewer than four images.
     """
     between = torch.zeros_like(counted)
     for row, is_counted in enumerate(counted):
@@ -355,7 +356,7 @@ def between_drops(scores: Tensor, counted: Tensor) -> Tensor:
 
 
 def mean_features(gallery: Tensor) -> Tensor:
-    """Return the mean direction of each image's features: ``(G, D)`` float32 of ``(G, D)`` or ``(G, K, D)``."""
+    """Return the mean direction ``(G, D)``, float32, of each image's features ``(G, D)`` or ``(G, K, D)``."""
     features = gallery if gallery.dim() == 3 else gallery.unsqueeze(1)
     means = torch.empty(len(gallery), gallery.shape[-1])
     for part in memory_slices(len(gallery), scoring.WORKING_BYTES, 4 * features[0].numel()):
@@ -364,7 +365,7 @@ def mean_features(gallery: Tensor) -> Tensor:
 
 
 def _are_twins(gallery: Tensor, images: Tensor, others: Tensor) -> Tensor:
-    """Return for pairs of images, both ``(n,)``, whether they are the same picture."""
+    """Return whether the images of each pair show the same picture, ``(n,)``."""
     result = torch.empty(len(images), dtype=torch.bool)
     for part in memory_slices(len(images), scoring.CACHE_BYTES, 8 * gallery[0].numel()):
         cosines = F.cosine_similarity(gallery[images[part]].float(), gallery[others[part]].float(), dim=-1)
@@ -372,16 +373,16 @@ def _are_twins(gallery: Tensor, images: Tensor, others: Tensor) -> Tensor:
     return result
 
 
-def random_negatives(targets: Tensor, banned: Tensor, size: int, width: int, seed: int) -> Mined:
-    """Draw up to ``width`` negatives of each target uniformly among ``size`` images, never those banned."""
+def random_negatives(targets: Tensor, banned: Tensor, size: int, width: int, seed: int) -> MinedNegatives:
+    """Draw up to ``width`` negatives of each target uniformly among ``size`` images, except banned ones."""
     rng = random.Random(seed)
     rows = []
     for target, own in zip(targets.tolist(), map(set, banned.tolist())):
-        some = rng.sample(range(size), min(size, width + len(own) + 1))
-        rows.append([image for image in some if image not in own and image != target][:width])
+        sampled = rng.sample(range(size), min(size, width + len(own) + 1))
+        rows.append([image for image in sampled if image not in own and image != target][:width])
     drawn = padded(rows, width).int()
     unknown, nan = torch.full_like(drawn, -1), torch.full(drawn.shape, torch.nan)
-    return Mined(drawn, nan, nan[:, 0], unknown, unknown[:, 0])
+    return MinedNegatives(drawn, nan, nan[:, 0], unknown, unknown[:, 0])
 
 
 def _is_whole(value: Any, least: int) -> bool:

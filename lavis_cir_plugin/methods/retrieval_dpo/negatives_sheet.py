@@ -1,4 +1,4 @@
-"""Draw queries with the negatives mined for them."""
+"""Contact sheets of training queries with the negatives that were mined for them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ from lavis_cir_plugin.report.sheet_layout import (
 def negatives_sheet(sets: NegativeSets, path: str | Path, rows: int = 8, columns: int = 8, seed: int = 0) -> Path:
     """Draw triplets with the negatives mined for them, as a PNG, and return ``path``.
 
-    One line per triplet: reference image, modification text, target in a green frame, and its first ``columns``
-    negatives, hardest first. Below each picture stand its rank in the mining's own ranking, from 1, and its score,
-    where they are known: of random negatives neither is. The ``min(rows, N)`` triplets are drawn at random with
-    ``seed``.
+    A line shows a triplet's reference image, modification text, target in a green frame, and first ``columns``
+    negatives, hardest first. Below each picture stand its rank in the mined ranking, from 1, and its score. Random
+    negatives have neither. ``min(rows, N)`` triplets are drawn at random with ``seed``.
 
     Raises:
-        FileNotFoundError: pictures to be drawn are no longer where they were mined.
-        ValueError: one of them cannot be read.
-        OSError: the sheet cannot be written.
+        FileNotFoundError: If pictures are no longer where they were when the negatives were mined.
+        ValueError: If a picture cannot be read.
+        OSError: If the sheet cannot be written.
     """
     chosen = sorted(random.Random(seed).sample(range(len(sets.targets)), min(rows, len(sets.targets))))
     columns = min(columns, sets.negatives.shape[1])

@@ -1,7 +1,7 @@
-"""Retrieval-DPO around a model: what it must offer, its reference policy, and its training step.
+"""Retrieval-DPO's loss in place of a model's own loss, and the frozen reference policy.
 
-As weight perturbation stands around the call of a model, Retrieval-DPO stands in place of its loss: names of weights,
-checkpoints, evaluation, adapters and processes stay what they are.
+The loss replaces that of any model with the interface `HasScores`. Names of weights, checkpoints, evaluation, adapters
+and processes stay those of the model.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lavis_cir_plugin.core.processes import rank_and_world
-from lavis_cir_plugin.methods.retrieval_dpo.losses import Preference, preference_losses, reward_margins
+from lavis_cir_plugin.methods.retrieval_dpo.losses import PreferenceSettings, preference_losses, reward_margins
 from lavis_cir_plugin.models.contrastive_losses import contrastive_loss
 
 
 class HasScores(Protocol):
-    """What a model offers to be trained by Retrieval-DPO: features with gradients, whose products are scores."""
+    """Interface of a model that Retrieval-DPO can train: features with gradients, whose products are scores."""
 
     @property
     def temperature(self) -> Tensor | float:
-        """Divides scores, > 0; read by the anchor alone."""
+        """Number > 0 by which the anchor divides scores."""
 
     def query_features(self, samples: Mapping[str, Any]) -> Tensor:
-        """Return unit-length ``(B, D)`` of ``image`` and ``text_input``."""
+        """Return unit-length queries ``(B, D)`` of ``image`` and ``text_input``."""
 
     def target_features(self, image: Tensor) -> Tensor:
-        """Return unit-length ``(B, D)`` or ``(B, T, D)``, of which the best token counts."""
+        """Return unit-length features ``(B, D)``, or ``(B, T, D)``, of which the best-scoring token counts."""
 
 
 def paired_scores(query: Tensor, features: Tensor) -> Tensor:
-    r"""Return the scores of each query's own images, :math:`s_{ij} = \max_t q_i \cdot v_{ijt}`.
+    r"""Return the scores of each query with its own images, :math:`s_{ij} = \max_t q_i \cdot v_{ijt}`.
 
     Args:
-        query: ``(B, D)``.
-        features: ``(B, C, D)`` or ``(B, C, T, D)``.
+        query: Queries ``(B, D)``.
+        features: Features of C images per query, ``(B, C, D)`` or ``(B, C, T, D)``.
 
     Returns:
-        ``(B, C)`` float32, also under autocast.
+        The scores ``(B, C)``, float32 also under autocast.
     """
     with torch.autocast(query.device.type, enabled=False):
         products = torch.einsum("bd,b...d->b...", query.float(), features.float())
@@ -58,12 +58,12 @@ def candidate_features(model: Any, samples: Mapping[str, Any], positive: str = "
 
 
 class ReferencePolicy:
-    """A frozen copy of the weights that are trained; what is frozen, such as an image tower, is shared with the model.
+    """A frozen copy of a model's trained weights; frozen weights, such as an image tower's, are shared with the model.
 
-    Not a module of the model, so that no checkpoint holds it: a resumed run builds it from the same start.
+    It is no sub-module of the model, so that no checkpoint holds it. A resumed run builds it from the same start.
 
     Args:
-        model: As training starts.
+        model: Model before the first training step.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -75,18 +75,18 @@ class ReferencePolicy:
 
     @torch.no_grad()
     def scores(self, samples: Mapping[str, Any], positive: str = "target") -> Tensor:
-        """Return ``(B, 1 + K)`` cosines as :class:`PreferenceModel` does."""
+        """Return the cosines ``(B, 1 + K)`` of each query's right image and its K wrong ones."""
         return paired_scores(self.model.query_features(samples), candidate_features(self.model, samples, positive))
 
 
 class PreferenceModel(nn.Module):
-    """Mix-in that goes before a model's class: its loss is Retrieval-DPO's, all else is the model's own.
+    """Mix-in before a model's class that replaces the loss by Retrieval-DPO's.
 
-    It stays in evaluation mode (no dropout, running batch statistics), because policy and reference policy must be the
-    same function of their weights, as they are in the first step.
+    The model stays in evaluation mode (no dropout, running batch statistics), because policy and reference policy must
+    be the same function of their weights.
     """
 
-    preference: Preference
+    preference: PreferenceSettings
 
     def train(self, mode: bool = True) -> PreferenceModel:
         """Stay in evaluation mode."""
@@ -97,15 +97,16 @@ class PreferenceModel(nn.Module):
         """Return the loss of a batch of B triplets with K negatives each.
 
         Args:
-            samples: ``image``, ``target`` and ``text_input`` as the model takes them; ``negatives`` ``(B, K, ...)``,
-                like ``target``; ``negatives_present`` ``(B, K)`` bool; ``reference_scores`` ``(B, 1 + K)``, unless
-                there is no reference policy; ``target_id`` and ``image_id`` ``(B,)``, optional.
+            samples: A batch with ``image``, ``target`` and ``text_input`` as the model takes them; ``negatives``
+                ``(B, K, ...)``, shaped like ``target``; the mask ``negatives_present`` ``(B, K)``;
+                ``reference_scores`` ``(B, 1 + K)``, unless there is no reference policy; and optionally ``target_id``
+                and ``image_id`` ``(B,)``.
 
         Returns:
-            ``loss``; ``loss_dpo``, the mean over the queries with a negative, of all processes; ``loss_itc`` where the
-            anchor has weight; and, in shares and cosines: ``reward_accuracy`` (h > 0) and ``reward_margin`` (h), over
-            all negatives and nan without any; ``positive_drift`` (the right image's score less its reference), over all
-            queries; ``without_negative``, the share of queries that have none.
+            ``loss``; ``loss_dpo``, its mean over the queries with a negative on all processes; ``loss_itc``, if the
+            anchor has weight; ``reward_accuracy`` and ``reward_margin``, the share of negatives with h > 0 and the mean
+            h in cosines, nan without any negative; ``positive_drift``, the mean difference of the right image's score
+            and its reference score; ``without_negative``, the share of queries without a negative.
         """
         settings = self.preference
         query = self.query_features(samples)  # type: ignore[operator]
@@ -130,10 +131,10 @@ class PreferenceModel(nn.Module):
         return {"loss": loss, **losses, **{name: value.detach() for name, value in measured.items()}}
 
 
-def learn_preferences(model: nn.Module, settings: Preference) -> None:
-    """Give a model Retrieval-DPO's loss in place of its own, in place.
+def learn_preferences(model: nn.Module, settings: PreferenceSettings) -> None:
+    """Replace a model's loss by Retrieval-DPO's, in place.
 
-    Its class becomes a subclass of the same name, so that its weights keep their names.
+    The model's class becomes a subclass of the same name, so that its weights keep their names.
     """
     own = type(model)
     attributes = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
@@ -142,15 +143,14 @@ def learn_preferences(model: nn.Module, settings: Preference) -> None:
     model.eval()
 
 
-def hold_unread(model: nn.Module, samples: Mapping[str, Any]) -> None:
-    """Turn the trained weights that the loss does not depend on into buffers, in place.
+def keep_unread_as_buffers(model: nn.Module, samples: Mapping[str, Any]) -> None:
+    """Turn trained weights that the loss does not depend on into buffers, in place.
 
-    DistributedDataParallel would wait for their gradients, and as frozen parameters they would be missing in
-    checkpoints.
+    DistributedDataParallel would wait for their gradients, and checkpoints would lack them if they were frozen.
 
     Args:
-        model: A :class:`PreferenceModel`.
-        samples: A batch.
+        model: Model with Retrieval-DPO's loss (:class:`PreferenceModel`).
+        samples: Any batch.
 
     Raises:
         ValueError: If the model trains nothing.
@@ -175,9 +175,10 @@ def hold_unread(model: nn.Module, samples: Mapping[str, Any]) -> None:
 
 
 def _mean_over_all(values: Tensor, counted: Tensor) -> Tensor:
-    """Return the mean of the counted values of all processes, once the processes' results are averaged.
+    """Return this process's part of the mean of all processes' counted values.
 
-    DistributedDataParallel averages gradients, so each process divides its own sum by the mean count.
+    The average of the parts is the mean: DistributedDataParallel averages gradients, so each process divides its own
+    sum by the average count.
     """
     count = counted.sum().float()
     world = rank_and_world()[1]

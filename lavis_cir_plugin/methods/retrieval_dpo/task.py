@@ -1,4 +1,4 @@
-"""The LAVIS task of Retrieval-DPO: composed retrieval trained by preferences between right and mined wrong images."""
+"""The LAVIS task ``retrieval_dpo``: composed retrieval trained by preferences between right and mined wrong images."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from lavis_cir_plugin.core.settings import as_plain, setting_problems
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, TripletDataset
 from lavis_cir_plugin.data.negatives import NegativeSets, load_negatives, negatives_path
 from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
-from lavis_cir_plugin.methods.retrieval_dpo.losses import Preference
+from lavis_cir_plugin.methods.retrieval_dpo.losses import PreferenceSettings
 from lavis_cir_plugin.methods.retrieval_dpo.mining import (
-    Mined,
-    Mining,
+    MinedNegatives,
     MiningGroup,
-    forbidden,
+    MiningSettings,
+    forbidden_images,
     in_order_of_triplets,
     mean_features,
     mine,
@@ -40,7 +40,7 @@ from lavis_cir_plugin.methods.retrieval_dpo.mining import (
 from lavis_cir_plugin.methods.retrieval_dpo.preference_model import (
     ReferencePolicy,
     candidate_features,
-    hold_unread,
+    keep_unread_as_buffers,
     learn_preferences,
     paired_scores,
 )
@@ -49,24 +49,25 @@ from lavis_cir_plugin.report.curves import Panel
 from lavis_cir_plugin.report.sheet_layout import BLUE, GREY, ORANGE
 from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask, Evaluation
 
-_SAME = 0.01
-"""Cosine by which scores of one policy may differ: half precision, another device."""
+_LARGEST_DIFFERENCE = 0.01
+"""Largest difference of two scores of one policy, which half precision or another device can cause."""
 _COMPARED = 64
 
 
 @registry.register_task("retrieval_dpo")
 class RetrievalDpoTask(ComposedRetrievalTask):
-    r"""Trains any model that scores queries against images by preferences; evaluates as ``composed_retrieval``.
+    r"""Trains a model by preferences between right and wrong images, and evaluates it as ``composed_retrieval`` does.
 
     .. math:: L = L_\mathrm{DPO} + a L_\mathrm{InfoNCE}
 
-    ``run.dpo`` holds the fields of :class:`~lavis_cir_plugin.preference.Preference`, ``run.negatives`` those of
-    :class:`~lavis_cir_plugin.negatives.Mining`. The model is a :class:`~lavis_cir_plugin.preference_model.HasScores`:
-    ``blip2_cir``, ``clip_cir``, ``tscir_mapping``, ``tscir_composing``, or any other.
+    ``run.dpo`` holds the fields of :class:`~lavis_cir_plugin.methods.retrieval_dpo.losses.PreferenceSettings`, and
+    ``run.negatives`` those of :class:`~lavis_cir_plugin.methods.retrieval_dpo.mining.MiningSettings`. The model must be
+    a :class:`~lavis_cir_plugin.methods.retrieval_dpo.preference_model.HasScores`, such as ``blip2_cir``, ``clip_cir``,
+    ``tscir_mapping`` or ``tscir_composing``.
 
-    At the beginning of an epoch the negatives are mined, if it is time, among the training images of each data set and
-    written to ``<run>/negatives/``, from where a resumed run takes them. A frozen image tower runs once per step, for
-    policy and reference policy.
+    At the beginning of an epoch for which a mining is due, the negatives are mined among the training images of each
+    data set and written to ``<run>/negatives/``, where a resumed run finds them. A frozen image tower runs once per
+    step, for both policy and reference policy.
     """
 
     RUN_KEYS = (*ComposedRetrievalTask.RUN_KEYS, "dpo", "negatives")
@@ -89,21 +90,24 @@ class RetrievalDpoTask(ComposedRetrievalTask):
 
     @classmethod
     def setup_task(cls, cfg: Any, **_: Any) -> RetrievalDpoTask:
-        """Return the task as LAVIS asks for it."""
+        """Build the task from a config; LAVIS calls this method."""
         task: RetrievalDpoTask = super().setup_task(cfg)  # type: ignore[assignment]
-        task.preference = Preference(**as_plain(cfg.run_cfg.get("dpo")))
-        task.mining = Mining(**as_plain(cfg.run_cfg.get("negatives")))
+        task.preference = PreferenceSettings(**as_plain(cfg.run_cfg.get("dpo")))
+        task.mining = MiningSettings(**as_plain(cfg.run_cfg.get("negatives")))
         return task
 
     @staticmethod
     def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what is wrong with the keys of ``run`` that this task reads."""
+        """Yield one sentence per problem of the keys of ``run`` that this task reads."""
         yield from ComposedRetrievalTask.run_problems(run)
         problems = list(_setting_problems(run))
         yield from problems
         if problems:
             return
-        preference, mining = Preference(**(run.get("dpo") or {})), Mining(**(run.get("negatives") or {}))
+        preference, mining = (
+            PreferenceSettings(**(run.get("dpo") or {})),
+            MiningSettings(**(run.get("negatives") or {})),
+        )
         if preference.reference == "mined" and mining.file is None:
             yield (
                 "run.dpo.reference: mined are the scores in run.negatives.file, which is empty; name the file of a run "
@@ -116,11 +120,11 @@ class RetrievalDpoTask(ComposedRetrievalTask):
             )
 
     def prepare(self, model: nn.Module, datasets: Mapping[str, Mapping[str, Any]], cfg: Any) -> None:
-        """Cache features, then give the model Retrieval-DPO's loss and its reference policy; not in an evaluation.
+        """Cache features, and for a training give the model Retrieval-DPO's loss and a reference policy.
 
         Raises:
-            ValueError: If the model offers no scores or nothing of it is trained, the data are no triplets, or policy
-                and reference policy differ before the first step.
+            ValueError: If the model has no scores or no trained weights, if the data are no triplets, or if policy and
+                reference policy differ before the first step.
         """
         self.training = {name: splits["train"] for name, splits in datasets.items() if "train" in splits}
         if self.training:
@@ -138,11 +142,11 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         samples = self._first_samples(2)
         others = samples["target"].roll(1, dims=0)
         samples.update(negatives=others[:, None], negatives_present=torch.ones(2, 1, dtype=torch.bool).to(self.device))
-        hold_unread(model, samples)
+        keep_unread_as_buffers(model, samples)
         self.reference = ReferencePolicy(model) if self.preference.reference == "start" else None
         if self.reference is not None:
             difference = (self.reference.scores(samples) - self._policy_scores(samples)).abs().max()
-            if not difference <= _SAME:  # nan, too
+            if not difference <= _LARGEST_DIFFERENCE:  # nan, too
                 raise ValueError(
                     f"run.dpo.reference: the scores of policy and reference policy differ by {difference:.3f} before "
                     f"the first step, although their weights are equal: {type(model).__name__}'s are random or depend "
@@ -150,22 +154,22 @@ class RetrievalDpoTask(ComposedRetrievalTask):
                 )
         if self.mining.file is not None:
             for name, dataset in self.training.items():
-                self._use(dataset, self._from_file(name, dataset, self.mining.file))
+                self._use_negatives(dataset, self._from_file(name, dataset, self.mining.file))
 
     def train_epoch(self, epoch: int, **arguments: Any) -> Any:
-        """Mine negatives if it is time, then train an epoch of LAVIS's loop."""
+        """Mine negatives if a mining is due, then train an epoch of LAVIS's loop."""
         self.begin_epoch(epoch, arguments["data_loader"])
         return super().train_epoch(epoch=epoch, **arguments)
 
     def train_iters(self, epoch: int, start_iters: int, iters_per_inner_epoch: int, **arguments: Any) -> Any:
-        """Mine negatives if it is time, then train an inner epoch of LAVIS's loop."""
+        """Mine negatives if a mining is due, then train an inner epoch of LAVIS's loop."""
         self.begin_epoch(start_iters // iters_per_inner_epoch, arguments["data_loader"])
         return super().train_iters(
             epoch=epoch, start_iters=start_iters, iters_per_inner_epoch=iters_per_inner_epoch, **arguments
         )
 
     def train_step(self, model: Callable[[dict[str, Any]], Any], samples: dict[str, Any]) -> Tensor:
-        """Return the loss of a batch; what needs no gradient is computed once, before the model is called."""
+        """Return the loss of a batch; features and scores without gradient are computed before the model's call."""
         samples = self._with_features(samples)
         if self.reference is not None:
             samples["reference_scores"] = self.reference.scores(samples, self.preference.positive)
@@ -185,7 +189,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         return {**result, "image": tokens[0], "target": tokens[1], "negatives": wrong}
 
     def _report_run(self, run: Path, curve_metric: str) -> list[Path]:
-        """Also draw the negatives that the last epoch had."""
+        """Write the reports of composed retrieval, and draw the negatives of the last epoch."""
         sheets = []
         for name, dataset in self.training.items():
             if dataset.negatives is not None:
@@ -198,11 +202,11 @@ class RetrievalDpoTask(ComposedRetrievalTask):
     # Negatives.
 
     def begin_epoch(self, epoch: int, data_loader: Any) -> None:
-        """Let the data sets return the negatives of this epoch: mined now, or read from the run's file of them.
+        """Let the data sets return the negatives of an epoch, which are mined now or read from the run's file.
 
         Args:
-            epoch: Counted from 0.
-            data_loader: Of this epoch; it is renewed where the negatives are new.
+            epoch: Number of the epoch, from 0.
+            data_loader: Loader of the epoch's batches, whose workers are restarted if the negatives are new.
         """
         at = self.mining.mined_at(epoch)
         for name, dataset in self.training.items():
@@ -221,13 +225,13 @@ class RetrievalDpoTask(ComposedRetrievalTask):
                     logging.warning("%s is not there: negatives are mined with the weights as they are now", path)
                 state = get_random_state(self.device)
                 sets = self._mine(name, dataset, at)
-                set_random_state(state, self.device)  # a resumed run, which finds the file, draws nothing here
+                set_random_state(state, self.device)  # a resumed run finds the file and draws nothing here
                 self._check_any(sets)
                 with fail_in_all_processes():
                     if is_main_process():
                         sets.save(path)
             logging.info("negatives of %s for epoch %d: %s", name, epoch, sets.summary())
-            self._use(dataset, sets)
+            self._use_negatives(dataset, sets)
             self.in_use[name] = at
             data_loader.renew()
 
@@ -242,22 +246,24 @@ class RetrievalDpoTask(ComposedRetrievalTask):
                 f"run.negatives leaves none of {len(sets.targets):,} triplets a negative; {', or '.join(asked)}."
             )
 
-    def _use(self, dataset: TripletDataset, sets: NegativeSets) -> None:
-        sets.paths = self._paths(dataset, sets.names)  # a file's may be of another machine
+    def _use_negatives(self, dataset: TripletDataset, sets: NegativeSets) -> None:
+        sets.paths = self._paths(dataset, sets.names)  # paths in a file may be of another machine
         dataset.use_negatives(sets, self.mining.count, with_scores=self.preference.reference == "mined")
 
     def _mine(self, name: str, dataset: TripletDataset, epoch: int) -> NegativeSets:
-        """Mine a data set's negatives, each process its share of the triplets."""
+        """Mine a data set's negatives; each process mines for its share of the triplets."""
         benchmark = training_benchmark(name, dataset, self.seed, epoch)
         (group,) = benchmark.groups
         place = {image: number for number, image in enumerate(group.gallery)}
         references = torch.tensor([place[triplet.reference] for triplet in dataset.triplets])
         targets = torch.tensor([place[triplet.target] for triplet in dataset.triplets])
         right = targets if self.preference.positive == "target" else references
-        banned = padded([[place[image] for image in own if image in place] for own in forbidden(dataset.triplets)], 1)
+        banned = padded(
+            [[place[image] for image in own if image in place] for own in forbidden_images(dataset.triplets)], 1
+        )
         groups = mining_groups(dataset.triplets, place, self.mining.within_category)
         if epoch < self.mining.warmup_epochs:
-            found = self._drawn(groups, right, banned)
+            found = self._draw_random(groups, right, banned)
         else:
             candidates = None
             if self.mining.source == "image_set":
@@ -283,15 +289,15 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         )
 
     def _mining_settings(self) -> dict[str, Any]:
-        """Return ``run.negatives`` as a file of negatives holds it."""
+        """Return ``run.negatives`` in the form that a file of negatives holds."""
         return {**dataclasses.asdict(self.mining), "window": list(self.mining.window)}
 
     @staticmethod
     def _paths(dataset: TripletDataset, names: Sequence[str]) -> list[str]:
         return [str(dataset.image_paths[name].absolute()) for name in names]
 
-    def _drawn(self, groups: Sequence[MiningGroup], right: Tensor, banned: Tensor) -> Mined:
-        """Return random negatives of all triplets."""
+    def _draw_random(self, groups: Sequence[MiningGroup], right: Tensor, banned: Tensor) -> MinedNegatives:
+        """Draw random negatives of all triplets."""
         parts, numbers = [], []
         for group in groups:
             rows = group.numbers
@@ -309,15 +315,15 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         right: Tensor,
         banned: Tensor,
         candidates: Tensor | None,
-    ) -> Mined:
-        """Return the negatives of all triplets by the weights as they are, each process searching for its share."""
+    ) -> MinedNegatives:
+        """Mine the negatives of all triplets with the present weights; each process searches for its share."""
         images = BenchmarkDataset(benchmark, dataset.vis_processor, dataset.text_processor)
         images.features, images.preloaded = dataset.features, dataset.preloaded
         loader = DataLoader(images, **self.loader_options)
         evaluation = Evaluation(self.model, loader, self.device.type == "cuda", self.gallery_dtype)
         gallery = evaluation.encode_gallery()
         own = share(len(right))
-        parts: list[Mined] = []
+        parts: list[MinedNegatives] = []
         with fail_in_all_processes():
             if len(own):
                 (everything,) = benchmark.groups
@@ -332,15 +338,17 @@ class RetrievalDpoTask(ComposedRetrievalTask):
                         continue
                     index = mining_index(gallery if len(groups) == 1 else gallery[group.images], self.mining)
                     places = group.places(right[rows]), group.places(banned[rows])
-                    some = None if candidates is None else group.places(candidates[rows])
-                    mined = mine(query[[row - own.start for row in rows]], index, *places, self.mining, some)
+                    group_candidates = None if candidates is None else group.places(candidates[rows])
+                    mined = mine(
+                        query[[row - own.start for row in rows]], index, *places, self.mining, group_candidates
+                    )
                     found.append(mined._replace(negatives=group.indices(mined.negatives)))
                     numbers += rows
                 parts = [in_order_of_triplets(found, numbers)]
         return in_order_of_triplets([part for of_process in gather(parts) for part in of_process])
 
     def _from_file(self, name: str, dataset: TripletDataset, path: str) -> NegativeSets:
-        """Return the negatives of an earlier run, after comparing them with data and starting weights."""
+        """Read the negatives of an earlier run, and compare them with the data and the starting weights."""
         sets = load_negatives(path)
         self._check_gallery(sets, name, dataset, f"run.negatives.file: {path}")
         if sets.counts.max() < self.mining.count:
@@ -363,7 +371,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         dataset.use_negatives(sets, self.mining.count, with_scores=True)
         samples = self._with_features(self._first_samples(min(_COMPARED, len(dataset)), dataset))
         difference = (samples["reference_scores"] - self._policy_scores(samples)).abs()
-        if not difference.max() <= _SAME:  # nan, too
+        if not difference.max() <= _LARGEST_DIFFERENCE:  # nan, too
             raise ValueError(
                 f"run.negatives.file: the scores in {path} differ by up to {difference.max():.3f} from those of the "
                 "starting weights, so they are another policy's; mine with these weights, or set run.dpo.reference: "
@@ -388,7 +396,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
             )
 
     def _first_samples(self, count: int, dataset: TripletDataset | None = None) -> dict[str, Any]:
-        """Return the first triplets as a batch on the device; no generator moves."""
+        """Return the first triplets as a batch on the device, and leave all random generators unchanged."""
         dataset = dataset or next(iter(self.training.values()))
         state = get_random_state()
         random.seed(0)
@@ -402,7 +410,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
 
 
 def training_benchmark(name: str, dataset: TripletDataset, seed: int, epoch: int) -> Benchmark:
-    """Return the training triplets as queries against all training images, each with one drawn text."""
+    """Return a benchmark of the training triplets: queries with one drawn text each, against all training images."""
     queries = tuple(
         Query(
             triplet.reference,
@@ -418,12 +426,12 @@ def training_benchmark(name: str, dataset: TripletDataset, seed: int, epoch: int
 
 
 def _setting_problems(run: Mapping[str, Any]) -> Iterator[str]:
-    for key, settings in {"dpo": Preference, "negatives": Mining}.items():
+    for key, settings in {"dpo": PreferenceSettings, "negatives": MiningSettings}.items():
         if run.get(key) is not None:
             yield from setting_problems(f"run.{key}", settings, run[key])
 
 
-def _check_data(training: Mapping[str, Any], mining: Mining) -> None:
+def _check_data(training: Mapping[str, Any], mining: MiningSettings) -> None:
     if mining.file is not None and len(training) > 1:
         raise ValueError(
             f"run.negatives.file is of one data set, and {len(training)} are trained on ({', '.join(training)}); leave "

@@ -1,8 +1,9 @@
-"""Edits of captions that the captions themselves teach: which phrases can take each other's place, and how to say it.
+"""Edits of captions, learnt from captions: which phrases can replace each other, and how a text says so.
 
-No dictionary and no parser: two phrases can be exchanged where other captions have both between the same two words.
-What one picture is called both of ("grey" and "gray", "a belt" and "long sleeves") is no exchange, which the several
-captions of a picture tell. English function words alone are written down here, and so are the templates.
+The module needs no dictionary and no parser. Two phrases can be exchanged if other captions have both of them between
+the same two words. Phrases that describe one picture ("grey" and "gray", "a belt" and "long sleeves") must not be
+exchanged; the several captions of a picture show which these are. Only English function words and the templates of the
+modification texts are written down here.
 """
 
 from __future__ import annotations
@@ -19,26 +20,26 @@ from typing import Any
 import numpy as np
 
 LONGEST_EXCHANGE, LONGEST_PHRASE = 2, 4
-"""Words of a phrase that is exchanged, at most, without its article; and of one that is added or dropped, with all."""
+"""Largest number of words of an exchanged phrase (without its article), and of an added or dropped one (with all)."""
 
 LEAST_CONTEXTS = 2
-"""Pairs of neighbours that two exchangeable phrases share, at least."""
+"""Smallest number of pairs of neighbours that two exchangeable phrases share."""
 
 LEAST_SHARE = 0.2
-"""Part of the occurrences of either phrase that has neighbours which the other one also has, at least."""
+"""Smallest share of either phrase's occurrences that have neighbours which the other phrase has too."""
 
 LARGEST_LIFT = 0.25
-"""Pictures that both phrases are said of, in parts of what independent phrases would have, at most."""
+"""Largest number of pictures described by both phrases, relative to the number for independent phrases."""
 
 LEAST_EXPECTED = 2.0
-"""Pictures that independent phrases would share, for what is counted to say anything."""
+"""Smallest number of pictures that independent phrases would share for the comparison to have a meaning."""
 
 FEW_FOLLOWERS, FEW_MODIFIED = 2.5, 4.0
-"""A word with so few next words (exponential of their entropy) says nothing without the next one ("short sleeves"), and
-changes what the next one says ("dark red")."""
+"""Numbers of next words (exponential of their entropy). A word with at most the first number says nothing without the
+next word ("short sleeves"); a word with at most the second one changes the meaning of the next word ("dark red")."""
 
 MOST_ATTEMPTS = 20
-"""Exchanges that are looked at for one picture before it is passed over."""
+"""Largest number of exchanges that are tried for a picture."""
 
 ARTICLES = ("a", "the")
 JOINERS = ("and", "with")
@@ -53,36 +54,36 @@ FUNCTION_WORDS = frozenset((
 # fmt: on
 
 EMPTY = 0
-"""Number of the phrase without words: what is exchanged with it is added or dropped."""
+"""Number of the phrase without words. An exchange with it adds or drops a phrase."""
 
 _TOKEN = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*|[^\w\s]")
 _BOUNDARY = 0
 _Array = Any  # a numpy array; its type parameters differ between numpy's versions
 
 
-def tokens(caption: str) -> list[str]:
-    """Return the lower-case words of a caption, "an" as "a"; an empty text stands for punctuation between them."""
+def caption_words(caption: str) -> list[str]:
+    """Return the lower-case words of a caption with "a" for "an"; an empty text stands for punctuation."""
     found = [token if token[0].isalnum() else "" for token in _TOKEN.findall(caption.lower())]
     return ["a" if token == "an" else token for token in found]
 
 
-def plain(caption: str) -> str:
-    """Return a caption as `tokens` reads it, with single blanks."""
-    return " ".join(token for token in tokens(caption) if token)
+def normalised_caption(caption: str) -> str:
+    """Return a caption's words, as `caption_words` reads them, joiners by blanks without punctuation."""
+    return " ".join(token for token in caption_words(caption) if token)
 
 
 @dataclass(frozen=True)
-class Edit:
+class CaptionEdit:
     """One edit of one caption.
 
     Attributes:
         image: Number of the picture that the caption belongs to.
         row: Number of the caption.
-        edited: The caption after the edit, as `plain` writes it.
-        old: What the edit takes away; empty where it only adds.
-        new: What it puts there; empty where it only drops.
-        holder: Number by which `Phrases.rows_holding` knows the captions that hold what the edit leads to.
-        text: The modification.
+        edited: Caption after the edit, in the form of `normalised_caption`.
+        old: Phrase that the edit removes; empty if it only adds one.
+        new: Phrase that the edit inserts; empty if it only drops one.
+        holder: Argument of `Phrases.rows_holding` that finds the captions with the result of the edit.
+        text: Modification text.
     """
 
     image: int
@@ -95,27 +96,27 @@ class Edit:
 
 
 class Phrases:
-    """The phrases of a set of captions, and what can take whose place.
+    """The phrases of a set of captions, and which of them can replace each other.
 
-    Phrase p stands in slot (l, r) where the words l and r are its neighbours. Phrases a and b are exchangeable, if
+    A phrase stands in the slot (l, r) if the words l and r are its neighbours. Two phrases are exchangeable if
 
-    * they share `LEAST_CONTEXTS` slots, which hold `LEAST_SHARE` of the occurrences of each,
+    * they share `LEAST_CONTEXTS` slots with `LEAST_SHARE` of the occurrences of each phrase,
     * neither contains the words of the other, and no word of one is a form of a word of the other, and
-    * they exclude each other: among the pictures that have several captions with one slot, those with both phrases in
-      it are at most `LARGEST_LIFT` of what independence would give (synonyms have more than that, and so have two
-      details of which captions mention some). Where captions are too few to tell, both in one caption count alike.
+    * they exclude each other: among the pictures with several captions that have one slot, at most `LARGEST_LIFT` of
+      the number for independent phrases have both phrases in it. (Synonyms have more, and so have two details that
+      captions mention now and then.) If there are too few such captions, captions with both phrases are counted.
 
-    Nothing here is random or depends on the order of threads.
+    The results depend neither on random numbers nor on the order of threads.
     """
 
     def __init__(self, captions: Sequence[str], images: Sequence[int]) -> None:
         """Read all captions.
 
         Args:
-            captions: One per row.
+            captions: Captions, one per row.
             images: Number of each row's picture, from 0.
         """
-        self.rows = [tokens(caption) for caption in captions]
+        self.rows = [caption_words(caption) for caption in captions]
         self.images = np.asarray(images, dtype=np.int64)
         self._rows_of_image: dict[int, list[int]] = defaultdict(list)
         for number, image in enumerate(self.images.tolist()):
@@ -133,7 +134,7 @@ class Phrases:
         self._known: dict[tuple[int, int], bool] = {}
 
     def rows_holding(self, holder: tuple[int, int]) -> _Array:
-        """Return the rows with a phrase (phrase, -1), or with nothing in a slot (0, slot); ascending."""
+        """Return the rows with a phrase, for (phrase, -1), or with an empty slot, for (0, slot), in ascending order."""
         phrase, slot = holder
         if phrase != EMPTY:
             chosen = self._by_phrase[self._phrase_starts[phrase] : self._phrase_starts[phrase + 1]]
@@ -141,8 +142,8 @@ class Phrases:
         pair = self._pair(slot, EMPTY)
         return np.unique(self._row_by_pair[self._pair_starts[pair] : self._pair_starts[pair + 1]])
 
-    def draw(self, image: int, rng: random.Random) -> Edit | None:
-        """Draw an edit of a caption of a picture; ``None`` where none was found."""
+    def draw(self, image: int, rng: random.Random) -> CaptionEdit | None:
+        """Draw an edit of a caption of a picture, or return ``None`` if no attempt found one."""
         for _ in range(MOST_ATTEMPTS):
             row = rng.choice(self._rows_of_image[image])
             first, last = self._row_starts[row], self._row_starts[row + 1]
@@ -158,24 +159,24 @@ class Phrases:
         return None
 
     def exchangeable(self, old: int, new: int) -> bool:
-        """Return whether two phrases can take each other's place; see the class."""
+        """Return whether two phrases can replace each other, by the rules of the class."""
         key = (min(old, new), max(old, new))
         if key not in self._known:
-            self._known[key] = not self._alike(*key) and self._share_contexts(*key)
+            self._known[key] = not self._are_rewordings(*key) and self._share_contexts(*key)
         return self._known[key]
 
     def number(self, phrase: str) -> int:
-        """Return the number of a phrase that is in several captions; "" is `EMPTY`.
+        """Return the number of a phrase that several captions have; "" has the number `EMPTY`.
 
         Raises:
-            ValueError: there is no such phrase.
+            ValueError: If there is no such phrase.
         """
         return self._texts.index(tuple(phrase.split()))
 
-    # -- what the captions hold ------------------------------------------------------------------------------------
+    # -- phrases and slots of the captions -------------------------------------------------------------------------
 
     def _find_bound_words(self) -> None:
-        """Mark the words that have few next words, all of them of content."""
+        """Mark the words that are followed by few different words, nearly all of them content words."""
         left, right = self._flat[:-1], self._flat[1:]
         size = len(self._words)
         pairs, counts = np.unique(left * size + right, return_counts=True)
@@ -190,9 +191,9 @@ class Phrases:
         self._modifies_next = tied & (np.exp(entropy) <= FEW_MODIFIED)
 
     def _find_phrases(self) -> None:
-        """Number the phrases and the slots, and list what stands where."""
+        """Number the phrases and the slots, and list every occurrence of a phrase in a slot."""
         flat, size = self._flat, len(self._words)
-        row_of = np.repeat(np.arange(len(self.rows)), np.diff(self._starts))  # of flat[1:]
+        row_of = np.repeat(np.arange(len(self.rows)), np.diff(self._starts))  # the rows of flat[1:]
         row_of = np.concatenate([[0], row_of])
         joins = np.array([word in JOINERS for word in self._words])
         articles = np.array([word in ARTICLES for word in self._words])
@@ -207,7 +208,7 @@ class Phrases:
         prefix = np.zeros(len(place), dtype=np.int64)
         for length in range(1, LONGEST_PHRASE + 1):
             last = flat[place + length - 1]
-            # Function words only at the start: "a belt", "and buttons", "with a belt".
+            # A phrase has function words only at its start: "a belt", "and buttons", "with a belt".
             longest = np.where(joins[flat[place]], LONGEST_PHRASE, LONGEST_EXCHANGE + articles[flat[place]])
             keep = (length == 1) | content[last] | ((length == 2) & articles[last] & joins[flat[place]])
             keep &= (last != _BOUNDARY) & (length <= longest)
@@ -215,7 +216,7 @@ class Phrases:
             _, first, prefix, counts = np.unique(
                 prefix * size + last, return_index=True, return_inverse=True, return_counts=True
             )
-            keep = counts[prefix] > 1  # longer ones are not more frequent
+            keep = counts[prefix] > 1  # a longer phrase is never more frequent than its beginning
             ends = keep & ~self._is_function[last]
             numbers = np.full(len(counts), -1)
             kept = np.flatnonzero((counts > 1) & ~self._is_function[last[first]])
@@ -235,7 +236,7 @@ class Phrases:
 
     def _index(self, places: _Array, phrases: _Array, lengths: _Array, slots: _Array, row_of: _Array) -> None:
         count = len(self._texts)
-        # Slots that hold one phrase only teach nothing.
+        # A slot with a single phrase shows no exchange.
         pairs = np.unique(slots * count + phrases)
         fillers = np.bincount(pairs // count, minlength=int(slots.max(initial=0)) + 1)
         keep = fillers[slots] > 1
@@ -258,16 +259,16 @@ class Phrases:
         pair_slots, pair_phrases = self._pairs // count, self._pairs % count
         self._slot_starts = np.searchsorted(pair_slots, np.arange(int(pair_slots.max(initial=-1)) + 2))
         self._fillers = pair_phrases
-        self._weights = np.sqrt(self._pair_counts).cumsum()  # between all phrases alike and all occurrences alike
+        self._weights = np.sqrt(self._pair_counts).cumsum()  # between equal weights of phrases and of occurrences
         order = np.argsort(pair_phrases, kind="stable")
         self._slots_of = (pair_slots[order], self._pair_counts[order])
         self._slots_of_starts = np.searchsorted(pair_phrases[order], np.arange(count + 1))
         self._find_pictures(pair_phrases[order] * len(self._slot_starts) + pair_slots[order])
 
     def _find_pictures(self, by_phrase: _Array) -> None:
-        """List for each phrase (slot, picture), among the pictures with several captions that fill the slot.
+        """List, for each phrase, its pairs (slot, picture) among pictures with several captions that fill the slot.
 
-        ``by_phrase`` are phrase and slot of all pairs, ascending.
+        ``by_phrase`` holds phrase and slot of all pairs in ascending order.
         """
         size, num_slots = int(self.images.max(initial=0)) + 1, len(self._slot_starts)
         filled = np.unique(self._slot * len(self.rows) + self._row)
@@ -295,11 +296,11 @@ class Phrases:
     def _pair(self, slot: int, phrase: int) -> int:
         return int(np.searchsorted(self._pairs, slot * len(self._texts) + phrase))
 
-    def _alike(self, one: int, other: int) -> bool:
-        """Return whether two phrases say the same by their letters, or are no phrases of one kind."""
+    def _are_rewordings(self, one: int, other: int) -> bool:
+        """Return whether two phrases have similar words, or are phrases of different kinds."""
         first, second = self._texts[one], self._texts[other]
         if one == EMPTY:
-            return second[0] in ARTICLES  # without what joins it to the sentence
+            return second[0] in ARTICLES  # such a phrase lacks the word that joins it to the sentence
         if first[0] in JOINERS or second[0] in JOINERS:
             return True
         if (first[0] in ARTICLES) != (second[0] in ARTICLES):
@@ -315,7 +316,7 @@ class Phrases:
             return False
         places = [part.start + np.searchsorted(slots[part], shared) for part in ranges]
         shares = [counts[place].sum() / counts[part].sum() for place, part in zip(places, ranges)]
-        # Nothing stands between any two neighbours, so that of its occurrences no share is asked.
+        # The empty phrase stands between any two neighbouring words, so no share of its occurrences is required.
         if min(shares if one != EMPTY else shares[1:]) < LEAST_SHARE:
             return False
         mine, others = (self._pictures[self._picture_starts[p] : self._picture_starts[p + 1]] for p in (one, other))
@@ -329,24 +330,25 @@ class Phrases:
 
     # -- words -----------------------------------------------------------------------------------------------------
 
-    def _edit(self, image: int, row: int, place: int, new: int, rng: random.Random) -> Edit | None:
-        """Make the edit; ``None`` where it says nothing new, or leaves a part of what it says to drop.
+    def _edit(self, image: int, row: int, place: int, new: int, rng: random.Random) -> CaptionEdit | None:
+        """Return the edit, or ``None`` if it says nothing new or would leave a part of the dropped phrase.
 
-        Both phrases are extended by the words that they say nothing without, a noun by all before it.
+        Both phrases of the text are extended by the words that they need for a meaning, and nouns by all words before
+        them.
         """
         words, start = self.rows[row], int(self._place[place] - self._starts[row])
         end = start + int(self._length[place])
         before, old, put, after = words[:start], words[start:end], list(self._texts[new]), words[end:]
         edited = " ".join(word for word in (*before, *put, *after) if word)
-        joined = [phrase[0] for phrase in (old, put) if phrase and phrase[0] in JOINERS]
-        kind = _kind([*before, *joined])
-        shown = [phrase[1:] if joined and phrase else phrase for phrase in (old, put)]
-        while after and not _is_loose(after[0]) and (kind != "subject" or self._is_unfinished(shown)):
+        joiners = [phrase[0] for phrase in (old, put) if phrase and phrase[0] in JOINERS]
+        kind = _phrase_role([*before, *joiners])
+        shown = [phrase[1:] if joiners and phrase else phrase for phrase in (old, put)]
+        while after and not _is_function_word(after[0]) and (kind != "subject" or self._is_unfinished(shown)):
             if not put:
                 return None
             shown, after = [[*phrase, after[0]] if phrase else phrase for phrase in shown], after[1:]
-        is_noun = not after or _is_loose(after[0])
-        while before and not joined and put and not _is_loose(before[-1]):
+        is_noun = not after or _is_function_word(after[0])
+        while before and not joiners and put and not _is_function_word(before[-1]):
             if not is_noun and not (old and self._modifies_next[self._numbers[before[-1]]]):
                 break
             shown, before = [[before[-1], *phrase] if phrase else phrase for phrase in shown], before[:-1]
@@ -355,21 +357,23 @@ class Phrases:
         if old and put and _is_rewording(*shown):
             return None
         old_text, new_text = (" ".join(phrase) for phrase in shown)
-        article = f"{before[-1]} " if is_noun and not joined and before and before[-1] in ARTICLES else ""
-        text = _say(_with_article(article, old_text), _with_article(article, new_text), kind, is_noun, rng)
+        article = f"{before[-1]} " if is_noun and not joiners and before and before[-1] in ARTICLES else ""
+        text = _modification_text(
+            _with_article(article, old_text), _with_article(article, new_text), kind, is_noun, rng
+        )
         holder = (new, -1) if new != EMPTY else (EMPTY, int(self._slot[place]))
-        return Edit(image, row, edited, old_text, new_text, holder, text)
+        return CaptionEdit(image, row, edited, old_text, new_text, holder, text)
 
     def _is_unfinished(self, shown: Sequence[Sequence[str]]) -> bool:
         return any(phrase and self._needs_next[self._numbers[phrase[-1]]] for phrase in shown)
 
 
-def _is_loose(word: str) -> bool:
+def _is_function_word(word: str) -> bool:
     return word == "" or word in FUNCTION_WORDS
 
 
 def _is_in(values: _Array, ascending: _Array) -> _Array:
-    """Return which values are in an ascending array."""
+    """Return a mask of the values that occur in an ascending array."""
     if not len(ascending):
         return np.zeros(len(values), dtype=bool)
     places = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
@@ -377,13 +381,13 @@ def _is_in(values: _Array, ascending: _Array) -> _Array:
 
 
 def _is_rewording(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Return whether a phrase has all words of the other, or a form of one of the words that differ."""
+    """Return whether one phrase contains all words of the other, or two different words are forms of one word."""
     mine, others = [word for word in one if word not in other], [word for word in other if word not in one]
     return not mine or not others or any(_same_word(a, b) for a, b in itertools.product(mine, others))
 
 
 def _same_word(one: str, other: str) -> bool:
-    """Return whether a word looks like a form or a spelling of another one."""
+    """Return whether two words look like forms or spellings of one word."""
     short, long = sorted((one, other), key=len)
     if len(short) < 4:
         return False
@@ -416,8 +420,8 @@ _DROP = {
 }
 
 
-def _kind(before: Sequence[str]) -> str:
-    """Say what the words before a phrase make it: the ``subject`` of the caption, a ``part`` of it, or ``other``."""
+def _phrase_role(before: Sequence[str]) -> str:
+    """Return the role that the words before a phrase give it: ``subject`` of the caption, ``part`` of it, ``other``."""
     segment = before[len(before) - 1 - before[::-1].index("") + 1 :] if "" in before else before
     functions = [word for word in segment if word in FUNCTION_WORDS and word not in ARTICLES]
     while functions and functions[-1] == "and":
@@ -435,7 +439,7 @@ def _an(text: str) -> str:
     return f"an{text[1:]}" if text.startswith("a ") and text[2:3] in tuple("aeiou") else text
 
 
-def _say(old: str, new: str, kind: str, is_noun: bool, rng: random.Random) -> str:
+def _modification_text(old: str, new: str, kind: str, is_noun: bool, rng: random.Random) -> str:
     templates = _REPLACE if old and new else _ADD if new else _DROP
     chosen = "adjective" if kind == "subject" and not is_noun else kind
     bare = re.sub("^(an?|the) ", "", old)

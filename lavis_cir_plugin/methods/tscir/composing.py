@@ -1,4 +1,4 @@
-"""TSCIR's stage II: low-rank adapters teach CLIP's text tower to compose a pseudo-word with a modification text."""
+"""The model ``tscir_composing``, TSCIR's stage II: adapters let CLIP's text tower compose a pseudo-word with a text."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ from lavis_cir_plugin.methods.tscir.mapping import PLAIN_SENTENCE, TscirMapping,
 from lavis_cir_plugin.models.clip_cir import image_ids
 from lavis_cir_plugin.models.contrastive_losses import symmetric_contrastive_loss
 from lavis_cir_plugin.models.model_inputs import read_pairs, read_pictures, read_texts
-from lavis_cir_plugin.models.open_clip_towers import Edit, count_blocks
+from lavis_cir_plugin.models.open_clip_towers import HiddenStateEdit, count_blocks
 
 
 @registry.register_model("tscir_composing")
 class TscirComposing(TscirMapping):
-    r"""A trained mapping and composing adapters; the query is the feature of "a photo of * that {text}".
+    r"""Adds composing adapters to a trained mapping; the query is the feature of "a photo of * that {text}".
 
-    After each of ``adapter_blocks`` every token goes through a low-rank residual; where a block has an injection too,
-    that comes first. Only the adapters are trained; CLIP and stage I stay as loaded, in eval mode. Stage I's weights
-    are buffers here, so that a checkpoint holds everything but CLIP.
+    After each of ``adapter_blocks`` every token goes through a low-rank residual, which follows the block's injection
+    if there is one. Only the adapters are trained; CLIP and stage I keep their loaded weights and stay in evaluation
+    mode. Stage I's weights are buffers here, so that a checkpoint holds everything but CLIP.
 
-    With query q, target image w, reference image r, t the feature of "a photo of *" of the reference and c of its
-    caption:
+    For a query q, target image w and reference image r, let t be the feature of "a photo of *" with the reference's
+    word and c that of its caption. The training loss is
 
     .. math:: L = L_\mathrm{mix}(q, w) + L_\mathrm{con}(r, t) + 0.2\,L_\mathrm{sta}(c, t, r)
 
-    are the losses ``compose`` (:func:`~lavis_cir_plugin.losses.mixed_negatives_loss`), ``reference`` and ``sta`` of
-    ``loss_weights``. ``sta`` needs triplets with a ``reference_caption``.
+    with the losses ``compose`` (:func:`~lavis_cir_plugin.methods.tscir.losses.mixed_negatives_loss`), ``reference`` and
+    ``sta`` of ``loss_weights``. ``sta`` needs triplets with a ``reference_caption``.
 
     Args:
         clip_model, pretrained, image_size, tokenizer, pixels, template, hidden_width, dropout, injection_blocks,
-            injection_width, injection_heads, injection_layers, loss_weights: As of ``tscir_mapping``.
-        mapping_checkpoint: A checkpoint of ``tscir_mapping`` with the same settings and CLIP; may be empty where
-            ``finetuned`` holds a checkpoint of this model, which contains it.
-        adapter_blocks: Text blocks, from 0, after which there is an adapter.
-        adapter_rank: >= 1.
-        temperature: Divides all scores in training; fixed, > 0.
-        mixed_negatives: Hard negatives mixed for each query, >= 0.
-        mixed_negatives_scaled: Whether the mixtures' scores are divided by the temperature. The released code does not,
-            which makes them nearly inert; ``false`` is that.
-        alignment_with_target: Whether L_sta compares with the *target's* image, as the released code does. It pulls
-            "a photo of *" of the reference to look like the target to the reference's caption, which contradicts
-            ``reference``; so it is off.
+            injection_width, injection_heads, injection_layers, loss_weights: See ``tscir_mapping``.
+        mapping_checkpoint: Checkpoint of ``tscir_mapping`` with the same settings and CLIP. It may be empty if
+            ``finetuned`` names a checkpoint of this model, which contains stage I.
+        adapter_blocks: Numbers, from 0, of the text blocks after which there is an adapter.
+        adapter_rank: Rank of each adapter, >= 1.
+        temperature: Fixed number > 0 by which all scores are divided in training.
+        mixed_negatives: Number of hard negatives mixed for each query, >= 0.
+        mixed_negatives_scaled: Whether the mixtures' scores are divided by the temperature. With ``false``, as in the
+            released code, the mixtures hardly matter.
+        alignment_with_target: Whether L_sta compares with the *target's* image, as the released code does. This pulls
+            the reference's sentence towards the target in the view of the reference's caption, which contradicts
+            ``reference``, so the default is ``false``.
 
     Source: TSCIR (arXiv 2504.17990), stage II.
 
     Raises:
-        ValueError: If a choice is unknown or impossible, with what is allowed.
+        ValueError: If a choice is unknown or impossible; the message says what is allowed.
     """
 
     row_label = "stage I + II"
     kept_in_checkpoints = ("mapping_checkpoint",)
-    """Keys of ``model`` that name files whose whole content a checkpoint of this model holds."""
+    """Keys of ``model`` that name files whose content is contained in every checkpoint of this model."""
     baselines: Mapping[str, str] = {**TscirMapping.baselines, "mapping": "stage I alone"}
     DEFAULT_LOSS_WEIGHTS: Mapping[str, float] = {"compose": 1.0, "reference": 1.0, "sta": 0.2}
 
@@ -118,12 +118,16 @@ class TscirComposing(TscirMapping):
 
     @classmethod
     def _values(cls, cfg: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the constructor would be given; a checkpoint of this model holds the mapping already."""
+        """Return the constructor's arguments; with ``load_finetuned`` the checkpoint itself contains the mapping."""
         values = super()._values(cfg)
         return {**values, "mapping_checkpoint": None} if cfg.get("load_finetuned") else values
 
     def _load_mapping(self, path: str) -> None:
-        """Load a checkpoint of stage I, and nothing that this model's own checkpoints would not hold."""
+        """Load a checkpoint of stage I.
+
+        Raises:
+            ValueError: If it is a checkpoint of stage II, or holds other weights of CLIP than the model.
+        """
         content = read_checkpoint(path)
         state, own = state_in(content, path), self.state_dict()
         if any(name.startswith("adapters.") for name in state):
@@ -140,10 +144,10 @@ class TscirComposing(TscirMapping):
 
     @classmethod
     def check_config(cls, cfg: Mapping[str, Any]) -> None:
-        """Check a ``model`` section without building anything.
+        """Check a ``model`` section without building the model.
 
         Raises:
-            ValueError: The first unknown or impossible value, and what is allowed.
+            ValueError: If a value is unknown or impossible; the message names the first one and what is allowed.
         """
         super().check_config(cfg)
         values = cls._values(cfg)
@@ -164,15 +168,15 @@ class TscirComposing(TscirMapping):
         """Return the training losses of a batch of triplets.
 
         Args:
-            samples: ``image`` (the reference) and ``target``, ``(B, 3, H, W)`` or features ``(B, 1 + P, D)``;
-                ``text_input``; optionally ``target_id`` and ``image_id`` ``(B,)``, equal for the same target or
-                reference; ``reference_caption`` unless ``sta`` has weight 0.
+            samples: A batch with ``image`` (the reference) and ``target``, both pictures ``(B, 3, H, W)`` or features
+                ``(B, 1 + P, D)``; ``text_input``, B strings; ``reference_caption``, unless ``sta`` has weight 0; and
+                optionally ``target_id`` and ``image_id`` ``(B,)``, equal for the same target or reference.
 
         Returns:
-            ``loss``, the weighted sum, and ``loss_<name>`` of each.
+            ``loss``, the weighted sum, and ``loss_<name>`` for each loss.
 
         Raises:
-            ValueError: If the reference's captions are needed and missing, or pictures have two views.
+            ValueError: If the references' captions are needed and missing, or if pictures have two views.
         """
         if read_pictures(samples).ndim == 5:
             raise ValueError(
@@ -188,9 +192,9 @@ class TscirComposing(TscirMapping):
         reference, target = (nn.functional.normalize(t[:, 0].float(), dim=-1) for t in (tokens, target_tokens))
         composed = self._sentences(texts)
         needs_plain = bool(self.loss_weights["reference"] or self.loss_weights["sta"])
-        # One pass over both kinds of sentence: the tower costs by the call as well as by the row.
+        # One call for both kinds of sentence, because each call of the tower has a cost of its own.
         plain = [PLAIN_SENTENCE] * len(composed) * needs_plain
-        read = self._read([*composed, *plain], torch.cat([tokens, tokens]) if needs_plain else tokens)
+        read = self._sentence_features([*composed, *plain], torch.cat([tokens, tokens]) if needs_plain else tokens)
         query, sentence = read[: len(composed)], read[len(composed) :]
         ids = samples.get("target_id")
         losses: dict[str, Callable[[], Tensor]] = {
@@ -209,10 +213,12 @@ class TscirComposing(TscirMapping):
 
     @torch.no_grad()
     def encode_query(self, samples: Mapping[str, Any], mode: str = "multimodal") -> Tensor:
-        """Return unit-length query vectors ``(B, D)``; ``mapping`` leaves the adapters out, the rest as stage I.
+        """Return unit-length query vectors ``(B, D)``; the mode ``mapping`` is stage I's sentence without adapters.
+
+        The other modes are those of ``tscir_mapping``.
 
         Raises:
-            ValueError: If the mode is unknown, or the samples are no such batch.
+            ValueError: If the mode is unknown, or the samples are not such a batch.
         """
         if mode != "mapping":
             return super().encode_query(samples, mode)
@@ -224,13 +230,13 @@ class TscirComposing(TscirMapping):
 
     are_adapters_off = False
 
-    def _edits(self, patches: Tensor | None, looked: list[Tensor]) -> list[tuple[int, Edit]]:
-        """Return stage I's edits, then the adapters."""
-        injections = super()._edits(patches, looked)
+    def _edits(self, patches: Tensor | None, attention: list[Tensor]) -> list[tuple[int, HiddenStateEdit]]:
+        """Return stage I's edits, and then those of the adapters."""
+        injections = super()._edits(patches, attention)
         if self.are_adapters_off:
             return injections
 
-        def adapt(adapter: nn.Module) -> Edit:
+        def adapt(adapter: nn.Module) -> HiddenStateEdit:
             return lambda hidden, place, read: adapter(hidden)
 
         return [*injections, *((int(block), adapt(adapter)) for block, adapter in self.adapters.items())]

@@ -1,4 +1,4 @@
-"""The trained parts of TSCIR: from an image to a pseudo-word, and from a pseudo-word and a text to a query."""
+"""The trained layers of TSCIR: mapping network, visual injection and composing adapter."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ import torch.distributed.nn.functional as dist_with_grad
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor, nn
 
-from lavis_cir_plugin.models.open_clip_towers import at_positions
+from lavis_cir_plugin.models.open_clip_towers import replace_at_positions
 
 
 class MappingNetwork(nn.Module):
-    r"""Maps an image to the embedding of a word, and its patches to what injection attends to.
+    r"""Maps an image to the embedding of a word, and its patches to the inputs of the injections.
 
     .. math:: s_0 = W_3\,\phi(W_2\,\phi(W_1 g + b_1) + b_2) + b_3, \quad \phi = \mathrm{ReLU} \circ \mathrm{Dropout},
               \qquad P' = W_p P + b_p
 
-    g is the un-normalised image feature. With the widths of ViT-L/14 (768, 512, 512, 768) 1,050,368 parameters, which
-    is Pic2Word's network (arXiv 2302.03084), and 590,592 of :math:`W_p`: 1,640,960 together.
+    The un-normalised image feature is g. With the widths of ViT-L/14 (768, 512, 512, 768) the network has 1,640,960
+    parameters: 1,050,368 like Pic2Word's network (arXiv 2302.03084), and 590,592 in :math:`W_p`.
 
     Args:
-        feature_width: D of g and of the patches.
-        word_width: W of the text tower's embeddings.
-        hidden_width: Of the two hidden layers.
-        dropout: >= 0 and < 1.
-        with_patches: Whether there is :math:`W_p`; without injection it would have no gradient.
-        activation: ``relu``; or ``gelu``, after which comes the dropout, as in SEARLE's network (arXiv 2303.15247) and
-            LinCIR's. It then has a buffer of this name, so that no checkpoint of the one is loaded into the other.
+        feature_width: Width D of g and of the patches.
+        word_width: Width W of the text tower's embeddings.
+        hidden_width: Width of the two hidden layers.
+        dropout: Dropout probability, >= 0 and < 1.
+        with_patches: Whether the network has :math:`W_p`, which would get no gradient without injections.
+        activation: ``relu`` after the dropout; or ``gelu`` before it, as in the networks of SEARLE (arXiv 2303.15247)
+            and LinCIR. A network with ``gelu`` has a buffer of this name, so that a checkpoint of the other kind does
+            not load.
 
     Source: TSCIR (arXiv 2504.17990), stage I.
     """
@@ -57,17 +58,17 @@ class MappingNetwork(nn.Module):
         self.patches = nn.Linear(feature_width, feature_width) if with_patches else None
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the word ``(B, W)`` and the patches ``(B, P, D)`` of an image's tokens ``(B, 1 + P, D)``."""
+        """Return the word ``(B, W)`` and the mapped patches ``(B, P, D)`` of image tokens ``(B, 1 + P, D)``."""
         return self.word(tokens[:, 0]), None if self.patches is None else self.patches(tokens[:, 1:])
 
 
 def _between(activation: str, dropout: float) -> tuple[nn.Module, nn.Module]:
-    """Return what follows a hidden layer."""
+    """Return the two modules that follow a hidden layer, in the activation's order."""
     return (nn.GELU(), nn.Dropout(dropout)) if activation == "gelu" else (nn.Dropout(dropout), nn.ReLU())
 
 
 class VisualInjection(nn.Module):
-    r"""Adds what the image says to the hidden state of the pseudo-word, after one block of the text tower.
+    r"""Adds information from the patches to the hidden state of the pseudo-word, after one block of the text tower.
 
     .. math:: h_s \leftarrow h_s + A(h_s, h_\mathrm{EOT}, P'), \qquad
         V = \mathrm{ReLU}(\mathrm{BN}(\mathrm{conv}_{3 \times 3} P')), \quad
@@ -75,17 +76,19 @@ class VisualInjection(nn.Module):
         q_{n+1} = \mathrm{LN}(q_n + W'_n\,\mathrm{GELU}(W_n\,\mathrm{MHA}_n(q_n, K, K))), \qquad
         A = \mathrm{ReLU}(W_b\,\mathrm{ReLU}(W_a q_2))
 
-    :math:`f_s, f_e, f_v` have two layers with a ReLU between. Of text and patch width 768: 6,543,104 parameters.
+    :math:`f_s, f_e, f_v` have two layers with a ReLU between them. With text and patch width 768 an injection has
+    6,543,104 parameters.
 
-    Only the published count and the description are known. Of the widths that give that count this takes the one whose
-    layers have biases and one normalisation each: every hidden width ``width``, but 768 (the text's) before the end.
+    Only this number and a description are published. Of the widths that give the number, this class takes those whose
+    layers have biases and one normalisation each: all hidden layers are ``width`` wide, except the one before the last
+    layer, which is as wide as the text tower (768).
 
     Args:
-        word_width: W of the text tower.
-        patch_width: D of the patches.
-        width: Of query, key and value.
-        heads: Divides ``width``.
-        layers: Of attention.
+        word_width: Width W of the text tower.
+        patch_width: Width D of the patches.
+        width: Width of query, key and value.
+        heads: Number of attention heads, a divisor of ``width``.
+        layers: Number of attention layers.
 
     Source: TSCIR (arXiv 2504.17990), visual semantic injection.
     """
@@ -101,12 +104,12 @@ class VisualInjection(nn.Module):
         self.to_word = nn.Sequential(*_two_layers(width, word_width, word_width), nn.ReLU())
 
     def attend(self, word: Tensor, end: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what to add to the word, ``(B, W)``, and where the last layer looked, ``(B, P)``; rows sum to 1.
+        """Return the vector to add to the word, ``(B, W)``, and the last layer's attention, ``(B, P)``, of row sum 1.
 
         Args:
-            word: Hidden state ``(B, W)`` of the pseudo-word.
-            end: That of the position that is read.
-            patches: ``(B, P, D)``, P a square number.
+            word: Hidden state of the pseudo-word, ``(B, W)``.
+            end: Hidden state of the position that is read, ``(B, W)``.
+            patches: Mapped patches ``(B, P, D)``, of which P is a square number.
         """
         side = math.isqrt(patches.shape[1])
         grid = patches.transpose(1, 2).unflatten(2, (side, side))
@@ -119,11 +122,11 @@ class VisualInjection(nn.Module):
         return self.to_word(query[:, 0]), weights[:, 0]
 
     def forward(self, hidden: Tensor, place: Tensor, read: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the hidden states ``(B, L, W)`` with the injection at ``place`` ``(B,)``, and the attention."""
+        """Return the hidden states ``(B, L, W)`` after injection at positions ``place`` ``(B,)``, and the attention."""
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         word = hidden[rows, place]
         added, weights = self.attend(word, hidden[rows, read], patches)
-        return at_positions(hidden, place, word + added), weights
+        return replace_at_positions(hidden, place, word + added), weights
 
 
 class ComposingAdapter(nn.Module):
@@ -132,11 +135,11 @@ class ComposingAdapter(nn.Module):
     .. math:: x \leftarrow x + x A B, \qquad A \in \mathbb{R}^{W \times r},\ B \in \mathbb{R}^{r \times W},
               \quad A_{ij}, B_{ij} \sim 0.01\,N(0, 1)
 
-    Six of them of rank 128 at width 768 have 1,179,648 parameters.
+    Six adapters of rank 128 at width 768 have 1,179,648 parameters.
 
     Args:
-        width: W.
-        rank: r >= 1.
+        width: Width W of the hidden states.
+        rank: Rank r, >= 1.
 
     Source: TSCIR (arXiv 2504.17990), stage II.
     """
@@ -147,18 +150,18 @@ class ComposingAdapter(nn.Module):
         self.up = nn.Parameter(torch.randn(rank, width) * 0.01)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return ``(B, L, W)``."""
+        """Return the adapted hidden states ``(B, L, W)``."""
         return hidden + hidden @ self.down @ self.up
 
 
 class GatheredBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation whose statistics are those of all processes' batches, on a CPU too.
+    """Batch normalisation by the statistics of all processes' batches, on a CPU too.
 
-    torch's ``SyncBatchNorm`` refuses a CPU. In one process, and in evaluation, exactly ``nn.BatchNorm2d``.
+    torch's ``SyncBatchNorm`` refuses a CPU. In one process, and in evaluation mode, this is exactly ``nn.BatchNorm2d``.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``(B, C, H, W)`` by the batch's statistics in training, by the running ones in evaluation."""
+        """Normalise ``(B, C, H, W)`` by the batch's statistics in training and by the running ones in evaluation."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(input)
         with torch.autocast(input.device.type, enabled=False):
@@ -187,7 +190,7 @@ class _AttentionLayer(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the next query and the weights of its attention, the mean over heads."""
+        """Return the next query and its attention weights, averaged over heads."""
         found, weights = self.attention(query, key, key)
         return self.norm(query + self.feed_forward(found)), weights
 
@@ -197,6 +200,6 @@ def _two_layers(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
 
 
 def _summed(value: Tensor) -> Tensor:
-    """Return the sum over processes, through which gradients flow to each."""
+    """Return the sum over processes, with gradients to each of them."""
     total: Tensor = dist_with_grad.all_reduce(value)
     return total

@@ -1,4 +1,4 @@
-"""Compute the losses of TSCIR: soft text alignment and mixed negatives."""
+"""Losses of TSCIR: soft text alignment, and contrast with mixed negatives."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from lavis_cir_plugin.models.contrastive_losses import contrastive_loss, feature
 def soft_text_alignment_loss(
     captions: Tensor, sentences: Tensor, images: Tensor, temperature: Tensor | float
 ) -> Tensor:
-    r"""Let captions see the pseudo-word sentences as they see the images.
+    r"""Pull the captions' similarities to pseudo-word sentences to their similarities to the images.
 
     .. math:: p_i = \mathrm{softmax}_j(c_i \cdot t_j / \tau), \quad q_i = \mathrm{softmax}_j(c_i \cdot v_j / \tau),
               \qquad L_\mathrm{sta} = \frac1B \sum_i \mathrm{KL}(q_i \,\|\, p_i)
 
-    j runs over the batches of all processes.
+    The index j runs over the batches of all processes.
 
     Args:
-        captions: c ``(B, D)``, unit length.
-        sentences: t ``(B, D)``, unit length: features of sentences with the images' pseudo-words.
-        images: v ``(B, D)``, unit length.
-        temperature: :math:`\tau > 0`, divides.
+        captions: Unit-length features c of captions, ``(B, D)``.
+        sentences: Unit-length features t of sentences with the images' pseudo-words, ``(B, D)``.
+        images: Unit-length features v of images, ``(B, D)``.
+        temperature: :math:`\tau > 0`, by which similarities are divided.
 
     Returns:
-        Scalar >= 0; 0 where sentences and images look the same to every caption.
+        A scalar >= 0, which is 0 if every caption is as similar to each sentence as to its image.
 
     Source: TSCIR (arXiv 2504.17990), soft text alignment.
     """
@@ -45,28 +45,29 @@ def mixed_negatives_loss(
     negatives: int = 10,
     scaled: bool = True,
 ) -> Tensor:
-    r"""Contrast queries and targets both ways, the queries also with mixtures of right and wrong targets.
+    r"""Contrast queries and targets both ways, and queries also with mixtures of right and wrong targets.
 
     .. math:: \tilde w_{ij} = a_{ij} w_i + (1 - a_{ij}) w_j, \qquad
               a_{ij} = \frac{w_i \cdot w_j - \min_l w_i \cdot w_l}{1 - \min_l w_i \cdot w_l}, \qquad
               L = \tfrac12 \left( \mathrm{CE}_\mathrm{image \to query}
               + \mathrm{CE}_\mathrm{query \to image, mixtures} \right)
 
-    For query i, j runs over its ``negatives`` best-scored wrong targets of the batches of all processes; the mixtures
-    are further columns of its row. They are not normalised again, so that their score is the same mixture of scores.
-    The smallest cosine of a row becomes 0 and the target with itself 1, so no wrong target is mixed away completely.
-    Known is "min-max scaled"; whether over a row or the batch, and the half, is this package's choice: without
-    mixtures the loss is :func:`symmetric_contrastive_loss`.
+    For query i, the index j runs over its ``negatives`` best-scored wrong targets of the batches of all processes, and
+    the mixtures are further columns of its row. They are not normalised again, so that their scores are the same
+    mixtures of scores. The scaling of a row maps its smallest cosine to 0 and the target's cosine with itself to 1, so
+    no wrong target is mixed away completely. The paper says "min-max scaled". This package chose to scale over a row,
+    not the batch, and chose the factor 1/2, with which the loss without mixtures is
+    :func:`symmetric_contrastive_loss`.
 
     Args:
-        query: ``(B, D)``, unit length.
-        targets: w ``(B, D)``, unit length; row i is the target of query i.
-        temperature: > 0, divides.
-        target_ids: ``(B,)`` int64; equal ids are the same image, which is no negative.
-        negatives: k >= 0 mixtures for each query, at most as many as there are wrong targets.
-        scaled: Whether the mixtures' scores are divided by the temperature like all others. The released code forgets
-            to (``False``): then a mixture's logit is at most 1, where the target's is up to 1 / temperature = 100, and
-            the mixtures hardly matter.
+        query: Unit-length queries, ``(B, D)``.
+        targets: Unit-length targets w, ``(B, D)``; row i is the target of query i.
+        temperature: Number > 0 by which scores are divided.
+        target_ids: ``(B,)`` int64, equal for the same image, which is no negative.
+        negatives: Number >= 0 of mixtures for each query, limited by the number of wrong targets.
+        scaled: Whether the mixtures' scores are divided by the temperature, too. The released code does not do this
+            (``False``): then a mixture's logit is at most 1, while the target's is up to 1 / temperature = 100, and the
+            mixtures hardly matter.
 
     Source: TSCIR (arXiv 2504.17990), hard negatives by mixing.
     """
@@ -82,7 +83,7 @@ def mixed_negatives_loss(
         alike = targets.float() @ everyone.float().T
         least = alike.amin(dim=1, keepdim=True)
         share = ((alike - least) / (1 - least).clamp_min(1e-6)).gather(1, chosen)
-        # A row with fewer wrong targets has -inf among its best, which would make the gradient NaN.
+        # A row with too few wrong targets has -inf among its best scores, which would make the gradient NaN.
         is_lacking = best.isneginf()
         mixed = share * right + (1 - share) * best.masked_fill(is_lacking, 0)
         mixed = mixed.masked_fill(is_lacking, -torch.inf)

@@ -1,4 +1,4 @@
-"""TSCIR's stage I: an image becomes a word of CLIP's text tower, and the word keeps looking at the image."""
+"""The model ``tscir_mapping``, TSCIR's stage I: it maps an image to a word of CLIP's text tower."""
 
 from __future__ import annotations
 
@@ -19,55 +19,64 @@ from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.settings import check_choice, check_whole, is_number
 from lavis_cir_plugin.methods.tscir.layers import MappingNetwork, VisualInjection
 from lavis_cir_plugin.methods.tscir.losses import soft_text_alignment_loss
-from lavis_cir_plugin.methods.tscir.phi_weights import check_clip, load_phi, read_phi
+from lavis_cir_plugin.methods.tscir.phi_weights import check_same_clip, load_phi, read_phi
 from lavis_cir_plugin.models.clip_cir import ClipCir, image_ids
 from lavis_cir_plugin.models.contrastive_losses import symmetric_contrastive_loss
 from lavis_cir_plugin.models.model_inputs import check_counts, read_pairs, read_pictures, read_texts
-from lavis_cir_plugin.models.open_clip_towers import PIXELS, PSEUDO_WORD, Edit, count_blocks, pixel_normalisation
+from lavis_cir_plugin.models.open_clip_towers import (
+    PIXELS,
+    PSEUDO_WORD,
+    HiddenStateEdit,
+    count_blocks,
+    pixel_normalisation,
+)
 
 PLAIN_SENTENCE = f"a photo of {PSEUDO_WORD}"
-"""The sentence that says no more than the image."""
+"""Sentence whose feature is trained to equal that of the image alone."""
 
 _TOWERS = ("image_tower.", "text_tower.")
 
 
 @registry.register_model("tscir_mapping")
 class TscirMapping(ClipCir):
-    r"""Maps an image to a pseudo-word; a sentence with it, read by CLIP's text tower, is a zero-shot query.
+    r"""Maps an image to a pseudo-word; CLIP's text feature of a sentence with the word is a zero-shot query.
 
-    The mapping network turns the image feature into a word :math:`s_0`, which takes the place of ``*`` in a sentence;
-    after each of ``injection_blocks`` an injection adds to the word's hidden state what it finds in the patches
-    (:mod:`~lavis_cir_plugin.pseudo_word`). Training sees image-caption pairs. With views v' (weak augmentation, makes
-    the word) and v of each image, t the feature of "a photo of *" and c that of the caption, all of unit length:
+    The mapping network turns the image feature into a word :math:`s_0`, which replaces ``*`` in a sentence. After each
+    of ``injection_blocks`` an injection adds information from the patches to the word's hidden state
+    (:mod:`~lavis_cir_plugin.methods.tscir.layers`). The model trains on image-caption pairs, of which v' (weakly
+    augmented) and v are two views of the image. The word is made of v'; t is the feature of "a photo of *", c that of
+    the caption, and all features have unit length. The training loss is
 
     .. math:: L = 1\cdot L_\mathrm{con}(v, t) + 1\cdot L_\mathrm{con}(v', t) + 0.2\,L_\mathrm{sta}(c, t, v)
 
-    are the losses ``con``, ``weak`` and ``sta`` of ``loss_weights``. Both CLIP towers stay as loaded, in eval mode.
-    Pictures ``(B, 3, H, W)`` are both views at once; ``(B, 2, 3, H, W)``, from the processor ``clip_two_views``, hold
-    v' and v.
+    with the losses ``con``, ``weak`` and ``sta`` of ``loss_weights``. Both CLIP towers keep their loaded weights and
+    stay in evaluation mode. Pictures ``(B, 2, 3, H, W)``, from the processor ``clip_two_views``, hold v' and v; with
+    pictures ``(B, 3, H, W)`` both views are equal.
 
     Pic2Word (arXiv 2302.03084) is the special case ``injection_blocks: []``, ``loss_weights: {weak: 0, sta: 0}`` on
-    single views. SEARLE's two orders of FashionIQ's captions are the data set's ``captions: both_orders_avg``. ``phi``
-    loads the published networks of Pic2Word, SEARLE and LinCIR.
+    single views. For SEARLE's two orders of FashionIQ's captions set the data set's ``captions: both_orders_avg``.
+    ``phi`` loads the published networks of Pic2Word, SEARLE and LinCIR.
 
     Args:
-        clip_model, pretrained, image_size, tokenizer, pixels: As of ``clip_cir``; CLIP's weights.
-        template: A query's sentence: ``*``, a word of its own, is the image and ``{}`` after it the modification text.
-        phi: A published file of Pic2Word, SEARLE or LinCIR in place of a random mapping network; needs
-            ``injection_blocks: []``. Of LinCIR's, one that was trained without ``--l2_normalize``, which no file tells.
-        hidden_width: Of the mapping network; with ``phi`` the file says.
-        dropout: In the mapping network, >= 0 and < 1.
-        injection_blocks: Text blocks, from 0, after which there is an injection. The published [3, 7, 9, 11] count
-            twelve blocks from 0, and after the last one an injection is without effect: the sentence is read at another
-            position, which no further block lets see the word. So it is left out, and refused.
-        injection_width, injection_heads, injection_layers: Of each injection.
-        temperature: Divides all scores in training; fixed, > 0.
+        clip_model, pretrained, image_size, tokenizer, pixels: Settings of CLIP, see ``clip_cir``.
+        template: Sentence of a query, in which ``*``, a separate word, stands for the image and a later ``{}`` for the
+            modification text.
+        phi: Published file of Pic2Word, SEARLE or LinCIR, which replaces a random mapping network and requires
+            ``injection_blocks: []``. A network of LinCIR must have been trained without ``--l2_normalize``, which no
+            file shows.
+        hidden_width: Width of the mapping network's hidden layers; with ``phi`` the file determines it.
+        dropout: Dropout probability in the mapping network, >= 0 and < 1.
+        injection_blocks: Numbers, from 0, of the text blocks after which there is an injection. The published
+            [3, 7, 9, 11] counts twelve blocks from 0. After the last block an injection has no effect, because the
+            sentence is read at another position, so the last block is refused.
+        injection_width, injection_heads, injection_layers: Dimensions of each injection.
+        temperature: Fixed number > 0 by which all scores are divided in training.
         loss_weights: Weights >= 0 by name, merged over the defaults; a loss of weight 0 is not computed.
 
     Source: TSCIR (arXiv 2504.17990), stage I.
 
     Raises:
-        ValueError: If a choice is unknown or impossible, with what is allowed.
+        ValueError: If a choice is unknown or impossible; the message says what is allowed.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT = {  # noqa: RUF012 (LAVIS's class attribute); the tiny text tower has fewer blocks than the defaults name
@@ -77,7 +86,7 @@ class TscirMapping(ClipCir):
     row_label = "stage I"
     baselines: Mapping[str, str] = {"image": "image only", "text": "text only", "sum": "image + text"}
     is_zero_shot = True
-    """Benchmarks on whose own training split it was trained say so in their protocol line."""
+    """Whether a benchmark's protocol line says that the model was trained on the benchmark's own training split."""
     DEFAULT_LOSS_WEIGHTS: Mapping[str, float] = {"con": 1.0, "weak": 1.0, "sta": 0.2}
 
     clip_fingerprint: Tensor
@@ -114,7 +123,7 @@ class TscirMapping(ClipCir):
         self.injection_blocks = check_blocks("injection_blocks", injection_blocks, len(self.text_tower.blocks) - 1)
         self._build_mapping(phi, hidden_width, dropout)
         features, words = self.image_tower.width, self.text_tower.width
-        # By the block's number, so that a checkpoint with other blocks cannot be loaded by mistake.
+        # Names contain the block's number, so that a checkpoint with other blocks does not load.
         self.injections = nn.ModuleDict(
             {
                 str(block): VisualInjection(words, features, injection_width, injection_heads, injection_layers)
@@ -132,16 +141,16 @@ class TscirMapping(ClipCir):
             self.mapping = MappingNetwork(*widths, hidden_width, dropout, with_patches=has_patches)
             return
         found = read_phi(phi)
-        check_clip(found, self.image_tower.visual, self.text_tower.clip, phi)
+        check_same_clip(found, self.image_tower.visual, self.text_tower.clip, phi)
         self.mapping = MappingNetwork(*widths, found.hidden_width, dropout, False, found.activation)
         load_phi(found, self.mapping.word, phi)
 
     @classmethod
     def check_config(cls, cfg: Mapping[str, Any]) -> None:
-        """Check a ``model`` section without building anything.
+        """Check a ``model`` section without building the model.
 
         Raises:
-            ValueError: The first unknown or impossible value, and what is allowed.
+            ValueError: If a value is unknown or impossible; the message names the first one and what is allowed.
         """
         super().check_config(cfg)
         values = cls._values(cfg)
@@ -174,7 +183,7 @@ class TscirMapping(ClipCir):
 
     @classmethod
     def needs_finetuned(cls, cfg: Mapping[str, Any]) -> bool:
-        """Return whether a part of the model would be random without ``finetuned``: CLIP's weights hold no mapping."""
+        """Return whether the model without ``finetuned`` has a random part: only ``phi`` gives it a mapping network."""
         return not cfg.get("phi")
 
     @classmethod
@@ -192,25 +201,25 @@ class TscirMapping(ClipCir):
             raise ValueError("model.loss_weights are all 0, so that nothing would be trained.")
 
     def load_checkpoint(self, url_or_filename: str) -> None:
-        """Load a checkpoint of this model; CLIP's own weights are left out of such a file and must be the same.
+        """Load a checkpoint of this model, which lacks CLIP's weights and must have been trained on equal ones.
 
-        One with merged adapters (``lavis-cir lora --merge``) holds CLIP's weights, which are loaded too. Later
-        checkpoints leave them out again, and need ``model.pretrained`` set to that file.
+        A checkpoint with merged adapters (``lavis-cir lora --merge``) holds CLIP's weights, and they are loaded too.
+        Checkpoints of later runs lack them again; ``model.pretrained`` must then name the merged file.
 
         Raises:
-            ValueError: If it does not match, or was trained with other weights of CLIP.
+            ValueError: If the checkpoint does not match, or was trained on other weights of CLIP.
         """
         self._load(read_checkpoint(url_or_filename), url_or_filename)
 
     def _load(self, content: Any, source: str, fresh: tuple[str, ...] = ()) -> None:
-        """Load a file's content; ``fresh`` may be missing."""
+        """Load a file's content, in which tensors with the prefixes ``fresh`` may be missing."""
         state = state_in(content, source)
         if "clip_fingerprint" not in state:
             raise ValueError(
                 f"checkpoint {source} was not trained by a model of TSCIR: it does not say on which weights of CLIP."
             )
         own = self.state_dict()
-        # load_strictly takes buffers for constants; some of these are weights.
+        # load_strictly lets buffers be missing, and stage I's weights are buffers in stage II.
         needed = [name for name in own if not name.startswith((*_TOWERS, *fresh))]
         missing = [name for name in needed if name not in state]
         if missing:
@@ -224,10 +233,10 @@ class TscirMapping(ClipCir):
             self.clip_fingerprint.copy_(weights_fingerprint(self.image_tower, self.text_tower))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load weights as torch does, also those of a resumed run or of adapters, if CLIP's are the same.
+        """Load weights as torch does, also those of a resumed run or of adapters, after a comparison of CLIP's weights.
 
         Raises:
-            ValueError: If they were trained with other weights of CLIP, which they leave out.
+            ValueError: If they lack CLIP's weights and were trained on other ones.
         """
         theirs = state_dict.get("clip_fingerprint", self.clip_fingerprint)
         if not torch.equal(theirs.cpu(), self.clip_fingerprint.cpu()) and not self._clip_names() <= state_dict.keys():
@@ -238,11 +247,11 @@ class TscirMapping(ClipCir):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _clip_names(self) -> set[str]:
-        """Return the names of CLIP's weights, which a checkpoint holds if adapters were merged into them."""
+        """Return the names of CLIP's weights, which only a checkpoint with merged adapters holds."""
         return {name for name, _ in self.named_parameters() if name.startswith(_TOWERS)}
 
     def _check_settings(self, content: Any, source: str) -> None:
-        """Refuse a run's checkpoint if its settings differ where no tensor would tell."""
+        """Refuse a run's checkpoint if settings differ that no tensor shows."""
         config = content.get("config") if isinstance(content, Mapping) else None
         if not config:
             return
@@ -259,17 +268,18 @@ class TscirMapping(ClipCir):
         """Return the training losses of a batch of image-caption pairs.
 
         Args:
-            samples: ``image`` ``(B, 3, H, W)``, ``(B, 2, 3, H, W)`` (views v' and v) or features ``(B, 1 + P, D)``;
-                ``text_input``, B captions; optionally ``image_id`` ``(B,)``, equal for the same image.
+            samples: A batch with ``image``, which holds pictures ``(B, 3, H, W)``, the views v' and v
+                ``(B, 2, 3, H, W)``, or features ``(B, 1 + P, D)``; ``text_input``, B captions; and optionally
+                ``image_id`` ``(B,)``, equal for the same image.
 
         Returns:
-            ``loss``, the weighted sum, and ``loss_<name>`` of each.
+            ``loss``, the weighted sum, and ``loss_<name>`` for each loss.
         """
         weak, view = self._two_views(read_pictures(samples))
         if self.loss_weights["sta"]:
             check_counts(weak, read_texts(samples))
         ids = image_ids(samples)
-        sentence = self._read([PLAIN_SENTENCE] * len(weak), weak)
+        sentence = self._sentence_features([PLAIN_SENTENCE] * len(weak), weak)
         images, weak_images = (F.normalize(tokens[:, 0].float(), dim=-1) for tokens in (view, weak))
         losses: dict[str, Callable[[], Tensor]] = {
             "con": lambda: symmetric_contrastive_loss(images, sentence, self.temperature, ids),
@@ -286,7 +296,7 @@ class TscirMapping(ClipCir):
         return {"loss": total, **{f"loss_{name}": loss for name, loss in found.items()}}
 
     def _two_views(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tokens of v' and v; the tower runs once, over both."""
+        """Return the tokens of v' and v, from one call of the tower."""
         if image.ndim != 5:
             tokens = self._tokens(image)
             return tokens, tokens
@@ -298,42 +308,42 @@ class TscirMapping(ClipCir):
         """Return unit-length query vectors ``(B, D)``.
 
         Args:
-            samples: ``image`` ``(B, 3, H, W)`` and ``text_input``, B strings (one string is one text), each only where
-                the mode needs it.
-            mode: ``multimodal`` (the composed sentence), or plain CLIP: ``image``, ``text``, ``sum`` of both.
+            samples: A batch with ``image`` ``(B, 3, H, W)`` and ``text_input``, B strings (a single string is one
+                text); each is read only if the mode needs it.
+            mode: ``multimodal`` (the composed sentence), or a mode of plain CLIP: ``image``, ``text``, ``sum`` of both.
 
         Raises:
-            ValueError: If the mode is unknown, or the samples are no such batch.
+            ValueError: If the mode is unknown, or the samples are not such a batch.
         """
         check_choice("mode", mode, ("multimodal", *self.baselines))
         return super().query_features(samples) if mode == "sum" else super().encode_query(samples, mode)
 
     @property
     def temperature(self) -> float:  # type: ignore[override]
-        """What divides scores in training; fixed."""
+        """Fixed temperature by which scores are divided in training."""
         return self._temperature
 
     def query_features(self, samples: Mapping[str, Any]) -> Tensor:
         """Return the feature of the composed sentence, with gradients."""
-        return self._read(*self._composed(samples))
+        return self._sentence_features(*self._query_inputs(samples))
 
     @property
     def attention_labels(self) -> list[str]:
-        """What to call each of :meth:`attention_maps`; none where nothing is injected."""
+        """Name of each map of :meth:`attention_maps`; without injections there is none."""
         return [f"block {block}" for block in self.injection_blocks]
 
     @torch.no_grad()
     def attention_maps(self, samples: Mapping[str, Any]) -> Tensor:
-        """Return where each injection looks for a query: ``(B, injections, grid, grid)``, each map sums to 1.
+        """Return the attention of each injection for a query, ``(B, injections, grid, grid)``; each map sums to 1.
 
-        The mean over heads of the last layer's attention.
+        A map is the attention of the injection's last layer, averaged over heads.
         """
-        looked: list[Tensor] = []
-        self._read(*self._composed(samples), looked)
+        attention: list[Tensor] = []
+        self._sentence_features(*self._query_inputs(samples), attention)
         grid = self.image_tower.grid
-        return torch.stack(looked, dim=1).unflatten(2, (grid, grid))
+        return torch.stack(attention, dim=1).unflatten(2, (grid, grid))
 
-    def _composed(self, samples: Mapping[str, Any]) -> tuple[list[str], Tensor]:
+    def _query_inputs(self, samples: Mapping[str, Any]) -> tuple[list[str], Tensor]:
         """Return the sentences of queries and the tokens of their images."""
         pictures, texts = read_pairs(samples, self.image_tower.tokens_shape)
         return self._sentences(texts), self._tokens(pictures)
@@ -342,20 +352,22 @@ class TscirMapping(ClipCir):
         before, after = self.template.split("{}")
         return [f"{before}{text}{after}" for text in texts]
 
-    def _read(self, sentences: Sequence[str], tokens: Tensor, looked: list[Tensor] | None = None) -> Tensor:
-        """Return the unit-length features ``(B, D)`` of sentences about images, given by their tokens."""
+    def _sentence_features(
+        self, sentences: Sequence[str], tokens: Tensor, attention: list[Tensor] | None = None
+    ) -> Tensor:
+        """Return the unit-length features ``(B, D)`` of sentences about images, which are given by their tokens."""
         word, patches = self.mapping(tokens)
-        edits = self._edits(patches, looked if looked is not None else [])
+        edits = self._edits(patches, attention if attention is not None else [])
         features = self.text_tower.compose(self.text_tower.tokenize(sentences), word, edits)
         return F.normalize(features.float(), dim=-1)
 
-    def _edits(self, patches: Tensor | None, looked: list[Tensor]) -> list[tuple[int, Edit]]:
-        """Return what is done to hidden states after which block; each injection's attention goes to ``looked``."""
+    def _edits(self, patches: Tensor | None, attention: list[Tensor]) -> list[tuple[int, HiddenStateEdit]]:
+        """Return pairs of a block and an edit of its output; each edit appends its attention to ``attention``."""
 
-        def inject(injection: nn.Module) -> Edit:
+        def inject(injection: nn.Module) -> HiddenStateEdit:
             def edit(hidden: Tensor, place: Tensor, read: Tensor) -> Tensor:
                 changed, weights = injection(hidden, place, read, patches)
-                looked.append(weights)
+                attention.append(weights)
                 return changed  # type: ignore[no-any-return]
 
             return edit
@@ -364,14 +376,14 @@ class TscirMapping(ClipCir):
 
 
 def _silent_settings(clip_model: str, pretrained: str | None, pixels: str, injection_heads: int) -> dict[str, Any]:
-    """Return what changes a model's output and no name, shape or value of a weight."""
+    """Return the settings that change a model's output but no name, shape or value of a weight."""
     normalisation = pixel_normalisation(clip_model, pretrained, pixels)
     named = next((name for name, pair in PIXELS.items() if pair == normalisation), pixels)
     return {"clip_model": clip_model, "pixels": named, "injection_heads": injection_heads}
 
 
 def weights_fingerprint(*modules: nn.Module) -> Tensor:
-    """Return 16 bytes that depend on names and values of all parameters, on any device and in any order."""
+    """Return a hash of 16 bytes of the names and values of all parameters, independent of device and order."""
     digest = hashlib.blake2b(digest_size=16)
     for number, module in enumerate(modules):
         for name, weight in sorted(module.named_parameters()):

@@ -1,4 +1,4 @@
-"""Published phi networks, which make a pseudo-word from an image feature: Pic2Word's, SEARLE's and LinCIR's files."""
+"""Published mapping networks from image feature to pseudo-word ("phi"): files of Pic2Word, SEARLE and LinCIR."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint, state_in
 
-__all__ = ["PhiWeights", "check_clip", "load_phi", "read_phi"]
+__all__ = ["PhiWeights", "check_same_clip", "load_phi", "read_phi"]
 
-# Names of the three linear layers in a file, and where `MappingNetwork.word` has them.
+# Names of the three linear layers in a file, and in `MappingNetwork.word`.
 _PIC2WORD = {"layers.0.0": "0", "layers.1.0": "3", "fc_out": "6"}
 _SEARLE = {"layers.0": "0", "layers.3": "3", "layers.6": "6"}
 
-# What Pic2Word's copy of CLIP has beside weights.
+# Constants that Pic2Word's copy of CLIP has beside its weights.
 _CONSTANTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 
 
@@ -24,25 +24,25 @@ class PhiWeights(NamedTuple):
     """A phi network from a file."""
 
     state: dict[str, Tensor]
-    """Under the names of :attr:`~lavis_cir_plugin.pseudo_word.MappingNetwork.word`."""
+    """Tensors by their names in :attr:`~lavis_cir_plugin.methods.tscir.layers.MappingNetwork.word`."""
     activation: str
-    """``relu`` (Pic2Word) or ``gelu`` (SEARLE, LinCIR)."""
+    """Activation of the hidden layers: ``relu`` (Pic2Word) or ``gelu`` (SEARLE, LinCIR)."""
     hidden_width: int
-    """Of the two hidden layers."""
+    """Width of the two hidden layers."""
     clip: dict[str, Tensor]
-    """CLIP's weights, where the file holds them (Pic2Word's); else empty."""
+    """CLIP's weights if the file holds them, as Pic2Word's does; otherwise empty."""
 
 
 def read_phi(source: str) -> PhiWeights:
-    """Return a phi network of three linear layers; the names of its tensors tell the two layouts apart.
+    """Return a phi network of three linear layers, whose layout is recognised by the names of its tensors.
 
     Args:
-        source: File or URL: Pic2Word's checkpoint ``{"state_dict_img2text": ..., "state_dict": ...}``; SEARLE's or
-            LinCIR's ``{"epoch": ..., "Phi": ...}``; or one of their state dictionaries alone.
+        source: Path or URL of Pic2Word's checkpoint ``{"state_dict_img2text": ..., "state_dict": ...}``, of SEARLE's or
+            LinCIR's ``{"epoch": ..., "Phi": ...}``, or of one of their state dictionaries alone.
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If it is in neither layout.
+        ValueError: If the file has neither layout.
     """
     content = read_checkpoint(source)
     clip: Mapping[str, Tensor] = {}
@@ -69,12 +69,12 @@ def load_phi(phi: PhiWeights, word: nn.Sequential, source: str) -> None:
     """Load a phi network into a mapping network's layers of the same activation and hidden width.
 
     Args:
-        phi: What :func:`read_phi` returned.
-        word: Takes the weights.
-        source: What to call the file in a message.
+        phi: Result of :func:`read_phi`.
+        word: Layers that take the weights.
+        source: Name of the file in error messages.
 
     Raises:
-        ValueError: If it was trained for a CLIP of other widths, or its layers do not fit each other.
+        ValueError: If the network was trained for a CLIP of other widths, or its layers do not fit each other.
     """
     first, last = phi.state["0.weight"], phi.state["6.weight"]
     own = word.state_dict()
@@ -88,14 +88,14 @@ def load_phi(phi: PhiWeights, word: nn.Sequential, source: str) -> None:
     load_strictly(word, {name: tensor.float() for name, tensor in phi.state.items()}, source)
 
 
-def check_clip(phi: PhiWeights, image_tower: nn.Module, text_tower: nn.Module, source: str) -> None:
-    """Compare the CLIP in Pic2Word's file with the loaded one, up to half precision; other files hold none.
+def check_same_clip(phi: PhiWeights, image_tower: nn.Module, text_tower: nn.Module, source: str) -> None:
+    """Compare the CLIP in Pic2Word's file with the loaded one, up to half precision; other files hold no CLIP.
 
     Args:
-        phi: What :func:`read_phi` returned.
-        image_tower: open_clip's image tower.
-        text_tower: open_clip's model without it.
-        source: What to call the file in a message.
+        phi: Result of :func:`read_phi`.
+        image_tower: Image tower of open_clip.
+        text_tower: open_clip's model without the image tower.
+        source: Name of the file in error messages.
 
     Raises:
         ValueError: If names, shapes or values differ.
@@ -120,5 +120,5 @@ def _is_close(own: Tensor, other: Tensor) -> bool:
 
 
 def _without_prefix(state: Any) -> dict[str, Tensor]:
-    """Return a state dictionary without the prefix that parallel training gave its names."""
+    """Return a state dictionary without the prefix ``module.`` of parallel training."""
     return {name[len("module.") :] if name.startswith("module.") else name: tensor for name, tensor in state.items()}

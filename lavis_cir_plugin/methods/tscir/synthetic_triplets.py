@@ -1,4 +1,4 @@
-"""Make triplets from captions, by edits of captions and by neighbours that FAISS finds."""
+"""Synthetic training triplets made of captioned images, by edits of captions and nearest neighbours."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lavis_cir_plugin.methods.tscir.caption_edits import Edit, Phrases, plain
+from lavis_cir_plugin.methods.tscir.caption_edits import CaptionEdit, Phrases, normalised_caption
 from lavis_cir_plugin.ranking.index import build_index
 
 COUNT, CLIP_SIMILARITY, WORDS_SIMILARITY = 10_000, 0.9, 0.7
-"""Triplets that are made, and least cosine of an edited caption and the target's, by CLIP and by words."""
+"""Default number of triplets, and least cosines of an edited caption and the target's by CLIP and by words."""
 
 CANDIDATES = 20
-"""Captions near an edited one that are looked at."""
+"""Number of captions nearest to an edited one that are considered as the target's."""
 
 LARGEST_EXACT = 20_000
-"""Captions that are compared with an edited one without an index; FAISS finds the nearest of more."""
+"""Largest number of captions that are all compared with an edited one; FAISS finds the nearest of more."""
 
 _FEWEST, _ROUND, _MOST_TRIED, _SCORES = 1_000, 50_000, 40, 10_000_000
-_BLOCK = 8_192  # captions whose features are computed at a time
-_STEPS = 2048  # a feature's entries count in steps of 1/2048, which float16 holds, and sums of products float32
+_BLOCK = 8_192  # number of captions whose features are computed at a time
+_STEPS = 2048  # entries of features are multiples of 1/2048: float16 holds them and float32 their sums of products
 
 
 @dataclass(frozen=True)
-class Captions:
-    """A captioned image set.
+class ImageCaptions:
+    """Captions of a set of images.
 
     Attributes:
-        names: The pictures, in the file's order.
-        texts: The captions, each once per picture.
-        images: Number of each caption's picture.
+        names: Names of the images, in the order of the file.
+        texts: Captions, each once per image.
+        images: Number of each caption's image.
     """
 
     names: list[str]
@@ -50,43 +50,58 @@ class Captions:
 
 @dataclass(frozen=True)
 class SyntheticTriplet:
-    """One made triplet: the edit, the row of the target's caption, and how near that is."""
+    """A synthetic triplet.
 
-    edit: Edit
+    Attributes:
+        edit: Edit that turns a caption of the reference into the query.
+        target: Number of the target image.
+        target_row: Number of the target's caption that is nearest to the edited caption.
+        similarity: Cosine of these two captions.
+    """
+
+    edit: CaptionEdit
     target: int
     target_row: int
     similarity: float
 
 
 @dataclass
-class Made:
-    """What was made, and what became of the edits that were tried."""
+class MadeTriplets:
+    """Result of `make_triplets`.
+
+    Attributes:
+        triplets: The triplets.
+        tried: Number of edits that were tried.
+        refused: Number of refused edits by reason.
+    """
 
     triplets: list[SyntheticTriplet] = field(default_factory=list)
     tried: int = 0
     refused: Counter[str] = field(default_factory=Counter)
 
 
-class Features(Protocol):
-    """Something that turns captions into features ``(N, D)`` of length 1, on the CPU."""
+class CaptionFeatures(Protocol):
+    """Interface of a function that turns captions into unit-length features ``(N, D)`` on the CPU."""
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Return the features."""
+        """Return the features of these captions."""
         ...
 
 
-class HashedWords:
-    r"""Words and pairs of words, weighted by how rare they are: tf-idf, hashed to a fixed width.
+class HashedWordFeatures:
+    r"""Features of a caption from its words and pairs of words: tf-idf weights, hashed to a fixed width.
 
     .. math:: f_d = \sum_{w: h(w) = d} \pm n_w (1 + \log \frac{1 + N}{1 + N_w})
 
-    then scaled to length 1; n: how often in the caption; N captions, of which N_w hold w. What none holds counts
-    nothing. Entries are rounded, so that sums do not depend on their order. Source: feature hashing (Weinberger et al.,
-    2009).
+    Here the caption has the term w :math:`n_w` times, and :math:`N_w` of the N counted captions have it. Terms that no
+    counted caption has are ignored. Features are scaled to length 1, and their entries are rounded, so that sums do
+    not depend on their order.
+
+    Source: feature hashing (Weinberger et al., 2009).
     """
 
     def __init__(self, captions: Sequence[str], width: int = 1024) -> None:
-        """Count the words of the captions, which are as `plain` writes them."""
+        """Count the terms of captions, which have the form of `normalised_caption`."""
         held = Counter(term for caption in captions for term in set(_terms(caption)))
         self.width = width
         self._entries: dict[str, tuple[int, float]] = {}
@@ -96,7 +111,7 @@ class HashedWords:
             self._entries[term] = (code // 2 % width, weight if code % 2 else -weight)
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Return features ``(N, D)``, float32; zero for a caption without a known word."""
+        """Return the features ``(N, D)``, float32; a caption without a known word has zeros."""
         parts = [self._features(captions[start : start + _BLOCK]) for start in range(0, len(captions), _BLOCK)]
         return torch.cat(parts) if parts else torch.zeros(0, self.width)
 
@@ -111,11 +126,11 @@ class HashedWords:
         return _rounded(F.normalize(torch.from_numpy(flat).view(len(captions), self.width), dim=1))
 
 
-class ClipWords:
-    """The text tower of a CLIP model of open_clip."""
+class ClipTextFeatures:
+    """Features of a caption by the text tower of a CLIP model of open_clip."""
 
     def __init__(self, clip_model: str, pretrained: str | None, batch_size: int = 256) -> None:
-        """Load the model; raises what its loader raises."""
+        """Load the model by `load_clip`, whose errors are raised."""
         from lavis_cir_plugin.models.open_clip_towers import TextTower, load_clip
 
         self._batch_size = batch_size
@@ -125,7 +140,7 @@ class ClipWords:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Return features ``(N, D)``, float32."""
+        """Return the features ``(N, D)``, float32."""
         parts = []
         starts = range(0, len(captions), self._batch_size)
         for start in tqdm(starts, "reading captions", unit="batch", disable=None, leave=False):
@@ -147,38 +162,38 @@ def _rounded(features: Tensor) -> Tensor:
 
 
 def make_triplets(
-    captions: Captions,
-    features: Features | None = None,
+    captions: ImageCaptions,
+    features: CaptionFeatures | None = None,
     count: int = COUNT,
     seed: int = 0,
     similarity: float | None = None,
-) -> Made:
-    """Make triplets; equal arguments give equal ones, whatever the number of threads.
+) -> MadeTriplets:
+    """Make triplets; equal arguments give equal triplets for any number of threads.
 
-    An edit becomes a triplet if there is another picture with a caption that
+    An edit becomes a triplet if there is another image such that
 
-    * holds what the edit puts there (or, where it only drops something, has nothing in that place),
-    * is, as a whole, at least ``similarity`` near to the edited caption, and
-    * no caption of that picture holds what the edit takes away; nor does one of the reference hold what it puts there.
+    * one of its captions holds the inserted phrase (or, if the edit only drops a phrase, has nothing in that place),
+    * this caption has a cosine of at least ``similarity`` with the edited caption,
+    * no caption of this image holds the removed phrase, and no caption of the reference holds the inserted one.
 
-    Of several the picture is taken whose captions, together, are nearest to all captions of the reference after the
+    Of several such images the one is taken whose captions, on average, are nearest to those of the reference after the
     edit. No two triplets have the same reference and target.
 
     Args:
-        captions: The image set.
-        features: `HashedWords` of these captions by default.
-        count: How many triplets, at most.
-        seed: Draws the edits and templates.
-        similarity: Least cosine; by default `WORDS_SIMILARITY`, or `CLIP_SIMILARITY` with given features.
+        captions: Captions of the image set.
+        features: Features by which captions are compared; by default `HashedWordFeatures` of these captions.
+        count: Largest number of triplets.
+        seed: Seed of the draw of edits and templates.
+        similarity: Least cosine; by default `WORDS_SIMILARITY`, or `CLIP_SIMILARITY` if features are given.
 
     Raises:
-        ValueError: the captions are of fewer than two pictures, or share too few contexts for any exchange.
+        ValueError: If the captions belong to fewer than two images.
     """
     if len(captions.names) < 2:
         raise ValueError(f"triplets need captions of at least 2 images, got {len(captions.names)}.")
     phrases = Phrases(captions.texts, captions.images)
-    maker = _Maker(captions, phrases, features, similarity)
-    made, rng = Made(), random.Random(f"synthetic triplets/{seed}")
+    maker = _TargetFinder(captions, phrases, features, similarity)
+    made, rng = MadeTriplets(), random.Random(f"synthetic triplets/{seed}")
     used: set[tuple[int, int]] = set()
     known: set[tuple[int, str]] = set()
     order: list[int] = []
@@ -210,21 +225,23 @@ def make_triplets(
                     made.triplets.append(found)
                     bar.update()
                 else:
-                    made.tried -= 1  # beyond what was asked for
+                    made.tried -= 1  # the requested number was already reached
             if len(made.triplets) - before < 0.002 * number:
                 break
     return made
 
 
-class _Maker:
+class _TargetFinder:
+    """Finds the target image of an edit among all captioned images."""
+
     def __init__(
-        self, captions: Captions, phrases: Phrases, features: Features | None, similarity: float | None
+        self, captions: ImageCaptions, phrases: Phrases, features: CaptionFeatures | None, similarity: float | None
     ) -> None:
         self.captions, self.phrases = captions, phrases
-        texts = [plain(text) for text in captions.texts]
+        texts = [normalised_caption(text) for text in captions.texts]
         numbers: dict[str, int] = {}
         self.distinct = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
-        self.features = HashedWords(texts) if features is None else features
+        self.features = HashedWordFeatures(texts) if features is None else features
         default = WORDS_SIMILARITY if features is None else CLIP_SIMILARITY
         self.similarity = default if similarity is None else similarity
         distinct = list(numbers)
@@ -236,7 +253,7 @@ class _Maker:
         self.rows_of: list[list[int]] = [[] for _ in captions.names]
         for row, image in enumerate(captions.images):
             self.of_caption[self.distinct[row]].append(row)
-            said[image].append(" ".join(phrases.rows[row]))  # a second blank stands for punctuation
+            said[image].append(" ".join(phrases.rows[row]))  # punctuation becomes a second blank
             self.rows_of[image].append(row)
         self.said = [f" {' | '.join(own)} " for own in said]
         rows = self.gallery.numpy()
@@ -244,8 +261,8 @@ class _Maker:
         for number, own in enumerate(self.rows_of):
             self.means[number] = rows[self.distinct[own]].mean(axis=0, dtype=np.float32)
 
-    def targets(self, edits: Sequence[Edit], used: set[tuple[int, int]]) -> list[SyntheticTriplet | str]:
-        """Find the target of each edit, or why there is none."""
+    def targets(self, edits: Sequence[CaptionEdit], used: set[tuple[int, int]]) -> list[SyntheticTriplet | str]:
+        """Return the triplet of each edit, or the reason why there is none."""
         found: list[SyntheticTriplet | str] = ["no other caption holds the edited phrase"] * len(edits)
         by_holder: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, edit in enumerate(edits):
@@ -264,9 +281,9 @@ class _Maker:
         return found
 
     def _target(
-        self, edit: Edit, feature: Tensor, near: Sequence[tuple[int, float]], used: set[tuple[int, int]]
+        self, edit: CaptionEdit, feature: Tensor, near: Sequence[tuple[int, float]], used: set[tuple[int, int]]
     ) -> SyntheticTriplet | str:
-        """Choose among captions, the nearest first."""
+        """Choose the target of an edit among captions, which are given nearest first."""
         choices: list[SyntheticTriplet] = []
         reason, seen = "no other image's caption holds the edited phrase", set()
         for caption, score in near:
@@ -285,7 +302,7 @@ class _Maker:
                     choices.append(SyntheticTriplet(edit, image, row, score))
         if not choices:
             return reason
-        # Elementwise and in order: a matrix product would depend on the number of threads.
+        # Elementwise products are summed in order; a matrix product would depend on the number of threads.
         own, now = self.means[edit.image].astype(np.float32), self.gallery[self.distinct[edit.row]].float().numpy()
         wanted = own + (feature.numpy() - now) / len(self.rows_of[edit.image])
         others = self.means[[choice.target for choice in choices]].astype(np.float32)
@@ -294,17 +311,17 @@ class _Maker:
 
 
 def nearest(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return scores and places ``(Q, k)`` of the nearest rows, best first, of equal ones the first.
+    """Return scores and row numbers ``(Q, k)`` of the nearest rows, best first; of equal rows the first comes first.
 
-    A gallery of up to `LARGEST_EXACT` is compared in full; FAISS finds the nearest of a larger one. Of features as
-    they are rounded here float32 sums are exact, so that neither the number of threads nor the way makes a difference.
+    All rows of a gallery of up to `LARGEST_EXACT` rows are compared; FAISS finds the nearest of a larger gallery.
+    Float32 sums of the rounded features are exact, so that neither the number of threads nor the search changes them.
     """
     if len(gallery) > LARGEST_EXACT:
         return build_index("flat", gallery).search(query, k)
     count, parts = len(gallery), []
     for part in query.split(max(1, _SCORES // count)):
         scores = torch.from_numpy(part.numpy() @ gallery.numpy().T)
-        # One whole number of score and place has no ties, which would be in no particular order.
+        # Score and row number form one integer without ties, which topk would return in no particular order.
         steps = (scores.double() * _STEPS**2).long() * count + torch.arange(count - 1, -1, -1)
         places = count - 1 - steps.topk(k, dim=1).values % count
         parts.append((scores.gather(1, places).double(), places))

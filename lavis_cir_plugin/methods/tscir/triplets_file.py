@@ -1,4 +1,4 @@
-"""Captions read from a file, synthetic triplets written into one, and a contact sheet of them."""
+"""Files of synthetic triplets: captions are read, triplets are written, summed up in words and drawn on a sheet."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lavis_cir_plugin.benchmarks.captions import caption_records
-from lavis_cir_plugin.methods.tscir.synthetic_triplets import Captions, Made, SyntheticTriplet
+from lavis_cir_plugin.methods.tscir.synthetic_triplets import ImageCaptions, MadeTriplets, SyntheticTriplet
 from lavis_cir_plugin.report.sheet_layout import TEXT_WIDTH, Cell, Column, Picture, Words, draw_sheet
 
 SHEET_ROWS = 12
@@ -18,12 +18,12 @@ SHEET_ROWS = 12
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def read_captions(path: Path) -> Captions:
-    """Read captions from any file that the data set ``image_captions`` reads.
+def read_image_captions(path: Path) -> ImageCaptions:
+    """Read captions from any file that the data set ``image_captions`` can read.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: it cannot be read, holds no captions, or a record has no image or caption.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be read, holds no captions, or a record has no image or caption.
     """
     numbers: dict[str, int] = {}
     texts, images = [], []
@@ -35,11 +35,11 @@ def read_captions(path: Path) -> Captions:
                 known.add((image, text))
                 texts.append(text)
                 images.append(image)
-    return Captions(list(numbers), texts, images)
+    return ImageCaptions(list(numbers), texts, images)
 
 
-def as_lines(captions: Captions, triplets: Sequence[SyntheticTriplet]) -> str:
-    """Write triplets as JSON lines of the data set ``triplets``."""
+def as_json_lines(captions: ImageCaptions, triplets: Sequence[SyntheticTriplet]) -> str:
+    """Return triplets as JSON lines, in the format of the data set ``triplets``."""
     return "".join(
         json.dumps(
             {
@@ -55,11 +55,11 @@ def as_lines(captions: Captions, triplets: Sequence[SyntheticTriplet]) -> str:
     )
 
 
-# -- what was made ---------------------------------------------------------------------------------------------------
+# -- summary and contact sheet ---------------------------------------------------------------------------------------
 
 
-def summary(captions: Captions, made: Made, count: int) -> str:
-    """Say what was made, what was refused and why, and show examples."""
+def triplets_summary(captions: ImageCaptions, made: MadeTriplets, count: int) -> str:
+    """Return lines with the number of triplets, the numbers of refused edits by reason, and examples."""
     lines = [
         f"{len(made.triplets):,} triplets of {count:,} wanted, from {len(captions.texts):,} captions of "
         f"{len(captions.names):,} images; {made.tried:,} edits tried",
@@ -73,11 +73,12 @@ def summary(captions: Captions, made: Made, count: int) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(captions: Captions, triplets: Sequence[SyntheticTriplet], images: Path, seed: int) -> bytes:
-    """Draw some triplets, chosen at random: reference, modification, target, and both captions; a PNG.
+def triplets_sheet(captions: ImageCaptions, triplets: Sequence[SyntheticTriplet], images: Path, seed: int) -> bytes:
+    """Return a PNG of randomly chosen triplets: reference, modification text, target, and both captions.
 
     Raises:
-        FileNotFoundError, ValueError: a picture is missing or broken.
+        FileNotFoundError: If a picture is missing.
+        ValueError: If a picture cannot be read.
     """
     chosen = sorted(random.Random(seed).sample(range(len(triplets)), min(SHEET_ROWS, len(triplets))))
     layout = [

@@ -1,4 +1,4 @@
-"""Remember within a step what frozen modules returned."""
+"""Outputs of frozen modules, remembered in the first pass of a training step and returned in the second one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-# LAVIS's and timm's towers are often entered by the second.
+# LAVIS's and timm's towers are often called by their method forward_features.
 _ENTRIES = ("forward", "forward_features")
 
 _Version = tuple[int, int, torch.Size, tuple[int, ...]]
@@ -23,34 +23,35 @@ _Holder = dict[str, Any]
 
 
 class FrozenMemo:
-    """Remembers what frozen sub-modules of a model returned in one pass, and returns it in the next one.
+    """Remembers the outputs of a model's frozen sub-modules in one pass and returns them in the next pass.
 
-    A sub-module is frozen if it has parameters and none is trained. In a pass under :meth:`recording` its outermost
-    calls are noted; under :meth:`replaying` the n-th call is answered from the notes, without running the module, if
-    nothing can have changed: the inputs are equal, carry no gradient, and neither they, the output, the parameters
-    nor the buffers have been written to. Otherwise the module runs. torch's random numbers go on as if it had run; a
-    module that draws from Python's or NumPy's generators, or has others inside with forward hooks, is run.
+    A sub-module is frozen if it has parameters and none of them is trained. A pass under :meth:`recording` notes the
+    outermost calls of frozen sub-modules. A pass under :meth:`replaying` answers the n-th call from the notes, without
+    running the module, if nothing can have changed: the inputs are equal and carry no gradient, and neither inputs nor
+    output nor parameters nor buffers have been written to. Otherwise the module runs. torch's random numbers go on as
+    if the module had run. A module runs in both passes if it draws from Python's or NumPy's generators, or if a module
+    inside it has forward hooks.
 
-    So the second pass gives the bits that it would give without this class, provided that a frozen module's effect is
-    its output: what else it does (writing into its arguments' containers, counting its calls) happens once.
+    The second pass is therefore bit-equal to one without this class, if a frozen module's only effect is its output.
+    Other effects, such as writing into an argument or counting calls, happen once.
 
-    A module that is fed by trained ones (BLIP-2's language model) is not skipped, nor is one whose output is no plain
-    container of tensors, but their inner modules are wherever the same conditions hold.
+    A module whose input comes from trained ones (BLIP-2's language model) is not skipped, nor is a module whose output
+    is no plain container of tensors. Modules inside them are skipped if the conditions hold for them.
 
     Args:
-        model: Searched once, so freeze before.
-        device: Of the model, whose random generator is watched.
+        model: Model, whose weights must be frozen before, because it is searched only once.
+        device: Device of the model, whose random generator is watched.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.device = device
         self.modules = [module for module in model.modules() if _is_frozen(module)]
-        # Looked up in every step, so not by walking the module tree again.
+        # Every step needs these tensors, so the module tree is walked only once.
         self.tensors = {module: [(m._parameters, m._buffers) for m in module.modules()] for module in self.modules}
         holders = [holder for pairs in self.tensors.values() for pair in pairs for holder in pair]
         self.holders = list({id(holder): holder for holder in holders}.values())
-        self.entered: set[_Key] = set()  # whose inner modules are asked instead
-        self.calls: dict[_Key, list[_Call | None]] = defaultdict(list)
+        self.entered: set[_Key] = set()  # modules that cannot be skipped; their inner modules are noted instead
+        self.calls: dict[_Key, list[_NotedCall | None]] = defaultdict(list)
         self.position: dict[_Key, int] = defaultdict(int)
         self.versions: dict[int, _Version] = {}
         self.is_inside = False
@@ -65,7 +66,7 @@ class FrozenMemo:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Answer calls from the notes where nothing has changed, and forget them at the end."""
+        """Answer calls from the notes while the context lasts, and forget the notes at its end."""
         self.position.clear()
         try:
             with self._intercepted(self._replay):
@@ -75,7 +76,7 @@ class FrozenMemo:
 
     @contextmanager
     def _intercepted(self, answer: Callable[..., Any]) -> Iterator[None]:
-        """Put ``answer(key, inputs, run)`` before the entries of every frozen module."""
+        """Let ``answer(key, inputs, run)`` answer the calls of every frozen module while the context lasts."""
         replaced: list[tuple[nn.Module, str, Any]] = []
         try:
             for module in self.modules:
@@ -98,7 +99,7 @@ class FrozenMemo:
             leaves, structure = tree_flatten((args, kwargs))
             if any(isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.is_inference()) for leaf in leaves):
                 return original(*args, **kwargs)
-            return answer(key, _Noted(leaves, structure), lambda: self._run(original, args, kwargs))
+            return answer(key, _NotedValues(leaves, structure), lambda: self._run(original, args, kwargs))
 
         return call
 
@@ -109,23 +110,23 @@ class FrozenMemo:
         finally:
             self.is_inside = False
 
-    def _record(self, key: _Key, inputs: _Noted, run: Callable[[], Any]) -> Any:
+    def _record(self, key: _Key, inputs: _NotedValues, run: Callable[[], Any]) -> Any:
         others = _other_random_states()
         before = _random_state(self.device)
         was_clean = self._is_clean(key[0])
         output = run()
         after = _random_state(self.device)
-        noted = _Noted(*tree_flatten(output))
+        noted = _NotedValues(*tree_flatten(output))
         if was_clean and self._is_clean(key[0]) and noted.is_plain() and others == _other_random_states():
             weights = [_version(weight) for holder, _ in self.tensors[key[0]] for weight in _present(holder)]
             has_drawn = not all(map(torch.equal, before, after))
-            self.calls[key].append(_Call(inputs, noted, weights, after if has_drawn else None))
+            self.calls[key].append(_NotedCall(inputs, noted, weights, after if has_drawn else None))
         else:
             self.calls[key].append(None)
             self.entered.add(key)
         return output
 
-    def _replay(self, key: _Key, inputs: _Noted, run: Callable[[], Any]) -> Any:
+    def _replay(self, key: _Key, inputs: _NotedValues, run: Callable[[], Any]) -> Any:
         position = self.position[key]
         self.position[key] += 1
         call = self.calls[key][position] if position < len(self.calls[key]) else None
@@ -136,7 +137,7 @@ class FrozenMemo:
         return tree_unflatten(call.output.leaves, call.output.structure)
 
     def _is_clean(self, module: nn.Module) -> bool:
-        """Whether nothing of the module has been written to since the recording began."""
+        """Return whether no tensor of the module has been written to since the recording began."""
         return all(
             self.versions.get(id(tensor)) == _version(tensor)
             for holders in self.tensors[module]
@@ -145,8 +146,8 @@ class FrozenMemo:
         )
 
 
-class _Noted:
-    """The tensors and other values of a call's arguments or output, and what they were when they were noted."""
+class _NotedValues:
+    """Tensors and other values of a call's arguments or output, with the versions that they had when noted."""
 
     def __init__(self, leaves: list[Any], structure: Any) -> None:
         self.leaves = leaves
@@ -154,7 +155,7 @@ class _Noted:
         self.versions = self._versions()
 
     def _versions(self) -> list[_Version]:
-        # An output that is an inference tensor counts no versions; it is not plain and never looked at again.
+        # Inference tensors count no versions. An output with such a tensor is not plain and never used again.
         return [_version(leaf) for leaf in self.leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
     def is_unchanged(self) -> bool:
@@ -163,21 +164,23 @@ class _Noted:
     def is_plain(self) -> bool:
         return all(map(_is_plain, self.leaves))
 
-    def equals(self, other: _Noted) -> bool:
+    def equals(self, other: _NotedValues) -> bool:
         return bool(self.structure == other.structure) and all(map(_is_equal, self.leaves, other.leaves))
 
 
 @dataclass(frozen=True)
-class _Call:
-    inputs: _Noted
-    output: _Noted
+class _NotedCall:
+    """A call of a frozen module: its values, the versions of its weights, and the random state after it if it drew."""
+
+    inputs: _NotedValues
+    output: _NotedValues
     weight_versions: list[_Version]
     random_state: tuple[Tensor, ...] | None
 
-    def holds_for(self, tensors: list[tuple[_Holder, _Holder]], inputs: _Noted) -> bool:
+    def holds_for(self, tensors: list[tuple[_Holder, _Holder]], inputs: _NotedValues) -> bool:
         return (
             self.weight_versions == [_version(weight) for holder, _ in tensors for weight in _present(holder)]
-            # The second pass sees fresh copies of the buffers, which count their versions from 0.
+            # The second pass gets new copies of the buffers, which count their versions from 0.
             and all(buffer._version == 0 for _, holder in tensors for buffer in _present(holder))
             and self.inputs.is_unchanged()
             and self.output.is_unchanged()
@@ -219,7 +222,7 @@ def _version(tensor: Tensor) -> _Version:
 
 
 def _is_plain(leaf: Any) -> bool:
-    """Whether a leaf of an output can be handed out twice; one with a gradient belongs to the first pass's graph."""
+    """Return whether a leaf of an output can be returned twice; one with a gradient belongs to the first pass."""
     if isinstance(leaf, Tensor):
         return not leaf.requires_grad and not leaf.is_inference()
     return leaf is None or isinstance(leaf, (bool, int, float, str))

@@ -1,4 +1,4 @@
-"""How far runs overfit (recall on seen and unseen queries) and how flat their minima are, for ``lavis-cir gap``."""
+"""Overfitting (recall on seen and unseen queries) and flatness of the minima of runs, for ``lavis-cir gap``."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ from lavis_cir_plugin.training.portable_runner import join_single_process
 from lavis_cir_plugin.training.resumable_runner import LAST
 
 GAMMA = 0.001
-"""The paper's radius, relative to the weights; every run is probed in units of it, whatever it was trained with."""
+"""The paper's radius, relative to the weights; the loss of every run is computed in units of it."""
 
 MULTIPLES = range(-10, 11)
-"""Where the loss is computed, in units of GAMMA."""
+"""Distances at which the loss is computed, in units of GAMMA."""
 
 COLOURS = (GREY, BLUE, ORANGE, GREEN, "#8a3ea8", "#b8223b", "#0e8f9c", "#8c6239")
-SEED = 0  # of the batches and the random direction, the same for every run
+SEED = 0  # the seed of batches and random direction, equal for every run
 
 
 @dataclass(frozen=True)
-class Run:
-    """What is drawn of one run.
+class RunCurves:
+    """The curves of one run.
 
     Attributes:
-        label: Its perturbation settings and its folder.
-        val: Metric by epoch, counted from 0.
-        seen: The same on training queries; empty where the run did not list ``seen`` in ``run.valid_splits``.
-        best: The epoch of ``checkpoint_best``.
-        losses: Mean loss by multiple of GAMMA, for the directions ``gradient`` and ``random``; empty where they could
-            not be computed.
-        notes: What is missing and why, one sentence each.
+        label: Perturbation settings and folder of the run.
+        val: Validation metric by epoch, from 0.
+        seen: Metric on seen training queries by epoch; empty if ``run.valid_splits`` did not have ``seen``.
+        best: Epoch of ``checkpoint_best``.
+        losses: Mean loss by multiple of GAMMA, for the directions ``gradient`` and ``random``; empty if it could not be
+            computed.
+        notes: Sentences that say what is missing and why.
     """
 
     label: str
@@ -69,20 +69,20 @@ class Run:
     notes: tuple[str, ...] = ()
 
     def rise(self, direction: str) -> float:
-        """Return how much the loss rises at GAMMA along a direction; nan where it was not computed."""
+        """Return the rise of the loss at GAMMA along a direction, or nan if it was not computed."""
         losses = self.losses.get(direction)
         return losses[1] - losses[0] if losses else float("nan")
 
 
-# -- what a run logged -----------------------------------------------------------------------------------------------
+# -- the log of a run ------------------------------------------------------------------------------------------------
 
 
-def read_run(folder: Path, metric: str) -> Run:
-    """Read a run's validation.
+def read_run(folder: Path, metric: str) -> RunCurves:
+    """Read the validation metric of a run by epoch.
 
     Raises:
-        FileNotFoundError: It has no ``epochs.csv``.
-        ValueError: It has no validation, or none with this metric.
+        FileNotFoundError: If the run has no ``epochs.csv``.
+        ValueError: If the run has no validation, or none with this metric.
     """
     epochs = logged_epochs(folder)
     if metric not in epochs["val"]:
@@ -90,7 +90,7 @@ def read_run(folder: Path, metric: str) -> Run:
         raise ValueError(f"{folder / EPOCHS} has no validation metric {metric!r}; set --metric to one of: {known}.")
     seen = epochs.get("seen", {}).get(metric, {})
     note = f"no {metric} on seen training queries was logged; train with run.valid_splits: [val, seen]."
-    return Run(
+    return RunCurves(
         label=folder.resolve().name,
         val=epochs["val"][metric],
         seen=seen,
@@ -103,8 +103,8 @@ def logged_epochs(folder: Path) -> dict[str, dict[str, dict[int, float]]]:
     """Read a run's ``epochs.csv`` as ``{split: {metric: {epoch: value}}}``.
 
     Raises:
-        FileNotFoundError: It has none.
-        ValueError: It has no validation.
+        FileNotFoundError: If the run has no ``epochs.csv``.
+        ValueError: If the run has no validation.
     """
     if not (folder / EPOCHS).is_file():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{EPOCHS}"))
@@ -119,20 +119,20 @@ def logged_epochs(folder: Path) -> dict[str, dict[str, dict[int, float]]]:
 
 
 def selection_metric(val: Mapping[str, Mapping[int, float]]) -> str:
-    """Return the name of the metric that ``agg_metrics``, by which LAVIS chooses its checkpoint, repeats."""
+    """Return the name of the metric that is equal to ``agg_metrics``, by which LAVIS chooses the best checkpoint."""
     chosen = val.get("agg_metrics")
     names = [name for name, values in val.items() if name != "agg_metrics" and values == chosen]
-    return names[-1] if names else "agg_metrics"  # means follow what they are made of
+    return names[-1] if names else "agg_metrics"  # a mean is logged after the metrics that it averages
 
 
 # -- the loss around the weights -------------------------------------------------------------------------------------
 
 
-def with_losses(run: Run, folder: Path, batches: int) -> Run:
-    """Add to a run the loss around the weights of its best (else last) checkpoint.
+def with_losses(run: RunCurves, folder: Path, batches: int) -> RunCurves:
+    """Add to a run's curves the loss around the weights of its best (or else last) checkpoint.
 
-    Model and training data are built again as the checkpoint's own config says. Whatever stands against it (moved
-    images, no checkpoint) becomes a note: the other runs are drawn all the same.
+    Model and training data are built again by the config in the checkpoint. If that fails, because of moved images or
+    a missing checkpoint, the reason becomes a note, and the other runs can still be drawn.
     """
     path = next((folder / name for name in ("checkpoint_best.pth", LAST) if (folder / name).is_file()), None)
     if path is None:
@@ -154,7 +154,7 @@ def with_losses(run: Run, folder: Path, batches: int) -> Run:
 
 
 def _settings(config: Mapping[str, Any]) -> str:
-    """Write ``run.wrf`` in short: the radius, and what differs from the defaults."""
+    """Return ``run.wrf`` in short: the radius, and the settings that differ from the defaults."""
     given = dict(config["run"].get("wrf") or {})
     if not str(config["run"].get("runner")).startswith("runner_wrf4cir") or given.get("gamma") == 0:
         return "no perturbation"
@@ -166,7 +166,7 @@ def _settings(config: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _one_process() -> Iterator[None]:
-    """Open the process group that losses and loaders ask for, unless there is one."""
+    """Open the process group that losses and loaders need, unless one is open."""
     is_ours = not dist.is_initialized()
     join_single_process("cpu")
     try:
@@ -186,15 +186,15 @@ def _rebuild(saved: Mapping[str, Any], path: str, batches: int) -> tuple[nn.Modu
     config.run.device = "cuda" if on_gpu else "cpu"
     if not on_gpu and config.model.get("vit_precision") == "fp16":
         config.model.vit_precision = "fp32"
-    # Of our own data sets: read nothing but the training split, and of its pictures only what is needed.
+    # This package's data sets read only the training split, and of its pictures only the needed ones.
     config.run.update({"train_splits": ["train"], "valid_splits": [], "test_splits": []})
     for section in config.datasets.values():
         section.update({"preload": False} if "preload" in section else {})
         if "verify_images" in (section.get("build_info") or {}):
             section.build_info.verify_images = False
-    cfg = launcher.complete(config)
+    cfg = launcher.with_lavis_defaults(config)
     choose_splits(cfg, "train")
-    seed_all(int(cfg.run_cfg.seed))  # frozen tensors without a checkpoint are drawn again
+    seed_all(int(cfg.run_cfg.seed))  # frozen tensors without a file are drawn again from the run's seed
     task = tasks.setup_task(cfg)
     datasets = concat_datasets(reorg_datasets_by_split(task.build_datasets(cfg)))
     model = lora.build_model(task, cfg)
@@ -230,15 +230,15 @@ def loss_along(
 
     .. math:: \delta = \gamma \,\lVert\theta\rVert \; d \,/\, \lVert d\rVert
 
-    per tensor with more than one dimension (no embedding tables), :math:`\gamma` = `GAMMA`; *gradient*: d is the
-    gradient of the loss of each batch, the direction in which WRF4CIR perturbs; *random*: one normal draw.
-    The weights are not written to. Frozen sub-modules run once per batch.
+    The perturbation is computed for each tensor with more than one dimension, except embedding tables, with
+    :math:`\gamma` = `GAMMA`. For *gradient*, d is the gradient of each batch's loss, WRF4CIR's direction; for *random*
+    it is one normal draw. The weights are not written to, and frozen sub-modules run once per batch.
 
     Args:
-        model: In evaluation mode, so that dropout does not blur the curve; takes LAVIS's samples.
+        model: Model in evaluation mode, so that dropout does not blur the curve; it takes LAVIS's samples.
         samples: Batches on the model's device.
-        is_mixed: Compute under fp16 autocast, as a run with ``run.amp`` did.
-        description: Of the progress bar.
+        is_mixed: Whether to compute under fp16 autocast, as a run with ``run.amp`` did.
+        description: Label of the progress bar.
 
     Returns:
         ``{"gradient": {multiple: loss}, "random": {multiple: loss}}``
@@ -264,12 +264,12 @@ def loss_along(
     with progress((), total, description=description) as bar:
         for batch in samples:
             buffers = {id(buffer): buffer.clone() for buffer in model.buffers()}
-            # LAVIS's models move frozen copies of their weights by assigning to .data, here to that of a stand-in.
+            # LAVIS's models assign to .data of frozen momentum copies; these detached tensors take the assignment.
             frozen = {id(weight): weight.detach() for weight in model.parameters() if not weight.requires_grad}
-            seed_all(SEED)  # whatever the loss draws (masks, negatives), it draws the same at every place
+            seed_all(SEED)  # the loss draws the same masks and negatives at every distance
             with memo.recording(), torch.autocast(device.type, enabled=is_mixed):
                 loss = model(dict(batch))["loss"]
-            scale = 2.0**10 if is_mixed else 1.0  # small fp16 gradients would underflow; their length does not matter
+            scale = 2.0**10 if is_mixed else 1.0  # small fp16 gradients would underflow, and only the direction matters
             gradients = torch.autograd.grad(scale * loss, weights, allow_unused=True, materialize_grads=True)
             steps = {"gradient": perturbation.perturbations(list(gradients)), "random": random_steps}
             with torch.no_grad(), memo.replaying():
@@ -284,11 +284,11 @@ def loss_along(
 # -- picture, table, points ------------------------------------------------------------------------------------------
 
 
-def draw_gap(runs: Sequence[Run], metric: str, path: Path) -> None:
-    """Draw validation and seen metric over epochs, and where computed the loss around the weights, as a PNG.
+def draw_gap(runs: Sequence[RunCurves], metric: str, path: Path) -> None:
+    """Draw a PNG of the metric on validation and seen queries over epochs and, if known, the loss around the weights.
 
     Raises:
-        OSError: The PNG cannot be written.
+        OSError: If the PNG cannot be written.
     """
     has_losses = any(run.losses for run in runs)
     figure = Figure(figsize=(13 if has_losses else 7, 4.6 + 0.25 * len(runs)), constrained_layout=True)
@@ -314,7 +314,7 @@ def draw_gap(runs: Sequence[Run], metric: str, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _draw_losses(panel: Any, runs: Sequence[Run], colours: Sequence[str]) -> None:
+def _draw_losses(panel: Any, runs: Sequence[RunCurves], colours: Sequence[str]) -> None:
     for run, colour in zip(runs, colours):
         for direction, style in (("gradient", "-"), ("random", ":")):
             losses = run.losses.get(direction, {})
@@ -336,10 +336,11 @@ def _legend_of_styles(panel: Any, lines: Mapping[str, Any], marks: Mapping[str, 
     panel.legend(handles=handles, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncol=3, borderaxespad=0)
 
 
-def table(runs: Sequence[Run], metric: str) -> str:
-    """Lay out one line per run: metric on seen and validation queries at the best epoch, their gap, and the loss.
+def gap_table(runs: Sequence[RunCurves], metric: str) -> str:
+    """Return a table with a line per run: metric on seen and validation queries at the best epoch, gap, and loss.
 
-    ``rise`` is that of the loss at GAMMA, along the gradient and along a random direction. What a run lacks is ``-``.
+    ``rise`` is the rise of the loss at GAMMA, along the gradient and along a random direction. A missing value is
+    ``-``.
     """
     headings = ("run", "best epoch", f"seen {metric}", f"val {metric}", "gap", "loss", "rise at γ", "rise, random")
     rows: list[tuple[str, ...]] = [headings]
@@ -359,8 +360,8 @@ def table(runs: Sequence[Run], metric: str) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def points_csv(runs: Sequence[Run], metric: str) -> str:
-    """Return every point of the picture as CSV: run, series, x (epoch or relative radius), value (metric or loss)."""
+def points_csv(runs: Sequence[RunCurves], metric: str) -> str:
+    """Return the picture's points as CSV with the columns run, series, x (epoch or radius) and value."""
     rows: list[tuple[Any, ...]] = [("run", "series", "x", "value")]
     for run in runs:
         for name, values in (("val", run.val), ("seen", run.seen)):

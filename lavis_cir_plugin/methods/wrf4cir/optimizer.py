@@ -1,7 +1,7 @@
-"""The perturbation in training: the tensors it moves, the optimizer that owns it, the model call that applies it.
+"""Weight perturbation in training: the perturbed tensors, the optimizer that owns them, the perturbed model call.
 
-Nothing in this file ever writes into a weight. The perturbed tensors exist only inside one
-:func:`torch.func.functional_call`, so a checkpoint, an evaluation or an exception can only see clean weights.
+No code in this file writes into a weight. The perturbed tensors exist only inside one
+:func:`torch.func.functional_call`, so checkpoints, evaluations and exceptions can only see clean weights.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def select_tensors(model: nn.Module, settings: WeightPerturbation) -> dict[str, 
     """Return the trainable tensors that the settings choose, by name, in the order of the model.
 
     Raises:
-        ValueError: If nothing is chosen, if a chosen tensor is stored in half precision (a perturbation of a
-            thousandth of the weight is lost to rounding there), or if a chosen tensor sits in a module that recomputes
-            its activations (the recomputation would use the clean weights).
+        ValueError: If no tensor is chosen; if a chosen tensor is stored in half precision, in which a perturbation of a
+            thousandth of the weight is lost to rounding; or if it belongs to a module that recomputes its activations,
+            which would use the clean weights.
     """
     trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     tables = _embedding_tables(model)
@@ -75,37 +75,38 @@ def _is_chosen(name: str, weight: Tensor, model: nn.Module, tensors: str) -> boo
 
 
 def _is_normalisation(module: nn.Module) -> bool:
-    # Repositories define their own LayerNorm and RMSNorm, so the name decides besides torch's own classes.
+    # Repositories define LayerNorm and RMSNorm themselves, so beside torch's classes the class name decides.
     batch_norm = nn.modules.batchnorm._NormBase
     return isinstance(module, (nn.LayerNorm, nn.GroupNorm, batch_norm)) or type(module).__name__.endswith("Norm")
 
 
 class PerturbingOptimizer(torch.optim.Optimizer):
-    """An optimizer that also owns the weight perturbation: settings, counters, direction, and the perturbed model call.
+    """Wraps an optimizer and owns the weight perturbation: settings, counters, direction, and the perturbed model call.
 
-    It *is* the wrapped optimizer to everything else: GradScaler, LAVIS's schedulers and its checkpoints see the same
-    ``param_groups`` and ``state``. ``state_dict`` carries what the perturbation needs to go on under the key ``"wrf"``.
+    GradScaler, LAVIS's schedulers and its checkpoints see ``param_groups`` and ``state`` of the wrapped optimizer.
+    ``state_dict`` also holds the state of the perturbation, under the key ``"wrf"``.
 
     Args:
-        optimizer: The optimizer that makes the step; untouched.
-        model: The model whose tensors the settings choose, bare or inside DistributedDataParallel.
-        settings: What to perturb, how far, and from when.
-        total_epochs: Of the run; ``settings.last_epochs`` counts from it.
-        seed: Of the random direction, the same on every process.
-        max_grad_norm: Gradients longer than this are shortened to it before the step; ``None``: never.
+        optimizer: Optimizer that makes the step; it stays unchanged.
+        model: Model whose tensors the settings choose, bare or inside DistributedDataParallel.
+        settings: Settings of the perturbation.
+        total_epochs: Number of epochs of the run, from which ``settings.last_epochs`` counts.
+        seed: Seed of random directions, equal on every process.
+        max_grad_norm: Largest norm of the gradients, to which longer ones are shortened before the step; ``None`` sets
+            no limit.
 
     Attributes:
-        steps: How many steps were perturbed, and how many were not because the direction was not finite.
-        measured: Of the last step taken while ``is_measuring``: ``perturbation_norm``, the length of the perturbation,
-            and ``cosine``, between its direction (before scaling) and the gradient that the step applied.
+        steps: Numbers of perturbed steps, and of steps without perturbation because the direction was not finite.
+        measured: Numbers of the last step while ``is_measuring``: ``perturbation_norm``, the length of the
+            perturbation, and ``cosine``, between its unscaled direction and the applied gradient.
 
     Raises:
-        ValueError: See :func:`select_tensors`; also if a direction of one pass meets momentum copies of the weights,
-            which would average perturbed ones. Not raised at ``gamma=0``.
+        ValueError: If :func:`select_tensors` raises it, or if a direction without a pass of its own meets momentum
+            copies of the weights, which would average perturbed weights. With ``gamma=0`` nothing is raised.
     """
 
-    # A fused optimizer unscales gradients itself from attributes that GradScaler would set on this wrapper instead;
-    # without this mark GradScaler unscales, and skips a step after an overflow, as for any other optimizer.
+    # A fused optimizer reads attributes that GradScaler sets, here on this wrapper, and unscales gradients itself.
+    # With False, GradScaler unscales and skips a step after an overflow, as for any other optimizer.
     _step_supports_amp_scaling = False
 
     def __init__(
@@ -117,14 +118,14 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         max_grad_norm: float | None = None,
     ) -> None:
-        # Optimizer.__init__ would make parameter groups of its own; they must stay the wrapped optimizer's.
+        # Optimizer.__init__ is not called, because it would create other parameter groups than the wrapped optimizer's.
         self.optimizer = optimizer
         self.settings = settings
         self.total_epochs = total_epochs
         self.seed = seed
         self.max_grad_norm = max_grad_norm
         self.steps = {"perturbed": 0, "skipped": 0}
-        self.direction: list[Tensor] | None = None  # of the last gradient pass, where it is used again
+        self.direction: list[Tensor] | None = None  # a gradient that later steps use again
         self.uses = 0
         self.is_measuring = False
         self.measured: dict[str, float] = {}
@@ -144,39 +145,39 @@ class PerturbingOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The wrapped optimizer's groups."""
+        """Parameter groups of the wrapped optimizer."""
         return self.optimizer.param_groups
 
     @property
     def state(self) -> Mapping[Tensor, Any]:  # type: ignore[override]
-        """The wrapped optimizer's state."""
+        """State of the wrapped optimizer."""
         return self.optimizer.state
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The wrapped optimizer's defaults."""
+        """Defaults of the wrapped optimizer."""
         return self.optimizer.defaults
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else, such as hooks, is the wrapped optimizer's."""
-        if "optimizer" not in self.__dict__:  # while being copied or unpickled
+        """Return any other attribute, such as hooks, of the wrapped optimizer."""
+        if "optimizer" not in self.__dict__:  # a copy or unpickling asks before the attributes exist
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle this wrapper whole; torch's own keeps only groups and state, which are not stored here."""
+        """Return all attributes for a copy; torch's method returns groups and state, which this wrapper lacks."""
         return self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`__getstate__` gave."""
+        """Restore the attributes of :meth:`__getstate__`."""
         self.__dict__.update(state)
 
     def __repr__(self) -> str:
-        """Show the settings and the wrapped optimizer."""
+        """Return a text with the settings and the wrapped optimizer."""
         return f"{type(self).__name__}({self.settings}, {self.optimizer!r})"
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the weights with the gradients that the perturbed pass left in them."""
+        """Update the weights with the gradients of the perturbed pass."""
         if self._pending is not None:
             self.measured["cosine"] = _cosine(self._pending, [weight.grad for weight in self.weights.values()])
             self._pending = None
@@ -187,7 +188,7 @@ class PerturbingOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the wrapped optimizer's groups."""
-        self.drop_measurement()  # GradScaler may have skipped the step
+        self.drop_measurement()  # needed if GradScaler has skipped the step
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -195,7 +196,7 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's state plus that of the perturbation: tensors and plain types."""
+        """Return the states of the wrapped optimizer and of the perturbation, as tensors and plain types."""
         own = {
             "settings": dataclasses.asdict(self.settings),
             "steps": dict(self.steps),
@@ -205,10 +206,10 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         return {**self.optimizer.state_dict(), "wrf": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both. A state without ``"wrf"`` (of LAVIS's own runner) is taken too; the settings stay those given.
+        """Restore the states of the wrapped optimizer and of the perturbation; the settings stay unchanged.
 
-        A checkpoint that was written under other settings is worth a warning, not an error: continuing a run with
-        another gamma is a legitimate experiment. A kept direction is then dropped.
+        A state without ``"wrf"``, from LAVIS's own runner, is accepted too. A run may be continued with another gamma,
+        so a state that was saved under other settings gives a warning, and its kept direction is dropped.
         """
         state = dict(state_dict)
         saved = state.pop("wrf", None)
@@ -224,17 +225,17 @@ class PerturbingOptimizer(torch.optim.Optimizer):
             self.uses = saved["uses"]
 
     def drop_measurement(self) -> None:
-        """Forget the directions of the micro-batches since the last step, so that no cosine follows from them."""
+        """Forget the directions of the micro-batches since the last step, so that no cosine is computed from them."""
         self._pending = None
 
     def perturb(self, model: nn.Module, loss_scale: Callable[[], float] = lambda: 1.0) -> PerturbedModel:
-        """Return the callable that stands in for ``model`` in a training loop."""
+        """Return the callable that replaces ``model`` in a training loop."""
         return PerturbedModel(model, self, loss_scale)
 
     def known_direction(self) -> list[Tensor] | None:
-        """Return this step's direction where it needs no pass of its own; ``None`` where a gradient is due.
+        """Return this step's direction if it is known without another pass, or ``None`` if a gradient is needed.
 
-        An empty list means that there is none yet: momentum before the first step.
+        An empty list means that no direction exists yet, which is the case for momentum before the first step.
         """
         if self.settings.direction == "random":
             return self._random_direction()
@@ -243,7 +244,7 @@ class PerturbingOptimizer(torch.optim.Optimizer):
             moments = [self.state.get(weight, {}).get("exp_avg") for weight in weights]
             if all(moment is None for moment in moments):
                 return []
-            # A tensor that never got a gradient has none.
+            # A tensor that never got a gradient has no moment.
             return [torch.zeros_like(w) if moment is None else -moment for w, moment in zip(weights, moments)]
         if self.direction is None or self.uses >= self.settings.every:
             return None
@@ -251,12 +252,15 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         return self.direction
 
     def keep(self, direction: list[Tensor]) -> None:
-        """Keep a gradient for the next steps, where ``settings.every`` says so."""
+        """Keep a gradient as the direction of later steps if ``settings.every`` is more than 1."""
         if self.settings.every > 1:
             self.direction, self.uses = direction, 1
 
     def _random_direction(self) -> list[Tensor]:
-        """Draw from a generator of its own: dropout stays as it is, and all processes and a resumed run agree."""
+        """Draw a direction from a separate generator.
+
+        Thus dropout draws the same numbers, and all processes and a resumed run get the same direction.
+        """
         draw = sum(self.steps.values())
         generators: dict[torch.device, torch.Generator] = {}
         directions = []
@@ -267,7 +271,7 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         return directions
 
     def perturbations(self, direction: list[Tensor]) -> list[Tensor]:
-        """Return the perturbation of each chosen tensor along ``direction``; see :func:`ascent_step`."""
+        """Return the perturbation of each chosen tensor along ``direction``, computed by :func:`ascent_step`."""
         settings = self.settings
         low_rank = [LowRank(a, b, pair.scaling, pair.merged_norm()) for a, b, pair in self.pairs]
         steps = ascent_step(
@@ -283,32 +287,34 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         if self.is_measuring:
             norms = torch.stack([step.detach().float().norm() for step in steps])
             self.measured["perturbation_norm"] = float(norms.norm())
-            so_far = self._pending or [torch.zeros_like(d) for d in direction]  # gradients may be accumulated
+            so_far = self._pending or [torch.zeros_like(d) for d in direction]  # accumulated over micro-batches
             self._pending = [total + d for total, d in zip(so_far, direction)]
         return steps
 
 
 class PerturbedModel:
-    r"""A model whose call runs :math:`L(\theta + \delta)` with gradients that land in the clean :math:`\theta`.
+    r"""Calls a model at perturbed weights, :math:`L(\theta + \delta)`, with gradients for the clean weights.
 
-    1. The direction: :math:`g = \nabla L(\theta; B)`, a pass of its own that leaves ``.grad`` alone; or one that is
-       known without (random, momentum, the gradient of an earlier step).
-    2. :math:`\delta` from :func:`ascent_step`.
-    3. The output of the model at :math:`\theta + \delta` on the same batch. Its backward pass gives
+    1. The direction is :math:`g = \nabla L(\theta; B)`, from a separate pass that does not write ``.grad``; or it is
+       known without a pass (random, momentum, the gradient of an earlier step).
+    2. :func:`ascent_step` gives :math:`\delta`.
+    3. The call returns the model's output at :math:`\theta + \delta` on the same batch. Its backward pass gives
        :math:`\nabla L(\theta + \delta; B)`, which the optimizer applies to :math:`\theta`.
 
-    Where there are two passes, both draw the same random numbers (Python's, NumPy's, torch's), so the same dropout
-    mask; buffers (batch-norm statistics, queues) and momentum copies are updated by the clean pass alone; and frozen
-    sub-modules run once (:class:`~lavis_cir_plugin.recomputation.FrozenMemo`). A single pass updates buffers itself.
+    If there are two passes, both draw the same random numbers (Python's, NumPy's, torch's), and hence the same dropout
+    mask. The clean pass alone updates buffers (batch-norm statistics, queues) and momentum copies, and frozen
+    sub-modules run once (:class:`~lavis_cir_plugin.methods.wrf4cir.frozen_memo.FrozenMemo`). A single pass updates the
+    buffers itself.
 
-    Under DistributedDataParallel the direction is the gradient averaged over processes, so all share one. Where it is
-    not finite (a loss-scale overflow) the step is made without perturbation and counted in
+    Under DistributedDataParallel the direction is the gradient averaged over processes, so that all processes share it.
+    If it is not finite (a loss-scale overflow), the step is made without perturbation and counted in
     ``optimizer.steps["skipped"]``.
 
     Args:
-        model: Takes LAVIS's ``samples`` dictionary and returns a mapping or object with ``["loss"]``.
-        optimizer: Owns settings, chosen tensors and counters.
-        loss_scale: Factor on the loss in the first pass (GradScaler's), so that fp16 gradients do not underflow.
+        model: Model that takes LAVIS's ``samples`` dictionary and returns a mapping or object with ``["loss"]``.
+        optimizer: Optimizer with settings, chosen tensors and counters.
+        loss_scale: Function that returns GradScaler's factor of the loss, so that fp16 gradients of the first pass do
+            not underflow.
     """
 
     def __init__(self, model: nn.Module, optimizer: PerturbingOptimizer, loss_scale: Callable[[], float]) -> None:
@@ -321,15 +327,15 @@ class PerturbedModel:
         self.places = list(tensor_places(model))
 
     def __getattr__(self, name: str) -> Any:
-        """Anything but the call is the model's own."""
-        if "model" not in self.__dict__:  # while being copied or unpickled
+        """Return any other attribute of the model."""
+        if "model" not in self.__dict__:  # a copy or unpickling asks before the attributes exist
             raise AttributeError(name)
         return getattr(self.model, name)
 
     def __call__(self, samples: dict[str, Any]) -> Any:
-        """Return the model's output for ``samples`` at the perturbed weights; see the class.
+        """Return the model's output for ``samples`` at the perturbed weights.
 
-        ``samples["epoch"]`` (put there by LAVIS's loop) decides whether this epoch is perturbed.
+        ``samples["epoch"]``, which LAVIS's loop sets, decides whether the epoch is perturbed.
         """
         optimizer = self.optimizer
         epoch = samples.get("epoch", optimizer.settings.warmup_epochs)
@@ -344,9 +350,9 @@ class PerturbedModel:
 
     def _in_two_passes(self, samples: dict[str, Any]) -> Any:
         if isinstance(self.model, DistributedDataParallel) and self.model.will_sync_module_buffers():
-            self.model._sync_buffers()  # it would do so before its own call, which sees the stand-ins alone
-        # What the second pass reads and may overwrite is a stand-in with the values from before the first: buffers
-        # (statistics, queues), and frozen weights (momentum copies, which LAVIS's models move by assigning to .data).
+            self.model._sync_buffers()  # in the perturbed call, DDP would synchronise only the copies below
+        # The second pass may overwrite buffers (statistics, queues) and frozen weights (momentum copies, which LAVIS's
+        # models move by assigning to .data). It gets copies with the values from before the first pass.
         new = {id(buffer): buffer.clone() for buffer in self.model.buffers()}
         for weight in self.model.parameters():
             if not weight.requires_grad:
@@ -358,11 +364,11 @@ class PerturbedModel:
         self.optimizer.keep(direction)
         new.update(self._perturbed(direction))
         with self.memo.replaying():
-            # tie_weights would swap a module that is registered twice a second time, and restore the wrong tensor.
+            # tie_weights would replace a module that is registered twice again, and restore the wrong tensor.
             return functional_call(self.model, self._in_places(new), (samples,), tie_weights=False)
 
     def _perturbed(self, direction: list[Tensor]) -> dict[int, Tensor]:
-        """Return the perturbed tensors by the identity of the clean ones; none if the direction is not finite."""
+        """Return the perturbed tensors by the ``id`` of the clean ones; none if the direction is not finite."""
         is_finite = bool(torch.stack(torch._foreach_norm(direction)).isfinite().all())
         self.optimizer.steps["perturbed" if is_finite else "skipped"] += 1
         if not is_finite:
@@ -375,15 +381,15 @@ class PerturbedModel:
         return {name: new[id(holder[key])] for name, holder, key in self.places if id(holder[key]) in new}
 
     def _gradient(self, samples: dict[str, Any]) -> list[Tensor]:
-        # The bare module: DistributedDataParallel would wait for a backward pass that never comes.
+        # The call goes to the bare module, because DistributedDataParallel would wait for a backward pass.
         loss = without_ddp(self.model)(samples)["loss"] * self.loss_scale()
         weights = list(self.optimizer.weights.values())
         gradients = list(torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True))
         if isinstance(self.model, DistributedDataParallel):
-            together = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(together)
-            together /= dist.get_world_size()
-            parts = together.split([gradient.numel() for gradient in gradients])
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            parts = flat.split([gradient.numel() for gradient in gradients])
             gradients = [part.view(gradient.shape) for part, gradient in zip(parts, gradients)]
         return gradients
 

@@ -1,4 +1,4 @@
-"""The family of weight perturbations: settings and the length of a step along a direction, tensors in, tensors out."""
+"""The family of weight perturbations (WRF4CIR, AWP, SAM, ASAM): settings, and the step along a direction."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ EMBEDDINGS = ("exclude", "row", "tensor")
 
 @dataclass(frozen=True)
 class WeightPerturbation:
-    r"""Settings of the perturbation, as they stand under ``run.wrf``.
+    r"""Settings of the perturbation under ``run.wrf``.
 
     Attributes:
-        gamma: Radius; 0 switches the perturbation off. Relative to the norm of the weights, >= 0 and < 1 (the paper
-            uses 0.001), or SAM's and ASAM's :math:`\rho`, >= 0, with another ``radius``.
-        direction: ``gradient``, the way up the loss of the batch (a second pass); ``random``, a normal draw; or
-            ``momentum``, against AdamW's first moment (MSAM, arXiv 2401.12033: the opposite of the gradient's sign,
-            about 15 times the radius, and not before the learning rate has warmed up). The last two need one pass.
+        gamma: Radius; 0 switches the perturbation off. With ``radius: relative`` it is relative to the norm of the
+            weights, >= 0 and < 1 (the paper uses 0.001); otherwise it is SAM's and ASAM's :math:`\rho`, >= 0.
+        direction: ``gradient`` goes up the loss of the batch, for which a second pass is needed; ``random`` is a normal
+            draw; ``momentum`` goes against AdamW's first moment (MSAM, arXiv 2401.12033, with the opposite sign of the
+            gradient, about 15 times the radius, and only after the learning rate's warm-up). The last two need one
+            pass.
         radius: ``relative`` to the weights (WRF, AWP), ``absolute`` (SAM) or ``elementwise`` (ASAM).
         scope: ``tensor`` (each tensor has its own ratio, as in AWP's code) or ``global`` (one ratio for all).
-        every: The gradient's direction is computed for every so many batches and used again between them, >= 1. Costs
-            1 + 1 / every passes.
-        warmup_epochs: Epochs at the start that are trained without perturbation, >= 0.
-        last_epochs: Only the last so many epochs are perturbed, >= 1; ``None``: all after the warm-up.
-        tensors: Which trainable tensors are perturbed: ``no_1d`` (no biases, norms or scalars), ``all``, ``norm``
-            (only the weights and biases of normalisation layers), or a regular expression searched in the names.
-        embeddings: Tables of ``nn.Embedding``: ``exclude`` them, perturb each ``row`` relative to its own norm, or
-            treat them as any other ``tensor``. A batch touches few rows of a table, so with ``tensor`` those few
-            take the radius of the whole table.
-        eps: Added to the norm of the direction, > 0.
+        every: Number of batches, >= 1, that use one computed gradient as their direction. A step then costs
+            1 + 1 / every passes on average.
+        warmup_epochs: Number of epochs at the start without perturbation, >= 0.
+        last_epochs: Number of epochs at the end with perturbation, >= 1; ``None`` perturbs all after the warm-up.
+        tensors: Trainable tensors that are perturbed: ``no_1d`` (no biases, norms or scalars), ``all``, ``norm`` (only
+            weights and biases of normalisation layers), or a regular expression that is searched in the names.
+        embeddings: Treatment of ``nn.Embedding`` tables: ``exclude`` them, perturb each ``row`` relative to its own
+            norm, or treat a table like any other ``tensor``. With ``tensor``, the few rows that a batch uses take the
+            radius of the whole table.
+        eps: Number > 0 that is added to the norm of the direction.
     """
 
     gamma: float = 0.001
@@ -56,14 +57,14 @@ class WeightPerturbation:
         """Refuse impossible values and combinations.
 
         Raises:
-            ValueError: One sentence per problem, all at once.
+            ValueError: If there is a problem; the message has one sentence for each.
         """
         problems = [*self._impossible_values(), *self._impossible_combinations()]
         if problems:
             raise ValueError("; ".join(problems) + ".")
 
     def is_active(self, epoch: int, total_epochs: int | None) -> bool:
-        """Return whether ``epoch``, counted from 0, of ``total_epochs`` is perturbed."""
+        """Return whether ``epoch`` (from 0) of ``total_epochs`` is perturbed."""
         first = self.warmup_epochs
         if self.last_epochs is not None and total_epochs is not None:
             first = max(first, total_epochs - self.last_epochs)
@@ -120,13 +121,13 @@ class WeightPerturbation:
 
 @dataclass(frozen=True)
 class LowRank:
-    r"""A pair of LoRA factors among the perturbed tensors, which act only as :math:`W + s B A`.
+    r"""A pair of LoRA factors among the perturbed tensors, which have an effect only as :math:`W + s B A`.
 
     Attributes:
-        a: Position of A ``(rank, in)`` among the weights; further dimensions count as ``in``.
-        b: Position of B ``(out, rank)``.
-        scaling: s.
-        merged_norm: :math:`\lVert W + s B A \rVert_2`, a scalar.
+        a: Position of A ``(rank, in)`` among the weights; further dimensions belong to ``in``.
+        b: Position of B ``(out, rank)`` among the weights.
+        scaling: Scaling s.
+        merged_norm: Norm :math:`\lVert W + s B A \rVert_2`, a scalar.
     """
 
     a: int
@@ -153,26 +154,26 @@ def ascent_step(
         \text{absolute:}\quad    \delta &= \gamma \; d \,/\, (\lVert d\rVert_2 + \epsilon) \\
         \text{elementwise:}\quad \delta &= \gamma \; \theta^2 d \,/\, (\lVert\, |\theta|\, d\rVert_2 + \epsilon)
 
-    with norms over one tensor (``scope="tensor"``), over all tensors together (``scope="global"``), or over one row
-    (``by_row``, whatever the scope). The sign is that of the direction: a gradient gives ascent (the paper's printed
-    update has a minus that its own text contradicts).
+    The norms are over one tensor (``scope="tensor"``), over all tensors (``scope="global"``), or, for weights in
+    ``by_row`` and any scope, over one row. The perturbation has the sign of the direction, so that a gradient gives
+    ascent. (The update in the paper has a minus sign that the paper's text contradicts.)
 
-    A pair of LoRA factors takes the radius of its merged weight: :math:`\lVert\theta\rVert` is that of
-    :math:`W + s B A`, and :math:`\lVert d\rVert` that of the merged weight's first-order change
-    :math:`s (d_B A + B d_A)`. So B = 0, where every adapter starts, is not silently left unperturbed.
+    A pair of LoRA factors takes the radius of its merged weight: :math:`\lVert\theta\rVert` is the norm of
+    :math:`W + s B A`, and :math:`\lVert d\rVert` is the norm of the merged weight's first-order change
+    :math:`s (d_B A + B d_A)`. Thus adapters are perturbed also at B = 0, their initial value.
 
     Args:
-        weights: Tensors of any shape; not modified.
-        directions: One per weight, same shapes.
-        gamma: Radius, >= 0. ``0`` gives zeros.
-        radius: ``relative``, ``absolute`` or ``elementwise`` (the last not for LoRA factors).
+        weights: Tensors of any shape, which are not modified.
+        directions: One direction per weight, of the same shape.
+        gamma: Radius, >= 0; 0 gives zeros.
+        radius: ``relative``, ``absolute`` or ``elementwise`` (not for LoRA factors).
         scope: ``tensor`` or ``global``.
-        eps: Keeps an all-zero direction at a zero perturbation.
-        by_row: For each weight, whether each slice along dim 0 has its own norm; none by default.
-        low_rank: The pairs of LoRA factors among the weights.
+        eps: Number added to the norm of the direction, so that an all-zero direction gives a zero perturbation.
+        by_row: For each weight, whether each slice along dim 0 has its own norm; by default none has.
+        low_rank: Pairs of LoRA factors among the weights.
 
     Returns:
-        One tensor per weight, in the weight's dtype. Norms are taken in float32, where 1e-12 does not underflow.
+        One tensor per weight, in the weight's dtype. Norms are computed in float32, in which 1e-12 does not underflow.
 
     Source: relative: WRF4CIR (arXiv 2604.05583), perturbation step, norms per tensor as AWP (arXiv 2004.05884);
     absolute, global: SAM (arXiv 2010.01412, equation 2); elementwise, global: ASAM (arXiv 2102.11600, equation 8).
@@ -187,7 +188,7 @@ def ascent_step(
         lengths = {i: (weights[i].detach().float() * moves[i]).norm() for i in single}
         moves = [weight.detach().float().square() * move for weight, move in zip(weights, moves)]
     for pair in low_rank:
-        # One entry per pair, under A's position; B takes the same ratio.
+        # A pair has one entry, at A's position; B takes the same ratio.
         lengths[pair.a] = _merged_change(weights, moves, pair)
         sizes[pair.a] = pair.merged_norm
     if scope == "global" and lengths:
@@ -202,7 +203,7 @@ def ascent_step(
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    # One kernel for all tensors where the device has it: a model has hundreds, and most are small.
+    # A model has hundreds of mostly small tensors; some devices have one kernel for all of them.
     return list(torch._foreach_norm([t.detach().float() for t in tensors])) if tensors else []
 
 

@@ -1,4 +1,4 @@
-"""The WRF4CIR runners: LAVIS's training, by epochs or by iterations, with adversarial weight perturbation."""
+"""The runners ``runner_wrf4cir`` and ``runner_wrf4cir_iter``: LAVIS's training with adversarial weight perturbation."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from lavis_cir_plugin.training.resumable_runner import ResumableRunner
 
 
 class PerturbingRunner(ResumableRunner):
-    """Mix-in that goes before one of LAVIS's runners: its steps minimise the loss at perturbed weights.
+    r"""Mix-in before a runner of LAVIS whose steps minimise the loss at perturbed weights.
 
-    min over theta, max over delta of L(theta + delta), delta bounded relative to theta (WRF4CIR, arXiv 2604.05583).
-    ``run.wrf`` holds the fields of :class:`~lavis_cir_plugin.perturbation.WeightPerturbation`. The task gets, in place
-    of the model, a callable that perturbs; LAVIS's loop is not copied. ``run.wrf.gamma: 0`` is LAVIS's own training,
-    bit for bit. ``run.adam_eps`` sets AdamW's epsilon, which LAVIS leaves at 1e-8; ``run.max_grad_norm`` shortens
-    longer gradients before each step, which LAVIS never does.
+    .. math:: \min_\theta \max_{\lVert\delta\rVert \le \gamma \lVert\theta\rVert} L(\theta + \delta)
+
+    ``run.wrf`` holds the fields of :class:`~lavis_cir_plugin.methods.wrf4cir.perturbation.WeightPerturbation`. LAVIS's
+    loop is not copied: the task gets a callable that perturbs in place of the model. With ``run.wrf.gamma: 0`` the
+    training is LAVIS's own, bit for bit. ``run.adam_eps`` sets AdamW's epsilon, which is 1e-8 in LAVIS.
+    ``run.max_grad_norm`` limits the gradients' norm before each step, which LAVIS does not limit.
+
+    Source: WRF4CIR (arXiv 2604.05583).
     """
 
     RUN_KEYS = ("wrf", "adam_eps", "max_grad_norm")
@@ -41,7 +44,7 @@ class PerturbingRunner(ResumableRunner):
 
     @staticmethod
     def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what is wrong with these keys, one sentence each."""
+        """Yield one sentence per problem of ``run.wrf``, ``run.adam_eps`` and ``run.max_grad_norm``."""
         yield from setting_problems("run.wrf", WeightPerturbation, run.get("wrf", {}), " such as {gamma: 0.001}")
         for key in ("adam_eps", "max_grad_norm"):
             value = run.get(key)
@@ -54,11 +57,11 @@ class PerturbingRunner(ResumableRunner):
         if self._optimizer is None:
             run = self.config.run_cfg
             stock = super().optimizer
-            self._optimizer = None  # should the wrapper refuse, the bare optimizer must not pass for it
+            self._optimizer = None  # if the wrapper's constructor fails, the bare optimizer must not stay here
             for group in stock.param_groups if run.get("adam_eps") is not None else ():
                 group["eps"] = float(run.adam_eps)
             settings = WeightPerturbation(**run.get("wrf", {}))
-            # LAVIS trains a last, incomplete inner epoch whole.
+            # LAVIS completes the last inner epoch, even beyond max_iters.
             epochs = (
                 math.ceil(self.max_iters / self.iters_per_inner_epoch) if self._counts_iterations else self.max_epoch
             )
@@ -77,7 +80,7 @@ class PerturbingRunner(ResumableRunner):
         return self._optimizer
 
     def training_model(self, model: Any, scaler: Any) -> Callable[[dict[str, Any]], Any]:
-        """Return the model's perturbed call."""
+        """Return the callable that runs the model at perturbed weights."""
         return self.optimizer.perturb(model, scaler.get_scale if scaler is not None else lambda: 1.0)
 
 
@@ -88,4 +91,4 @@ class RunnerWrf4Cir(PerturbingRunner, RunnerBase):
 
 @registry.register_runner("runner_wrf4cir_iter")
 class RunnerWrf4CirIter(PerturbingRunner, RunnerIter):
-    """LAVIS's iteration-based runner with weight perturbation; an epoch is ``run.iters_per_inner_epoch`` batches."""
+    """LAVIS's iteration-based runner with weight perturbation; an epoch has ``run.iters_per_inner_epoch`` batches."""

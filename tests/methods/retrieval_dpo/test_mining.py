@@ -23,10 +23,10 @@ from lavis_cir_plugin.data.negatives import NegativeSets, load_negatives, negati
 from lavis_cir_plugin.methods.retrieval_dpo import mining
 from lavis_cir_plugin.methods.retrieval_dpo.mining import (
     TWIN,
-    Mined,
-    Mining,
+    MinedNegatives,
+    MiningSettings,
     between_drops,
-    forbidden,
+    forbidden_images,
     in_order_of_triplets,
     mean_features,
     mine,
@@ -48,7 +48,9 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 # -- mining against a naive loop -------------------------------------------------------------------------------------
 
 
-def naive(query: Tensor, gallery: Tensor, targets: Tensor, banned: Tensor, rules: Mining, candidates: Tensor | None):
+def naive(
+    query: Tensor, gallery: Tensor, targets: Tensor, banned: Tensor, rules: MiningSettings, candidates: Tensor | None
+):
     """Yield, for each query, the negatives with their ranks, score by score in Python."""
     features = (gallery if gallery.dim() == 3 else gallery.unsqueeze(1)).double()
 
@@ -122,7 +124,7 @@ RULES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("tokens", [True, False])
 def test_mining_is_the_naive_loop(tokens, source, rules):
     query, gallery, targets, banned = world(tokens)
-    mining = Mining(source=source, **rules)
+    mining = MiningSettings(source=source, **rules)
     candidates = None
     if source == "positive":
         query = mean_features(gallery)[targets]
@@ -149,9 +151,9 @@ def test_faiss_finds_what_the_exact_search_finds(kind, monkeypatch):
     """An inverted file that looks into every list, whose vectors are half precision, scored again exactly."""
     monkeypatch.setattr(mining, "_PROBES", 1000)
     query, gallery, targets, banned = world()
-    rules = Mining(cap=None, window=(0, 30))
-    exact = mine(query, mining_index(gallery, Mining(index="exact")), targets, banned, rules)
-    index = mining_index(gallery, Mining(index=kind))
+    rules = MiningSettings(cap=None, window=(0, 30))
+    exact = mine(query, mining_index(gallery, MiningSettings(index="exact")), targets, banned, rules)
+    index = mining_index(gallery, MiningSettings(index=kind))
     assert index.kind == kind
     for a, b in zip(mine(query, index, targets, banned, rules), exact):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
@@ -159,9 +161,9 @@ def test_faiss_finds_what_the_exact_search_finds(kind, monkeypatch):
 
 def test_a_graph_finds_nearly_what_the_exact_search_finds():
     query, gallery, targets, banned = world()
-    rules = Mining(cap=None, window=(0, 30))
+    rules = MiningSettings(cap=None, window=(0, 30))
     exact, found = (
-        mine(query, mining_index(gallery, Mining(index=kind)), targets, banned, rules).negatives
+        mine(query, mining_index(gallery, MiningSettings(index=kind)), targets, banned, rules).negatives
         for kind in ("exact", "hnsw")
     )
     assert recall_against_exact(found, exact) > 95
@@ -169,15 +171,15 @@ def test_a_graph_finds_nearly_what_the_exact_search_finds():
 
 def test_the_index_is_exact_for_small_galleries_alone(monkeypatch):
     gallery = draw(50, 3, 8)
-    assert mining_index(gallery, Mining()).kind == "exact"
+    assert mining_index(gallery, MiningSettings()).kind == "exact"
     monkeypatch.setattr(mining, "LARGE_GALLERY", 50)
-    assert mining_index(gallery, Mining()).kind == "ivf"
-    assert mining_index(gallery, Mining(index="flat")).kind == "flat"
+    assert mining_index(gallery, MiningSettings()).kind == "ivf"
+    assert mining_index(gallery, MiningSettings(index="flat")).kind == "flat"
 
 
 def test_a_small_working_memory_and_shares_change_nothing(monkeypatch):
     query, gallery, targets, banned = world()
-    index, rules = build_index("exact", gallery), Mining(cap=None)
+    index, rules = build_index("exact", gallery), MiningSettings(cap=None)
     whole = mine(query, index, targets, banned, rules)
     part = [mine(query[rows], index, targets[rows], banned[rows], rules) for rows in (slice(0, 5), slice(5, 12))]
     monkeypatch.setattr(scoring, "WORKING_BYTES", 4096)
@@ -203,7 +205,9 @@ def gallery_of(scores: list[float]) -> tuple[Tensor, Tensor]:
 
 def mined_by_hand(scores: list[float], target: int, banned: tuple[int, ...] = (-1,), **rules: Any) -> list[int]:
     query, gallery = gallery_of(scores)
-    mined = mine(query, build_index("exact", gallery), torch.tensor([target]), torch.tensor([banned]), Mining(**rules))
+    mined = mine(
+        query, build_index("exact", gallery), torch.tensor([target]), torch.tensor([banned]), MiningSettings(**rules)
+    )
     return [image for image in mined.negatives[0].tolist() if image >= 0]
 
 
@@ -261,12 +265,18 @@ def test_twins_are_no_negatives_and_do_not_count():
     gallery[4] = gallery[1]
     gallery[5, 0] = gallery[1, 0]
     query = gallery[1:2, 0].clone()
-    mined = mine(query, build_index("exact", gallery), torch.tensor([1]), torch.tensor([[-1]]), Mining(cap=None))
+    mined = mine(
+        query, build_index("exact", gallery), torch.tensor([1]), torch.tensor([[-1]]), MiningSettings(cap=None)
+    )
     assert 4 not in mined.negatives
     assert mined.negatives[0, 0] == 5
     assert (mined.target_ranks[0], mined.ranks[0, 0]) == (0, 2)
     first = mine(
-        query, build_index("exact", gallery), torch.tensor([1]), torch.tensor([[-1]]), Mining(cap=None, window=[0, 1])
+        query,
+        build_index("exact", gallery),
+        torch.tensor([1]),
+        torch.tensor([[-1]]),
+        MiningSettings(cap=None, window=[0, 1]),
     )
     assert first.negatives[0].tolist() == [5]
 
@@ -323,7 +333,7 @@ def test_nothing_banned_is_ever_mined(seed, tokens, window, cap, steep_drop):
     generator = torch.Generator().manual_seed(seed)
     banned = torch.randint(-1, 30, (5, 6), generator=generator)
     query = draw(5, 6, seed=seed + 1)
-    rules = Mining(cap=cap, window=window, steep_drop=steep_drop)
+    rules = MiningSettings(cap=cap, window=window, steep_drop=steep_drop)
     mined = mine(query, build_index("exact", gallery), targets, banned, rules)
     assert mined.negatives.shape == mined.scores.shape == mined.ranks.shape == (5, rules.width)
     for row in range(5):
@@ -358,7 +368,7 @@ def test_forbidden_by_hand():
         Triplet("a", "d", ("is blue",)),
         Triplet("e", "f", ("is red",), also_right=("y", "z")),
     ]
-    assert forbidden(triplets) == [{"b", "c", "x"}, {"b", "c", "x"}, {"d"}, {"f", "y", "z"}]
+    assert forbidden_images(triplets) == [{"b", "c", "x"}, {"b", "c", "x"}, {"d"}, {"f", "y", "z"}]
 
 
 def test_random_negatives_are_uniform_among_what_is_allowed():
@@ -410,7 +420,7 @@ def test_random_negatives_follow_from_the_seed_and_are_padded():
     ],
 )
 def test_when_negatives_are_mined(changes, epochs):
-    assert [Mining(**changes).mined_at(epoch) for epoch in range(6)] == epochs
+    assert [MiningSettings(**changes).mined_at(epoch) for epoch in range(6)] == epochs
 
 
 @pytest.mark.parametrize(
@@ -446,12 +456,12 @@ def test_when_negatives_are_mined(changes, epochs):
 )
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=f"run.negatives.*{message}"):
-        Mining(**changes)
+        MiningSettings(**changes)
 
 
 def test_all_problems_are_named_at_once():
     with pytest.raises(ValueError, match=r"source.*count.*cap"):
-        Mining(source="x", count=0, cap=7)
+        MiningSettings(source="x", count=0, cap=7)
 
 
 # -- the sets and their file -----------------------------------------------------------------------------------------
@@ -639,7 +649,7 @@ def test_the_shares_of_all_ranks_are_100_percent(ranks):
 
 
 def test_joined_by_hand():
-    parts = [Mined(*(torch.full((rows, 2), float(rows)) for _ in Mined._fields)) for rows in (1, 2)]
+    parts = [MinedNegatives(*(torch.full((rows, 2), float(rows)) for _ in MinedNegatives._fields)) for rows in (1, 2)]
     assert all(field.tolist() == [[1, 1], [2, 2], [2, 2]] for field in in_order_of_triplets(parts))
 
 

@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 
-from lavis_cir_plugin.methods.retrieval_dpo.losses import VARIANTS, Preference, preference_losses, reward_margins
+from lavis_cir_plugin.methods.retrieval_dpo.losses import (
+    VARIANTS,
+    PreferenceSettings,
+    preference_losses,
+    reward_margins,
+)
 
 PAIRED = [variant for variant in VARIANTS if variant != "sdpo"]
 LOG_3 = math.log(3)
@@ -18,7 +23,7 @@ def losses(variant, margins, *, beta=1.0, epsilon=0.25, present=None, scores=Non
     margins = torch.as_tensor(margins, dtype=torch.float64)
     present = torch.ones_like(margins, dtype=torch.bool) if present is None else torch.as_tensor(present)
     scores = torch.zeros(len(margins), 1 + margins.shape[1]) if scores is None else torch.as_tensor(scores)
-    return preference_losses(margins, present, scores, Preference(variant, beta=beta, epsilon=epsilon))
+    return preference_losses(margins, present, scores, PreferenceSettings(variant, beta=beta, epsilon=epsilon))
 
 
 def draw(queries=6, count=4, seed=0):
@@ -213,7 +218,7 @@ def test_gradients_are_those_of_finite_differences(variant):
     scores, reference, present = draw()
 
     def total(policy):
-        settings = Preference(variant, beta=4.0, epsilon=0.2)
+        settings = PreferenceSettings(variant, beta=4.0, epsilon=0.2)
         return preference_losses(reward_margins(policy, reference), present, policy, settings)
 
     assert torch.autograd.gradcheck(total, (scores.requires_grad_(),))
@@ -225,7 +230,7 @@ def test_gradients_are_finite_also_without_a_negative(variant, size):
     """Also where the exponential of a margin is beyond float32. A query without a negative has loss and gradient 0."""
     scores, reference, present = draw()
     policy = (size * scores).float().requires_grad_()
-    found = preference_losses(reward_margins(policy, reference.float()), present, policy, Preference(variant))
+    found = preference_losses(reward_margins(policy, reference.float()), present, policy, PreferenceSettings(variant))
     found.sum().backward()
     assert found[-1] == 0
     assert bool(found.isfinite().all())
@@ -239,7 +244,9 @@ def test_the_right_image_rises_and_the_wrong_ones_fall(variant):
     """At h = 0 the gradient of each variant points there, and its parts cancel: a constant changes nothing."""
     policy = torch.tensor([[0.5, 0.7, 0.3]], requires_grad=True)
     present = torch.ones(1, 2, dtype=torch.bool)
-    preference_losses(reward_margins(policy, policy.detach()), present, policy, Preference(variant)).sum().backward()
+    preference_losses(
+        reward_margins(policy, policy.detach()), present, policy, PreferenceSettings(variant)
+    ).sum().backward()
     assert policy.grad[0, 0] < 0
     assert bool((policy.grad[0, 1:] > 0).all())
     assert float(policy.grad.sum()) == pytest.approx(0, abs=1e-6)
@@ -268,9 +275,9 @@ def test_the_right_image_rises_and_the_wrong_ones_fall(variant):
 )
 def test_impossible_values_are_refused(settings, problem):
     with pytest.raises(ValueError, match=problem):
-        Preference(**settings)
+        PreferenceSettings(**settings)
 
 
 def test_all_problems_are_told_at_once():
     with pytest.raises(ValueError, match=r"variant.*beta.*epsilon.*anchor"):
-        Preference(variant="dpo", beta=0, epsilon=1, anchor=-1)
+        PreferenceSettings(variant="dpo", beta=0, epsilon=1, anchor=-1)

@@ -12,19 +12,19 @@ from conftest import SCORING_MODELS, make_preferences, make_scoring_model
 from torch import nn
 
 from lavis_cir_plugin.core.model_parts import frozen_names
-from lavis_cir_plugin.methods.retrieval_dpo.losses import Preference
+from lavis_cir_plugin.methods.retrieval_dpo.losses import PreferenceSettings
 from lavis_cir_plugin.methods.retrieval_dpo.preference_model import (
     PreferenceModel,
     ReferencePolicy,
     candidate_features,
-    hold_unread,
+    keep_unread_as_buffers,
     learn_preferences,
     paired_scores,
 )
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.models.contrastive_losses import contrastive_loss
-from lavis_cir_plugin.training.lora import Lora, add_adapters
+from lavis_cir_plugin.training.lora import LoraSettings, add_adapters
 
 DROPOUT = {
     "blip2_cir": {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3},
@@ -35,12 +35,12 @@ DROPOUT = {
 def trained_by(name, settings=None, **changes):
     """Return a model with Retrieval-DPO's loss and its reference policy."""
     model = make_scoring_model(name, **changes)
-    return prepared(model, settings or Preference(anchor=0.0))
+    return prepared(model, settings or PreferenceSettings(anchor=0.0))
 
 
 def prepared(model, settings):
     learn_preferences(model, settings)
-    hold_unread(model, make_preferences(2))
+    keep_unread_as_buffers(model, make_preferences(2))
     return model, ReferencePolicy(model)
 
 
@@ -75,7 +75,7 @@ def test_the_first_loss_is_log_2(name):
 
 
 def test_of_several_negatives_the_first_loss_of_sdpo_is_their_number_and_one():
-    model, reference = trained_by("joint", Preference("sdpo", anchor=0.0))
+    model, reference = trained_by("joint", PreferenceSettings("sdpo", anchor=0.0))
     out = model(with_reference(make_preferences(4, 3), reference))
     assert float(out["loss"]) == pytest.approx(math.log(4), abs=1e-5)
 
@@ -95,7 +95,7 @@ def test_dropout_and_batch_statistics_do_not_part_policy_and_reference(name):
     batch = make_preferences(4)
     if name != "composing":  # whose dropout and statistics belong to stage I, which is frozen
         assert not torch.equal(model.query_features(batch), model.query_features(batch)), "dropout was at work"
-    model, reference = prepared(model, Preference(anchor=0.0))
+    model, reference = prepared(model, PreferenceSettings(anchor=0.0))
     statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()
     samples = with_reference(batch, reference)
@@ -126,8 +126,8 @@ def test_the_reference_shares_what_is_frozen_and_stays_as_it_was(name):
 
 def test_of_a_model_with_adapters_only_these_are_copied():
     model = make_scoring_model("frozen tower")
-    add_adapters(model, Lora(target_modules=["query", "value"], r=2))
-    model, reference = prepared(model, Preference(anchor=0.0))
+    add_adapters(model, LoraSettings(target_modules=["query", "value"], r=2))
+    model, reference = prepared(model, PreferenceSettings(anchor=0.0))
     own = {id(weight) for weight in model.parameters()}
     copied = [weight for weight in reference.model.parameters() if id(weight) not in own]
     adapters = [weight for name, weight in model.named_parameters() if "lora_" in name]
@@ -158,7 +158,7 @@ def test_precomputed_features_of_a_frozen_tower_give_the_same():
 def test_a_checkpoint_is_that_of_the_plain_model(name, anchor, tmp_path):
     """Also with anchor 0, where no score depends on the temperature, and of sentence_prompt never on the prompt."""
     plain = make_scoring_model(name)
-    model, reference = trained_by(name, Preference(anchor=anchor))
+    model, reference = trained_by(name, PreferenceSettings(anchor=anchor))
     some_steps(model, reference)
     assert saved_names(model) == saved_names(plain)
     assert set(model.state_dict()) == set(plain.state_dict())
@@ -190,7 +190,7 @@ def test_the_models_class_keeps_its_name_and_can_be_copied():
 @pytest.mark.parametrize("anchor", [0.0, 1.0])
 def test_every_trained_weight_has_a_gradient(name, anchor):
     """DistributedDataParallel would wait for those without."""
-    model, reference = trained_by(name, Preference(anchor=anchor))
+    model, reference = trained_by(name, PreferenceSettings(anchor=anchor))
     batch = with_reference(make_preferences(4), reference)
     batch["negatives_present"][:] = False  # also where no query has a negative
     model(batch)["loss"].backward()
@@ -201,9 +201,9 @@ def test_every_trained_weight_has_a_gradient(name, anchor):
 
 def test_a_model_of_which_nothing_is_trained_is_refused():
     model = make_scoring_model("clip text", freeze_vit=True, freeze_text=True)
-    learn_preferences(model, Preference())
+    learn_preferences(model, PreferenceSettings())
     with pytest.raises(ValueError, match=r"nothing to train: all weights of ClipCir are frozen; .*or add adapters"):
-        hold_unread(model, make_preferences(2))
+        keep_unread_as_buffers(model, make_preferences(2))
 
 
 # The loss and its numbers.
@@ -240,7 +240,7 @@ def table_batch():
 
 def table(**settings):
     model = Table()
-    learn_preferences(model, Preference(**{"beta": 1.0, "anchor": 0.0, **settings}))
+    learn_preferences(model, PreferenceSettings(**{"beta": 1.0, "anchor": 0.0, **settings}))
     return model
 
 
@@ -312,7 +312,7 @@ def test_scores_are_those_of_the_ranking():
 
 @pytest.mark.parametrize("name", ["joint", "sentence_prompt", "clip", "mapping"])
 def test_steps_raise_the_margin(name):
-    model, reference = trained_by(name, Preference(beta=15.0, anchor=0.0))
+    model, reference = trained_by(name, PreferenceSettings(beta=15.0, anchor=0.0))
     batch = with_reference(make_preferences(4, 2), reference)
     optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=5e-3)
     for _ in range(8):
@@ -331,7 +331,7 @@ def test_steps_raise_the_margin(name):
 @pytest.mark.parametrize("name", ["joint", "sentence_prompt", "clip", "mapping", "composing"])
 def test_half_precision_starts_alike_and_trains(name):
     """bfloat16 autocast, as LAVIS's loop has it on a GPU: both policies round alike, scores are float32."""
-    model, reference = trained_by(name, Preference(beta=15.0, anchor=1.0))
+    model, reference = trained_by(name, PreferenceSettings(beta=15.0, anchor=1.0))
     batch = make_preferences(4, 2)
     full = model(with_reference(batch, reference))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -347,7 +347,7 @@ def test_half_precision_starts_alike_and_trains(name):
 @pytest.mark.parametrize("name", ["sentence_prompt", "mapping"])
 def test_weights_are_perturbed_and_the_reference_is_not(name):
     """The gradient is that of the loss at the perturbed weights, with the reference's scores as they are."""
-    model, reference = trained_by(name, Preference(beta=15.0, anchor=1.0))
+    model, reference = trained_by(name, PreferenceSettings(beta=15.0, anchor=1.0))
     batch = with_reference(make_preferences(4, 2), reference)
     twin = copy.deepcopy(model)
     weights = {key: weight for key, weight in model.named_parameters() if weight.requires_grad}

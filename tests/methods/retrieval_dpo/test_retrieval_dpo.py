@@ -18,7 +18,7 @@ from lavis_cir_plugin.data.benchmark_datasets import TripletDataset
 from lavis_cir_plugin.data.negatives import load_negatives
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
-from lavis_cir_plugin.methods.retrieval_dpo.mining import Mining
+from lavis_cir_plugin.methods.retrieval_dpo.mining import MiningSettings
 from lavis_cir_plugin.methods.retrieval_dpo.preference_model import PreferenceModel
 from lavis_cir_plugin.methods.retrieval_dpo.task import RetrievalDpoTask, _check_data
 from lavis_cir_plugin.models.open_clip_towers import load_clip
@@ -274,7 +274,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(style, run, monkeypatch):
             raise KeyboardInterrupt
         return forward(self, samples)
 
-    use = RetrievalDpoTask._use
+    use = RetrievalDpoTask._use_negatives
 
     def interrupted_after_mining(self, dataset, sets):
         if sets.about["epoch"] == 1 and "mined" not in calls:
@@ -288,7 +288,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(style, run, monkeypatch):
             run("killed", **changes)
     with monkeypatch.context() as patch:
         calls = []
-        patch.setattr(RetrievalDpoTask, "_use", interrupted_after_mining)
+        patch.setattr(RetrievalDpoTask, "_use_negatives", interrupted_after_mining)
         with pytest.raises(KeyboardInterrupt):
             run("killed", **changes)
     resumed = run("killed", **changes)
@@ -310,7 +310,7 @@ def test_negatives_are_in_force_from_the_refresh_on(num_workers, run, monkeypatc
 
     Each mining finds one image for all triplets, another one each time.
     """
-    mine, use, forward = RetrievalDpoTask._mine, RetrievalDpoTask._use, PreferenceModel.forward
+    mine, use, forward = RetrievalDpoTask._mine, RetrievalDpoTask._use_negatives, PreferenceModel.forward
     expected, seen = [], []
 
     def one_image(self, name, dataset, epoch):
@@ -329,7 +329,7 @@ def test_negatives_are_in_force_from_the_refresh_on(num_workers, run, monkeypatc
         return forward(self, samples)
 
     monkeypatch.setattr(RetrievalDpoTask, "_mine", one_image)
-    monkeypatch.setattr(RetrievalDpoTask, "_use", noting)
+    monkeypatch.setattr(RetrievalDpoTask, "_use_negatives", noting)
     monkeypatch.setattr(PreferenceModel, "forward", looking)
     run(
         runner="runner_iter", max_iters=9, iters_per_inner_epoch=3, max_epoch=None, num_workers=num_workers,
@@ -476,7 +476,7 @@ def test_a_file_is_of_one_data_set():
     with pytest.raises(
         ValueError, match=r"run\.negatives\.file is of one data set, and 2 are trained on \(a, b\); leave"
     ):
-        _check_data({"a": None, "b": None}, Mining(file="x.npz", refresh=0))
+        _check_data({"a": None, "b": None}, MiningSettings(file="x.npz", refresh=0))
 
 
 def test_data_without_image_sets_are_refused(project, tmp_path):

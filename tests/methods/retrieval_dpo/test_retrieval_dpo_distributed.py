@@ -21,14 +21,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lavis_cir_plugin.benchmarks.types import Triplet
 from lavis_cir_plugin.data.benchmark_datasets import TripletDataset
-from lavis_cir_plugin.methods.retrieval_dpo.losses import Preference
-from lavis_cir_plugin.methods.retrieval_dpo.mining import Mining
-from lavis_cir_plugin.methods.retrieval_dpo.preference_model import ReferencePolicy, hold_unread, learn_preferences
+from lavis_cir_plugin.methods.retrieval_dpo.losses import PreferenceSettings
+from lavis_cir_plugin.methods.retrieval_dpo.mining import MiningSettings
+from lavis_cir_plugin.methods.retrieval_dpo.preference_model import (
+    ReferencePolicy,
+    keep_unread_as_buffers,
+    learn_preferences,
+)
 from lavis_cir_plugin.methods.retrieval_dpo.task import RetrievalDpoTask
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.processors import TargetPadProcessor
-from lavis_cir_plugin.training.resumable_runner import _EpochInParts
+from lavis_cir_plugin.training.resumable_runner import _RemainingEpoch
 
 KINDS = {
     "joint": {"anchor": 2.0},
@@ -52,10 +56,10 @@ def whole_batch():
 
 def second_gradients(kind, gamma, batch, wrap=lambda model: model):
     """Return the gradients and numbers of a second step, in which policy and reference differ."""
-    settings = Preference(**KINDS[kind])
+    settings = PreferenceSettings(**KINDS[kind])
     model = make_scoring_model(kind)
     learn_preferences(model, settings)
-    hold_unread(model, make_preferences(2))
+    keep_unread_as_buffers(model, make_preferences(2))
     reference = ReferencePolicy(model)
     wrapped = wrap(model)
     wrapped.train()
@@ -92,7 +96,7 @@ def mined(folder, source):
     registry.mapping["paths"].pop("output_dir", None)
     registry.register_path("output_dir", str(folder))
     task = RetrievalDpoTask()
-    task.preference, task.mining = Preference(), Mining(source=source, window=(0, 6), cap=None)
+    task.preference, task.mining = PreferenceSettings(), MiningSettings(source=source, window=(0, 6), cap=None)
     cfg = SimpleNamespace(run_cfg=OmegaConf.create(run))
     task.prepare(make_scoring_model("joint"), {"drawn": {"train": dataset}}, cfg)
     sets = task._mine("drawn", dataset, 0)
@@ -102,7 +106,7 @@ def mined(folder, source):
 def averaged(rank):
     """Return what is logged of two batches in each process; the first batch of the first process has no negative."""
     runner = SimpleNamespace(scaler=None, _run_log=None, device=torch.device("cpu"))
-    part = _EpochInParts.__new__(_EpochInParts)
+    part = _RemainingEpoch.__new__(_RemainingEpoch)
     vars(part).update(runner=runner, optimizer=SimpleNamespace(param_groups=[{"lr": 1.0}]), bar=mock.Mock())
     vars(part).update(meters={"lr": (0, 0.0), "loss": (0, 0.0)}, not_finite=0, done=0, first=0, epoch=0)
     for accuracy, drift in [[(math.nan, 0.2), (1.0, 0.4)], [(0.5, 0.6), (0.0, 0.8)]][rank]:

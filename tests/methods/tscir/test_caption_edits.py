@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lavis_cir_plugin.methods.tscir.caption_edits import EMPTY, Phrases, plain, tokens
+from lavis_cir_plugin.methods.tscir.caption_edits import EMPTY, Phrases, caption_words, normalised_caption
 
 NOUNS = ("dress", "shirt", "top")
 
@@ -39,12 +39,12 @@ def texts(known: Phrases, image: int, draws: int = 300) -> set[tuple[str, str, s
     ],
 )
 def test_tokens(caption, found):
-    assert tokens(caption) == found
+    assert caption_words(caption) == found
 
 
 @given(st.text())
 def test_plain_is_plain(caption):
-    assert plain(plain(caption)) == plain(caption)
+    assert normalised_caption(normalised_caption(caption)) == normalised_caption(caption)
 
 
 def test_two_shared_contexts_make_an_exchange():
@@ -167,7 +167,7 @@ def test_edits_of_any_captions(captions, rng):
         if edit is None:
             continue
         assert known.images[edit.row] == image
-        assert edit.edited != plain(captions[edit.row])
+        assert edit.edited != normalised_caption(captions[edit.row])
         assert edit.text.strip() == edit.text
         assert edit.old or edit.new
         assert not edit.old or f" {edit.old} " in f" {' '.join(known.rows[edit.row])} "

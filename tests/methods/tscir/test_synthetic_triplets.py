@@ -19,23 +19,29 @@ from PIL import Image
 from lavis_cir_plugin.benchmarks import triplets as reader
 from lavis_cir_plugin.commands import main
 from lavis_cir_plugin.methods.tscir import synthetic_triplets
-from lavis_cir_plugin.methods.tscir.caption_edits import plain, tokens
-from lavis_cir_plugin.methods.tscir.synthetic_triplets import Captions, ClipWords, HashedWords, make_triplets, nearest
-from lavis_cir_plugin.methods.tscir.triplets_file import as_lines, read_captions
+from lavis_cir_plugin.methods.tscir.caption_edits import caption_words, normalised_caption
+from lavis_cir_plugin.methods.tscir.synthetic_triplets import (
+    ClipTextFeatures,
+    HashedWordFeatures,
+    ImageCaptions,
+    make_triplets,
+    nearest,
+)
+from lavis_cir_plugin.methods.tscir.triplets_file import as_json_lines, read_image_captions
 
 COLOURS, NOUNS = ("red", "blue", "orange"), ("dress", "shirt", "top")
 GRID = [(colour, noun) for colour in COLOURS for noun in NOUNS]
 
 
-def gathered(*captions: list[str]) -> Captions:
+def gathered(*captions: list[str]) -> ImageCaptions:
     """Captions of images 0.png, 1.png, ...: a list for each."""
     texts = [text for own in captions for text in own]
     images = [number for number, own in enumerate(captions) for _ in own]
-    return Captions([f"{number}.png" for number in range(len(captions))], texts, images)
+    return ImageCaptions([f"{number}.png" for number in range(len(captions))], texts, images)
 
 
 @pytest.fixture
-def grid() -> Captions:
+def grid() -> ImageCaptions:
     """Nine images, one of each colour and noun."""
     return gathered(*([f"A {colour} {noun} with long sleeves."] for colour, noun in GRID))
 
@@ -49,7 +55,7 @@ def test_all_exact_exchanges_are_found(grid):
     assert pairs == expected
     assert len(made.triplets) == 36
     for triplet in made.triplets:
-        assert plain(grid.texts[triplet.target_row]) == triplet.edit.edited
+        assert normalised_caption(grid.texts[triplet.target_row]) == triplet.edit.edited
         assert triplet.similarity == pytest.approx(1, abs=0.01)
         reference, target = set(GRID[triplet.edit.image]), set(GRID[triplet.target])
         (old,), (new,) = reference - target, target - reference
@@ -114,15 +120,15 @@ def test_a_limit_is_kept(grid):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_neither_threads_nor_faiss_change_a_byte(grid, monkeypatch, threads):
     pytest.importorskip("faiss").omp_set_num_threads(threads)
-    expected = as_lines(grid, make_triplets(grid, count=30, similarity=0.1).triplets)
+    expected = as_json_lines(grid, make_triplets(grid, count=30, similarity=0.1).triplets)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     monkeypatch.setattr(synthetic_triplets, "LARGEST_EXACT", 0)
     try:
-        assert as_lines(grid, make_triplets(grid, count=30, similarity=0.1).triplets) == expected
+        assert as_json_lines(grid, make_triplets(grid, count=30, similarity=0.1).triplets) == expected
     finally:
         torch.set_num_threads(before)
-    assert as_lines(grid, make_triplets(grid, count=30, seed=1, similarity=0.1).triplets) != expected
+    assert as_json_lines(grid, make_triplets(grid, count=30, seed=1, similarity=0.1).triplets) != expected
 
 
 WORDS = st.sampled_from([*COLOURS, *NOUNS, "a", "the", "dark", "with", "and", "belt", "dots", ","])
@@ -137,7 +143,7 @@ def test_triplets_of_any_captions_keep_what_is_promised(own, similarity):
     captions = gathered(*own)
     made = make_triplets(captions, count=20, similarity=similarity)
     assert len({(t.edit.image, t.target) for t in made.triplets}) == len(made.triplets)
-    said = [f" {' | '.join(' '.join(tokens(text)) for text in texts)} " for texts in own]
+    said = [f" {' | '.join(' '.join(caption_words(text)) for text in texts)} " for texts in own]
     for triplet in made.triplets:
         edit = triplet.edit
         assert edit.image == captions.images[edit.row] != triplet.target == captions.images[triplet.target_row]
@@ -146,7 +152,7 @@ def test_triplets_of_any_captions_keep_what_is_promised(own, similarity):
         assert not edit.new or f" {edit.new} " not in said[edit.image]
         assert not edit.new or f" {edit.new} " in said[triplet.target]
     again = make_triplets(captions, count=20, similarity=similarity)
-    assert as_lines(captions, again.triplets) == as_lines(captions, made.triplets)
+    assert as_json_lines(captions, again.triplets) == as_json_lines(captions, made.triplets)
 
 
 # -- features --------------------------------------------------------------------------------------------------------
@@ -154,7 +160,7 @@ def test_triplets_of_any_captions_keep_what_is_promised(own, similarity):
 
 def test_hashed_words_by_hand():
     """Of 3 captions 3 hold a, 1 red, 1 "a red": weights 1, 1 + ln 2 twice; no more is shared."""
-    features = HashedWords(["a red", "a blue", "a"], width=4096)
+    features = HashedWordFeatures(["a red", "a blue", "a"], width=4096)
     found = features(["a red", "a", "green"]).double()
     weight = 1 + np.log(2)
     assert found[0] @ found[1] == pytest.approx(1 / np.sqrt(1 + 2 * weight**2), abs=2e-3)
@@ -165,14 +171,14 @@ def test_hashed_words_by_hand():
 
 def test_hashed_words_do_not_depend_on_the_company():
     captions = [f"a {colour} {noun}" for colour, noun in GRID]
-    features = HashedWords(captions)
+    features = HashedWordFeatures(captions)
     assert torch.equal(features(captions)[4:5], features(captions[4:5]))
     assert features([]).shape == (0, 1024)
 
 
 @pytest.mark.parametrize("size", [1, 5, 300])
 def test_nearest_is_that_of_sorting(size, monkeypatch):
-    gallery = HashedWords(["a b", "b c"], width=8)(["a b", "b", "c", "b c"]).repeat(size, 1)
+    gallery = HashedWordFeatures(["a b", "b c"], width=8)(["a b", "b", "c", "b c"]).repeat(size, 1)
     query = gallery[:3]
     exact = query.double() @ gallery.double().T
     order = exact.sort(dim=1, descending=True, stable=True)
@@ -184,7 +190,7 @@ def test_nearest_is_that_of_sorting(size, monkeypatch):
 
 def test_clip_compares_captions(grid):
     torch.manual_seed(0)
-    features = ClipWords("small_clip", None)
+    features = ClipTextFeatures("small_clip", None)
     found = features(["a red dress", "a blue dress", "a red dress"])
     assert found.norm(dim=1).tolist() == pytest.approx([1, 1, 1], abs=0.01)
     assert torch.equal(found[0], found[2])
@@ -206,11 +212,11 @@ def test_both_kinds_of_files_say_the_same(tmp_path):
     (tmp_path / "lavis.json").write_text(json.dumps(records))
     lines = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     (tmp_path / "lines.jsonl").write_text("\ufeff" + lines, encoding="utf-8")
-    expected = Captions(
+    expected = ImageCaptions(
         ["x/b.jpg", "a.jpg"], ["a red dress", "red", "a blue dress", "ein Kleid für dich"], [0, 0, 1, 0]
     )
-    assert read_captions(tmp_path / "lavis.json") == expected
-    assert read_captions(tmp_path / "lines.jsonl") == expected
+    assert read_image_captions(tmp_path / "lavis.json") == expected
+    assert read_image_captions(tmp_path / "lines.jsonl") == expected
 
 
 @pytest.mark.parametrize(
@@ -230,12 +236,12 @@ def test_broken_files(tmp_path, content, problem):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises((ValueError, FileNotFoundError), match=problem):
-        read_captions(path)
+        read_image_captions(path)
 
 
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(ValueError, match="cannot be read: Is a directory"):
-        read_captions(tmp_path)
+        read_image_captions(tmp_path)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

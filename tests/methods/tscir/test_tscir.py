@@ -169,7 +169,7 @@ def test_without_blocks_of_injection_the_mapping_is_pic2words(make, clip_model):
     }
     model.eval()
     out = model({"image": pictures(), "text_input": TEXTS})
-    sentence = model._read([PLAIN_SENTENCE] * 3, model.image_features(pictures()))
+    sentence = model._sentence_features([PLAIN_SENTENCE] * 3, model.image_features(pictures()))
     torch.testing.assert_close(
         out["loss"], symmetric_contrastive_loss(model.encode_target(pictures()), sentence, model.temperature)
     )
@@ -185,7 +185,7 @@ def test_stage_one_has_the_three_losses_of_two_views(make):
         injection.eval()  # running statistics, so that both calls see the same
     weak, view = pictures(seed=3), pictures(seed=4)
     out = model({"image": torch.stack([weak, view], dim=1), "text_input": TEXTS})
-    sentence = model._read([PLAIN_SENTENCE] * 3, model.image_features(weak))
+    sentence = model._sentence_features([PLAIN_SENTENCE] * 3, model.image_features(weak))
     v_weak, v = model.encode_target(weak), model.encode_target(view)
     c = model.encode_query({"text_input": TEXTS}, "text")
     expected = (
@@ -209,7 +209,7 @@ def test_stage_two_has_its_losses_and_the_quirks_of_the_released_code(make, quir
     batch = triplets()
     out = model(batch)
     query = model.encode_query(batch)
-    sentence = model._read([PLAIN_SENTENCE] * 3, model.image_features(batch["image"]))
+    sentence = model._sentence_features([PLAIN_SENTENCE] * 3, model.image_features(batch["image"]))
     reference, target = model.encode_target(batch["image"]), model.encode_target(batch["target"])
     c = model.encode_query({"text_input": batch["reference_caption"]}, "text")
     seen = target if quirk.get("alignment_with_target") else reference
@@ -238,7 +238,7 @@ def test_a_reference_that_repeats_is_no_negative_of_itself(make):
     batch = {**triplets(), "image": pictures()[[0, 0, 1]]}
     known = {**batch, "image_id": torch.tensor([5, 5, 8])}
     reference = model.encode_target(batch["image"])
-    sentence = model._read([PLAIN_SENTENCE] * 3, model.image_features(batch["image"]))
+    sentence = model._sentence_features([PLAIN_SENTENCE] * 3, model.image_features(batch["image"]))
     expected = symmetric_contrastive_loss(reference, sentence, 0.1, known["image_id"])
     torch.testing.assert_close(model(known)["loss_reference"], expected)
     assert float(model(known)["loss_reference"]) < float(model(batch)["loss_reference"])

@@ -161,7 +161,7 @@ def test_loss_along_the_gradient_of_a_quadratic():
 
 
 def test_the_rise_is_that_at_the_papers_radius():
-    run = gap.Run("a", {0: 1.0}, {}, 0, losses={"gradient": {0: 2.0, 1: 2.5, 10: 9.0}})
+    run = gap.RunCurves("a", {0: 1.0}, {}, 0, losses={"gradient": {0: 2.0, 1: 2.5, 10: 9.0}})
     assert run.rise("gradient") == 0.5
     assert run.rise("random") != run.rise("random")  # nan
 
@@ -230,7 +230,7 @@ def test_a_run_whose_loss_cannot_be_computed_is_drawn_without(trained, tmp_path,
 @pytest.mark.parametrize("content", [[1], {"x": torch.zeros(1)}, {"model": {}, "config": {"run": None}}])
 def test_a_checkpoint_without_a_runs_config_becomes_a_note(content, tmp_path):
     torch.save(content, tmp_path / "checkpoint_best.pth")
-    run = gap.Run(label="a run", val={0: 1.0}, seen={}, best=0)
+    run = gap.RunCurves(label="a run", val={0: 1.0}, seen={}, best=0)
     found = gap.with_losses(run, tmp_path, batches=1)
     assert not found.losses
     assert "checkpoint_best.pth holds no weights with a run's config; name a folder that a run wrote." in found.notes[0]
