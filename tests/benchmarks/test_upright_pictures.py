@@ -24,7 +24,7 @@ from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset
 from lavis_cir_plugin.data.feature_cache import FeatureCache
 from lavis_cir_plugin.data.negatives import NegativeSets
 from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
-from lavis_cir_plugin.methods.retrieval_dpo.task import training_benchmark
+from lavis_cir_plugin.methods.retrieval_dpo.miner import training_benchmark
 from lavis_cir_plugin.ranking.ranks import Ranking
 from lavis_cir_plugin.report import contact_sheets, sheet_layout
 

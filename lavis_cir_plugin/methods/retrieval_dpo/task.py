@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,16 @@ from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query, no_metrics
-from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, share
+from lavis_cir_plugin.core.processes import fail_in_all_processes, gather
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
 from lavis_cir_plugin.core.settings import as_plain, setting_problems
-from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, TripletDataset
+from lavis_cir_plugin.data.benchmark_datasets import TripletDataset
 from lavis_cir_plugin.data.negatives import NegativeSets, load_negatives, negatives_path
 from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
 from lavis_cir_plugin.methods.retrieval_dpo.losses import PreferenceSettings
-from lavis_cir_plugin.methods.retrieval_dpo.mining import (
-    MinedNegatives,
-    MiningGroup,
-    MiningSettings,
-    forbidden_images,
-    in_order_of_triplets,
-    mean_features,
-    mine,
-    mining_groups,
-    mining_index,
-    random_negatives,
-)
+from lavis_cir_plugin.methods.retrieval_dpo.miner import NegativeMiner, image_files
+from lavis_cir_plugin.methods.retrieval_dpo.mining import MiningSettings
 from lavis_cir_plugin.methods.retrieval_dpo.preference_model import (
     ReferencePolicy,
     candidate_features,
@@ -44,10 +31,9 @@ from lavis_cir_plugin.methods.retrieval_dpo.preference_model import (
     learn_preferences,
     paired_scores,
 )
-from lavis_cir_plugin.ranking.ranks import padded
 from lavis_cir_plugin.report.curves import Panel
 from lavis_cir_plugin.report.sheet_layout import BLUE, GREY, ORANGE
-from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask, Evaluation
+from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask
 
 _LARGEST_DIFFERENCE = 0.01
 """Largest difference of two scores of one policy, which half precision or another device can cause."""
@@ -134,10 +120,19 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         if not self.training:
             return
         run = cfg.run_cfg
-        self.device, self.seed = torch.device(run.device), int(run.seed)
-        self.loader_options = {"batch_size": int(run.batch_size_eval), "num_workers": int(run.num_workers)}
+        self.device = torch.device(run.device)
         self.in_use: dict[str, int] = {}
         self.model: Any = model.to(self.device)
+        self.miner = NegativeMiner(
+            model,
+            self.mining,
+            self.preference.positive,
+            int(run.seed),
+            self.device,
+            int(run.batch_size_eval),
+            int(run.num_workers),
+            self.gallery_dtype,
+        )
         learn_preferences(model, self.preference)
         samples = self._first_samples(2)
         others = samples["target"].roll(1, dims=0)
@@ -218,13 +213,13 @@ class RetrievalDpoTask(ComposedRetrievalTask):
                 with fail_in_all_processes():
                     sets = load_negatives(path)
                     self._check_gallery(sets, name, dataset, str(path))
-                if sets.about.get("negatives") != self._mining_settings():
+                if sets.about.get("negatives") != self.miner.plain_settings():
                     logging.warning("%s was mined by other run.negatives; they count from the next mining on", path)
             else:
                 if at < epoch:
                     logging.warning("%s is not there: negatives are mined with the weights as they are now", path)
                 state = get_random_state(self.device)
-                sets = self._mine(name, dataset, at)
+                sets = self.miner.mine(name, dataset, at)
                 set_random_state(state, self.device)  # a resumed run finds the file and draws nothing here
                 self._check_any(sets)
                 with fail_in_all_processes():
@@ -247,105 +242,8 @@ class RetrievalDpoTask(ComposedRetrievalTask):
             )
 
     def _use_negatives(self, dataset: TripletDataset, sets: NegativeSets) -> None:
-        sets.paths = self._paths(dataset, sets.names)  # paths in a file may be of another machine
+        sets.paths = image_files(dataset, sets.names)  # paths in a file may be of another machine
         dataset.use_negatives(sets, self.mining.count, with_scores=self.preference.reference == "mined")
-
-    def _mine(self, name: str, dataset: TripletDataset, epoch: int) -> NegativeSets:
-        """Mine a data set's negatives; each process mines for its share of the triplets."""
-        benchmark = training_benchmark(name, dataset, self.seed, epoch)
-        (group,) = benchmark.groups
-        place = {image: number for number, image in enumerate(group.gallery)}
-        references = torch.tensor([place[triplet.reference] for triplet in dataset.triplets])
-        targets = torch.tensor([place[triplet.target] for triplet in dataset.triplets])
-        right = targets if self.preference.positive == "target" else references
-        banned = padded(
-            [[place[image] for image in own if image in place] for own in forbidden_images(dataset.triplets)], 1
-        )
-        groups = mining_groups(dataset.triplets, place, self.mining.within_category)
-        if epoch < self.mining.warmup_epochs:
-            found = self._draw_random(groups, right, banned)
-        else:
-            candidates = None
-            if self.mining.source == "image_set":
-                sets = [[place[name] for name in t.members if name in place] for t in dataset.triplets]
-                candidates = padded(sets, width=1)
-            found = self._search(benchmark, dataset, groups, right, banned, candidates)
-        arrays = {field: rows.numpy() for field, rows in found._asdict().items()}
-        return NegativeSets(
-            names=list(group.gallery),
-            references=references.int().numpy(),
-            targets=targets.int().numpy(),
-            texts=[query.texts[0] for query in group.queries],
-            about={
-                "dataset": name,
-                "epoch": epoch,
-                "seed": self.seed,
-                "positive": self.preference.positive,
-                "negatives": self._mining_settings(),
-                "upright": dataset.upright,
-            },
-            paths=self._paths(dataset, group.gallery),
-            **arrays,
-        )
-
-    def _mining_settings(self) -> dict[str, Any]:
-        """Return ``run.negatives`` in the form that a file of negatives holds."""
-        return {**dataclasses.asdict(self.mining), "window": list(self.mining.window)}
-
-    @staticmethod
-    def _paths(dataset: TripletDataset, names: Sequence[str]) -> list[str]:
-        return [str(dataset.image_paths[name].absolute()) for name in names]
-
-    def _draw_random(self, groups: Sequence[MiningGroup], right: Tensor, banned: Tensor) -> MinedNegatives:
-        """Draw random negatives of all triplets."""
-        parts, numbers = [], []
-        for group in groups:
-            rows = group.numbers
-            places = group.places(right[rows]), group.places(banned[rows])
-            found = random_negatives(*places, len(group.images), self.mining.width, self.seed)
-            parts.append(found._replace(negatives=group.indices(found.negatives)))
-            numbers += rows
-        return in_order_of_triplets(parts, numbers)
-
-    def _search(
-        self,
-        benchmark: Benchmark,
-        dataset: TripletDataset,
-        groups: Sequence[MiningGroup],
-        right: Tensor,
-        banned: Tensor,
-        candidates: Tensor | None,
-    ) -> MinedNegatives:
-        """Mine the negatives of all triplets with the present weights; each process searches for its share."""
-        images = BenchmarkDataset(benchmark, dataset.vis_processor, dataset.text_processor)
-        images.features, images.preloaded = dataset.features, dataset.preloaded
-        loader = DataLoader(images, **self.loader_options)
-        evaluation = Evaluation(self.model, loader, self.device.type == "cuda", self.gallery_dtype)
-        gallery = evaluation.encode_gallery()
-        own = share(len(right))
-        parts: list[MinedNegatives] = []
-        with fail_in_all_processes():
-            if len(own):
-                (everything,) = benchmark.groups
-                if self.mining.source == "positive":
-                    query = mean_features(gallery)[right[list(own)]]
-                else:
-                    query = evaluation.encode_queries("multimodal", [[everything.queries[row] for row in own]])
-                found, numbers = [], []
-                for group in groups:
-                    rows = [number for number in group.numbers if number in own]
-                    if not rows:
-                        continue
-                    index = mining_index(gallery if len(groups) == 1 else gallery[group.images], self.mining)
-                    places = group.places(right[rows]), group.places(banned[rows])
-                    group_candidates = None if candidates is None else group.places(candidates[rows])
-                    mined = mine(
-                        query[[row - own.start for row in rows]], index, *places, self.mining, group_candidates
-                    )
-                    found.append(mined._replace(negatives=group.indices(mined.negatives)))
-                    numbers += rows
-                parts = [in_order_of_triplets(found, numbers)]
-        return in_order_of_triplets([part for of_process in gather(parts) for part in of_process])
 
     def _from_file(self, name: str, dataset: TripletDataset, path: str) -> NegativeSets:
         """Read the negatives of an earlier run, and compare them with the data and the starting weights."""
@@ -407,22 +305,6 @@ class RetrievalDpoTask(ComposedRetrievalTask):
     @torch.no_grad()
     def _policy_scores(self, samples: Mapping[str, Any]) -> Tensor:
         return paired_scores(self.model.query_features(samples), candidate_features(self.model, samples))
-
-
-def training_benchmark(name: str, dataset: TripletDataset, seed: int, epoch: int) -> Benchmark:
-    """Return a benchmark of the training triplets: queries with one drawn text each, against all training images."""
-    queries = tuple(
-        Query(
-            triplet.reference,
-            (dataset.training_text(triplet.captions, random.Random(f"{seed} {epoch} {number}")),),
-            triplet.target,
-        )
-        for number, triplet in enumerate(dataset.triplets)
-    )
-    group = Group(name, tuple(dataset.image_paths), queries, reference_removed=False)
-    return Benchmark(
-        name, "train", (group,), dataset.image_paths, f"{name} train", no_metrics, "", upright=dataset.upright
-    )
 
 
 def _setting_problems(run: Mapping[str, Any]) -> Iterator[str]:

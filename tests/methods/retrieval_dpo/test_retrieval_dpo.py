@@ -18,6 +18,7 @@ from lavis_cir_plugin.data.benchmark_datasets import TripletDataset
 from lavis_cir_plugin.data.negatives import load_negatives
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
+from lavis_cir_plugin.methods.retrieval_dpo.miner import NegativeMiner
 from lavis_cir_plugin.methods.retrieval_dpo.mining import MiningSettings
 from lavis_cir_plugin.methods.retrieval_dpo.preference_model import PreferenceModel
 from lavis_cir_plugin.methods.retrieval_dpo.task import RetrievalDpoTask, _check_data
@@ -310,7 +311,7 @@ def test_negatives_are_in_force_from_the_refresh_on(num_workers, run, monkeypatc
 
     Each mining finds one image for all triplets, another one each time.
     """
-    mine, use, forward = RetrievalDpoTask._mine, RetrievalDpoTask._use_negatives, PreferenceModel.forward
+    mine, use, forward = NegativeMiner.mine, RetrievalDpoTask._use_negatives, PreferenceModel.forward
     expected, seen = [], []
 
     def one_image(self, name, dataset, epoch):
@@ -328,7 +329,7 @@ def test_negatives_are_in_force_from_the_refresh_on(num_workers, run, monkeypatc
             seen.append((samples["epoch"], samples["negatives"][:, 0].clone()))
         return forward(self, samples)
 
-    monkeypatch.setattr(RetrievalDpoTask, "_mine", one_image)
+    monkeypatch.setattr(NegativeMiner, "mine", one_image)
     monkeypatch.setattr(RetrievalDpoTask, "_use_negatives", noting)
     monkeypatch.setattr(PreferenceModel, "forward", looking)
     run(

@@ -99,7 +99,7 @@ def mined(folder, source):
     task.preference, task.mining = PreferenceSettings(), MiningSettings(source=source, window=(0, 6), cap=None)
     cfg = SimpleNamespace(run_cfg=OmegaConf.create(run))
     task.prepare(make_scoring_model("joint"), {"drawn": {"train": dataset}}, cfg)
-    sets = task._mine("drawn", dataset, 0)
+    sets = task.miner.mine("drawn", dataset, 0)
     return {field.name: getattr(sets, field.name) for field in dataclasses.fields(sets)}
 
 
