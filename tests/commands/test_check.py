@@ -1,4 +1,4 @@
-"""``lavis-cir check``: what it says of whole, incomplete and broken folders, by the readers that a run uses."""
+"""``lavis-cir check`` reports on whole, incomplete and broken folders, by the readers that a run uses."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_whole_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_missing_gallery_image_leaves_the_smaller_gallery(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """D is in no query: training and the VAL split are whole without it, the original gallery is not."""
+    """No query has D: training and the VAL split are whole without it, the original gallery is not."""
     write_fashioniq(tmp_path)
     (tmp_path / "images" / "D.png").unlink()
     output, code = run(capsys, tmp_path)
@@ -205,7 +205,7 @@ def test_exit_codes_are_in_the_help(capsys: pytest.CaptureFixture[str]):
 
 
 def pasted(output: str) -> tuple[str, list[str]]:
-    """Return command and options of the last line, as a shell reads it; the config takes them."""
+    """Return command and options of the last line, split as a shell does, after a check of the config."""
     words = shlex.split(output.splitlines()[-1])
     assert words[:2] == ["python", "-m"]
     assert words[3] == "--cfg-path"
@@ -239,7 +239,7 @@ def test_the_last_line_trains_on_what_is_there(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_every_data_set_has_a_command(tmp_path: Path):
-    """What can be trained on is; CIRCO has no training split, so it is evaluated."""
+    """The command trains on a data set if it can; CIRCO has no training split, so it is evaluated."""
     complete = check.Reading(count=1, usable=1, is_complete=True)
     for name in check.data_sets():
         data_set = check.checklist_of(name)
@@ -280,7 +280,7 @@ def test_a_folder_with_nothing_and_none(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_every_benchmark_is_checked():
-    """Every module with a reader, every split that has its own files, and FashionIQ's protocols each once."""
+    """Every module with a reader, every split with files of its own, and each of FashionIQ's protocols occur once."""
     folder = Path(fashioniq.__file__).parent
     readers = {
         path.stem
@@ -296,7 +296,7 @@ def test_every_benchmark_is_checked():
 
 
 def test_a_survey_ends(tmp_path: Path):
-    """Outside of it, missing images are errors again."""
+    """After a survey, missing images are errors again."""
     write_fashioniq(tmp_path)
     (tmp_path / "images" / "C.png").unlink()
     check.survey("fashioniq", tmp_path)

@@ -1,4 +1,4 @@
-"""``lavis-cir export``: the folder gives the run's own scores, in transformers and here, and holds every tensor."""
+"""``lavis-cir export`` writes a folder with every tensor, which gives the run's scores in transformers and here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def export(run, folder, form) -> None:
 
 @pytest.fixture
 def run(tmp_path):
-    """Return the folder of a run as LAVIS leaves it: trained weights alone, its frozen tower in another file."""
+    """Return the folder of a run, whose checkpoint has trained weights alone; the frozen tower is in another file."""
     base = tmp_path / "base"
     base.mkdir()
     save_file(small_state(), base / "model.safetensors")
@@ -59,7 +59,7 @@ def query_and_targets(model):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_loads_here_to_the_same_scores(form, run, tmp_path, capsys):
-    """Bit for bit: transformers' layout has no place for temperature and prompt, which lie in a file beside it."""
+    """Scores are bit-equal; transformers' layout lacks temperature and prompt, which are in a file beside it."""
     folder, trained = run
     export(folder, tmp_path / "out", form)
     section = {**SMALL, "vit_config": {**SMALL["vit_config"], "depth": 2}, "fusion": "sentence_prompt"}

@@ -1,4 +1,4 @@
-"""What a command loads: help, check and submission nothing heavy, each seen in a fresh interpreter."""
+"""In a fresh interpreter, help, ``check`` and ``submission`` load no heavy library."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ print("loaded:", *sys.modules)
 
 
 def run(*arguments: object) -> tuple[str, set[str]]:
-    """Return what a command printed, and which heavy libraries it loaded."""
+    """Return the output of a command and the heavy libraries that it loaded."""
     done = subprocess.run(
         [sys.executable, "-c", RUN, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""``lavis-cir submission``: what a server refuses, each kind; the official example files; scores of files of val."""
+"""``lavis-cir submission`` refuses what a server refuses, accepts the official examples, and scores files of val."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def cirr_files(root: Path, with_targets: bool = False) -> Path:
 
 
 def cirr_content(metric: str) -> dict[str, Any]:
-    """Rank the images in order, without the reference; in a set likewise."""
+    """Return rankings of the gallery and of each set, in the order of the images and without the reference."""
     count, pool = (50, IMAGES) if metric == "recall" else (3, IMAGES[:6])
     rows = {str(7 * q): [image for image in pool if image != IMAGES[q]][:count] for q in range(3)}
     return {"version": "rc2", "metric": metric, **rows}
@@ -351,7 +351,7 @@ def test_numbers_that_cannot_be_cocos_are_refused_without_the_list(tmp_path: Pat
 
 
 def test_linked_annotations_find_the_list_beside_the_link_or_its_target(tmp_path: Path):
-    """Going up (..) from a linked folder, the system arrives beside the folder that it points to."""
+    """The parent (..) of a linked folder is the parent of the folder that the link points to."""
     annotation = circo_files(tmp_path / "data")
     content = write(tmp_path / "file.json", {**circo_content(), "1": [*IDS[2:51], 5]})
     (tmp_path / "mine").mkdir()
@@ -484,7 +484,7 @@ def test_the_official_circo_example_of_another_split_is_refused(real_annotations
 
 
 def test_a_query_given_twice_is_refused(tmp_path: Path):
-    """Python's parser would keep the second list and say nothing."""
+    """Python's parser would keep the second list without an error."""
     text = json.dumps(cirr_content("recall"))
     (tmp_path / "file.json").write_text(text[:-1] + ', "7": ["img2"]}')
     with pytest.raises(
@@ -521,7 +521,7 @@ def test_a_file_of_a_million_names_is_refused_soon(tmp_path: Path):
 
 
 def test_some_targets_are_no_answers(tmp_path: Path):
-    """As the benchmark, which scores a split where all are known."""
+    """A split is scored only if all its targets are known, as in the benchmark."""
     annotation = cirr_files(tmp_path)
     records = json.loads(annotation.read_text())
     records[0]["target_hard"] = IMAGES[1]

@@ -1,4 +1,4 @@
-"""CLIP4Cir's combiner: an independent reading of its equations, its files, and what does not fit."""
+"""CLIP4Cir's combiner against an independent reading of its equations; its files, and refused ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lavis_cir_plugin.training.config import _model_values
 
 
 def published_state(width: int, projection: int = 5, hidden: int = 7) -> dict[str, torch.Tensor]:
-    """The tensors of a published combiner, by their names in the file."""
+    """Return the tensors of a published combiner by their names in the file."""
     generator = torch.Generator().manual_seed(4)
     shapes = {
         "text_projection_layer": (projection, width),
@@ -35,7 +35,7 @@ def published_state(width: int, projection: int = 5, hidden: int = 7) -> dict[st
 
 
 def naive_query(state, image, text) -> list[float]:
-    """One query with loops over plain numbers."""
+    """Compute one query by loops over plain numbers."""
     numbers = {name: tensor.tolist() for name, tensor in state.items()}
 
     def linear(name, x):
@@ -74,7 +74,7 @@ def files(tmp_path):
 
 
 def test_the_published_files_give_the_queries_of_the_equations(files):
-    """From un-normalised features of the fine-tuned CLIP."""
+    """The equations take un-normalised features of the fine-tuned CLIP."""
     model = ClipCir.from_config(files.settings).eval()
     batch = make_triplets(3)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The fused attention of a frozen EVA tower equals LAVIS's explicit softmax; CLIP's tower is fused without help."""
+"""The fused attention of a frozen EVA tower equals LAVIS's explicit softmax; CLIP's tower uses the kernel itself."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_frozen_towers_are_fused_and_trained_ones_are_lavis_own(small_model):
 
 
 def test_the_clip_tower_calls_the_fused_kernel_as_it_is():
-    """nn.MultiheadAttention computes the weights itself only where they are asked for; layers - 1 blocks are built."""
+    """nn.MultiheadAttention computes the weights itself only if they are asked for; layers - 1 blocks are built."""
     clip = ClipVisionTransformer(16, 8, width=12, layers=3, heads=2, use_grad_checkpointing=False).eval()
     with mock.patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as kernel:
         clip(torch.randn(1, 3, 16, 16))

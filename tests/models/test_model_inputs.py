@@ -1,4 +1,4 @@
-"""What a user hands to a model by mistake: each gives one sentence, and one string is one text."""
+"""Each wrong input of a model gives one sentence, and a single string is one text."""
 
 from __future__ import annotations
 

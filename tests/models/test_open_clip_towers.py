@@ -1,4 +1,4 @@
-"""open_clip's towers: equal to open_clip's own numbers where nothing is changed; weights of all kinds load."""
+"""open_clip's towers give open_clip's own numbers if nothing is edited, and weights of all kinds load."""
 
 from __future__ import annotations
 
@@ -108,13 +108,13 @@ def test_a_plain_sentence_is_read_as_open_clip_reads_it(clip, tower):
 
 
 def test_a_pseudo_word_equals_a_row_of_the_embedding_table(clip, tower):
-    """open_clip itself reads the sentence, its table holding the word where the placeholder's row was."""
+    """open_clip reads the same sentence, with the word in an unused row of its embedding table."""
     ids = tower.tokenize(SENTENCES)
     composed = tower.compose(ids, words())
     for row in range(3):
         own = copy.deepcopy(clip)
         table = own.text.token_embedding if hasattr(own, "text") else own.token_embedding
-        # An unused row, for only the first placeholder is the image: a second one, as in the last sentence, is a word.
+        # Only the first placeholder is the image. A second one, as in the last sentence, is a word and needs its row.
         unused = next(number for number in range(table.num_embeddings) if not ids[row].eq(number).any())
         renamed = ids[row : row + 1].clone()
         renamed[0, int(renamed.eq(tower.placeholder_id).int().argmax())] = unused
@@ -230,7 +230,7 @@ def test_patches_of_a_tower_without_any_are_refused():
 
 
 def archive(state, path):
-    """Write TorchScript with these tensors, as OpenAI publishes CLIP."""
+    """Write a TorchScript file with these tensors, OpenAI's format of CLIP."""
 
     class Node(nn.Module):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""The task: a group's rules applied to encoded rows, and what a split without targets says."""
+"""The task composed_retrieval applies a group's rules to encoded rows, and reports a split without targets."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_several_texts_are_the_normalised_mean_of_their_features(features):
 
 
 def test_the_reference_is_removed_and_the_image_set_ranked_among_itself(features):
-    """Sets of different sizes in one group; the reference itself would be the best answer."""
+    """The group has sets of different sizes, and the reference itself would be the best answer."""
     queries = (Query("a", ("x",), "c", ("b", "c", "d", "e")), Query("b", ("y",), "g", ("f", "g")))
     rows = torch.stack([features[0, 1], features[1, 2]])
     removed = rank_group(group(*queries, reference_removed=True), rows, features)
@@ -67,7 +67,7 @@ def test_a_query_without_a_public_target_has_no_rank(features):
 
 
 def test_the_task_knows_the_type_of_the_gallery_from_its_start():
-    """LAVIS makes a task by setup_task; without a config it keeps float32."""
+    """LAVIS makes a task by setup_task; without a config the type is float32."""
     config = SimpleNamespace(run_cfg={"gallery_dtype": "float16"})
     assert ComposedRetrievalTask.setup_task(cfg=config).gallery_dtype == torch.float16
     assert ComposedRetrievalTask.setup_task(cfg=SimpleNamespace(run_cfg={})).gallery_dtype == torch.float32

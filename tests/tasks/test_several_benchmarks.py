@@ -1,4 +1,4 @@
-"""Several benchmarks in one run, each by itself, beside training data that is no benchmark; what a model may say."""
+"""Several benchmarks in one run beside training data that is no benchmark, and what a model may offer a report."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ THREE = ["cirr.val", "circo.val", "fashioniq.val"]
 
 
 def project(tmp_path, datasets=None, model=None, **run):
-    """Three small worlds, trained on CIRR's, validated on CIRR and tested on all; with changes."""
+    """Write a project over three small worlds: trained and validated on CIRR, tested on all, with changes."""
     worlds = {name: {"type": "garments", "garments": world} for name, world in WORLDS.items()}
     worlds["fashioniq"].update(splits=["val", "test"], build_info={"categories": ["dress"]})
     for name, section in (datasets or {}).items():
@@ -111,7 +111,7 @@ def test_a_split_that_several_benchmarks_have_becomes_one_of_each(command, run, 
 
 
 def test_of_a_finished_run_the_training_split_alone_can_be_chosen(tmp_path):
-    """As for its loss landscape; CIRCO has no training split."""
+    """The loss landscape needs this; CIRCO has no training split."""
     cfg = completed(project(tmp_path))
     cfg.run_cfg.update({"valid_splits": [], "test_splits": []})
     config.choose_splits(cfg, "train")
@@ -169,7 +169,7 @@ def test_weights_that_are_not_enough_are_refused(tmp_path, monkeypatch):
 
 @pytest.fixture
 def coco(tmp_path):
-    """A section of LAVIS's own builder with its training files alone; the others stay where LAVIS would download."""
+    """Return a section of LAVIS's own builder with local training files; the other files would be downloaded."""
     Image.new("RGB", (80, 64), "red").save(tmp_path / "a.jpg")
     captions = [{"image": "a.jpg", "caption": text, "image_id": "a"} for text in ("a red wall", "plain red")]
     (tmp_path / "train.json").write_text(json.dumps(captions))
@@ -203,7 +203,7 @@ def test_a_caption_data_set_of_lavis_is_training_data_beside_benchmarks(said, co
 
 
 def test_samples_of_several_kinds_are_not_mixed(coco, tmp_path):
-    """LAVIS would keep of triplets and captions what both have, image and text; two kinds of captions are one kind."""
+    """Of triplets and captions LAVIS would keep image and text alone; two caption data sets may be mixed."""
     build = ComposedRetrievalTask().build_datasets
     mixed = project(tmp_path, {"garments_caption": CAPTIONS})
     with pytest.raises(ValueError, match=r"samples of garments_caption have no target and no target_id as those of ci"):
@@ -215,7 +215,7 @@ def test_samples_of_several_kinds_are_not_mixed(coco, tmp_path):
 
 
 def test_a_cache_of_features_says_whose_pictures_it_leaves_out(small_model, tmp_path, caplog):
-    """Those of LAVIS's data sets; the benchmarks' are cached."""
+    """The warning names LAVIS's data sets; the benchmarks' pictures are cached."""
     path = project(
         tmp_path, {"garments_caption": CAPTIONS, "cirr": {"splits": ["val"]}}, feature_cache=str(tmp_path / "features")
     )
@@ -237,7 +237,7 @@ def test_a_cache_of_features_says_whose_pictures_it_leaves_out(small_model, tmp_
 
 
 class Stub(torch.nn.Module):
-    """Describes a picture by its mean colour, and looks at its corner at the top right."""
+    """Model that describes a picture by its mean colour and looks at its corner at the top right."""
 
     row_label = "stage I + II"
     baselines = {"sum": "image + text", "mapping": "stage I alone"}  # noqa: RUF012
@@ -316,7 +316,7 @@ def test_the_stock_names_are_kept_where_a_model_says_nothing(dataset, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run on CIRR's world, validated on it and tested on val of all three and CIRR's test."""
+    """Train on CIRR's world, validate on it, and test on val of all three benchmarks and CIRR's test."""
     folder = tmp_path_factory.mktemp("trained")
     path = project(folder, test_splits=["val", "cirr.test"])
     with mock.patch.object(chance, "RANDOM_QUERIES", FEW):
@@ -326,7 +326,7 @@ def trained(tmp_path_factory):
 
 
 def test_each_benchmark_is_tested_by_itself_and_all_are_summed_up(trained):
-    """The summary holds each benchmark's own metric, as its metrics.json has it; hidden targets give answers."""
+    """The summary has each benchmark's own metric from its metrics.json; a split with hidden targets gives answers."""
     _, run = trained
     folders = {path.name for path in run.iterdir() if path.is_dir()} - {"result"}
     names = [f"{name}_val" for name in WORLDS]

@@ -143,7 +143,7 @@ def test_impossible_sizes_are_refused(values, message):
 
 
 def test_captions_say_the_colour_and_nothing_untrue(pictures):
-    """A caption's colour is the garment's, a pattern is told if there is one, and no detail is of another value."""
+    """A caption has the garment's colour, its pattern if there is one, and no detail of another value."""
     captions = plan_captions(LARGE, "val", pictures["val"])
     for name, garment in pictures["val"].items():
         for caption in captions[name]:
@@ -153,7 +153,7 @@ def test_captions_say_the_colour_and_nothing_untrue(pictures):
 
 
 def test_full_captions_say_nothing_untrue_and_in_the_end_everything(pictures):
-    """Of 400 pictures with 5 captions each, every length, fit and other detail is told; of each, only true ones."""
+    """The captions of 400 pictures, 5 each, name every length, fit and other detail, and only true ones."""
     captions = plan_captions(dataclasses.replace(LARGE, captions="full"), "val", pictures["val"])
     told = set()
     for name, garment in pictures["val"].items():
@@ -214,7 +214,7 @@ def test_a_picture_id_is_the_number_at_the_end():
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache folder for all runs of this file, so that the small world is drawn once."""
+    """Return a cache folder for all runs of this file, so that the small world is drawn once."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -359,7 +359,7 @@ def test_lavis_own_captioning_task_runs_where_nothing_is_to_be_scored(run):
 
 @pytest.mark.parametrize("runner", ["runner_base", "runner_iter", "runner_wrf4cir_iter"])
 def test_the_data_serve_other_runners(run, tmp_path, runner):
-    """The same project under LAVIS's runners and the iteration-based one; those without perturbation take no wrf."""
+    """The project runs under LAVIS's runners and the iteration-based one; runners without perturbation refuse wrf."""
     text = (PROJECTS / "wrf4cir/caption_demo.yaml").read_text()
     if runner != "runner_wrf4cir_iter":
         text = text.replace("  wrf:\n    gamma: 0.001\n", "")
@@ -433,7 +433,7 @@ def test_a_wrong_letter_outside_a_to_z_makes_a_wrong_word():
 
 
 def test_scripts_without_blanks_are_scored_by_characters():
-    """As the six words of `test_bleu_4_worked_by_hand`: the last of six characters is wrong."""
+    """The last of six characters is wrong, like the last of six words in `test_bleu_4_worked_by_hand`."""
     scores = caption_scores(["红色长连衣裤"], [["红色长连衣裙"]])
     assert scores["Bleu_4"] == pytest.approx((1 / 3) ** 0.25, abs=1e-6)
     references = [["красное платье в горошек"], ["синяя юбка без узора"]]
@@ -537,7 +537,7 @@ def decoder():
 
 
 def next_scores(model, states, prefix, least):
-    """Log-probabilities of the next token after a prefix, of one picture, without any cache."""
+    """Return log-probabilities of the next token after a prefix, for one picture and without a cache."""
     output = model(
         torch.tensor([prefix]),
         encoder_hidden_states=states[None],
@@ -603,7 +603,7 @@ def test_generation_equals_a_naive_search(decoder, beams, least):
 
 
 class OptTokenizer:
-    """What Blip2OPT asks of OPT's tokenizer, over this package's vocabulary."""
+    """The part of OPT's tokenizer that Blip2OPT uses, over this package's vocabulary."""
 
     def __init__(self):
         self.words = load_tokenizer("blip_tiny_vocab.txt")
@@ -616,7 +616,7 @@ class OptTokenizer:
 
 @pytest.fixture
 def blip2_opt_model(monkeypatch):
-    """LAVIS's class as it is; only what it would take from the hub is built here."""
+    """Build LAVIS's unchanged class; only the parts that it would download are replaced."""
     tower = dict(img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=2, mlp_ratio=2, use_mean_pooling=False)
     settings = QformerConfig(
         vocab_size=40, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
@@ -637,7 +637,7 @@ def blip2_opt_model(monkeypatch):
 
 
 def test_a_step_through_a_frozen_language_model_equals_the_naive_one(blip2_opt_model):
-    """L(theta + delta) differentiated in place, by two ordinary passes, against the perturbed call."""
+    """The perturbed call equals two ordinary passes that change the weights in place."""
     model = blip2_opt_model
     batch = {"image": torch.randn(3, 3, 16, 16), "text_input": ["a red dress", "a star", "long sleeves and a belt"]}
     naive = copy.deepcopy(model)

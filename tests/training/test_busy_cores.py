@@ -37,7 +37,7 @@ def test_the_last_option_decides():
 
 
 def test_every_shipped_project_is_understood(monkeypatch, tmp_path):
-    """The text search finds what a parser finds, also from a folder in which there is no projects/."""
+    """The text search finds what a parser finds, also from a folder without projects/."""
     from omegaconf import OmegaConf
 
     monkeypatch.chdir(tmp_path)
@@ -76,7 +76,7 @@ def test_lavis_cir_waits_passively():
 
 
 def test_it_is_set_before_lavis_loads_torch(tmp_path):
-    """A stand-in for LAVIS says what it finds when it is imported by ``python -m lavis.train``."""
+    """A stand-in for LAVIS prints the variable when ``python -m lavis.train`` imports it."""
     (tmp_path / "lavis").mkdir()
     (tmp_path / "lavis/__init__.py").write_text(
         "import os, sys\nprint(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)\nsys.exit(0)\n"

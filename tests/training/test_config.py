@@ -1,4 +1,4 @@
-"""Config checks: every name and key of every shipped file, and one sentence for each kind of slip."""
+"""Checks of a config: every name and key of every shipped file is known, and each kind of slip gives a sentence."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def checked(options, tmp_path):
 
 
 def reader_of(name):
-    """The class of a benchmark's ``build_info``: the one in its module that reads a mapping."""
+    """Return the class of a benchmark's ``build_info``, the one in its module that reads a mapping."""
     module = registry.get_builder_class(name).benchmark_module
     (reader,) = (v for v in vars(module).values() if hasattr(v, "from_mapping") and v.__module__ == module.__name__)
     return reader
@@ -43,7 +43,7 @@ def test_there_are_projects_to_check():
 
 @pytest.mark.parametrize("path", PROJECT_FILES, ids=lambda path: str(path.relative_to(PROJECTS)))
 def test_every_project_is_valid_down_to_the_last_key(path, tmp_path, monkeypatch):
-    """Names, values, the data sets' build_info, and the model's keys; small, and without repeating a default."""
+    """Names, values, build_info and model keys are valid; the file is small and repeats no default."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     open_values = [f"{key}=given" for key in OmegaConf.missing_keys(OmegaConf.load(path))]
     cfg = complete(config.read_config(str(path), open_values), tmp_path)
@@ -261,7 +261,7 @@ BROKEN_IN_LAVIS = {"blip/coco_cap_ft_iter.yaml", "blip2/eval/caption_coco_flant5
 
 @pytest.mark.parametrize("recipe", sorted({str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml")}))
 def test_lavis_own_recipes_are_let_through(recipe):
-    """Keys that only LAVIS's tasks know are no slips."""
+    """Keys that only LAVIS's tasks know are accepted."""
     if recipe in BROKEN_IN_LAVIS:
         with pytest.raises(config.ConfigError):
             config.read_config(str(RECIPES / recipe), [])

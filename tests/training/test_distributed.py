@@ -1,4 +1,4 @@
-"""Two gloo processes with half a batch each against one process with the whole batch."""
+"""Two gloo processes with half a batch each give the results of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def second_gradients(fusion, kind, batch, wrap=lambda model: model):
 
 
 def whole_batch():
-    """Eight triplets of which rows 1 and 6, on different processes, have the same target image."""
+    """Return eight triplets, of which rows 1 and 6, on different processes, have the same target image."""
     batch = make_triplets(8)
     batch["target"][6] = batch["target"][1]
     batch["target_id"][6] = batch["target_id"][1]
@@ -64,7 +64,7 @@ def whole_batch():
 
 
 def statistics(kind, rank):
-    """Return the running means that a third step begins with, and those that it leaves; the rate is 0."""
+    """Return the running means before and after a third step with learning rate 0."""
     torch.manual_seed(0)
     wrapped = DistributedDataParallel(Normalised())
     stock = torch.optim.SGD(wrapped.parameters(), lr=0.0)
@@ -79,7 +79,7 @@ def statistics(kind, rank):
 
 
 def encoded(path, total):
-    """Write the numbers of this process's rows, in batches of two; return what all have written."""
+    """Write the numbers of this process's rows, in batches of two, and return those of all processes."""
     numbers = torch.arange(float(total))[:, None].expand(total, 3)[list(share(total))]
     return shared_rows(path, total, numbers.split(2) if len(numbers) else [], torch.float16).clone()
 
@@ -130,7 +130,7 @@ def test_gradients_equal_those_of_one_process(fusion, kind, found):
 
 
 def test_processes_share_rows_with_exact_counts_and_stop_together(found):
-    """Of one row, the first process of two has none. The file keeps no name."""
+    """The first of two processes has no share of a single row; the file is unlinked at once."""
     for rank in range(2):
         assert torch.equal(found[rank]["expanded"], torch.ones(2, 2))
         assert found[rank]["gathered"].tolist() == [0, 1]
@@ -149,8 +149,10 @@ class Normalised(torch.nn.Module):
 
 
 def test_batch_norm_statistics_stay_together(found):
-    """As in plain DistributedDataParallel, every step begins with the first process's statistics, also when perturbed:
-    after a step they differ by one batch's part (momentum 0.1), not by the sum of all."""
+    """Every step begins with the first process's statistics, also when perturbed, as in plain DistributedDataParallel.
+
+    After a step the processes' statistics differ by one batch's part (momentum 0.1), not by the sum of all.
+    """
     plain, perturbed = ([found[rank]["statistics", kind] for rank in range(2)] for kind in ("plain", "gradient"))
     assert torch.equal(plain[0][1], perturbed[0][1]), "the clean pass alone counts, and it is the plain one"
     for both in (plain, perturbed):

@@ -1,4 +1,4 @@
-"""The launcher from the command line to the files it leaves, on a small drawn world; and how it refuses."""
+"""The launcher from the command line to its files, on a small drawn world, and its refusals."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ WORLD = {
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A FashionIQ folder of 3 x (24 + 10) pictures."""
+    """Draw a FashionIQ folder of 3 x (24 + 10) pictures."""
     return make_garments(tmp_path_factory.mktemp("cache"), GarmentsConfig(**WORLD))
 
 
 @pytest.fixture
 def project(tmp_path, world):
-    """Return a factory of project files: the demo's, on the small world, with changes as dotted keys."""
+    """Return a factory of project files: the demo on the small world, with changes as dotted keys."""
 
     def make(base="wrf4cir/demo.yaml", **changes):
         cfg = OmegaConf.load(PROJECTS / base)
@@ -113,7 +113,7 @@ def run_module(arguments, nproc=0, cwd=None):
 
 @pytest.mark.slow
 def test_two_processes_train_and_rank_together(project, tmp_path):
-    """torchrun on gloo: one folder, one table, and the ranking equals the one of a single process."""
+    """torchrun's processes write one folder and one table, and their ranking equals that of a single process."""
     result = run_module(["--cfg-path", project(run__max_epoch=1)], nproc=2, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("Protocol:") == 1
@@ -126,7 +126,7 @@ def test_two_processes_train_and_rank_together(project, tmp_path):
 
 
 def test_lavis_own_recipe_runs_through_the_same_launcher(tmp_path, monkeypatch):
-    """LAVIS's COCO captioning recipe as it ships, on a CPU. Only what would download or be large is put in place."""
+    """LAVIS's COCO captioning recipe runs on a CPU; only its downloads and its large model are replaced."""
     monkeypatch.setattr(BlipBase, "init_tokenizer", classmethod(lambda cls: blip_tokenizer()))
     small_tower = {"img_size": 32, "patch_size": 16, "embed_dim": 768, "depth": 1, "num_heads": 2}
     monkeypatch.setattr(VisionTransformerEncoder, "from_config", classmethod(lambda cls, cfg: cls(**small_tower)))
@@ -253,7 +253,7 @@ def test_an_error_that_is_not_ours_keeps_its_traceback(project, monkeypatch):
 
 
 def test_options_may_be_given_in_several_parts(project, tmp_path):
-    """The last one is wrong on purpose: the sentence shows that the first was not dropped."""
+    """The last option is wrong on purpose: the sentence shows that the first one was not dropped."""
     arguments = [
         "--options",
         f"run.output_dir={tmp_path}/elsewhere",

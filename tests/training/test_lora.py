@@ -1,4 +1,4 @@
-"""LoRA: what it leaves alone, what it trains, what a checkpoint holds, and every way out of and back into it."""
+"""LoRA adapters: unchanged outputs at first, trained weights, checkpoints, export, merging, and refusals."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def names_trained(model):
 
 
 class Text(nn.Module):
-    """LAVIS's BERT of BLIP, whose output layer is tied to its word embeddings."""
+    """Model around LAVIS's BERT of BLIP, whose output layer is tied to its word embeddings."""
 
     def __init__(self):
         super().__init__()
@@ -84,7 +84,7 @@ class Text(nn.Module):
     ],
 )
 def test_new_adapters_change_nothing_and_each_is_reached_by_gradients(changes, targets, small_model, triplets):
-    """s B A = 0 at first: the loss is equal to the bit. Towers that run without gradient while frozen count as well."""
+    """At first s B A = 0, so the loss is bit-equal; gradients also reach towers that run without them while frozen."""
     batch, model = triplets(4), small_model(**changes).train()
     names = set(dict(model.named_parameters()))
     model.requires_grad_(False)  # torch chooses kernels, and so last bits, also by whether a weight is trained
@@ -106,7 +106,7 @@ def test_new_adapters_change_nothing_and_each_is_reached_by_gradients(changes, t
 
 
 def test_an_adapter_acts_as_the_merged_weight_wherever_it_sits(small_model, triplets):
-    """Also where a tower reads the weight of a Linear and never calls it. The merged model has the old names."""
+    """This holds also if a tower reads a Linear's weight without calling it; the merged model has the old names."""
     for changes, targets in (({"freeze_vit": True}, EVERY_KIND), (CLIP, ["out_proj", "c_fc"])):
         batch, base = triplets(4), small_model(**changes)
         before = outputs(base, batch)
@@ -136,7 +136,7 @@ def test_the_merged_norm_by_hand():
 
 
 def test_the_merged_norm_of_every_kind_of_layer(small_model):
-    """Against the norm of the merged state dictionary; rank-stabilised scaling is alpha / sqrt(r)."""
+    """The norm equals that of the merged state dictionary; rank-stabilised scaling is alpha / sqrt(r)."""
     model = small_model()
     add_adapters(model, LoraSettings(target_modules=EVERY_KIND, r=4, lora_alpha=6, use_rslora=True))
     state = merged_state(randomise(model))
@@ -149,7 +149,7 @@ def test_the_merged_norm_of_every_kind_of_layer(small_model):
 
 
 def test_adapters_of_half_precision_weights_are_float32(small_model):
-    """Through the linear layers, as a CPU computes them: W in bfloat16, A and B in float32, the output as without."""
+    """With W in bfloat16, A and B are float32, and the output has the type of the linear layer's output."""
     model = small_model(freeze_vit=True)
     model.visual_encoder.to(torch.bfloat16)
     add_adapters(model, LoraSettings(target_modules=["fc1", "qkv"], r=2))
@@ -162,7 +162,7 @@ def test_adapters_of_half_precision_weights_are_float32(small_model):
 
 
 class Triplets(Dataset):
-    """Random triplets, as a data set of LAVIS."""
+    """Random triplets in the form of a LAVIS data set."""
 
     def __init__(self, batch):
         self.batch = batch
@@ -178,7 +178,7 @@ class Triplets(Dataset):
 
 
 def test_training_moves_adapters_and_also_train_only_and_only_they_are_saved(tmp_path, small_model, triplets):
-    """LAVIS's loop and checkpoints under the perturbing runner."""
+    """LAVIS's loop trains and saves under the perturbing runner."""
     model = small_model(freeze_vit=True)
     add_adapters(model, LoraSettings(target_modules=r".*\.(query|value|qkv)", r=2, also_train="_proj"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -310,7 +310,7 @@ LORA = {"target_modules": r".*\.(query|value|fc1)", "r": 4, "lora_alpha": 16, "a
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A factory of project files over a small world, and the folder of a run of it."""
+    """Return a factory of project files over a small world, and the folder of one run."""
     folder = tmp_path_factory.mktemp("lora")
     sizes = {"train_triplets": 16, "train_images": 24, "val_queries": 6, "val_images": 10, "test_queries": 3}
     world = make_garments(folder / "cache", GarmentsConfig(**sizes, test_images=6, image_width=48, image_height=60))
@@ -352,7 +352,7 @@ def refused(call, *arguments):
 
 
 def rebuilt(best=None, lora=None, seed=42, **changes):
-    """The run's base model, or with a checkpoint the trained one."""
+    """Build the run's base model, or with a checkpoint the trained model."""
     run, model = OmegaConf.create({"seed": seed}), {"arch": "blip2_cir", "load_finetuned": bool(best)}
     defaults = OmegaConf.load(Blip2Cir.PRETRAINED_MODEL_CONFIG_DICT["tiny"]).model
     run.lora = lora
@@ -378,7 +378,7 @@ def test_the_merged_checkpoint_needs_no_lora(trained, tmp_path, capsys):
 
 
 def test_plain_peft_loads_the_exported_folder(trained, tmp_path):
-    """Into the base model, found again by its seed, with heads and prompts that peft has no name for."""
+    """peft loads them into the base model, drawn again from its seed, with heads and prompts that peft cannot name."""
     from peft import PeftModel
 
     main.main(["lora", str(trained.best), "--output", str(tmp_path / "adapter")])
@@ -401,7 +401,7 @@ def tiny_arguments():
 
 
 def test_adapters_on_a_finetuned_model_find_it_again(trained, tmp_path):
-    """The base of a second run is what the first one left: its adapters go on, on the same weights below them."""
+    """A second run starts from the first one's checkpoint: its adapters go on, over equal frozen weights."""
     content = torch.load(trained.best, weights_only=True)
     base = tmp_path / "base.pth"
     state = rebuilt().state_dict()

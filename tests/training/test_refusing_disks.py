@@ -1,4 +1,4 @@
-"""Read-only caches and disks without a byte left end a run with one sentence; ranks share what is frozen."""
+"""Read-only caches and full disks end a run with one sentence; processes have equal frozen weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def refuse(number):
 
 
 def test_a_cache_folder_that_cannot_be_made_is_one_sentence(tmp_path, monkeypatch):
-    """A file where the folder should be refuses everyone, root included."""
+    """A file in place of the folder refuses every user, root included."""
     (tmp_path / "cache").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(
@@ -81,7 +81,7 @@ class FullFile:
 
 
 def test_a_disk_with_no_byte_left_for_the_config_is_one_sentence(tmp_path, monkeypatch):
-    """The file is made, as on a disk that is full; LAVIS's own log_config is the first who writes."""
+    """As on a full disk, the file is created but cannot be written; LAVIS's log_config writes first."""
     stock = builtins.open
     monkeypatch.setattr(
         runner_base,
@@ -104,7 +104,7 @@ def test_a_disk_with_no_byte_left_for_the_config_is_one_sentence(tmp_path, monke
 
 
 def test_a_refusal_in_any_library_is_one_sentence(tmp_path):
-    """torch's own frames are the last of the traceback."""
+    """The last frames of the traceback are torch's."""
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError) as caught:  # noqa: PT011 (any message)
         os.makedirs(tmp_path / "file" / "folder")

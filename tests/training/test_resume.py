@@ -1,6 +1,6 @@
-"""Runs that are killed and resumed: the same weights, metrics and logs, bit for bit; and what a resume refuses.
+"""Killed and resumed runs end with the weights, metrics and logs of uninterrupted ones, bit for bit; refusals.
 
-``CIR_KILLS=20 python -m pytest tests/test_resume.py`` kills each kind of run at 20 random moments instead of a few.
+``CIR_KILLS=20 python -m pytest tests/training/test_resume.py`` kills each kind of run at 20 random moments.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def assert_same(left, right):
 @pytest.mark.parametrize("style", ["epochs", "iterations"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_killed_run_ends_as_if_it_had_not_been(world_size, style, project, tmp_path):
-    """SIGKILL to all processes at random moments of the run, also while a checkpoint is written."""
+    """SIGKILL ends all processes at random moments, also while a checkpoint is written."""
     path = project(**(ITERATIONS if style == "iterations" else {}))
     begin = time.monotonic()
     finish(start(path, tmp_path / "whole", world_size), log_of(tmp_path / "whole"))
@@ -178,7 +178,7 @@ def stopped(stopped_once, project, tmp_path):
 
 
 def damage(path):
-    """Flip one byte in the middle of a tensor, which torch itself would load without a word."""
+    """Flip one byte in the middle of a tensor, which torch would load without an error."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
@@ -220,7 +220,7 @@ def test_what_cannot_go_on_is_refused(run, message, stopped):
 
 
 def saved_content():
-    """Return the shape of a run's checkpoint, with progress."""
+    """Return made-up content with the structure of a run's checkpoint, progress included."""
     own = {"random_state": {"python": [3]}, "meters": {}}
     return {
         "model": {"weight": torch.zeros(2)},
@@ -324,7 +324,7 @@ def test_auto_leaves_a_run_of_another_config_alone(stopped):
 
 
 def test_a_damaged_checkpoint_never_replaces_the_good_one_before(stopped, monkeypatch):
-    """After the fall-back the next save must not move the damaged file onto the only whole one."""
+    """After a resume from the previous checkpoint, the next save must not replace it by the damaged file."""
     folder, go_on = stopped
     damage(folder / "checkpoint_last.pth")
     saved = []
@@ -342,7 +342,7 @@ def test_a_damaged_checkpoint_never_replaces_the_good_one_before(stopped, monkey
 
 
 def test_a_run_that_is_still_going_on_is_left_alone(stopped):
-    """auto starts another one, and a resume by name is refused; the lock goes with its process, however it ends."""
+    """auto starts another run, and a resume by name is refused; the lock ends with its process in any case."""
     folder, go_on = stopped
     lock = resumable_runner.lock_run(folder)
     with pytest.raises(SystemExit, match=r"is still going on in process \d+ on .* wait for its end"):
@@ -428,7 +428,7 @@ def test_a_malicious_checkpoint_does_not_run(stopped, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(stopped):
-    """A limit on the size of files is what a full disk looks like to the writer."""
+    """To the writer, a limit on the size of files looks like a full disk."""
     folder, go_on = stopped
     before = {name: (folder / name).read_bytes() for name in ("checkpoint_last.pth", "checkpoint_previous.pth")}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -454,7 +454,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(stopped):
 
 @pytest.mark.parametrize("style", ["epochs", "iterations"])
 def test_what_ends_the_first_validation_loses_nothing_of_the_epoch(style, project, tmp_path, monkeypatch, capsys):
-    """SIGTERM as the first validation begins: one line, 143, and the run ends as if it had not been stopped."""
+    """SIGTERM at the first validation gives one line and exit code 143; the resumed run loses nothing."""
     changes = {"max_epoch": 2, "save_every": None} if style == "epochs" else {**ITERATIONS, "save_every": None}
     path = project(**changes)
 

@@ -1,4 +1,4 @@
-"""load_run: what a run wrote scores as the run's own model did, with every setting, and LAVIS's own call for tiny."""
+"""The model of load_run scores like the run's own model, with every setting; LAVIS's own call loads the type tiny."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SCORING = {
 
 
 def randomise(model, seed=7):
-    """Other trained weights than any file or seed gives."""
+    """Give trained weights values that no file and no seed gives."""
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         if weight.requires_grad:
@@ -51,7 +51,7 @@ def randomise(model, seed=7):
 
 
 def whole_file(path, model, seed):
-    """Weights of such a model in one file, under this seed."""
+    """Write the weights of such a model under this seed to one file."""
     torch.manual_seed(seed)
     built = BaseTask().build_model(SimpleNamespace(model_cfg=OmegaConf.create({"model_type": "tiny", **model})))
     torch.save({"model": built.state_dict()}, path)
@@ -59,7 +59,7 @@ def whole_file(path, model, seed):
 
 
 def write_run(folder, model, **run):
-    """Build the model of a project as the launcher does, train it by noise, and save what a runner's checkpoint has."""
+    """Build the model of a project as the launcher does, change it by noise, and save a runner's checkpoint of it."""
     folder.mkdir(exist_ok=True)
     processor = {"name": "target_pad", "image_size": int(model.get("image_size", 64)), "target_ratio": 1.5}
     plain = {"train": {"name": "blip_caption"}, "eval": {"name": "blip_caption", "max_words": 3}}
@@ -82,7 +82,7 @@ def write_run(folder, model, **run):
 
 
 def with_start(folder, model):
-    """Name files of the frozen parts, as a project does."""
+    """Return project settings that name files with the frozen weights."""
     if model["arch"] in ("tscir_mapping", "tscir_composing") or model.get("freeze_text"):
         clip = {"arch": "clip_cir", **CLIP, "freeze_vit": False}
         model = {**model, "pretrained": whole_file(folder / "clip.pth", clip, 5)}
@@ -126,7 +126,7 @@ def test_adapters_come_back_with_their_settings(name, tmp_path):
 
 
 def test_a_run_that_went_on_from_a_whole_file_has_its_frozen_tower_from_there(tmp_path):
-    """SPRC's file, say: its tower, not the one of model.pretrained, is what the run's checkpoint leaves out."""
+    """The run's checkpoint lacks the tower of that file, such as SPRC's, not the one of model.pretrained."""
     tuned = {**BLIP2, "fusion": "sentence_prompt", "freeze_vit": True}
     files = [whole_file(tmp_path / f"{seed}.pth", {**tuned, "freeze_vit": False}, seed) for seed in (5, 6)]
     start = {"pretrained": files[0], "load_finetuned": True, "finetuned": files[1]}
@@ -161,7 +161,7 @@ def test_stage_two_needs_the_file_of_stage_one_no_more(tmp_path):
 
 
 def test_a_tower_in_half_precision_is_loaded_in_single_precision_on_a_cpu(tmp_path):
-    """Written by a run on a GPU; of the checkpoint alone the config says fp16."""
+    """A run on a GPU wrote the checkpoint; only its config says fp16."""
     write_run(tmp_path / "run", with_start(tmp_path, SCORING["frozen tower"]))
     path = tmp_path / "run" / "checkpoint_best.pth"
     content = read_checkpoint(str(path))

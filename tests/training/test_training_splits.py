@@ -1,4 +1,4 @@
-"""What every shipped project trains on, and what a zero-shot model says when that was a benchmark's own split."""
+"""The training splits of every shipped project, and the protocol line of a model that is not zero-shot."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def completed(path, options, command):
 
 
 def trained_splits(cfg):
-    """LAVIS builds every split of a data set of its own, and trains on those of ``run.train_splits``."""
+    """Return the splits that a project trains on; LAVIS trains on those of ``run.train_splits`` that it builds."""
     asked = list(cfg.run_cfg.train_splits)
     found = {}
     for name, section in cfg.datasets_cfg.items():
@@ -88,7 +88,7 @@ def test_a_project_trains_on_the_splits_it_means(name):
 
 @pytest.fixture
 def protocols(tmp_path, tmp_path_factory, monkeypatch):
-    """Return a factory: the protocol lines of FashionIQ's val under a project of these changes."""
+    """Return a function that gives the protocol lines of FashionIQ's val under a project with these changes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "training_splits"))
 
     def lines(model, splits, command="train"):
@@ -119,7 +119,7 @@ def test_a_zero_shot_model_trained_on_the_benchmark_says_so(arch, splits, is_sai
 
 
 def test_a_checkpoint_remembers_through_every_file_it_stands_on(tmp_path, protocols):
-    """The run that trained on the benchmark is three files back: finetuned, mapping_checkpoint, pretrained."""
+    """The run that trained on the benchmark is three files away: finetuned, mapping_checkpoint, pretrained."""
     cfg, _ = protocols({"arch": "clip_cir"}, ["train", "val"])
     names = [str(tmp_path / name) for name in ("clip.pth", "mapping.pth", "composing.pth")]
     elsewhere = {"laion_cir": {"splits": ["train"]}, "fashioniq": {"splits": ["val"]}}

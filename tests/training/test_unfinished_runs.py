@@ -1,4 +1,4 @@
-"""What a new run says about unfinished runs of the same config: going on, stopped too early, or not asked for."""
+"""A new run warns about unfinished runs of the same config: still going on, stopped too early, or not asked for."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_run_without_a_checkpoint_is_named(left, tmp_path, caplog):
 
 
 def test_who_did_not_ask_learns_how_to_go_on(left, tmp_path, caplog):
-    """Of two such runs the younger one is named."""
+    """If there are two such runs, the warning names the younger one."""
     left("old", age=100)
     folder = left("new")
     assert find_checkpoint(None, str(tmp_path), CONFIG) is None

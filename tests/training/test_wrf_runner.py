@@ -1,4 +1,4 @@
-"""The runners against LAVIS itself: same arithmetic, same checkpoints, and what the mix-in adds."""
+"""The perturbing runners have LAVIS's arithmetic and checkpoints, apart from the additions of the mix-in."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lavis_cir_plugin.training.resumable_runner import ResumableRunner, resumabl
 
 
 class Triplets(Dataset):
-    """A data set of random triplets in memory, as a LAVIS data set looks to a runner."""
+    """Random triplets in memory, with the interface that a runner expects of a LAVIS data set."""
 
     def __init__(self, batch):
         self.batch = batch
@@ -43,7 +43,7 @@ class Triplets(Dataset):
 
 
 class Scored(BaseTask):
-    """A task of LAVIS's kind whose validation metric is given, so that checkpoint selection can be told."""
+    """Task of LAVIS with given validation metrics, so that the chosen checkpoint is known."""
 
     def __init__(self, scores):
         super().__init__()
@@ -61,7 +61,7 @@ class Scored(BaseTask):
 
 @pytest.fixture
 def make_runner(tmp_path, small_model, triplets):
-    """Return a factory of runners over the small model; two epochs of three steps."""
+    """Return a factory of runners that train the small model for two epochs of three steps."""
 
     def make(runner=RunnerWrf4Cir, task=None, model=None, splits=(), **run):
         data = {"train": Triplets(triplets(12))}
@@ -96,7 +96,7 @@ def assert_same(left, right):
 
 
 def test_gamma_zero_equals_lavis_runner_bit_for_bit(make_runner, tmp_path):
-    """Weights, optimizer state and checkpoint of LAVIS's own epoch loop; only the key "wrf" is added."""
+    """Weights, optimizer state and checkpoint equal those of LAVIS's epoch loop, apart from the key "wrf"."""
     ours, stock = make_runner(wrf={"gamma": 0}), make_runner(resumable(RunnerBase))
     assert_same(train(ours), train(stock))
     saved = ours.optimizer.state_dict()
@@ -108,7 +108,7 @@ def test_gamma_zero_equals_lavis_runner_bit_for_bit(make_runner, tmp_path):
 
 
 def test_gamma_zero_equals_lavis_task_loop_without_any_runner(make_runner, small_model, triplets):
-    """The same two epochs through BaseTask.train_epoch with a bare AdamW."""
+    """The reference trains two epochs through BaseTask.train_epoch with a bare AdamW."""
     weights = train(make_runner(wrf={"gamma": 0}))
     torch.manual_seed(7)
     model = small_model().train()
@@ -135,7 +135,7 @@ def test_a_perturbed_run_differs_and_counts_its_steps(make_runner):
 
 
 def test_accumulated_gradients_are_stepped_every_second_batch(make_runner):
-    """LAVIS's loop, not ours, decides; gamma 0 stays bit-equal under accumulation, and perturbed steps all count."""
+    """LAVIS's loop decides when to step; gamma 0 stays bit-equal under accumulation, and perturbed steps all count."""
     ours = make_runner(wrf={"gamma": 0}, accum_grad_iters=3)
     stock = make_runner(resumable(RunnerBase), accum_grad_iters=3)
     assert_same(train(ours), train(stock))
@@ -145,7 +145,7 @@ def test_accumulated_gradients_are_stepped_every_second_batch(make_runner):
 
 
 def test_evaluations_and_checkpoints_see_clean_weights(make_runner, tmp_path):
-    """At a radius of half the weights, what validation saw equals what the optimizer holds and what was saved."""
+    """At a radius of half the weights, validation and checkpoint see the weights that the optimizer holds."""
     task = Scored([10.0, 20.0])
     runner = make_runner(task=task, splits=("val",), wrf={"gamma": 0.5})
     weights = train(runner)
@@ -165,7 +165,7 @@ def test_the_best_epoch_is_kept_and_reloaded(make_runner, tmp_path):
 
 
 def test_without_validation_the_last_weights_are_tested_as_the_final_ones(make_runner):
-    """LAVIS would then hand the task a number instead of "best", and no report would be written."""
+    """LAVIS would give the task a number instead of "best", and no report would be written."""
     task = Scored([1.0])
     task.after_evaluation = lambda **arguments: epochs.append(arguments["epoch"])
     epochs = []
@@ -186,7 +186,7 @@ def test_without_any_score_above_zero_the_last_weights_are_evaluated(make_runner
 
 @pytest.mark.parametrize("freeze_vit", [False, True])
 def test_a_saved_optimizer_state_resumes(freeze_vit, make_runner, small_model, tmp_path):
-    """Also with a frozen tower, which LAVIS leaves out of its checkpoints and then misses."""
+    """This holds also with a frozen tower, which LAVIS leaves out of its checkpoints and then fails to load."""
     train(make_runner(model=small_model(freeze_vit=freeze_vit), wrf={"gamma": 0.05}))
     path = str(tmp_path / "out/job/checkpoint_1.pth")
     resumed = make_runner(
@@ -197,7 +197,7 @@ def test_a_saved_optimizer_state_resumes(freeze_vit, make_runner, small_model, t
 
 
 def test_no_earlier_checkpoint_is_named_where_there_is_none(make_runner, monkeypatch):
-    """Neither by the first checkpoint that fails nor by a loss that is lost before it."""
+    """A first checkpoint that fails names none, nor does a loss that is not finite before it."""
     runner = make_runner(resumable(RunnerBase))
     forward = runner.model.forward
 
@@ -271,14 +271,14 @@ def test_it_is_registered_and_leaves_lavis_classes_alone():
 
 
 class CallsAMethod(BaseTask):
-    """A task that passes by the object it is given in place of the model."""
+    """Task that calls a method of the object that it gets in place of the model."""
 
     def train_step(self, model, samples):
         return model.forward(samples)["loss"]
 
 
 def test_a_task_that_does_not_call_its_model_is_told(make_runner):
-    """It would train without perturbation, logs or checkpoints, and nobody would notice."""
+    """Such a task would train without perturbation, logs or checkpoints, and nobody would notice."""
     with pytest.raises(ValueError, match=r"called its model for 0 of 3 training batches; .*train_step calls model"):
         train(make_runner(task=CallsAMethod()))
 
@@ -291,7 +291,7 @@ def test_an_evaluation_writes_no_checkpoint(make_runner, tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_do_not_depend_on_workers_or_on_where_a_run_began(num_workers, make_runner):
-    """Augmentation included: each sample draws a number while it is loaded."""
+    """This includes augmentation: each sample draws a number while it is loaded."""
 
     class Drawing(Triplets):
         def __getitem__(self, index):

@@ -1,4 +1,4 @@
-"""blip2_cir: both fusions against an independent reading of their equations, checkpoints, gradients, contracts."""
+"""blip2_cir: both fusions equal an independent reading of their equations; checkpoints, gradients, refusals."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class NaiveQformer:
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_both_sides_equal_an_independent_reading_of_the_equations(fusion, small_model, triplets):
-    """Texts of different lengths in one batch: padding must not show."""
+    """A batch has texts of different lengths, so padding must have no effect."""
     model = small_model(fusion=fusion).eval()
     batch = triplets(3)
     naive = NaiveQformer(model.state_dict())
@@ -116,7 +116,7 @@ def test_both_sides_equal_an_independent_reading_of_the_equations(fusion, small_
 
 
 def test_joint_passes_equal_lavis_own_qformer(small_model, triplets):
-    """The fused outputs and BLIP-2's text mode, through the stock forward of LAVIS's Q-Former."""
+    """The reference for the fused outputs and BLIP-2's text mode is the forward of LAVIS's own Q-Former."""
     model = small_model().eval()
     batch = triplets(2)
     bert = model.Qformer["bert"]
@@ -215,7 +215,7 @@ def test_the_zoo_loads_it_and_its_preprocessors():
 
 
 def published_layout(model):
-    """BLIP-2's key layout with the heads that this model has no use for."""
+    """Return weights in BLIP-2's layout, with the heads that this model does not use."""
     vocabulary, hidden = model.Qformer["bert"].embeddings.word_embeddings.weight.shape
     extra = {
         "itm_head.weight": torch.zeros(2, hidden),
@@ -235,7 +235,7 @@ CLIP_TOWER = {"vit_model": "clip_L", "vit_config": {"patch_size": 8, "width": 8,
 
 @pytest.mark.parametrize("tower", [{}, CLIP_TOWER], ids=["ViT-g", "ViT-L"])
 def test_a_sprc_checkpoint_loads_and_scores_the_same(tower, tmp_path, small_model, triplets):
-    """SPRC's file: {"epoch", "Blip2QformerCirAlignPrompt": whole state}; scores against the independent reading."""
+    """SPRC's file is {"epoch", "Blip2QformerCirAlignPrompt": whole state}; its scores equal the independent reading."""
     model = small_model(fusion="sentence_prompt", freeze_vit=True, **tower).eval()
     state = published_layout(model)
     torch.save({"epoch": 3, "Blip2QformerCirAlignPrompt": state}, tmp_path / "tuned_blip_best.pt")
@@ -279,7 +279,7 @@ STACKS = {"eva_clip_g": "blocks", "clip_L": "transformer.resblocks"}
 
 
 def tower_files(folder, small_model, vit_model, blocks):
-    """The tower of a model with so many blocks in one file, the rest of a model in another."""
+    """Write the tower of a model with so many blocks to one file, and the rest of a model to another."""
     state = small_model(vit_model=vit_model, vit_config=TOWERS[vit_model](blocks)).state_dict()
     tower = {name.split(".", 1)[1]: t for name, t in state.items() if name.startswith("visual_encoder.")}
     torch.save({"model": {n: t for n, t in state.items() if not n.startswith("visual_encoder.")}}, folder / "q.pth")
@@ -292,7 +292,7 @@ def tower_files(folder, small_model, vit_model, blocks):
 def test_a_tower_of_another_depth_is_named_and_one_block_more_is_left_out(
     vit_model, blocks, is_taken, tmp_path, small_model, caplog
 ):
-    """A model of 2 blocks: EVA's and CLIP's published towers have one more than BLIP-2 uses."""
+    """The model has 2 blocks; EVA's and CLIP's published towers have one block more than BLIP-2 uses."""
     files = tower_files(tmp_path, small_model, vit_model, blocks)
     model = small_model(vit_model=vit_model, vit_config=TOWERS[vit_model](2))
     model.is_depth_chosen = False  # as for the published types, whose depth no config names
@@ -320,7 +320,7 @@ def test_a_depth_that_the_config_names_may_cut_a_tower_short(vit_model, tmp_path
 
 @pytest.mark.parametrize("vit_model", TOWERS)
 def test_a_whole_checkpoint_of_another_depth_is_refused_with_both_numbers(vit_model, tmp_path, small_model):
-    """As SPRC's of ViT-L was, under a tower with two blocks too few."""
+    """SPRC's ViT-L checkpoint met this case, under a tower with two blocks too few."""
     state = small_model(vit_model=vit_model, vit_config=TOWERS[vit_model](4)).state_dict()
     torch.save({"model": state}, tmp_path / "sprc.pt")
     said = rf"4 blocks of visual_encoder\.{STACKS[vit_model]} there and 2 here"
@@ -334,7 +334,7 @@ def test_blocks_are_counted_by_the_outermost_number():
 
 
 def test_a_run_without_its_frozen_tower_takes_it_from_pretrained(tmp_path, small_model):
-    """LAVIS saves trained tensors only; alone they are refused, with the pretrained file they load."""
+    """LAVIS saves trained tensors only. They are refused alone and load together with the pretrained file."""
     source = small_model(freeze_vit=True)
     trained = {n: t for n, t in source.state_dict().items() if not n.startswith("visual_encoder.")}
     torch.save({"model": trained, "optimizer": {"state": {}}, "epoch": 1}, tmp_path / "checkpoint_best.pth")
@@ -398,7 +398,7 @@ def test_a_missing_checkpoint_says_where_it_was_looked_for(small_model, tmp_path
 
 
 def test_without_a_network_the_local_way_is_named(monkeypatch, small_model):
-    """Both downloads: the checkpoint's and the tokenizer's."""
+    """This holds for both downloads, the checkpoint's and the tokenizer's."""
     from transformers import BertTokenizer
 
     def unreachable(*_, **__):
@@ -435,7 +435,7 @@ def test_a_half_precision_tower_on_a_cpu_is_refused(small_model, triplets):
 
 
 class SmallBlip2(Blip2Qformer):
-    """LAVIS's own BLIP-2 stage-1 model at small size; its three constructors download, so the test replaces them."""
+    """LAVIS's own BLIP-2 stage-1 model at small size, with replacements of the three constructors that download."""
 
     @classmethod
     def init_tokenizer(cls):
@@ -484,7 +484,7 @@ def test_lavis_own_checkpoint_loads_and_gives_lavis_own_features(tmp_path, small
     ],
 )
 def test_real_types_build_offline_at_full_size(model_type, millions, blocks, width, pixels, monkeypatch):
-    """Towers of the published sizes; BERT-base Q-Former with 32 queries. Only the vocabulary is the shipped one."""
+    """The towers have the published sizes, and the Q-Former is BERT-base with 32 queries and a shipped vocabulary."""
     cfg = OmegaConf.load(Blip2Cir.default_config_path(model_type)).model
     cfg.update({"pretrained": None, "tokenizer": SMALL["tokenizer"]})
     # Random values are beside the point here and cost a minute.

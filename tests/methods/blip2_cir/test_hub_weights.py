@@ -1,4 +1,4 @@
-"""BLIP-2 from the hub's files: transformers' own model beside ours, names and shapes at full size, refusals."""
+"""BLIP-2's weights in the hub's layout: outputs equal transformers' model; names, shapes at full size, refusals."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_file_itself_and_the_older_format_are_read_too(tmp_path):
 
 
 def test_the_eps_of_ln_vision_is_all_that_differs(tmp_path):
-    """A tower of small weights makes tokens of a variance near eps: with LAVIS's eps in its place both are equal."""
+    """Small weights make tokens of a variance near eps; with LAVIS's eps in transformers' model, both are equal."""
     theirs = transformers_model(tower_scale=0.002)
     theirs.save_pretrained(tmp_path)
     ours = our_model(tmp_path)
@@ -69,7 +69,7 @@ def full_size(pixels: int) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture
 def full_size_model(tmp_path):
-    """Return a factory of ``blip2_cir`` in the size of the published checkpoints, without memory for its weights."""
+    """Return a factory of ``blip2_cir`` in the size of the published checkpoints, on the meta device."""
     vocabulary = tmp_path / "vocab.txt"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary.write_text("\n".join([*words, *(f"word{number}" for number in range(30522 - len(words)))]))
@@ -107,7 +107,7 @@ def test_our_config_at_full_size_builds_transformers_model_of_these_names_and_sh
 
 
 def test_every_tensor_arrives_under_its_own_name(tmp_path):
-    """Without transformers: attention of the tower by the equations over the hub's names, and a few tensors by hand."""
+    """The tower's attention, computed from the hub's names by the equations, and a few tensors prove it by hand."""
     state = small_state()
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(small_config()))
@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused(change, message, tmp_path):
     ],
 )
 def test_settings_that_no_tensor_shows_are_compared(config, message, tmp_path):
-    """Without a config.json nothing can be compared; absent keys in one have transformers' defaults."""
+    """Without a config.json nothing is compared; keys that the file lacks have transformers' defaults."""
     write(tmp_path, small_state())
     if config:
         (tmp_path / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Losses: hand-derived numbers, the duplicate-target mask, invariances."""
+"""The losses by hand-derived numbers, the mask of repeated targets, and invariances."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_contrastive_loss_does_not_depend_on_the_order_of_the_batch():
 
 
 def test_alignment_pulls_only_the_sentence_prompt():
-    """Means (1, 1) against (0, 2): mean square (1 + 1) / 2 = 1; gradient reaches Z and not P."""
+    """The means (1, 1) and (0, 2) have the mean square (1 + 1) / 2 = 1; the gradient reaches Z and not P."""
     sentence = torch.tensor([[[0.0, 2.0], [2.0, 0.0]]], requires_grad=True)
     prompt = torch.tensor([[[0.0, 1.0], [0.0, 3.0]]], requires_grad=True)
     loss = alignment_loss(sentence, prompt)
@@ -113,7 +113,7 @@ def test_soft_text_alignment_is_0_where_sentences_look_like_images():
 
 
 def naive_mixed(query, targets, temperature, ids, k, scaled):
-    """The equation, row by row, on plain numbers."""
+    """Compute the equation row by row on plain numbers."""
     count = len(query)
     there = back = 0.0
     for i in range(count):
@@ -153,7 +153,7 @@ def test_without_mixtures_the_loss_is_the_symmetric_one():
 
 
 def test_unscaled_mixtures_are_nearly_inert():
-    """The released code's form: at temperature 0.01 its mixtures move the loss by less than a thousandth as much."""
+    """In the released code's form, at temperature 0.01, mixtures change the loss by less than a thousandth as much."""
     query = random_units(32, 1, 64)
     targets = torch.nn.functional.normalize(query + 3 * random_units(32, 2, 64), dim=-1)
     plain, scaled, unscaled = (

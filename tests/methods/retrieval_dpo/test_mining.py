@@ -1,4 +1,4 @@
-"""Mined negatives: every rule against a naive loop and by hand, their file, what is shown of them."""
+"""Mined negatives: every rule against a naive loop and by hand, their file, and the command that shows them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def naive(
     query: Tensor, gallery: Tensor, targets: Tensor, banned: Tensor, rules: MiningSettings, candidates: Tensor | None
 ):
-    """Yield, for each query, the negatives with their ranks, score by score in Python."""
+    """Yield the negatives of each query with their ranks, computed score by score."""
     features = (gallery if gallery.dim() == 3 else gallery.unsqueeze(1)).double()
 
     def is_twin(image: int, other: int) -> bool:
@@ -148,7 +148,7 @@ def test_mining_is_the_naive_loop(tokens, source, rules):
 
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
 def test_faiss_finds_what_the_exact_search_finds(kind, monkeypatch):
-    """An inverted file that looks into every list, whose vectors are half precision, scored again exactly."""
+    """The inverted file searches every list of its half-precision vectors, and scores are computed again exactly."""
     monkeypatch.setattr(mining, "_PROBES", 1000)
     query, gallery, targets, banned = world()
     rules = MiningSettings(cap=None, window=(0, 30))
@@ -193,7 +193,7 @@ def test_a_small_working_memory_and_shares_change_nothing(monkeypatch):
 
 
 def gallery_of(scores: list[float]) -> tuple[Tensor, Tensor]:
-    """Return a query and images with these scores, pairwise far from each other: each has a direction of its own."""
+    """Return a query and images with these scores; the images are far from each other."""
     gallery = torch.zeros(len(scores), 1 + len(scores), dtype=torch.float64)
     gallery[:, 0] = torch.tensor(scores, dtype=torch.float64)
     for number, score in enumerate(scores):
@@ -229,17 +229,17 @@ FALLING = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
     ],
 )
 def test_rules_by_hand(rules, expected):
-    """The right image is the second, with 0.8."""
+    """The second image, with the score 0.8, is the right one."""
     assert mined_by_hand(FALLING, 1, **rules) == expected
 
 
 def test_the_cap_of_a_negative_score():
-    """-0.40 - 0.05 * 0.40 = -0.42: -0.41 is not below it, -0.43 is."""
+    """The limit is -0.40 - 0.05 * 0.40 = -0.42: the score -0.41 is not below it, and -0.43 is."""
     assert mined_by_hand([-0.40, -0.41, -0.43, 0.1], 0) == [2]
 
 
 def test_a_right_image_far_down_has_the_negatives_below_it(monkeypatch):
-    """It is the 400th of 600; the first search sees 60. Deeper than DEEPEST nothing is looked for."""
+    """The right image is the 400th of 600, the first search sees 60, and no search goes deeper than DEEPEST."""
     scores = [0.9 - 0.001 * number for number in range(600)]
     assert mined_by_hand(scores, 399, cap=1.0, window=[0, 3]) == [400, 401, 402]
     monkeypatch.setattr(mining, "DEEPEST", 401)
@@ -247,7 +247,7 @@ def test_a_right_image_far_down_has_the_negatives_below_it(monkeypatch):
 
 
 def test_the_window_counts_ranks_among_allowed_images():
-    """Without the right image 2 and the banned 0 and 3 there are 1, 4, 5; ranks 0 and 1 of these are 1 and 4."""
+    """Without the right image 2 and the banned 0 and 3 the images 1, 4, 5 remain; their ranks 0 and 1 are 1 and 4."""
     assert mined_by_hand(FALLING, 2, banned=(0, 3), cap=None, window=[0, 2]) == [1, 4]
     assert mined_by_hand(FALLING, 2, banned=(0, 3), cap=None, window=[1, 3]) == [4, 5]
 
@@ -326,7 +326,7 @@ def test_steep_drops_are_those_below_the_right_image_within_the_window():
     steep_drop=st.booleans(),
 )
 def test_nothing_banned_is_ever_mined(seed, tokens, window, cap, steep_drop):
-    """Neither the right image nor its copies nor what is banned; the rest is distinct, best first, below the cap."""
+    """Negatives are neither the right image nor copies of it nor banned; they are distinct, sorted, below the cap."""
     gallery = draw(30, tokens, 6, seed=seed)
     gallery[20:] = gallery[:10]
     targets = torch.arange(5) + seed % 5
@@ -351,7 +351,7 @@ def test_nothing_banned_is_ever_mined(seed, tokens, window, cap, steep_drop):
 
 
 def test_mean_features_by_hand():
-    """(1, 0) and (0, 1) have the mean direction (1, 1) / sqrt 2; a single feature is itself."""
+    """(1, 0) and (0, 1) have the mean direction (1, 1) / sqrt 2; a single feature is its own mean."""
     half = math.sqrt(0.5)
     assert mean_features(torch.eye(2).half()[None]).tolist() == [pytest.approx([half, half])]
     assert mean_features(torch.eye(2)).tolist() == [[1.0, 0.0], [0.0, 1.0]]
@@ -372,7 +372,7 @@ def test_forbidden_by_hand():
 
 
 def test_random_negatives_are_uniform_among_what_is_allowed():
-    """600 triplets, 2 of images 2 to 5 each: every image is drawn 300 times, and 4 standard deviations are 49."""
+    """Each of 600 triplets draws 2 of the images 2 to 5: an image is drawn 300 times, within 4 deviations of 12.2."""
     drawn = random_negatives(
         torch.zeros(600, dtype=torch.int64), torch.ones(600, 1, dtype=torch.int64), 6, 2, seed=0
     ).negatives
@@ -383,7 +383,7 @@ def test_random_negatives_are_uniform_among_what_is_allowed():
 
 
 def test_triplets_of_a_category_are_mined_among_its_images():
-    """b is of both categories, d of none."""
+    """Image b belongs to both categories, image d to none."""
     place = {name: number for number, name in enumerate("abcde")}
     triplets = [Triplet("c", "b", (), "dress"), Triplet("a", "b", (), "shirt"), Triplet("b", "c", (), "dress")]
     dress, shirt = mining_groups(triplets, place, within_category=True)
@@ -468,7 +468,7 @@ def test_all_problems_are_named_at_once():
 
 
 def some_sets(paths: list[str] | None = None) -> NegativeSets:
-    """Three triplets over six images: two negatives, none, and three."""
+    """Return three triplets over six images with two negatives, none, and three."""
     nan = math.nan
     return NegativeSets(
         names=["a", "é", "c d", "图", "e", "f"],
@@ -496,7 +496,7 @@ def assert_equal(one: NegativeSets, other: NegativeSets) -> None:
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    """Any text, and file names that are no UTF-8 (here with a byte of 255)."""
+    """This holds for any text, and for file names that are not UTF-8 (here with a byte of 255)."""
     sets = some_sets()
     path = negatives_path(tmp_path, "fashioniq", 2)
     assert path == tmp_path / "negatives" / "fashioniq_002.npz"
@@ -536,7 +536,7 @@ def npy(content: Any) -> bytes:
 
 
 class Trap:
-    """Would be noticed if it were unpickled."""
+    """Object whose unpickling would be noticed."""
 
     def __reduce__(self) -> Any:
         return pytest.fail, ("unpickled",)
@@ -590,7 +590,7 @@ def test_a_cut_file_is_refused(tmp_path):
 
 
 def test_a_changed_byte_is_noticed_or_changes_nothing(tmp_path):
-    """A time stamp may change unseen; content may not. Each kind of error ends in the one sentence."""
+    """A time stamp may change unnoticed, content may not; every kind of error ends in the same sentence."""
     sets = some_sets()
     path = sets.save(tmp_path / "x.npz")
     whole = path.read_bytes()
@@ -624,7 +624,7 @@ def test_draws_are_distinct_and_follow_from_the_generator():
 
 
 def test_the_histogram_and_the_summary_by_hand():
-    """Ranks from 0: 0, 4 | 9 | 10 | 59, of 5: two among the first 5, then one each; the last range ends with 60."""
+    """Of the ranks 0, 4, 9, 10, 59 two are among the first 5, then one in each range; the last range ends with 60."""
     sets = some_sets()
     assert rank_histogram(sets) == {"1-5": 40.0, "6-10": 20.0, "11-25": 20.0, "26-50": 0.0, "51-60": 20.0}
     assert sets.summary() == (
@@ -724,7 +724,7 @@ def test_wrong_arguments_end_with_a_sentence(arguments, message, run):
 
 
 def test_pictures_that_have_moved_end_with_a_sentence(run, tmp_path):
-    """Image 4 is a negative that is shown, with 5 others."""
+    """Image 4 is one of six images that are shown."""
     (tmp_path / "4.png").unlink()
     with pytest.raises(
         SystemExit, match=r"1 of 6 pictures are not where they were .* \(first: .*4.png\); put them back"

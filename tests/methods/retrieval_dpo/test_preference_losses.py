@@ -1,4 +1,4 @@
-"""Retrieval-DPO's losses: numbers by hand, reductions, invariances, and a naive loop."""
+"""Retrieval-DPO's losses: numbers by hand, special cases, invariances, and a naive loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOG_3 = math.log(3)
 
 
 def losses(variant, margins, *, beta=1.0, epsilon=0.25, present=None, scores=None):
-    """Return the loss of each query, of margins given as rows."""
+    """Return the loss of each query, whose margins are given as a row."""
     margins = torch.as_tensor(margins, dtype=torch.float64)
     present = torch.ones_like(margins, dtype=torch.bool) if present is None else torch.as_tensor(present)
     scores = torch.zeros(len(margins), 1 + margins.shape[1]) if scores is None else torch.as_tensor(scores)
@@ -51,17 +51,17 @@ def draw(queries=6, count=4, seed=0):
     ],
 )
 def test_one_negative_by_hand(variant, expected):
-    """Of beta 5 and h = log 3 / 5."""
+    """With beta 5 and h = log 3 / 5, x is log 3."""
     assert losses(variant, [[LOG_3 / 5]], beta=5.0).tolist() == pytest.approx([expected])
 
 
 def test_hinge_by_hand():
-    """max(0, 1 - 2 h) of 0.3, 0.5 and -1: 0.4, 0, 3; their mean is 3.4 / 3."""
+    """max(0, 1 - 2 h) is 0.4, 0 and 3 for h = 0.3, 0.5 and -1; the mean is 3.4 / 3."""
     assert losses("hinge", [[0.3, 0.5, -1.0]], beta=2.0).tolist() == pytest.approx([3.4 / 3])
 
 
 def test_sdpo_by_hand():
-    """-log sigma(-log sum e^-x) = log(1 + sum e^-x): of x = log 3 and log 3/2, log(1 + 1/3 + 2/3); of 0 too, log 3."""
+    """-log sigma(-log sum e^-x) = log(1 + sum e^-x) is log(1 + 1/3 + 2/3) for x = log 3, log 3/2, and log 3 with 0."""
     x = [LOG_3, math.log(1.5), 0.0]
     found = losses("sdpo", [x, x, x], present=[[True, True, False], [True, True, True], [False, False, True]])
     assert found.tolist() == pytest.approx([math.log(2), LOG_3, math.log(2)])
@@ -126,7 +126,7 @@ def test_ipo_is_beta_squared_times_the_published():
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.45])
 def test_robust_is_unbiased_under_flipped_preferences(epsilon):
-    """A share epsilon of pairs is told the other way round: the mean of the loss is that of the true pairs."""
+    """If a share epsilon of pairs is reversed, the expected loss is that of the true pairs."""
     margins = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     told, flipped = (losses("robust", sign * margins, beta=3.0, epsilon=epsilon) for sign in (1, -1))
     mean = (1 - epsilon) * told + epsilon * flipped
@@ -138,7 +138,7 @@ def test_robust_is_unbiased_under_flipped_preferences(epsilon):
 
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])
 def test_beta_means_the_same_for_every_temperature(temperature):
-    """DPO's own beta * log pi / pi_ref, of softmax policies over a gallery, with beta * temperature in its place."""
+    """The reference is DPO's beta * log pi / pi_ref for softmax policies over a gallery, with beta * temperature."""
     generator = torch.Generator().manual_seed(3)
     policy, reference = torch.rand(2, 5, 30, dtype=torch.float64, generator=generator)
     log_ratio = (policy / temperature).log_softmax(1) - (reference / temperature).log_softmax(1)
@@ -152,7 +152,7 @@ def test_beta_means_the_same_for_every_temperature(temperature):
 
 
 def naive(variant: str, policy: list[float], before: list[float], there: list[int], beta: float, epsilon: float):
-    """Return the loss of one query, of the scores of its images; negative by negative, in plain floats."""
+    """Compute the loss of one query from the scores of its images, negative by negative in plain floats."""
     x = {n: beta * ((policy[0] - policy[n]) - (before[0] - before[n])) for n in there}
     log_sigma = {n: -math.log(1 + math.exp(-value)) for n, value in x.items()}
     log_not = {n: -math.log(1 + math.exp(value)) for n, value in x.items()}
@@ -227,7 +227,7 @@ def test_gradients_are_those_of_finite_differences(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e4])
 def test_gradients_are_finite_also_without_a_negative(variant, size):
-    """Also where the exponential of a margin is beyond float32. A query without a negative has loss and gradient 0."""
+    """This holds also if the exponential of a margin exceeds float32; a query without negatives has gradient 0."""
     scores, reference, present = draw()
     policy = (size * scores).float().requires_grad_()
     found = preference_losses(reward_margins(policy, reference.float()), present, policy, PreferenceSettings(variant))
@@ -241,7 +241,7 @@ def test_gradients_are_finite_also_without_a_negative(variant, size):
 
 @pytest.mark.parametrize("variant", PAIRED)
 def test_the_right_image_rises_and_the_wrong_ones_fall(variant):
-    """At h = 0 the gradient of each variant points there, and its parts cancel: a constant changes nothing."""
+    """At h = 0 each variant's gradient has these signs and the sum 0, so that a constant shift changes nothing."""
     policy = torch.tensor([[0.5, 0.7, 0.3]], requires_grad=True)
     present = torch.ones(1, 2, dtype=torch.bool)
     preference_losses(

@@ -1,4 +1,4 @@
-"""Retrieval-DPO around real small models: first step, reference policy, checkpoints, adapters, half precision."""
+"""Retrieval-DPO with real small models: first step, reference policy, checkpoints, adapters, half precision."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def with_reference(batch, reference, positive="target"):
 
 
 def saved_names(model):
-    """Return the names that LAVIS's checkpoint of a model has."""
+    """Return the names of the tensors in LAVIS's checkpoint of a model."""
     return set(model.state_dict()) - set(frozen_names(model))
 
 
@@ -82,7 +82,7 @@ def test_of_several_negatives_the_first_loss_of_sdpo_is_their_number_and_one():
 
 @pytest.mark.parametrize("name", ["joint", "sentence_prompt", "mapping", "composing"])
 def test_dropout_and_batch_statistics_do_not_part_policy_and_reference(name):
-    """Both are in evaluation mode; statistics of earlier batches are far from those of this one."""
+    """Both are in evaluation mode, and statistics of earlier batches differ much from those of this batch."""
     is_blip = SCORING_MODELS[name][0] == "blip2_cir"
     settings = SCORING_MODELS[name][1]
     changes = (
@@ -156,7 +156,7 @@ def test_precomputed_features_of_a_frozen_tower_give_the_same():
 @pytest.mark.parametrize("anchor", [0.0, 1.0])
 @pytest.mark.parametrize("name", SCORING_MODELS)
 def test_a_checkpoint_is_that_of_the_plain_model(name, anchor, tmp_path):
-    """Also with anchor 0, where no score depends on the temperature, and of sentence_prompt never on the prompt."""
+    """This holds with anchor 0, where no score depends on the temperature, and for a prompt that no score uses."""
     plain = make_scoring_model(name)
     model, reference = trained_by(name, PreferenceSettings(anchor=anchor))
     some_steps(model, reference)
@@ -189,7 +189,7 @@ def test_the_models_class_keeps_its_name_and_can_be_copied():
 @pytest.mark.parametrize("name", SCORING_MODELS)
 @pytest.mark.parametrize("anchor", [0.0, 1.0])
 def test_every_trained_weight_has_a_gradient(name, anchor):
-    """DistributedDataParallel would wait for those without."""
+    """DistributedDataParallel would wait for a weight without a gradient."""
     model, reference = trained_by(name, PreferenceSettings(anchor=anchor))
     batch = with_reference(make_preferences(4), reference)
     batch["negatives_present"][:] = False  # also where no query has a negative
@@ -210,7 +210,7 @@ def test_a_model_of_which_nothing_is_trained_is_refused():
 
 
 class Table(nn.Module):
-    """A model whose features are its samples, so that scores can be written by hand."""
+    """Model whose features are its samples, so that scores can be chosen by hand."""
 
     temperature = 0.5
 
@@ -228,7 +228,7 @@ def by_angle(cosines):
 
 
 def table_batch():
-    """Three queries: with two negatives, with one, with none."""
+    """Return three queries with two negatives, one and none."""
     return {
         "image": torch.tensor([[1.0, 0.0]] * 3),
         "target": by_angle([0.9, 0.5, 0.6]),
@@ -245,7 +245,7 @@ def table(**settings):
 
 
 def test_statistics_by_hand():
-    """h: 0.1 - 0.2 and 0.6 - 0.3; -0.2 + 0.1; none. The right images' scores have moved by 0.2, -0.1 and 0.4."""
+    """The margins are 0.1 - 0.2 and 0.6 - 0.3, then -0.2 + 0.1; the right images' scores moved by 0.2, -0.1, 0.4."""
     out = table()(table_batch())
     assert float(out["reward_accuracy"]) == pytest.approx(1 / 3)
     assert float(out["reward_margin"]) == pytest.approx((-0.1 + 0.3 - 0.1) / 3, abs=1e-6)
@@ -286,7 +286,7 @@ def test_the_anchor_is_the_contrastive_loss_times_its_weight():
 
 
 def test_the_released_codes_positive_is_the_reference_image():
-    """Cosine 1 with itself; in the anchor, equal references are no negatives of each other."""
+    """Its cosine with itself is 1; in the anchor, equal references are no negatives of each other."""
     batch = {**table_batch(), "image_id": torch.tensor([4, 4, 4]), "target_id": torch.tensor([1, 2, 3])}
     out = table(positive="image", reference="none", anchor=1.0)(batch)
     assert float(out["reward_margin"]) == pytest.approx((0.2 + 0.7 + 0.3) / 3, abs=1e-6)
@@ -300,7 +300,7 @@ def test_the_best_token_of_an_image_counts():
 
 
 def test_scores_are_those_of_the_ranking():
-    """What is trained is what is evaluated: encode_query times encode_target, the best token."""
+    """Training uses the scores of the evaluation: encode_query times encode_target, with the best token."""
     model = make_scoring_model("joint").eval()
     batch = make_preferences(4, 2)
     scores = paired_scores(model.query_features(batch), candidate_features(model, batch))
@@ -330,7 +330,7 @@ def test_steps_raise_the_margin(name):
 
 @pytest.mark.parametrize("name", ["joint", "sentence_prompt", "clip", "mapping", "composing"])
 def test_half_precision_starts_alike_and_trains(name):
-    """bfloat16 autocast, as LAVIS's loop has it on a GPU: both policies round alike, scores are float32."""
+    """Under bfloat16 autocast, as in LAVIS's loop on a GPU, both policies round alike, and scores are float32."""
     model, reference = trained_by(name, PreferenceSettings(beta=15.0, anchor=1.0))
     batch = make_preferences(4, 2)
     full = model(with_reference(batch, reference))
@@ -346,7 +346,7 @@ def test_half_precision_starts_alike_and_trains(name):
 
 @pytest.mark.parametrize("name", ["sentence_prompt", "mapping"])
 def test_weights_are_perturbed_and_the_reference_is_not(name):
-    """The gradient is that of the loss at the perturbed weights, with the reference's scores as they are."""
+    """The gradient is that of the loss at the perturbed weights, with the unperturbed reference's scores."""
     model, reference = trained_by(name, PreferenceSettings(beta=15.0, anchor=1.0))
     batch = with_reference(make_preferences(4, 2), reference)
     twin = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Retrieval-DPO through the launcher: both recipes on a small drawn world, logs, resumption, and what is refused."""
+"""Retrieval-DPO through the launcher: both recipes on a small drawn world, logs, resumption, and refusals."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A FashionIQ folder of 3 x 8 training triplets over 3 x 12 pictures."""
+    """Draw a FashionIQ folder of 3 x 8 training triplets over 3 x 12 pictures."""
     return make_garments(tmp_path_factory.mktemp("world"), GarmentsConfig(**WORLD))
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A checkpoint of the small blip2_cir."""
+    """Write a checkpoint of the small blip2_cir."""
     path = tmp_path_factory.mktemp("start") / "start.pth"
     torch.save({"model": make_scoring_model("joint", freeze_vit=True).state_dict()}, path)
     return str(path)
@@ -60,7 +60,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """Weights of the small CLIP."""
+    """Write weights of the small CLIP."""
     path = tmp_path_factory.mktemp("clip") / "clip.pt"
     torch.manual_seed(7)
     torch.save(load_clip("small_clip_square").state_dict(), path)
@@ -113,7 +113,7 @@ def run(project, tmp_path):
 
 
 def note_outputs(patch):
-    """Return a list that gets every training step's numbers."""
+    """Return a list to which every training step appends its numbers."""
     kept = []
     forward = PreferenceModel.forward
 
@@ -134,7 +134,7 @@ def outputs(monkeypatch):
 
 @pytest.fixture(scope="module")
 def fused(project, tmp_path_factory):
-    """The folder of a run of the working recipe, and every step's numbers."""
+    """Return the folder of a run of the working recipe, and the numbers of each step."""
     folder = tmp_path_factory.mktemp("fused") / "out"
     with pytest.MonkeyPatch.context() as patch:
         kept = note_outputs(patch)
@@ -226,7 +226,7 @@ def test_negatives_are_of_the_triplets_category(fused, world):
 
 
 def test_the_papers_recipe_trains_text_against_the_reference_and_can_be_loaded(run, outputs, clip):
-    """Its anchor is 0, so that nothing reads CLIP's temperature, which the checkpoint keeps all the same."""
+    """Its anchor is 0, so no loss reads CLIP's temperature, but the checkpoint keeps the temperature."""
     made = run(recipe="paper_demo", test_splits=["val"])
     assert {name for out in outputs for name in out} == {
         "epoch", "loss", "loss_dpo", "reward_accuracy", "reward_margin", "without_negative",
@@ -260,7 +260,7 @@ STYLES = {
 
 @pytest.mark.parametrize("style", STYLES)
 def test_an_interrupted_run_ends_as_if_it_had_not_been(style, run, monkeypatch):
-    """Once within an epoch and once when the second epoch's negatives are mined: weights, state, logs bit for bit."""
+    """It is stopped within an epoch and at the second mining; weights, state and logs are bit-equal."""
     changes = {
         **STYLES[style],
         "save_every": 2 if "accum_grad_iters" in STYLES[style] else 1,
@@ -307,9 +307,9 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(style, run, monkeypatch):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_negatives_are_in_force_from_the_refresh_on(num_workers, run, monkeypatch):
-    """Inner epochs of 3 batches in data epochs of 4: no batch of an earlier set was loaded ahead.
+    """Inner epochs have 3 batches, data epochs 4: no batch with negatives of an earlier set was loaded ahead.
 
-    Each mining finds one image for all triplets, another one each time.
+    Each mining finds a single image for all triplets, another one each time.
     """
     mine, use, forward = NegativeMiner.mine, RetrievalDpoTask._use_negatives, PreferenceModel.forward
     expected, seen = [], []
@@ -375,7 +375,7 @@ def test_cached_features_train_the_same_weights(run, fused):
 
 
 def test_scores_that_were_mined_with_the_starting_weights_stand_for_the_reference(run, outputs, monkeypatch):
-    """As with a copy of the weights, up to rounding, if both draw the same negatives and texts."""
+    """They give the losses of a copy of the weights, up to rounding, if both draw the same negatives and texts."""
     once = {"refresh": 0, "window": [0, 2], "count": 2}
     first = run("first", negatives=once)
     file = str(first / "negatives/fashioniq_000.npz")
@@ -444,7 +444,7 @@ def test_settings_that_cannot_be_are_refused(changes, message, project, tmp_path
 
 
 def test_negatives_that_nobody_has_are_not_kept(project, tmp_path):
-    """A resumed run with wider rules would otherwise find them."""
+    """Otherwise a resumed run with wider rules would find the file."""
     refused(project, tmp_path / "none", r"leaves none of 24 triplets", negatives={"margin": 2.0})
     assert not list((tmp_path / "none").glob("*/negatives/*"))
 
@@ -486,7 +486,7 @@ def test_data_without_image_sets_are_refused(project, tmp_path):
 
 
 def test_a_run_resumed_with_other_weights_to_train_is_refused(project, run, tmp_path):
-    """The anchor alone reads the temperature."""
+    """The other weight is the temperature, which the anchor alone reads."""
     made = run(max_epoch=1)
     message = r"checkpoint_last\.pth was written by a run that trained \d+ weights and biases, and this one t"
     changes = {"dpo": {"anchor": 0.0}, "resume_ckpt_path": str(made / "checkpoint_last.pth")}
@@ -530,7 +530,7 @@ def test_models_that_cannot_be_trained_so_are_refused(project, clip, tmp_path, m
 
 
 def test_files_of_others_are_refused(project, run, start, tmp_path):
-    """Scores of other weights, drawn at random, or negatives among other pictures."""
+    """Refused are scores of other weights, negatives drawn at random, and negatives among other pictures."""
     made = run(negatives={"refresh": 0, "warmup_epochs": 1})
     drawn, mined = (str(made / f"negatives/fashioniq_{epoch:03}.npz") for epoch in (0, 1))
     settings = {"dpo": {"reference": "mined"}, "negatives": {"refresh": 0, "file": drawn}}

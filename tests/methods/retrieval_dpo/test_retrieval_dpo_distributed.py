@@ -1,4 +1,4 @@
-"""Retrieval-DPO on two gloo processes against one with the whole batch: gradients, and the negatives they mine."""
+"""Retrieval-DPO on two gloo processes gives the gradients and mined negatives of one process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SOURCES = ("query", "positive", "image_set")
 
 
 def whole_batch():
-    """Eight triplets with up to two negatives: four of the first process have some, one of the second."""
+    """Return eight triplets with up to two negatives; four of the first process have some, one of the second."""
     batch = make_preferences(8, 2)
     batch["negatives_present"] = torch.tensor([[1, 1], [1, 0], [1, 1], [0, 1], [0, 0], [1, 1], [0, 0], [0, 0]]).bool()
     batch["target"][6], batch["target_id"][6] = batch["target"][1], batch["target_id"][1]
@@ -83,7 +83,7 @@ def draw(folder):
 
 
 def mined(folder, source):
-    """Return what the processes mine together for 11 triplets over 13 pictures, which they cannot share evenly."""
+    """Return the negatives that the processes mine for 11 triplets over 13 pictures, which they share unevenly."""
     paths = {f"{number:02}": folder / f"{number:02}.png" for number in range(13)}
     names = list(paths)
     triplets = [
@@ -104,7 +104,7 @@ def mined(folder, source):
 
 
 def averaged(rank):
-    """Return what is logged of two batches in each process; the first batch of the first process has no negative."""
+    """Return the logged averages of two batches per process, of which the first process's first has no negative."""
     runner = SimpleNamespace(scaler=None, _run_log=None, device=torch.device("cpu"))
     part = _RemainingEpoch.__new__(_RemainingEpoch)
     vars(part).update(runner=runner, optimizer=SimpleNamespace(param_groups=[{"lr": 1.0}]), bar=mock.Mock())
@@ -146,7 +146,7 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize(("kind", "gamma"), CASES)
 def test_gradients_and_losses_equal_those_of_one_process(kind, gamma, found):
-    """Of five queries with a negative the first process has four, so a mean of means would be another one."""
+    """Of five queries with a negative the first process has four, so a mean of means would differ."""
     gradients, numbers = second_gradients(kind, gamma, whole_batch())
     theirs = [found[rank][kind, gamma] for rank in range(2)]
     for rank in range(2):
@@ -181,6 +181,6 @@ def test_both_processes_mine_what_one_does(source, found, tmp_path):
 
 
 def test_averages_of_what_some_batches_lack_agree(found):
-    """By hand; nothing is said of what no batch had."""
+    """The averages are computed by hand; a number that no batch had is not logged."""
     expected = {"lr": "1.000", "loss": "3.000", "reward_accuracy": "0.50000", "positive_drift": "0.50000"}
     assert [found[rank]["averaged"] for rank in range(2)] == [expected] * 2

@@ -1,4 +1,4 @@
-"""Edits of captions: tokens, exchangeable phrases by hand-made captions, and the wording of the modification."""
+"""Edits of captions: words, exchangeable phrases in hand-made captions, and the wording of the modification."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOUNS = ("dress", "shirt", "top")
 
 
 def phrases(*captions: list[str]) -> Phrases:
-    """Read captions, a list for each picture."""
+    """Return the phrases of captions, which are given as a list for each picture."""
     return Phrases([text for own in captions for text in own], [n for n, own in enumerate(captions) for _ in own])
 
 
@@ -23,7 +23,7 @@ def exchangeable(known: Phrases, old: str, new: str) -> bool:
 
 
 def texts(known: Phrases, image: int, draws: int = 300) -> set[tuple[str, str, str]]:
-    """Draw edits of a picture's captions: what is taken away, put there, and said."""
+    """Return drawn edits of a picture's captions as (removed phrase, inserted phrase, text)."""
     rng = random.Random(0)
     edits = [known.draw(image, rng) for _ in range(draws)]
     return {(edit.old, edit.new, edit.text) for edit in edits if edit is not None}
@@ -48,7 +48,7 @@ def test_plain_is_plain(caption):
 
 
 def test_two_shared_contexts_make_an_exchange():
-    """red and blue share (a, dress) and (a, shirt); long and short only (with, sleeves); dress and with nothing."""
+    """ "red" and "blue" share two slots, "long" and "short" share (with, sleeves) alone, "dress" and "with" none."""
     known = phrases(
         ["a red dress with long sleeves"],
         ["a blue dress with long sleeves"],
@@ -63,7 +63,7 @@ def test_two_shared_contexts_make_an_exchange():
 
 
 def test_what_one_picture_is_called_is_no_exchange():
-    """Each of burgundy's 3 pictures is also called maroon; red and burgundy never meet, in 3 contexts."""
+    """Each of burgundy's 3 pictures is also called maroon; red and burgundy share 3 contexts and no picture."""
     known = phrases(
         *([f"a burgundy {noun} here", f"a maroon {noun} here"] for noun in NOUNS),
         *([f"a red {noun} here", f"a red {noun} there"] for noun in NOUNS),
@@ -74,7 +74,7 @@ def test_what_one_picture_is_called_is_no_exchange():
 
 
 def test_two_details_of_which_captions_mention_some_are_no_exchange():
-    """Belts and buttons share contexts, and as many pictures as independent details would."""
+    """Belts and buttons share contexts, and as many pictures as independent details share."""
     details = ["a belt", "buttons", "no sleeves"]
     known = phrases(
         *([f"a dress with {one} and {detail}" for one in details if one != detail] for detail in details for _ in "abc")
@@ -83,7 +83,7 @@ def test_two_details_of_which_captions_mention_some_are_no_exchange():
 
 
 def test_one_caption_each_tells_details_by_those_named_together():
-    """Of 12 captions 6 name buttons and 6 stripes, 3 would name both by chance: 4 do, and 0 name red and blue."""
+    """Of 12 captions 6 name buttons and 6 stripes, so 3 name both by chance: 4 do, and none names red and blue."""
     both = [[f"a {colour} top with buttons and stripes"] for colour in ("red", "red", "blue", "blue")]
     one = [[f"a {colour} top with {detail} here"] for colour in ("red", "blue") for detail in ("buttons", "stripes")]
     rest = [[f"the {colour} top"] for colour in ("red", "blue") for _ in "ab"]
@@ -101,7 +101,7 @@ def test_forms_of_one_word_are_no_exchange(one, other):
 
 
 def test_what_is_missing_elsewhere_can_be_added_and_dropped():
-    """ "striped" stands in (red, dress), (red, shirt), (red, top), which other captions have without a word."""
+    """ "striped" stands in (red, dress), (red, shirt), (red, top), between which other captions have no word."""
     known = phrases(*([f"a red {word} {noun}"] for word in ("striped", "") for noun in NOUNS))
     assert known.exchangeable(EMPTY, known.number("striped"))
     dropped = {(old, text) for old, new, text in texts(known, 0) if not new}
@@ -111,7 +111,7 @@ def test_what_is_missing_elsewhere_can_be_added_and_dropped():
 
 
 def test_joined_phrases_are_only_added_and_dropped():
-    """ "with a belt" follows each of 3 nouns; dropping it says so without "with"."""
+    """ "with a belt" follows each of 3 nouns; the text that drops it does not say "with"."""
     known = phrases(*([f"a red {noun}{detail}"] for detail in (" with a belt", "") for noun in NOUNS))
     assert known.exchangeable(EMPTY, known.number("with a belt"))
     dropped = {(old, text) for old, new, text in texts(known, 0) if not new}
@@ -136,7 +136,7 @@ def test_a_word_with_few_next_words_is_shown_with_its_next():
 
 
 def test_articles():
-    """The noun of the subject comes with its article and adjectives, "an" before a vowel."""
+    """The subject's noun has its article and adjectives in the text, with "an" before a vowel."""
     known = phrases(*([f"an orange {noun} {end}"] for noun in (*NOUNS, "apron") for end in ("with dots", "in town")))
     said = {text for old, new, text in texts(known, 0) if new == "orange apron"}
     assert "is an orange apron instead of an orange dress" in said

@@ -1,4 +1,4 @@
-"""TSCIR's trained parts: published sizes, equations worked by hand, and what an injection may touch."""
+"""TSCIR's trained layers: published sizes, equations worked by hand, and the positions that an injection changes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def inputs():
 
 
 def naive_addition(module, word, end, patches):
-    """A for one sentence, from the equations over the module's weights; 3 x 3 patches, 2 heads of width 4."""
+    """Compute A for one sentence by the equations from the module's weights; 3 x 3 patches, 2 heads of width 4."""
     state = module.state_dict()
 
     def linear(x, name):

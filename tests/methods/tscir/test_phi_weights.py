@@ -1,4 +1,4 @@
-"""Phi networks of Pic2Word, SEARLE and LinCIR: independent readings of their equations, their files, refusals."""
+"""Phi networks of Pic2Word, SEARLE and LinCIR against independent readings of their equations; files, refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYERS = {"pic2word": ("layers.0.0", "layers.1.0", "fc_out"), "searle": ("layers
 
 
 def phi_state(kind: str, features: int, words: int) -> dict[str, torch.Tensor]:
-    """The tensors of a published network, by their names in the file."""
+    """Return the tensors of a published network by their names in the file."""
     generator = torch.Generator().manual_seed(5)
     shapes = ((HIDDEN, features), (HIDDEN, HIDDEN), (words, HIDDEN))
     state = {}
@@ -31,7 +31,7 @@ def phi_state(kind: str, features: int, words: int) -> dict[str, torch.Tensor]:
 
 
 def naive_word(kind: str, state, feature) -> list[float]:
-    """phi of one un-normalised image feature with loops over plain numbers."""
+    """Compute phi of one un-normalised image feature by loops over plain numbers."""
     x = list(feature)
     for name in LAYERS[kind]:
         rows, bias = state[f"{name}.weight"].tolist(), state[f"{name}.bias"].tolist()
@@ -46,7 +46,7 @@ def naive_word(kind: str, state, feature) -> list[float]:
 
 
 def naive_sentence(clip, ids, placeholder, word):
-    """CLIP's text tower block by block over one sentence whose placeholder's embedding is the word."""
+    """Compute CLIP's text tower block by block for one sentence, whose placeholder's embedding is the word."""
     x = clip.token_embedding(ids)
     x[ids.tolist().index(placeholder)] = torch.tensor(word)
     x = (x + clip.positional_embedding)[None]
@@ -58,7 +58,7 @@ def naive_sentence(clip, ids, placeholder, word):
 
 @pytest.fixture
 def world(tmp_path):
-    """A small CLIP in a file, and what all models of it share."""
+    """Write a small CLIP to a file, and return it with the settings of all models on it."""
     clip = load_clip("small_clip")
     torch.save(clip.state_dict(), tmp_path / "clip.pt")
     settings = {**SMALL_CLIP, "pretrained": str(tmp_path / "clip.pt"), "injection_blocks": []}
@@ -113,7 +113,7 @@ def test_a_published_file_gives_the_queries_of_the_equations(kind, layout, templ
 
 
 def test_a_run_that_goes_on_from_phi_is_found_again_and_only_so(world):
-    """The activation is no weight: a checkpoint of the one network is not loaded into the other."""
+    """The activation is no weight, but a checkpoint of one network does not load into the other."""
     path = save(world, "searle", "Phi")
     model = TscirMapping.from_config({**world.settings, "phi": path})
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_phi_stands_in_for_finetuned_and_refuses_injection(world):
 
 
 def test_published_widths_are_read_from_the_file(tmp_path):
-    """SEARLE's ViT-L/14: 768 to 3,072 to 3,072 to 768."""
+    """SEARLE's network for ViT-L/14 has the widths 768, 3,072, 3,072 and 768."""
     shapes = ((3072, 768), (3072, 3072), (768, 3072))
     state = {f"{name}.weight": torch.zeros(shape) for name, shape in zip(LAYERS["searle"], shapes)}
     state.update({f"{name}.bias": torch.zeros(shape[0]) for name, shape in zip(LAYERS["searle"], shapes)})

@@ -1,4 +1,4 @@
-"""Synthetic triplets: hand-made captions with hand-derived outcome, properties, determinism, files and the command."""
+"""Synthetic triplets: hand-derived results for hand-made captions, properties, determinism, files, the command."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GRID = [(colour, noun) for colour in COLOURS for noun in NOUNS]
 
 
 def gathered(*captions: list[str]) -> ImageCaptions:
-    """Captions of images 0.png, 1.png, ...: a list for each."""
+    """Return captions of the images 0.png, 1.png, ..., which are given as a list for each."""
     texts = [text for own in captions for text in own]
     images = [number for number, own in enumerate(captions) for _ in own]
     return ImageCaptions([f"{number}.png" for number in range(len(captions))], texts, images)
@@ -42,12 +42,12 @@ def gathered(*captions: list[str]) -> ImageCaptions:
 
 @pytest.fixture
 def grid() -> ImageCaptions:
-    """Nine images, one of each colour and noun."""
+    """Return captions of nine images, one for each colour and noun."""
     return gathered(*([f"A {colour} {noun} with long sleeves."] for colour, noun in GRID))
 
 
 def test_all_exact_exchanges_are_found(grid):
-    """Each of 9 images has 2 others of its noun and 2 of its colour: 36 triplets with the edited captions."""
+    """Each of 9 images has 2 others with its noun and 2 with its colour, so there are 36 exact triplets."""
     made = make_triplets(grid, count=100, similarity=0.99)
     pairs = {(triplet.edit.image, triplet.target) for triplet in made.triplets}
     differences = {(i, j): sum(a != b for a, b in zip(GRID[i], GRID[j])) for i in range(9) for j in range(9)}
@@ -74,7 +74,7 @@ def test_text_says_the_exchange(grid):
 
 
 def test_a_target_says_the_new_and_not_the_old():
-    """The only blue dress (2) is also called red by its other caption, so that no red one changes to it."""
+    """The other caption of the only blue dress (2) calls it red, so it is no target of a red dress."""
     captions = gathered(*([f"a {colour} {noun} here"] for colour, noun in GRID))
     blue = GRID.index(("blue", "dress"))
     captions.texts.append("a red thing there")
@@ -87,7 +87,7 @@ def test_a_target_says_the_new_and_not_the_old():
 
 
 def test_of_equally_near_captions_the_image_counts():
-    """Images 9 and 10 have the same caption as the edited one; only 10 has the reference's other caption too."""
+    """Images 9 and 10 both have the edited caption, and only 10 also has the reference's other caption."""
     captions = gathered(
         *([f"a {colour} {noun} here"] for colour, noun in GRID if (colour, noun) != ("blue", "dress")),
         ["a blue dress here", "worn by a tall person"],
@@ -159,7 +159,7 @@ def test_triplets_of_any_captions_keep_what_is_promised(own, similarity):
 
 
 def test_hashed_words_by_hand():
-    """Of 3 captions 3 hold a, 1 red, 1 "a red": weights 1, 1 + ln 2 twice; no more is shared."""
+    """All 3 captions have "a" (weight 1), and one has "red" and "a red" (weights 1 + ln 2)."""
     features = HashedWordFeatures(["a red", "a blue", "a"], width=4096)
     found = features(["a red", "a", "green"]).double()
     weight = 1 + np.log(2)
@@ -202,7 +202,7 @@ def test_clip_compares_captions(grid):
 
 
 def test_both_kinds_of_files_say_the_same(tmp_path):
-    """Captions of an image may be a list, several records, or both; a repeated one counts once."""
+    """Captions of an image may be a list, several records, or both; a repeated caption counts once."""
     records = [
         {"image": "x/b.jpg", "caption": ["a red dress", "red"], "image_id": 3},
         {"image": "a.jpg", "caption": " a blue dress "},
@@ -249,7 +249,7 @@ def test_a_folder_is_no_file(tmp_path):
 
 @pytest.fixture
 def world(tmp_path, grid) -> Path:
-    """The grid as files: captions.jsonl, and images as large squares of their colour."""
+    """Write the grid's captions.jsonl, and its images as large squares of their colour."""
     lines = (json.dumps({"image": grid.names[n], "caption": text}) for n, text in enumerate(grid.texts))
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
     (tmp_path / "images").mkdir()
@@ -296,7 +296,7 @@ def test_the_same_seed_writes_the_same_bytes(world):
 
 
 def test_contact_sheet(world, capsys):
-    """12 rows of red, blue and orange squares; the same each time."""
+    """The sheet has 12 rows of red, blue and orange squares, and is equal each time."""
     sheets = [world / "sheet.png", world / "again.png"]
     for sheet in sheets:
         run(world, "--images", str(world / "images"), "--contact-sheet", str(sheet), "--overwrite")

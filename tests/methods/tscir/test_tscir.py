@@ -1,4 +1,4 @@
-"""clip_cir and TSCIR: reduction to open_clip itself, what trains, what loads, and what is refused."""
+"""clip_cir and TSCIR: equality with open_clip, trained weights, checkpoints, and refusals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def clip_model(request):
 
 @pytest.fixture
 def make(tmp_path, siglip_tokenizer):
-    """Return a factory of models on the same random CLIP, which lies in a file."""
+    """Return a factory of models on the same random CLIP, which is read from a file."""
 
     def make(model_class, clip_model="small_clip", seed=0, **changes):
         weights = tmp_path / f"{clip_model}.pt"
@@ -54,7 +54,7 @@ def make(tmp_path, siglip_tokenizer):
 
 
 def saved(model, path):
-    """Write a checkpoint as LAVIS does, without frozen parameters."""
+    """Write a checkpoint without frozen parameters, as LAVIS does."""
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
     torch.save({"model": {k: v for k, v in model.state_dict().items() if k not in frozen}, "epoch": 1}, path)
     return str(path)
@@ -126,7 +126,7 @@ def test_a_checkpoint_of_clip_cir_serves_as_weights_of_clip(make, tmp_path):
 
 
 def silence(model):
-    """Zero what injections and adapters add."""
+    """Set the last weights of injections and adapters to zero, so that they add nothing."""
     with torch.no_grad():
         for injection in model.injections.values():
             injection.to_word[2].weight.zero_()
@@ -138,7 +138,7 @@ def silence(model):
 
 @pytest.mark.parametrize("model_class", [TscirMapping, TscirComposing])
 def test_silent_injections_and_adapters_leave_open_clips_sentence(model_class, make, clip_model):
-    """The query is open_clip's own encode_text of the sentence with the pseudo-word's embedding put in."""
+    """The query equals open_clip's encode_text of the sentence with the pseudo-word's embedding in it."""
     model = silence(make(model_class, clip_model)).eval()
     query = model.encode_query({"image": pictures(), "text_input": TEXTS})
     word, _ = model.mapping(model.image_features(pictures()))
@@ -233,7 +233,7 @@ def test_a_loss_of_weight_0_is_not_computed_and_needs_nothing(make):
 
 
 def test_a_reference_that_repeats_is_no_negative_of_itself(make):
-    """Its sentence "a photo of *" is the same too, and could not be told from itself."""
+    """The sentence "a photo of *" of a repeated reference is equal too, so it cannot be a negative."""
     model = make(TscirComposing, loss_weights={"sta": 0}, temperature=0.1).eval()
     batch = {**triplets(), "image": pictures()[[0, 0, 1]]}
     known = {**batch, "image_id": torch.tensor([5, 5, 8])}
@@ -267,7 +267,7 @@ def test_stage_one_trains_mapping_and_injections_all_of_them(make):
     model({"image": pictures(), "text_input": TEXTS})["loss"].backward()
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     assert {name.split(".")[0] for name in trained} == {"mapping", "injections"}
-    # A key's bias moves all scores of a row alike, so its gradient is 0 up to rounding; the rest must learn.
+    # A key's bias shifts all scores of a row equally, so its gradient is 0 up to rounding; the others must learn.
     silent = [name for name, weight in trained.items() if weight.grad is None]
     assert silent == []
     assert not model.image_tower.training
@@ -332,7 +332,7 @@ def test_only_what_matches_is_loaded(make, tmp_path):
 
 
 def test_a_checkpoint_of_stage_two_is_no_start_for_another(make, tmp_path):
-    """Its trained adapters would be loaded with the mapping."""
+    """Otherwise its trained adapters would be loaded with the mapping."""
     two = make(TscirComposing, mapping_checkpoint=saved(make(TscirMapping), tmp_path / "one.pth"))
     path = saved(two, tmp_path / "two.pth")
     with pytest.raises(ValueError, match=r"mapping_checkpoint: .*two\.pth holds adapters of stage II"):
@@ -361,7 +361,7 @@ def test_settings_that_no_tensor_tells_are_compared(make, tmp_path, change, prob
 
 
 def test_a_merged_checkpoint_brings_its_own_clip(make, tmp_path):
-    """``lavis-cir lora --merge`` writes the whole model; a later checkpoint leaves CLIP out, so CLIP must be named."""
+    """``lavis-cir lora --merge`` writes the whole model; later checkpoints lack CLIP, which must then be named."""
     merged = make(TscirMapping).eval()
     with torch.no_grad():
         merged.text_tower.clip.transformer.resblocks[0].mlp.c_fc.weight += 0.1
@@ -427,7 +427,7 @@ def test_a_template_of_ones_own(make):
 
 
 def test_a_template_whose_image_is_no_word_of_its_own_is_refused(make):
-    """CLIP's tokenizer joins punctuation; another word that is the placeholder would get the image."""
+    """CLIP's tokenizer joins punctuation to "*"; a second placeholder word could be taken for the image."""
     with pytest.raises(ValueError, match=r"model\.template: 'a photo of \*, \{\}' .* as one word"):
         make(TscirMapping, template="a photo of *, {}")
     with pytest.raises(ValueError, match=r"model\.template: 'x of \* that \{\}' .* as one word"):
@@ -492,7 +492,7 @@ def test_impossible_values_name_key_value_and_remedy(model_class, change, proble
 
 
 def test_a_checkpoint_of_stage_two_needs_no_file_of_stage_one(make, tmp_path):
-    """It holds stage I, so that ``mapping_checkpoint``, which a training's config names, is not read."""
+    """The checkpoint holds stage I, so the ``mapping_checkpoint`` of the training's config is not read."""
     one = saved(make(TscirMapping), tmp_path / "one.pth")
     two = make(TscirComposing, mapping_checkpoint=one).eval()
     path = saved(two, tmp_path / "two.pth")

@@ -1,4 +1,4 @@
-"""TSCIR's stages and clip_cir on two gloo processes against one with the whole batch."""
+"""TSCIR's stages and clip_cir on two gloo processes give the results of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GAMMAS = (0.0, 0.05)
 
 
 def whole_batch(stage):
-    """Eight rows, of which 1 and 6, on different processes, have the same target image or the same image."""
+    """Return eight rows, of which 1 and 6, on different processes, have the same target image or image."""
     generator = torch.Generator().manual_seed(1)
     image, target = torch.randn(2, 8, 3, 16, 16, generator=generator)
     ids = torch.arange(8)
@@ -40,7 +40,7 @@ def whole_batch(stage):
 
 
 def after_two_steps(stage, gamma, batch, wrap=lambda model: model):
-    """Return the second step's gradients and what the model remembers of its batches."""
+    """Return the second step's gradients and the model's running statistics."""
     torch.manual_seed(0)
     model_class, changes = STAGES[stage]
     model = model_class(clip_model="small_clip", **changes)

@@ -1,4 +1,4 @@
-"""TSCIR's stages through the launcher: chained, perturbed, adapted, cached, resumed, evaluated on drawn garments."""
+"""TSCIR's stages run through the launcher: chained, perturbed, with LoRA, cached, resumed, evaluated."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def triplets():
-    """A folder of 16 training triplets among the captioned pictures, in the format of one's own catalogue."""
+    """Write a folder of 16 training triplets among the captioned pictures, in the format of the data set triplets."""
     root = WORLD.make(cache_root(), QuestionGarments(**PICTURES))
     records = json.loads((root / "caption_train.json").read_text())
     captions = {record["image"]: record["caption"] for record in records}
@@ -61,7 +61,7 @@ def triplets():
 
 
 def run(folder, model, datasets, command="train", **changes):
-    """Run a project made of these sections; return its only run's folder."""
+    """Run a project with these sections and return the folder of its only run."""
     cfg = {"model": {"model_type": "tiny", **model}, "datasets": datasets, "run": {**RUN, "output_dir": str(folder)}}
     cfg["run"].update(changes)
     path = folder.parent / f"{folder.name}.yaml"
@@ -83,14 +83,14 @@ def triplet_data(root):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A checkpoint of clip_cir, trained on captions."""
+    """Return a checkpoint of clip_cir that was trained on captions."""
     model = {"arch": "clip_cir", "clip_model": "small_clip", "image_size": 16, "freeze_vit": False}
     return str(run(tmp_path_factory.mktemp("clip") / "out", model, CAPTIONS) / "checkpoint_last.pth")
 
 
 @pytest.fixture(scope="module")
 def mapping(tmp_path_factory, clip):
-    """A checkpoint of stage I."""
+    """Return a checkpoint of stage I."""
     model = {"arch": "tscir_mapping", **SMALL_MODEL, "pretrained": clip}
     return str(run(tmp_path_factory.mktemp("mapping") / "out", model, TWO_VIEWS) / "checkpoint_last.pth")
 
@@ -105,7 +105,7 @@ def state_of(folder):
 
 
 def test_both_stages_then_a_benchmark_and_the_checkpoint_again(tmp_path, clip, mapping, triplets):
-    """Stage II ends with the table of all baselines; its checkpoint alone, and CLIP, give the same table again."""
+    """Stage II ends with a table of all baselines; its checkpoint and CLIP alone give the same table again."""
     data = {**triplet_data(triplets), **VAL}
     data["fashioniq"]["vis_processor"] = processors()
     made = run(tmp_path / "out", composing(clip, mapping), data, test_splits=["val"])
@@ -143,7 +143,7 @@ def test_weight_perturbation_and_lora_apply_to_both_stages(stage, tmp_path, clip
 
 
 def test_cached_features_train_the_same_adapters(tmp_path, clip, mapping, triplets):
-    """The frozen tower runs once per picture; the weights come out as without a cache, up to rounding."""
+    """The frozen tower runs once per picture, and the weights equal those without a cache up to rounding."""
     plain = run(tmp_path / "plain", composing(clip, mapping), triplet_data(triplets))
     cached = run(
         tmp_path / "cached", composing(clip, mapping), triplet_data(triplets), feature_cache=str(tmp_path / "f")
@@ -154,7 +154,7 @@ def test_cached_features_train_the_same_adapters(tmp_path, clip, mapping, triple
 
 @pytest.mark.parametrize("stage", ["mapping", "composing"])
 def test_an_interrupted_stage_ends_as_if_it_had_not_been(stage, tmp_path, monkeypatch, clip, mapping, triplets):
-    """Dropout, random views and batch statistics included: bit for bit."""
+    """Dropout, random views and batch statistics go on, so the result is bit-equal."""
     if stage == "mapping":
         model, data, model_class = {"arch": "tscir_mapping", **SMALL_MODEL, "pretrained": clip}, TWO_VIEWS, TscirMapping
     else:
@@ -181,7 +181,7 @@ def test_an_interrupted_stage_ends_as_if_it_had_not_been(stage, tmp_path, monkey
 
 @pytest.mark.parametrize("lora", [None, {"target_modules": ["c_fc"], "r": 2, "also_train": "^mapping|^injections"}])
 def test_a_run_does_not_go_on_from_other_weights_of_clip(lora, tmp_path, clip):
-    """The weights' file was replaced by another one of the same name between the run and its resumption."""
+    """Another file of the same name replaced the weights between the run and its resumption."""
     weights = tmp_path / "clip.pth"
     content = read_checkpoint(clip)
     torch.save(content, weights)
@@ -195,7 +195,7 @@ def test_a_run_does_not_go_on_from_other_weights_of_clip(lora, tmp_path, clip):
 
 
 def test_half_precision_trains_stably(clip, mapping, triplets):
-    """bfloat16 autocast, as a GPU run with run.amp has it: losses near those of float32, gradients finite."""
+    """Under bfloat16 autocast, as on a GPU with run.amp, losses are near those of float32 and gradients finite."""
     for model_class, extra in ((TscirMapping, {}), (TscirComposing, {"mapping_checkpoint": mapping})):
         torch.manual_seed(0)
         settings = {**SMALL_MODEL, "pretrained": clip, **extra}

@@ -1,4 +1,4 @@
-"""Frozen sub-modules run once per step, and the result is bit for bit that of running everything twice."""
+"""Frozen sub-modules run once per step, and the results are bit-equal to those of two full passes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 
 
 class Tower(nn.Module):
-    """Counts how often it really runs."""
+    """Tower that counts how often it runs."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Tower(nn.Module):
 
 
 class Model(nn.Module):
-    """A frozen tower before a trained head; subclasses use the tower in another way."""
+    """Model with a frozen tower before a trained head; subclasses use the tower in other ways."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class OptionalInput(Model):
 
 
 class InsideTheTower(Model):
-    """The tower itself is never called, only what it is made of, as LAVIS's BLIP does with its ViT."""
+    """The model calls the modules inside the tower but never the tower itself, as LAVIS's BLIP does with its ViT."""
 
     def features(self, x):
         self.tower.runs += 1
@@ -139,8 +139,8 @@ def runs_and_gradients(model, is_remembering, samples, steps=2):
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
 )
 def test_two_steps_equal_those_that_run_everything_twice(model, runs):
-    """Two steps take two runs of a remembered tower, four of one that must run again; weights, statistics and the
-    random numbers that follow are the same bits either way."""
+    """Two steps take two runs of a remembered tower, and four of a tower that must run again; weights, statistics and
+    the following random numbers are bit-equal in both cases."""
     samples = {"x": torch.randn(5, 4, generator=torch.Generator().manual_seed(1)), "epoch": 0}
     remembered, values = runs_and_gradients(model, True, samples)
     twice, expected = runs_and_gradients(model, False, samples)
@@ -150,7 +150,7 @@ def test_two_steps_equal_those_that_run_everything_twice(model, runs):
 
 
 def step_with_and_without_memory(model, steps=1):
-    """Return the gradients of both ways, the bits of which must agree."""
+    """Return the gradients with and without memory, which must be bit-equal."""
     gradients = []
     for is_remembering in (True, False):
         net = copy.deepcopy(model).train()
@@ -208,7 +208,7 @@ class DrawsAfterTheTower(Model):
 
 
 class ReadsThroughAHook(Model):
-    """Takes the tower's features as feature extractors do: from inside, by a forward hook."""
+    """Model that takes the tower's features from inside, by a forward hook, as feature extractors do."""
 
     def features(self, x):
         seen = []

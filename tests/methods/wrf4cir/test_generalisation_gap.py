@@ -1,4 +1,4 @@
-"""``lavis-cir gap``: what it reads, the loss around the weights by hand, and the command on a small trained run."""
+"""``lavis-cir gap``: reading of logs, the loss around the weights by hand, and the command on a small trained run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WORLD = {
 
 
 def write_run(folder, val, seen=(), metric="mean"):
-    """Write the log of a run: one validation per epoch."""
+    """Write the log of a run with one validation per epoch."""
     folder.mkdir(parents=True)
     log = RunLog(folder)
     for split, values in (("val", val), ("seen", seen)):
@@ -115,7 +115,7 @@ def test_runs_are_named_by_what_differs(run, label):
 
 
 class Quadratic(nn.Module):
-    """loss = scale / 2 * ||W||^2, plus a frozen layer that adds nothing and counts its calls, and a counting buffer."""
+    """Model with loss scale / 2 * ||W||^2, a frozen layer that adds 0 and counts its calls, and a counting buffer."""
 
     def __init__(self):
         super().__init__()
@@ -171,7 +171,7 @@ def test_the_rise_is_that_at_the_papers_radius():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """One epoch of the demo's model on 24 triplets, with validation on val and seen."""
+    """Train the demo's model for one epoch on 24 triplets, with validation on val and seen."""
     folder = tmp_path_factory.mktemp("trained")
     world = make_garments(folder / "cache", GarmentsConfig(**WORLD))
     cfg = OmegaConf.load(PROJECTS / "wrf4cir/demo.yaml")
@@ -211,7 +211,7 @@ def test_a_run_is_built_again_from_its_checkpoint(trained, tmp_path, capsys, mon
 
 
 def test_a_run_whose_loss_cannot_be_computed_is_drawn_without(trained, tmp_path, capsys):
-    """Its checkpoint is gone, or the images are: the recall is drawn, and a sentence says what is missing."""
+    """Without its checkpoint or its images the run's recall is drawn, and a sentence says what is missing."""
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(trained / "epochs.csv", bare)

@@ -99,7 +99,7 @@ def test_lora_factors_take_the_radius_of_their_merged_weight_worked_by_hand():
 
 
 def test_the_first_order_change_of_a_merged_weight_has_the_relative_length():
-    """A property of random factors, also beside an ordinary tensor, in both scopes."""
+    """This holds for random factors, also beside an ordinary tensor, in both scopes."""
     torch.manual_seed(0)
     base, a, b, other = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2), torch.randn(5)
     directions = [torch.randn(2, 4), torch.randn(6, 2), torch.randn(5)]
@@ -122,7 +122,7 @@ def test_the_first_order_change_of_a_merged_weight_has_the_relative_length():
     scale=st.floats(1e-6, 1e6),
 )
 def test_every_step_has_the_radius_whatever_the_scale_of_the_direction(shapes, seed, radius, scope, scale):
-    """In its own measure (ASAM's is delta / |theta|) the perturbation is gamma long, and it never points downhill."""
+    """In its own measure (delta / |theta| for ASAM) the perturbation has length gamma, and it never points downhill."""
     generator = torch.Generator().manual_seed(seed)
     weights, directions = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2))
     steps = ascent_step(weights, [scale * d for d in directions], 0.01, radius=radius, scope=scope)
@@ -137,7 +137,7 @@ def test_every_step_has_the_radius_whatever_the_scale_of_the_direction(shapes, s
 
 
 class Net(nn.Module):
-    """Embedding, linear with dropout, layer norm, batch norm: the kinds of tensor that the settings tell apart."""
+    """Model with embedding, linear layer, dropout, layer norm and batch norm, which the settings distinguish."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def make(settings, net=None):
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 @pytest.mark.parametrize("embeddings", ["exclude", "row", "tensor"])
 def test_gradients_equal_a_naive_in_place_step(scope, embeddings, batch):
-    """The textbook way: write theta + delta into the weights, run again, copy the weights back."""
+    """The reference writes theta + delta into the weights, runs again, and copies the weights back."""
     settings = WeightPerturbation(gamma=0.1, scope=scope, embeddings=embeddings, tensors="all")
     net, optimizer = make(settings)
     naive = copy.deepcopy(net)
@@ -213,7 +213,7 @@ def test_gamma_zero_is_the_plain_model_bit_for_bit(batch):
 
 
 def test_random_numbers_advance_as_in_a_plain_step(batch):
-    """Both passes use the same dropout mask, and what comes after a perturbed step draws what it would have drawn."""
+    """Both passes use the same dropout mask, and code after a perturbed step draws the numbers of a plain step."""
     draws = []
     for gamma in (0, 0.05):
         net, optimizer = make(WeightPerturbation(gamma=gamma))
@@ -257,7 +257,7 @@ def test_when_a_run_is_perturbed(values, total, expected):
 
 
 def naive_gradients(net, weights, steps, batch, seed):
-    """Write weights + steps in place, run, read the gradients, restore."""
+    """Return the gradients at weights + steps, which are written in place and restored."""
     before = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         for weight, step in zip(weights, steps):
@@ -429,7 +429,7 @@ def test_accumulated_gradients_are_the_sum_over_micro_batches(batch):
 
 
 def test_a_scaler_skips_an_overflowing_step_and_the_weights_stay(batch):
-    """Infinite gradients of the perturbed pass: GradScaler skips, halves its scale, and nothing of delta remains."""
+    """If the perturbed pass has infinite gradients, GradScaler skips the step, and nothing of delta remains."""
     net, _ = make(WeightPerturbation(gamma=0.1))
     optimizer = PerturbingOptimizer(torch.optim.AdamW(net.parameters()), net, WeightPerturbation(gamma=0.1))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
@@ -567,7 +567,7 @@ def test_the_wrapper_is_an_optimizer_to_schedulers_and_scalers(batch):
 
 
 def test_a_fused_optimizer_under_a_scaler_gets_true_gradients_and_skips_an_overflow():
-    """GradScaler hands a fused optimizer its scale through attributes, which a wrapper would swallow."""
+    """GradScaler sets attributes on a fused optimizer, which a wrapper would keep from it."""
 
     def steps(wrap):
         torch.manual_seed(0)
@@ -587,7 +587,7 @@ def test_a_fused_optimizer_under_a_scaler_gets_true_gradients_and_skips_an_overf
 
 
 class Momentum(nn.Module):
-    """A frozen moving copy and a counter, both written in forward, as LAVIS's ALBEF and BLIP do."""
+    """Model with a frozen momentum copy and a counter, both written in forward, as in LAVIS's ALBEF and BLIP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -678,7 +678,7 @@ def test_a_choice_of_nothing_is_refused():
 
 
 def test_a_head_that_is_never_used_does_not_switch_momentum_off(batch):
-    """AdamW keeps no moment for a tensor without gradient; the others are perturbed all the same."""
+    """AdamW keeps no moment for a tensor without gradient; the other tensors are still perturbed."""
     torch.manual_seed(0)
     net = Net()
     net.unused = nn.Linear(4, 4)
@@ -692,7 +692,7 @@ def test_a_head_that_is_never_used_does_not_switch_momentum_off(batch):
 
 
 def test_momentum_copies_that_are_moved_in_place_move_once_and_by_clean_weights():
-    """Where a model names its copies as LAVIS does (model_pairs), the second pass has copies of them to write into."""
+    """If a model names its momentum copies as LAVIS does (model_pairs), the second pass writes into copies of them."""
 
     class InPlace(Momentum):
         def __init__(self):
