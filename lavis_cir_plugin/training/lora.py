@@ -285,18 +285,19 @@ def write_peft_folder(model: nn.Module, lora: LoraSettings, folder: Path) -> Non
             f"plain peft would ignore {len(ignored)} of the adapters (first: {ignored[0]}), because the model reads "
             "these weights without calling their modules; export with --merge."
         )
+    from peft.tuners.lora.config import LoraConfig
+    from peft.utils.save_and_load import get_peft_model_state_dict
     from safetensors.torch import save_file
 
+    # "auto" would ask the hub whether an embedding was changed.
+    state = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
+    # Buffers and what run.lora.also_train names are in no adapter, and peft loads them by their own names.
     frozen = {name for name, weight in model.named_parameters(remove_duplicate=False) if not weight.requires_grad}
-    # peft's files lack the adapter's name in the names of its factors, and have all other names unchanged.
-    tensors = {
-        "base_model.model." + re.sub(rf"(\.lora_\w+)\.{_ADAPTER}\b", r"\1", name): tensor.contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in frozen
-    }
+    outside = model.state_dict().items()
+    state.update({name: tensor for name, tensor in outside if name not in frozen and ".lora_" not in name})
+    tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": None, "inference_mode": True, "bias": "none", **lora.peft_fields()}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    LoraConfig(**lora.peft_fields(), inference_mode=True).save_pretrained(str(folder))
 
 
 def _targets(model: nn.Module, lora: LoraSettings) -> list[str]:
