@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import re
 import shlex
@@ -273,18 +274,25 @@ def test_make_targets_exist():
     assert {first or second for first, second in named} <= set(targets)
 
 
-def test_the_listing_names_every_module():
+def test_the_listing_has_the_first_line_of_every_module():
     (listing,) = (block for block in blocks("text") if block.startswith("lavis_cir_plugin/"))
-    named, package = set(), ""
+    named, package = {}, ""
     for line in listing.splitlines():
-        name = line.split()[0]
+        name, _, sentence = line.strip().partition(" ")
         if line[0] != " ":
             package = name
         else:
-            named.add(package + name)
+            named[package + name] = sentence.strip()
     modules = {path.relative_to(ROOT).as_posix() for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")}
     stations = {name for name in modules if name.endswith("/__init__.py") and name.count("/") > 1}
-    assert named == modules - stations
+    first_lines = {name: first_line(ROOT / name) for name in modules - stations}
+    assert named == first_lines
+
+
+def first_line(module):
+    """Return the first line of a module's docstring, without its full stop."""
+    docstring = ast.get_docstring(ast.parse(module.read_text()))
+    return docstring.splitlines()[0].removesuffix(".")
 
 
 def test_every_quoted_message_is_in_the_code():
