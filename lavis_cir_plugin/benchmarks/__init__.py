@@ -1,1 +1,1 @@
-"""Benchmarks of composed image retrieval: annotation files in, queries, galleries, protocol and metrics out."""
+"""Benchmarks of composed image retrieval: readers turn annotation files into queries, galleries and metrics."""

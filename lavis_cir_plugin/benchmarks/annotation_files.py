@@ -1,4 +1,4 @@
-"""Read annotation files and name the record that is wrong."""
+"""Read annotation files, and name the wrong record in errors."""
 
 from __future__ import annotations
 
@@ -7,26 +7,22 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lavis_cir_plugin.benchmarks.survey import current_survey
 from lavis_cir_plugin.core.error_messages import shown
 from lavis_cir_plugin.core.settings import is_text
 
-if TYPE_CHECKING:
-    pass
-
-
 # -- annotation files ------------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> Any:
-    """Read a UTF-8 JSON file.
+    """Read a JSON file in UTF-8.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: it cannot be read (a folder, no permission), is not UTF-8 or not JSON (with line and column), or an
-            object has a key twice.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it cannot be read (a folder, no permission), is not UTF-8, is not JSON (with line and column), or
+            has an object with a repeated key.
     """
     refuse_special(path)
     try:
@@ -42,30 +38,30 @@ def read_json(path: Path) -> Any:
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits; a key twice
+    except (RecursionError, ValueError) as error:  # deep nesting, a huge number or a repeated key
         raise ValueError(f"{path} cannot be read as JSON: {error}; correct the file or copy it again.") from error
 
 
 def refuse_special(path: Path) -> None:
-    """Refuse what waits for a writer when it is opened, or never ends: a named pipe, a socket, a device.
+    """Refuse files that would block or never end when they are read: named pipes, sockets and devices.
 
     Raises:
-        ValueError: it is such a thing. A missing file, a folder and a regular file pass.
+        ValueError: If the path is such a file. A missing file, a folder and a regular file pass.
     """
     try:
         mode = path.stat().st_mode
     except OSError:
-        return  # opening it says what is wrong
+        return  # opening the file will raise the right error
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ValueError(f"{path} is no regular file but a named pipe, socket or device; put a file in its place.")
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON in which no object has a key twice: of the two values, parsers keep one and say nothing.
+    """Parse JSON and refuse objects with a repeated key, of which ordinary parsers keep one value without a word.
 
     Raises:
-        ValueError: it is not JSON, or an object has a key twice.
-        RecursionError: it is nested too deeply.
+        ValueError: If the text is not JSON, or an object has a repeated key.
+        RecursionError: If it is nested too deeply.
     """
     return json.loads(text, object_pairs_hook=_object)
 
@@ -79,10 +75,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read an annotation file that is a list of objects.
+    """Read an annotation file that holds a list of objects.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_json`, or the content is not a non-empty list of objects.
+        FileNotFoundError: If the file does not exist.
+        ValueError: As in `read_json`, or if the content is not a non-empty list of objects.
     """
     records = read_json(path)
     if not isinstance(records, list) or not records:
@@ -94,10 +91,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def text_field(record: Mapping[str, Any], key: str, path: Path, number: int, optional: bool = False) -> str | None:
-    """Return a text of a record; ``None`` only where it is optional and absent.
+    """Return a text field of a record, or ``None`` if it is optional and missing.
 
     Raises:
-        ValueError: the field is missing or not text.
+        ValueError: If the field is missing or not text.
     """
     value = record.get(key)
     if is_text(value) or (optional and value is None):
@@ -108,10 +105,10 @@ def text_field(record: Mapping[str, Any], key: str, path: Path, number: int, opt
 def whole_number_field(
     record: Mapping[str, Any], key: str, path: Path, number: int, optional: bool = False
 ) -> int | None:
-    """Return a whole number of a record; ``None`` only where it is optional and absent.
+    """Return an integer field of a record, or ``None`` if it is optional and missing.
 
     Raises:
-        ValueError: the field is missing or not a whole number.
+        ValueError: If the field is missing or not an integer.
     """
     value = record.get(key)
     if type(value) is int or (optional and value is None):
@@ -124,10 +121,10 @@ def _has(record: Mapping[str, Any], key: str) -> str:
 
 
 def require_distinct(records: Sequence[Mapping[str, Any]], key: str, path: Path) -> None:
-    """Check that no two records have the same value in a field; those without it do not count.
+    """Check that no two records have the same value in a field; records without the field do not count.
 
     Raises:
-        ValueError: with the first two that do.
+        ValueError: If two records do. The message names the first two.
     """
     first: dict[Any, int] = {}
     for number, record in enumerate(records):
@@ -137,17 +134,17 @@ def require_distinct(records: Sequence[Mapping[str, Any]], key: str, path: Path)
 
 
 def image_name(value: Any, key: str, path: Path, number: int) -> str:
-    """Return the image name in a field of a record: a file stem, which can lead to no other folder.
+    """Return the image name in a field of a record: a file stem that cannot lead to another folder.
 
     Args:
-        value: What the file holds.
-        key: Of the field, for the message.
-        path: Of the annotation file.
-        number: Of the record, counting from 0.
+        value: Value in the file.
+        key: Name of the field, for the message.
+        path: Path of the annotation file.
+        number: Number of the record, counted from 0.
 
     Raises:
-        ValueError: it is not text, empty, ``.`` or ``..``, or holds a slash, a backslash or something unprintable
-            (NUL, line breaks, halves of surrogate pairs).
+        ValueError: If the value is not text, is empty, ``.`` or ``..``, or holds a slash, a backslash or unprintable
+            characters (NUL, line breaks, lone surrogates).
     """
     if not isinstance(value, str) or value in ("", ".", "..") or set(value) & {"/", "\\"} or not value.isprintable():
         raise record_error(
@@ -157,23 +154,23 @@ def image_name(value: Any, key: str, path: Path, number: int) -> str:
 
 
 def record_error(path: Path, number: int, problem: str) -> ValueError:
-    """Build the error of one record; `number` counts from 0."""
+    """Return the error for one record; `number` counts from 0."""
     return ValueError(f"{path}: record {number} (counting from 0) {problem}; correct the file or copy it again.")
 
 
 def require_listed(
     uses: Iterable[tuple[int, str, Any]], split: Mapping[Any, Any], path: Path, split_path: Path
 ) -> None:
-    """Check that every image that an annotation file uses is in its split file.
+    """Check that a split file lists every image that an annotation file uses.
 
     Args:
-        uses: Number of the record, field and image; images that are None do not count.
-        split: What the split file lists.
-        path: Of the annotation file.
-        split_path: Of the split file.
+        uses: Record number, field and image of each use. Images that are None do not count.
+        split: Images in the split file.
+        path: Path of the annotation file.
+        split_path: Path of the split file.
 
     Raises:
-        ValueError: with the number of unlisted images and the first one's place.
+        ValueError: If images are not listed. The message gives their number and where the first one is used.
     """
     unlisted = [use for use in uses if use[2] is not None and use[2] not in split]
     if unlisted:
@@ -185,10 +182,10 @@ def require_listed(
 
 
 def find_annotation(bases: Sequence[Path], folders: Sequence[str], name: str, dataset: str) -> Path:
-    """Find an annotation file in the first of ``base/folder`` that has it.
+    """Return the first existing path of an annotation file among all ``base/folder``.
 
     Raises:
-        FileNotFoundError: naming the places that were looked at and the key to set.
+        FileNotFoundError: If there is none. The message names all places and the key to set.
     """
     places = [base / folder for base in bases for folder in folders]
     survey = current_survey()

@@ -1,4 +1,4 @@
-"""Pictures with captions, as training data: JSON lines, or LAVIS's annotation files for captioning.
+"""Read pictures with captions for training, from JSON lines or LAVIS's annotation files for captioning.
 
 ::
 
@@ -6,15 +6,15 @@
       captions.jsonl  or  captions.json
       images/                                 JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF, to any depth
 
-A line of ``captions.jsonl`` is one JSON object, in UTF-8; blank lines are skipped. ``captions.json`` is a list of such
-objects, as LAVIS's captioning data sets have (COCO, Flickr30k, NoCaps)::
+A line of ``captions.jsonl`` is one JSON object in UTF-8; blank lines are skipped. ``captions.json`` is a list of such
+objects, as in LAVIS's captioning data sets (COCO, Flickr30k, NoCaps)::
 
     {"image": "shoes/a.jpg", "caption": "a red shoe"}
     {"image": "shoes/b.jpg", "caption": ["a boot", "a black boot with laces"]}
 
-``image`` is the picture's path below ``images/``, with ``/`` and the file's suffix; `Spelling` says what may differ. Of
-several captions in one object one is drawn each time it is read. Objects with the same image, of which COCO has five,
-are training samples each. Other keys are ignored.
+``image`` is the path of the picture below ``images/``, with ``/`` and the file's suffix; `Spelling` describes allowed
+differences. If an object has several captions, one is drawn each time the object is read. Objects with the same image
+are separate training samples; COCO has five per image. Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -28,8 +28,15 @@ from typing import Any
 
 from lavis_cir_plugin.benchmarks.annotation_files import read_records, record_error
 from lavis_cir_plugin.benchmarks.images import Spelling, image_folders, scan_tree, select_images
-from lavis_cir_plugin.benchmarks.json_lines import Refusal, image_path, line_error, parse_line, read_objects, some_texts
-from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, current_survey, listing
+from lavis_cir_plugin.benchmarks.json_lines import (
+    Refusal,
+    image_path,
+    line_error,
+    one_or_more_texts,
+    parse_line,
+    read_objects,
+)
+from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, current_survey, scan_once
 from lavis_cir_plugin.benchmarks.types import first_or_drawn, only_complete
 from lavis_cir_plugin.core.settings import at_least, config_from_mapping, one_of
 
@@ -46,13 +53,13 @@ class CaptionsConfig:
     """Keys of ``datasets.image_captions.build_info``.
 
     Attributes:
-        root: The folder with ``captions.jsonl`` or ``captions.json``.
-        annotations: The file of captions where it is called otherwise or lies elsewhere.
-        images: Folder of the image files where it is not ``images/`` below ``root``.
-        max_images: Train on so many objects at most: the first, or with a ``seed`` drawn ones.
-        seed: Of the draw. Fewer objects of one seed are among more of it.
-        missing_images: ``error``, or ``skip`` the objects whose image is missing and log how many.
-        verify_images: Check every image file before the run.
+        root: Folder with ``captions.jsonl`` or ``captions.json``.
+        annotations: Path of the file of captions if it has another name or place.
+        images: Folder of the image files if it is not ``images/`` below ``root``.
+        max_images: Largest number of objects to train on: the first ones, or a random sample if ``seed`` is set.
+        seed: Seed of the sample. For one seed, a smaller sample is a part of a larger one.
+        missing_images: ``error``, or ``skip`` to leave out objects without their image and log how many there are.
+        verify_images: Whether to check every image file before the run.
     """
 
     root: str
@@ -65,7 +72,7 @@ class CaptionsConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> CaptionsConfig:
-        """Build the configuration; raise ValueError with every unknown key and impossible value."""
+        """Build the config; raise ValueError that names every unknown key and impossible value."""
         return config_from_mapping(cls, "image_captions", mapping)
 
 
@@ -74,8 +81,8 @@ class CaptionedImage:
     """One training example.
 
     Attributes:
-        image: Its path below the image folder.
-        captions: At least one, none empty, without blanks at their ends.
+        image: Path below the image folder.
+        captions: One or more captions, none empty, without blanks at their ends.
     """
 
     image: str
@@ -83,34 +90,34 @@ class CaptionedImage:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading anything.
+    """Check the keys and values of a ``build_info`` without reading files.
 
     Raises:
-        ValueError: every unknown key and impossible value.
+        ValueError: If keys are unknown or values impossible. The message names all of them.
     """
     CaptionsConfig.from_mapping(config)
 
 
 def image_folder(config: Mapping[str, Any]) -> Path:
-    """Return the folder below which the images lie; it need not exist."""
+    """Return the folder of the images; it need not exist."""
     return _image_folder(CaptionsConfig.from_mapping(config))
 
 
 def read_captions(config: Mapping[str, Any]) -> tuple[list[CaptionedImage], dict[str, Path]]:
-    """Read the captioned images in file order, and the paths of their files.
+    """Return the captioned images in file order and the paths of their files.
 
     Raises:
-        ValueError: a key or value of the configuration or a record is wrong.
-        FileNotFoundError: the file or an image is missing.
+        ValueError: If a key or value of the config, or a record, is wrong.
+        FileNotFoundError: If the file or an image is missing.
     """
     settings = CaptionsConfig.from_mapping(config)
     examples = first_or_drawn(list(caption_records(_file(settings))), settings.max_images, settings.seed)
     scanned: dict[str, Path] = {}
     for folder in image_folders([_image_folder(settings)], "image_captions"):
-        scanned = listing(scan_tree, folder)
+        scanned = scan_once(scan_tree, folder)
     spelling = Spelling(scanned, "image_captions")
-    examples = [replace(example, image=spelling.of(example.image)) for example in examples]
-    spelling.say()
+    examples = [replace(example, image=spelling.file_name(example.image)) for example in examples]
+    spelling.log()
     remedy = "add them (an image is named by its path below that folder with its suffix, such as shoes/a.jpg)"
     paths, _ = select_images(
         (example.image for example in examples),
@@ -126,15 +133,15 @@ def read_captions(config: Mapping[str, Any]) -> tuple[list[CaptionedImage], dict
 
 
 def caption_records(path: Path, remedy: str = _NAME_THE_FILE) -> Iterator[CaptionedImage]:
-    """Read a file of captions: a JSON list, or JSON lines.
+    """Yield the records of a file of captions, which is a JSON list or JSON lines.
 
     Args:
-        path: A JSON list if its suffix is ``.json``.
-        remedy: What to do where the file does not exist.
+        path: Path of the file. The suffix ``.json`` means a JSON list.
+        remedy: Advice if the file does not exist.
 
     Raises:
-        ValueError: a record is wrong.
-        FileNotFoundError: the file does not exist.
+        ValueError: If a record is wrong.
+        FileNotFoundError: If the file does not exist.
     """
     if path.suffix == ".json":
         survey = current_survey()
@@ -178,7 +185,7 @@ def _example(item: Mapping[str, Any], refuse: Refusal) -> CaptionedImage:
             raise refuse(f"has no '{key}'")
     return CaptionedImage(
         image=image_path(item["image"], "image", refuse),
-        captions=some_texts(item["caption"], "caption", refuse),
+        captions=one_or_more_texts(item["caption"], "caption", refuse),
     )
 
 
@@ -187,7 +194,7 @@ def _example(item: Mapping[str, Any], refuse: Refusal) -> CaptionedImage:
 
 CHECKLIST = Checklist(
     title="Pictures with captions",
-    ways=(Usage("training", "train"),),
+    usages=(Usage("training", "train"),),
     published={},
     absent_files="give the folder itself that has captions.jsonl or captions.json",
     absent_images="an image is named by its path below images/ with its suffix, such as shoes/a.jpg",

@@ -1,6 +1,6 @@
-"""CIRCO (Baldrati et al., ICCV 2023): several ground truths per query among COCO's 123,403 unlabeled images, mAP@K.
+"""Read CIRCO (Baldrati et al., ICCV 2023): queries with several ground truths among 123,403 COCO images, mAP@K.
 
-There is no training split: a model is trained on another data set and evaluated here.
+CIRCO has no training split. A model is trained on another data set and evaluated here.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ ASPECTS = (
     "viewpoint",
 )
 TOP = 50
-"""How many ids per query the test server takes, no more and no fewer."""
+"""Exact number of ids per query that the test server takes."""
 ANNOTATION_KEYS = frozenset({"reference_img_id", "relative_caption"})
-"""By which a record of an annotation file is known."""
+"""Keys by which a record of an annotation file is recognised."""
 
 _ROOT_NAMES = ("CIRCO", "circo")
 _GALLERY_FILE = "image_info_unlabeled2017.json"
@@ -82,17 +82,17 @@ class CIRCOConfig:
     """Keys of ``datasets.circo.build_info``.
 
     Attributes:
-        root: The data set's folder (with ``annotations/`` and ``COCO2017_unlabeled/``) or its parent.
-        annotations: Folder of ``val.json`` and ``test.json`` where it is not below ``root``.
-        images: Folder of the image files, ``unlabeled2017``, where it is not below ``root``. COCO's list of them may
-            lie in ``annotations`` beside it.
-        text: Evaluation text. ``relative``: the relative caption (SEARLE, LinCIR). ``shared_and_relative``: 'find
-            <shared concept> but <relative caption>' (MagicLens), which says more; the two are not comparable.
-        reference: ``kept`` in the gallery, as by the test server, or ``removed`` from its own ranking (CoVR). It is
-            never a ground truth, so that removing it can only raise the numbers.
-        selection_metric: What chooses the best checkpoint: a metric of the split.
-        missing_images: ``error``, or ``skip`` what needs a missing image and say how much that is.
-        verify_images: Check every image file before the run.
+        root: Folder of the data set (with ``annotations/`` and ``COCO2017_unlabeled/``) or its parent.
+        annotations: Folder of ``val.json`` and ``test.json`` if it is not below ``root``.
+        images: Folder ``unlabeled2017`` of the image files if it is not below ``root``. COCO's list of them may lie in
+            ``annotations`` beside it.
+        text: Text for evaluation. ``relative``: the relative caption (SEARLE, LinCIR). ``shared_and_relative``: 'find
+            <shared concept> but <relative caption>' (MagicLens), which says more. Their numbers are not comparable.
+        reference: ``kept`` in the gallery, as on the test server, or ``removed`` from its own ranking (CoVR). A
+            reference is never a ground truth, so removing it can only raise the numbers.
+        selection_metric: Metric of the split that chooses the best checkpoint.
+        missing_images: ``error``, or ``skip`` to leave out what needs a missing image and report how much that is.
+        verify_images: Whether to check every image file before the run.
     """
 
     root: str
@@ -106,13 +106,13 @@ class CIRCOConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> CIRCOConfig:
-        """Build the configuration; raise ValueError with every unknown key and impossible value."""
+        """Build the config; raise ValueError that names every unknown key and impossible value."""
         return config_from_mapping(cls, "circo", mapping)
 
 
 @dataclass(frozen=True)
 class _Record:
-    """One record of an annotation file, as it stands there: images by COCO id."""
+    """One record of an annotation file, with COCO ids for images."""
 
     id: int
     reference: int
@@ -124,19 +124,19 @@ class _Record:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading anything.
+    """Check the keys and values of a ``build_info`` without reading files.
 
     Raises:
-        ValueError: every unknown key and impossible value.
+        ValueError: If keys are unknown or values impossible. The message names all of them.
     """
     CIRCOConfig.from_mapping(config)
 
 
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:
-    """Refuse: there is no training split.
+    """Raise an error, because there is no training split.
 
     Raises:
-        ValueError: always.
+        ValueError: Always.
     """
     raise ValueError(
         "CIRCO has no training split; train on another data set (its splits: [train]) and keep datasets.circo.splits "
@@ -145,18 +145,19 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
 
 
 def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
-    """Read the ``val`` or ``test`` split; the targets of ``test`` are not public, hence no metrics.
+    """Return the ``val`` or ``test`` split. ``test`` has no public targets and therefore no metrics.
 
-    Images are named by their file's stem (``000000243611``); COCO's numbers are mapped to it once, by COCO's list of
-    the gallery. The gallery is that list, in its order, the same for both splits. ``relevance`` are the ground truths.
-    With ``missing_images: skip`` the gallery shrinks and queries that need a missing image, be it only as one of their
-    ground truths, are left out; the protocol line says how many.
+    Images are named by the stem of their file (``000000243611``); COCO's list of the gallery maps COCO's numbers to
+    these names once. The gallery is that list in its order, for both splits. ``relevance`` holds the ground truths.
+    With ``missing_images: skip`` the gallery shrinks, and queries that need a missing image, even if only as a ground
+    truth, are left out. The protocol line counts them.
 
-    The submission of ``test`` is the server's file: the best 50 images, as COCO's numbers, by the query's id.
+    The submission of ``test`` is the server's file: the best 50 images as COCO's numbers by the query's id.
 
     Raises:
-        ValueError: a key, value or record of the configuration or an annotation file is wrong, or no such split.
-        FileNotFoundError: an annotation file or an image is missing.
+        ValueError: If a key or value of the config, or a record of an annotation file, is wrong, or if there is no such
+            split.
+        FileNotFoundError: If an annotation file or an image is missing.
     """
     check_split(split, "circo", SPLITS)
     settings = CIRCOConfig.from_mapping(config)
@@ -189,7 +190,7 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
 
 
 def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
-    """Refuse as `read_train`: no triplet exists."""
+    """Raise ValueError, because there is no training split."""
     raise ValueError("CIRCO has no training split, hence no training text.")
 
 
@@ -204,12 +205,12 @@ def _protocol(settings: CIRCOConfig, split: str, group: Group) -> str:
 def _metrics(
     rankings: Mapping[str, HasRanks], identifiers: Sequence[str], aspects: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """Compute mAP@K, Recall@K of the target and mAP@10 of the queries with each semantic aspect, in percent.
+    """Return mAP@K, Recall@K of the target, and mAP@10 of the queries with each semantic aspect, in percent.
 
     Args:
-        rankings: Of the group.
-        identifiers: Of the group's queries.
-        aspects: By identifier. An aspect that no query has gives no metric.
+        rankings: Ranking of the group by its name.
+        identifiers: Ids of the group's queries.
+        aspects: Aspects by id. An aspect without a query gives no metric.
     """
     ranking = rankings["circo"]
     labelled = as_lists(ranking.relevant_ranks)
@@ -232,16 +233,16 @@ def _submissions(rankings: Mapping[str, Ranking], group: Group, names: Mapping[i
 
 
 def check_submission(content: Any, size: int, annotation: Path, gallery: Path | None) -> Review:
-    """Check a file for the test server, or the same of val, and score it where the annotation has targets.
+    """Check a file for the test server, or such a file for val, and score it if the annotation has targets.
 
     Args:
-        content: Of the file.
-        size: Of the file, in bytes; the server states no limit.
-        annotation: The split's JSON file.
-        gallery: COCO's list of images; by default the one in the data set's folder.
+        content: Content of the file.
+        size: Size of the file in bytes; the server states no limit.
+        annotation: Path of the split's JSON file.
+        gallery: Path of COCO's list of images; the default is the one in the data set's folder.
 
     Raises:
-        ValueError, FileNotFoundError: the annotation or the list cannot be read.
+        ValueError, FileNotFoundError: If the annotation or the list cannot be read.
     """
     has_targets = all("target_img_id" in item for item in read_records(annotation))
     records = {str(record.id): record for record in _read_records(annotation, "relative", is_test=not has_targets)}
@@ -265,9 +266,9 @@ def check_submission(content: Any, size: int, annotation: Path, gallery: Path | 
 
 
 def _as_number(value: Any) -> int | None:
-    """Return COCO's number: the server takes whole numbers and their digits as text.
+    """Return COCO's number from an integer or its digits as text, as the server does, or None.
 
-    COCO's files are named by twelve digits, so a negative or longer number cannot be one of its images.
+    Names of COCO's files have twelve digits, so a negative or longer number cannot be one of its images.
     """
     is_digits = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= _DIGITS
     number = int(value) if type(value) is int or is_digits else -1
@@ -287,13 +288,13 @@ def _annotation_bases(settings: CIRCOConfig) -> list[Path]:
 
 
 def _gallery_bases(settings: CIRCOConfig) -> list[Path]:
-    """Return where COCO's list may be: with the annotations, or with the images, in their folder or beside it."""
+    """Return the possible folders of COCO's list: with the annotations, or in or beside the image folder."""
     images = Path(settings.images).absolute() if settings.images else None
     return [*_annotation_bases(settings), *((images, images.parent) if images else ()), *_bases(settings)]
 
 
 def _read_gallery(path: Path) -> dict[int, str]:
-    """Read COCO's list of images: number to file stem, in file order."""
+    """Return COCO's list of images as file stems by number, in file order."""
     content = read_json(path)
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list) or not images:
@@ -362,7 +363,7 @@ def _aspects(item: Mapping[str, Any], path: Path, number: int) -> tuple[str, ...
 
 
 def _uses(record: _Record) -> list[tuple[str, int]]:
-    """Return field and number of every image of a record."""
+    """Return field and number of every image in a record."""
     return [("reference_img_id", record.reference), *(("gt_img_ids", image) for image in record.ground_truths)]
 
 
@@ -383,7 +384,7 @@ def _query(record: _Record, names: Mapping[int, str], text: str) -> Query:
 def _find_images(settings: CIRCOConfig, names: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
     guesses = [base / folder for base in _bases(settings) for folder in _IMAGE_FOLDERS]
     folders = image_folders([Path(settings.images)] if settings.images else guesses, "circo")
-    folder = folders[0]  # the last is above the first
+    folder = folders[0]  # the last folder contains the first
     return find_images(names, [folder], "circo", settings.missing_images, settings.verify_images)
 
 
@@ -392,7 +393,7 @@ def _find_images(settings: CIRCOConfig, names: Sequence[str]) -> tuple[dict[str,
 
 CHECKLIST = Checklist(
     title="CIRCO",
-    ways=(Usage("val", "val"), Usage("test submission", "test", is_submission=True)),
+    usages=(Usage("val", "val"), Usage("test submission", "test", is_submission=True)),
     published={("val", ""): 220, ("test", ""): 800},
     absent_files=(
         "val.json and test.json are in CIRCO's repository, the list of the gallery is COCO's "

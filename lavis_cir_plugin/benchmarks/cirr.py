@@ -1,4 +1,4 @@
-"""CIRR (Liu et al., ICCV 2021): one caption per pair, recall on the whole gallery and within sets of six images."""
+"""Read CIRR (Liu et al., ICCV 2021): one caption per pair, recall in the gallery and in sets of six images."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ CUTOFFS = (1, 5, 10, 50)
 SUBSET_CUTOFFS = (1, 2, 3)
 VERSION = "rc2"
 TOP, SUBSET_TOP = 50, 3
-"""How many names per query the test server takes."""
+"""Number of names per query that the test server takes."""
 SIZE_LIMIT = 5_000_000
-"""The test server takes no file of 5 MB."""
+"""Limit in bytes: the test server accepts only smaller files."""
 ANNOTATION_KEYS = frozenset({"pairid", "reference", "caption"})
-"""By which a record of an annotation file is known."""
+"""Keys by which a record of an annotation file is recognised."""
 
 _LABELS = {
     "hard": "hard targets",
@@ -84,18 +84,19 @@ class CIRRConfig:
     """Keys of ``datasets.cirr.build_info``.
 
     Attributes:
-        root: The data set's folder (with ``cirr/captions/`` or ``captions/``, and ``train/``, ``dev/``, ``test1/`` in
-            it, or in ``img_raw/`` in or beside it) or its parent.
-        annotations: Folder of the JSON files where it is not below ``root``.
-        images: Folder with ``train/``, ``dev/`` and ``test1/`` where it is not below ``root``.
-        labels: What recall counts. ``hard``: the share of queries with ``target_hard`` among the first K. ``soft``, the
-            same as ``cirplant``: the best ``target_soft`` weight among the first K, at least 0, the mean over queries;
-            in R@K and, among the members of the image set, in R_subset@K. ``artemis``: the same, but of the members
-            only those count that are among the best 50 of the gallery. ``covr``: R@K hard, R_subset@K soft.
-        selection_metric: What chooses the best checkpoint: a metric of the split, or a mean of the seven recalls
+        root: Folder of the data set or its parent. The data set has ``cirr/captions/`` or ``captions/``, and
+            ``train/``, ``dev/`` and ``test1/`` in it, or in ``img_raw/`` in or beside it.
+        annotations: Folder of the JSON files if it is not below ``root``.
+        images: Folder with ``train/``, ``dev/`` and ``test1/`` if it is not below ``root``.
+        labels: What recall counts. ``hard`` counts queries with ``target_hard`` among the first K. ``soft``, which
+            equals ``cirplant``, averages the best ``target_soft`` weight (at least 0) among the first K over queries,
+            in R@K and in R_subset@K (among the members of the image set). ``artemis`` is like ``soft``, but only
+            members among the best 50 of the gallery count. ``covr`` uses hard labels in R@K and soft ones in
+            R_subset@K.
+        selection_metric: Metric that chooses the best checkpoint: a metric of the split, or a mean of the seven recalls
             (CLIP4Cir, SPRC), which is then reported too.
-        missing_images: ``error``, or ``skip`` what needs a missing image and say how much that is.
-        verify_images: Check every image file before the run.
+        missing_images: ``error``, or ``skip`` to leave out what needs a missing image and report how much that is.
+        verify_images: Whether to check every image file before the run.
     """
 
     root: str
@@ -108,29 +109,29 @@ class CIRRConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> CIRRConfig:
-        """Build the configuration; raise ValueError with every unknown key and impossible value."""
+        """Build the config; raise ValueError that names every unknown key and impossible value."""
         return config_from_mapping(cls, "cirr", mapping)
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading anything.
+    """Check the keys and values of a ``build_info`` without reading files.
 
     Raises:
-        ValueError: every unknown key and impossible value.
+        ValueError: If keys are unknown or values impossible. The message names all of them.
     """
     CIRRConfig.from_mapping(config)
 
 
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:
-    """Read the training triplets, in file order, and the paths of their images.
+    """Return the training triplets in file order and the paths of their images.
 
-    ``pairid``, ``target_soft`` and ``img_set`` are not needed. The last two say which images are no negatives of a
-    triplet (``also_right``) and which are hard ones (``members``, whose paths are then returned as well); what they
-    hold besides weights of images of the split file is left out.
+    ``pairid``, ``target_soft`` and ``img_set`` are optional. The last two say which images are no negatives of a
+    triplet (``also_right``) and which are hard negatives (``members``, whose paths are then returned as well). Their
+    entries that are not images of the split file are ignored.
 
     Raises:
-        ValueError: a key, value or record of the configuration or an annotation file is wrong.
-        FileNotFoundError: an annotation file or an image is missing.
+        ValueError: If a key or value of the config, or a record of an annotation file, is wrong.
+        FileNotFoundError: If an annotation file or an image is missing.
     """
     settings = CIRRConfig.from_mapping(config)
     queries, split = _read_split(settings, "train")
@@ -150,30 +151,31 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
 
 
 def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
-    """Read the ``val``, ``test`` (file name ``test1``; without targets, hence without metrics) or ``seen`` split.
+    """Return the ``val``, ``test`` or ``seen`` split; ``test`` (file name ``test1``) has neither targets nor metrics.
 
-    The gallery is the split file: 137 images of test1 are never a reference. The reference is removed from every
-    ranking. The target is ``target_hard``; ``target_soft`` contradicts it in 42 queries of val and is not read for
-    ``labels: hard``. A blank caption is refused except in ``test``, where one is real (pairid 27098).
+    The gallery is the split file; 137 images of test1 are never a reference. Every ranking leaves out the reference.
+    The target is ``target_hard``. ``target_soft`` contradicts it in 42 queries of val and is not read for ``labels:
+    hard``. A blank caption is refused except in ``test``, which has one (pairid 27098).
 
-    With ``missing_images: skip`` the gallery shrinks and queries that need a missing image, be it only as a member of
-    their image set, are left out; the protocol line says how many.
+    With ``missing_images: skip`` the gallery shrinks, and queries that need a missing image, even if only as a member
+    of their image set, are left out. The protocol line counts them.
 
-    ``seen`` is drawn from the training queries and the images they use to val's sizes (`drawn_like`), with val's rules.
-    A training file in the reduced shape has no image sets; there are then no subset metrics, and ``R@5`` stands in for
-    a selection metric that needs them. It has no soft labels either.
+    ``seen`` is sampled from the training queries and their images to val's sizes (`drawn_like`), with val's rules. A
+    training file in the reduced form has no image sets. Then there are no subset metrics, and ``R@5`` replaces a
+    selection metric that needs them. Such a file has no soft labels either.
 
     The submissions of ``test`` are the server's two files, by pairid: the best 50 of the gallery, and the best 3 of the
     image set by the scores of all its members.
 
     Raises:
-        ValueError: a key, value or record of the configuration or an annotation file is wrong, or no such split.
-        FileNotFoundError: an annotation file or an image is missing.
+        ValueError: If a key or value of the config, or a record of an annotation file, is wrong, or if there is no such
+            split.
+        FileNotFoundError: If an annotation file or an image is missing.
     """
     check_split(split, "cirr")
     settings = CIRRConfig.from_mapping(config)
     if split == "seen":
-        settings = replace(settings, verify_images=False)  # reading the training split is what verifies its images
+        settings = replace(settings, verify_images=False)  # reading the training split verifies its images
     queries, places = _read_split(settings, split)
     has_members = all(query.members for query in queries)
     if not has_members:
@@ -238,7 +240,7 @@ def _metrics(rankings: Mapping[str, HasRanks], group: Group, settings: CIRRConfi
         metrics.update(
             _soft_subset_metrics(
                 cast("Ranking", ranking),
-                group,  # no file is scored by soft labels
+                group,  # no file is scored by soft labels, so this is a Ranking
                 TOP if settings.labels == "artemis" else None,
             )
         )
@@ -260,9 +262,9 @@ def _subset_metrics(ranking: HasRanks) -> dict[str, float]:
 
 
 def _soft_subset_metrics(ranking: Ranking, group: Group, best: int | None) -> dict[str, float]:
-    """Score each query's members by the soft labels; only those of the gallery's ``best`` count, if it says how many.
+    """Score each query's members by soft labels, and count only those among the gallery's ``best`` if it is given.
 
-    Who is better than a member of the best is one of them too, so that leaving the others out moves no rank.
+    An image that is ranked above a member among the best is one of them too, so leaving out the others changes no rank.
     """
     ranks = []
     rows = zip(group.queries, as_lists(ranking.subset_top), as_lists(ranking.relevant_ranks))
@@ -274,17 +276,17 @@ def _soft_subset_metrics(ranking: Ranking, group: Group, best: int | None) -> di
 
 
 def _weights(queries: Sequence[Query]) -> list[list[float]]:
-    """Return the weights of the labelled images of each query."""
+    """Return the weights of each query's labelled images."""
     return [[weight for _, weight in query.relevance] for query in queries]
 
 
 def _soft_recall_at(relevant_ranks: LabelledRanks, weights: Sequence[Sequence[float]], k: int) -> float:
-    r"""Compute the mean over queries of :math:`\max(0, \max_{i \le K} w_{p_i})`, in percent.
+    r"""Return the mean over queries of :math:`\max(0, \max_{i \le K} w_{p_i})`, in percent.
 
     Args:
-        relevant_ranks: ``(Q, T)``, 0-based rank of every labelled image; -1: padding, or not ranked.
-        weights: Those of each query's labelled images; what pads the ranks needs none.
-        k: At least 1.
+        relevant_ranks: ``(Q, T)``, 0-based rank of every labelled image; -1 is padding or an unranked image.
+        weights: Weights of each query's labelled images, without padding.
+        k: Number K of images, at least 1.
     """
     best = (
         max([0.0, *(weight for rank, weight in zip(ranks, own) if 0 <= rank < k)])
@@ -307,16 +309,16 @@ def _submission(metric: str, best: Tensor, group: Group) -> dict[str, Any]:
 
 
 def check_submission(content: Any, size: int, annotation: Path, gallery: Path | None) -> Review:
-    """Check a file for the test server, or the same of val, and score it where the annotation has targets.
+    """Check a file for the test server, or such a file for val, and score it if the annotation has targets.
 
     Args:
-        content: Of the file.
-        size: Of the file, in bytes.
-        annotation: Caption file that the queries come from.
-        gallery: Split file with the image names; by default the one that lies with the annotation.
+        content: Content of the file.
+        size: Size of the file in bytes.
+        annotation: Path of the caption file with the queries.
+        gallery: Path of the split file with the image names; the default is the one beside the annotation.
 
     Raises:
-        ValueError, FileNotFoundError: the annotation or the split file cannot be read.
+        ValueError, FileNotFoundError: If the annotation or the split file cannot be read.
     """
     has_targets = all("target_hard" in item for item in read_records(annotation))
     queries = {q.identifier: q for q in _read_queries(annotation, "val" if has_targets else "test", "hard")}
@@ -364,7 +366,7 @@ def _bases(settings: CIRRConfig) -> list[Path]:
 
 
 def _read_split(settings: CIRRConfig, split: str) -> tuple[list[Query], dict[str, str]]:
-    """Return the queries (texts: the caption) and the split file: image name to path under the image folder."""
+    """Return the queries with their captions as texts, and the split file: paths in the image folder by image name."""
     bases = [Path(settings.annotations)] if settings.annotations else _bases(settings)
     path = find_annotation(bases, ("captions", ""), f"cap.rc2.{_FILE_SPLITS[split]}.json", "cirr")
     split_path = find_annotation(bases, ("image_splits", ""), f"split.rc2.{_FILE_SPLITS[split]}.json", "cirr")
@@ -410,7 +412,7 @@ def _read_queries(path: Path, split: str, labels: str) -> list[Query]:
 
 
 def _uses(query: Query) -> Iterator[tuple[str, str | None]]:
-    """Yield field and name of every image of a record."""
+    """Yield field and name of every image in a record."""
     yield "reference", query.reference
     yield "target_hard", query.target
     yield from (("img_set.members", name) for name in query.members)
@@ -482,13 +484,13 @@ def _find_images(settings: CIRRConfig, split: Mapping[str, str]) -> tuple[dict[s
     bases = [Path(settings.images)] if settings.images else _bases(settings)
     places = [base / below for base in bases for below in ("", "img_raw")]
     if not settings.images:
-        places.append(Path(settings.root).absolute().parent / "img_raw")  # CIRR's README: beside cirr/
+        places.append(Path(settings.root).absolute().parent / "img_raw")  # CIRR's README puts it beside cirr/
     folders = image_folders([place / top for place in places for top in tops], "cirr")
     return find_images(split, folders, "cirr", settings.missing_images, settings.verify_images)
 
 
 def _top_folder(place: str) -> str:
-    """Return ``train`` of ``./train/34/train-11041-2-img0.png``: its images are found by name below it."""
+    """Return ``train`` for ``./train/34/train-11041-2-img0.png``; the images are found by name below that folder."""
     parts = PurePosixPath(place).parts
     return parts[0] if len(parts) > 1 else ""
 
@@ -498,7 +500,7 @@ def _top_folder(place: str) -> str:
 
 CHECKLIST = Checklist(
     title="CIRR",
-    ways=(
+    usages=(
         Usage("training", "train"),
         Usage("val, hard labels", "val"),
         Usage("val, soft labels", "val", {"labels": "soft"}),

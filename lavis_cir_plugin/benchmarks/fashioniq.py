@@ -1,7 +1,7 @@
-"""FashionIQ (Wu et al., CVPR 2021): 3 categories of garments, two captions per triplet, recall at 10 and 50.
+"""Read FashionIQ (Wu et al., CVPR 2021): 3 categories of garments, two captions per triplet, recall at 10 and 50.
 
-Published numbers follow several protocols under one name. ``protocol`` chooses one by the paper or code that it comes
-from, and sets four keys, each of which may also be set by itself; a benchmark's ``protocol`` line says what it did.
+Published numbers follow several protocols under one name. ``protocol`` chooses one by its paper or code and sets four
+keys. Each key can also be set by itself, and a benchmark's ``protocol`` line says what was used.
 
 ============= ========= ========= ================= ============ ======= ==========================================
 ``protocol``  gallery   reference captions          average      queries who evaluates so
@@ -15,9 +15,9 @@ from, and sets four keys, each of which may also be set by itself; a benchmark's
 ``val_split`` val       removed   per_caption       per_category  12,029 VAL
 ============= ========= ========= ================= ============ ======= ==========================================
 
-The numbers of queries are those of the split val with all three categories; 3 of its 12,032 captions are empty. The
-``original`` galleries hold 3,817, 6,346 and 5,373 images, the ``val`` ones 2,628, 3,089 and 2,902. DQU-CIR's other
-table is ``covr`` with ``gallery: val``.
+The numbers of queries hold for the split val with all three categories; 3 of its 12,032 captions are empty. The
+``original`` galleries hold 3,817, 6,346 and 5,373 images, the ``val`` galleries 2,628, 3,089 and 2,902. DQU-CIR's
+second table is ``covr`` with ``gallery: val``.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ if TYPE_CHECKING:
 SPLITS = ("train", *EVALUATION_SPLITS)
 CUTOFFS = (10, 50)
 TOP = 50
-"""How many names per query the challenge takes."""
+"""Number of names per query that the challenge takes."""
 ANNOTATION_KEYS = frozenset({"candidate", "captions"})
-"""By which a record of an annotation file is known."""
+"""Keys by which a record of an annotation file is recognised."""
 
 _CATEGORIES = ("dress", "shirt", "toptee")
 _MERGED = "all"
@@ -108,25 +108,25 @@ class FashionIQConfig:
     """Keys of ``datasets.fashioniq.build_info``.
 
     Attributes:
-        root: The data set's folder (with ``captions/`` or ``json/``, ``image_splits/``, ``images/``) or its parent.
-        annotations: Folder of the JSON files where it is not below ``root``.
-        images: Folder of the image files, flat or one sub-folder per category, where it is not below ``root``.
-        categories: Which to read. ``all`` stands for CoVR's merged files (``cap.all.train.json``), which do not say of
-            what category a record is.
-        protocol: Sets the next four keys as the module's table says, unless they are set themselves.
+        root: Folder of the data set (with ``captions/`` or ``json/``, ``image_splits/``, ``images/``) or its parent.
+        annotations: Folder of the JSON files if it is not below ``root``.
+        images: Folder of the image files, flat or with a sub-folder per category, if it is not below ``root``.
+        categories: Categories to read. ``all`` stands for CoVR's merged files (``cap.all.train.json``), which do not
+            say to which category a record belongs.
+        protocol: Protocol that sets the next four keys by the module's table, unless they are set themselves.
         gallery: ``original``: the whole split file. ``val``: only the images that occur in a query of the split (the
             "VAL split", smaller and easier).
         reference: ``kept`` in the gallery or ``removed`` from its own ranking.
-        captions: Evaluation text. ``and``: one query 'a and b'. ``reversed``: one query 'b and a' (Pic2Word).
-            ``both_orders_avg``: one query, the features of both orders averaged (SEARLE). ``two_queries``: one query
-            per order (CosMo, ARTEMIS). ``per_caption``: one query per non-empty caption (VAL).
+        captions: Text for evaluation. ``and``: one query 'a and b'. ``reversed``: one query 'b and a' (Pic2Word).
+            ``both_orders_avg``: one query with the averaged features of both orders (SEARLE). ``two_queries``: one
+            query per order (CosMo, ARTEMIS). ``per_caption``: one query per non-empty caption (VAL).
         average: ``per_category``: ``R@10``, ``R@50`` and ``mean`` are unweighted means over the categories.
-            ``per_query``: besides these, ``query_R@10``, ``query_R@50`` and ``query_mean`` weight each category by its
+            ``per_query``: in addition, ``query_R@10``, ``query_R@50`` and ``query_mean`` weight each category by its
             number of queries (ARTEMIS).
-        selection_metric: The metric that chooses the best checkpoint.
-        training_text: ``random4``: drawn anew from 'a and b', 'b and a', 'a', 'b' (SPRC). ``and``: always 'a and b'.
-        missing_images: ``error``, or ``skip`` what needs a missing image and say how much that is.
-        verify_images: Check every image file before the run.
+        selection_metric: Metric that chooses the best checkpoint.
+        training_text: ``random4``: each time one of 'a and b', 'b and a', 'a', 'b' (SPRC). ``and``: always 'a and b'.
+        missing_images: ``error``, or ``skip`` to leave out what needs a missing image and report how much that is.
+        verify_images: Whether to check every image file before the run.
     """
 
     root: str
@@ -145,7 +145,7 @@ class FashionIQConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> FashionIQConfig:
-        """Build the configuration; raise ValueError with every unknown key and impossible value."""
+        """Build the config; raise ValueError that names every unknown key and impossible value."""
         given = config_from_mapping(cls, "fashioniq", mapping)
         chosen = dict(zip(_PROTOCOL_KEYS, PROTOCOLS[given.protocol]))
         free: dict[str, Any] = {key: value for key, value in chosen.items() if key not in mapping}
@@ -176,20 +176,20 @@ class _Category:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading anything.
+    """Check the keys and values of a ``build_info`` without reading files.
 
     Raises:
-        ValueError: every unknown key and impossible value.
+        ValueError: If keys are unknown or values impossible. The message names all of them.
     """
     FashionIQConfig.from_mapping(config)
 
 
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:
-    """Read the training triplets of the configured categories, in file order, and the paths of their images.
+    """Return the training triplets of the chosen categories in file order, and the paths of their images.
 
     Raises:
-        ValueError: a key, value or record of the configuration or an annotation file is wrong.
-        FileNotFoundError: an annotation file or an image is missing.
+        ValueError: If a key or value of the config, or a record of an annotation file, is wrong.
+        FileNotFoundError: If an annotation file or an image is missing.
     """
     settings = FashionIQConfig.from_mapping(config)
     triplets = [
@@ -202,15 +202,16 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
 
 
 def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
-    """Read the ``val``, ``test`` (without targets, hence without metrics) or ``seen`` split.
+    """Return the ``val``, ``test`` or ``seen`` split. ``test`` has no targets and therefore no metrics.
 
-    ``seen`` is drawn from the training triplets and their images to val's sizes (`drawn_like`), with val's rules and
-    evaluation texts. With ``missing_images: skip`` the galleries shrink and queries whose reference or target is
-    missing are left out; the protocol line says how many.
+    ``seen`` is sampled from the training triplets and their images to val's sizes (`drawn_like`), with val's rules and
+    evaluation texts. With ``missing_images: skip`` the galleries shrink, and queries whose reference or target is
+    missing are left out. The protocol line counts them.
 
     Raises:
-        ValueError: a key, value or record of the configuration or an annotation file is wrong, or no such split.
-        FileNotFoundError: an annotation file or an image is missing.
+        ValueError: If a key or value of the config, or a record of an annotation file, is wrong, or if there is no such
+            split.
+        FileNotFoundError: If an annotation file or an image is missing.
     """
     check_split(split, "fashioniq")
     settings = FashionIQConfig.from_mapping(config)
@@ -220,7 +221,7 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
             "set datasets.fashioniq.build_info.gallery to original."
         )
     if split == "seen":
-        settings = replace(settings, verify_images=False)  # reading the training split is what verifies its images
+        settings = replace(settings, verify_images=False)  # reading the training split verifies its images
     if split == "test" and settings.captions in ("two_queries", "per_caption"):
         raise ValueError(
             "the test split gives one ranking per record to submit, and datasets.fashioniq.build_info.captions: "
@@ -256,7 +257,7 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
 
 
 def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
-    """Draw the text of a triplet: 'a and b', 'b and a', 'a' or 'b', 25 % each (SPRC); of one caption, itself."""
+    """Return 'a and b', 'b and a', 'a' or 'b' with 25 % chance each (SPRC), or the only caption if there is one."""
     texts = _clean(captions)
     if len(texts) < 2:
         return "".join(texts)
@@ -265,7 +266,7 @@ def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
 
 
 def _clean(captions: Iterable[str]) -> list[str]:
-    """Strip what all of the field's code strips, and drop captions of which nothing is left."""
+    """Strip the characters that all of the field's code strips, and drop captions that are then empty."""
     stripped = (caption.strip(".?, ") for caption in captions)
     return [caption for caption in stripped if caption]
 
@@ -302,7 +303,7 @@ def _gallery(category: _Category, settings: FashionIQConfig, split: str) -> tupl
 
 def _protocol(settings: FashionIQConfig, split: str, groups: list[Group], available: list[Group]) -> str:
     gallery = f"{'original' if settings.gallery == 'original' else 'VAL'}-split gallery"
-    queries, all_queries = (sum(len(group.queries) for group in some) for some in (groups, available))
+    queries, all_queries = (sum(len(group.queries) for group in selection) for selection in (groups, available))
     counted = f"{queries:,} queries"
     if split == "seen":
         gallery = f"gallery of training images drawn up to the size of val's {gallery}"
@@ -316,17 +317,17 @@ def _protocol(settings: FashionIQConfig, split: str, groups: list[Group], availa
 
 
 def _protocol_name(settings: FashionIQConfig) -> str:
-    """Name the protocol and the keys in which the configuration departs from it."""
+    """Return the name of the protocol and the keys in which the config differs from it."""
     chosen = zip(_PROTOCOL_KEYS, PROTOCOLS[settings.protocol])
     changed = [f"{key}: {getattr(settings, key)}" for key, value in chosen if getattr(settings, key) != value]
     return settings.protocol + (f" except {', '.join(changed)}" if changed else "")
 
 
 def _metrics(rankings: Mapping[str, HasRanks], counts: Mapping[str, int], average: str) -> dict[str, float]:
-    """Compute recall per category, its means over categories (and over queries), and the means of those, in percent.
+    """Return recall per category, its means over categories (and over queries), and the means of those, in percent.
 
-    The weights are the numbers of queries and not those of the ranks, so that the expectation of chance, which is
-    computed from other numbers of ranks, is weighted alike.
+    The weights are the numbers of queries, not of ranks. The expected values of chance are computed from other numbers
+    of ranks, and so have equal weights.
     """
     recalls = {k: {category: recall_at(ranking.ranks, k) for category, ranking in rankings.items()} for k in CUTOFFS}
     metrics = {f"{category}_R@{k}": value for k in CUTOFFS for category, value in recalls[k].items()}
@@ -346,7 +347,7 @@ def _metrics(rankings: Mapping[str, HasRanks], counts: Mapping[str, int], averag
 def _submissions(
     rankings: Mapping[str, Ranking], groups: Iterable[Group], annotations: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, Any]:
-    """Return the challenge's files, one per category: the caption file with ``ranking``, the best 50 names, added."""
+    """Return the challenge's files by category: the caption file with the best 50 names added as ``ranking``."""
     files = {}
     for group in groups:
         found = by_query(group, rankings[group.name].top[:, :TOP], group.gallery)
@@ -357,16 +358,16 @@ def _submissions(
 
 
 def check_submission(content: Any, size: int, annotation: Path, gallery: Path | None) -> Review:
-    """Check a category's file for the challenge, or the same of val, and score it where the annotation has targets.
+    """Check a category's file for the challenge, or such a file for val, and score it if the annotation has targets.
 
     Args:
-        content: Of the file.
-        size: Of the file, in bytes; no limit is stated.
-        annotation: Caption file that the queries come from.
-        gallery: Split file with the image names; by default the one that lies with the annotation.
+        content: Content of the file.
+        size: Size of the file in bytes; no limit is stated.
+        annotation: Path of the caption file with the queries.
+        gallery: Path of the split file with the image names; the default is the one beside the annotation.
 
     Raises:
-        ValueError, FileNotFoundError: the annotation or the split file cannot be read.
+        ValueError, FileNotFoundError: If the annotation or the split file cannot be read.
     """
     items = read_records(annotation)
     has_targets = all("target" in item for item in items)
@@ -421,14 +422,14 @@ def _read_category(bases: list[Path], category: str, split: str) -> _Category:
 
 
 def _read_names(path: Path) -> dict[str, int]:
-    """Read a split file: the image names in gallery order, each with its place."""
+    """Return the image names of a split file in gallery order, each with its position."""
     names = read_json(path)
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} must hold a non-empty list of image names; correct the file or copy it again.")
     places: dict[str, int] = {}
     for number, name in enumerate(names):
         places.setdefault(image_name(name, "name", path, number), number)
-    if len(places) < len(names) and f".{_MERGED}." not in path.name:  # categories share images
+    if len(places) < len(names) and f".{_MERGED}." not in path.name:  # images occur in several categories
         raise ValueError(f"{path} lists {len(names) - len(places):,} images twice; its names must be distinct.")
     return places
 
@@ -461,7 +462,7 @@ def _find_images(settings: FashionIQConfig, names: Iterable[str]) -> tuple[dict[
 
 
 def _usages() -> tuple[Usage, ...]:
-    """Return one way of scoring per gallery: what else the protocols differ in needs no other files."""
+    """Return one evaluation per gallery, because other differences of the protocols need no other files."""
     by_gallery: dict[str, list[str]] = {}
     for name, (gallery, *_) in PROTOCOLS.items():
         by_gallery.setdefault(gallery, []).append(name)
@@ -471,7 +472,7 @@ def _usages() -> tuple[Usage, ...]:
 
 CHECKLIST = Checklist(
     title="FashionIQ",
-    ways=_usages(),
+    usages=_usages(),
     published={
         ("train", "dress"): 5_985, ("train", "shirt"): 5_988, ("train", "toptee"): 6_027,
         ("val", "dress"): 2_017, ("val", "shirt"): 2_038, ("val", "toptee"): 1_961,

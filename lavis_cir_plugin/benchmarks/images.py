@@ -1,4 +1,4 @@
-"""Image files: found by name, opened as RGB, checked before a long run."""
+"""Find image files by name, open them as RGB, and check them before a long run."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from lavis_cir_plugin.benchmarks.annotation_files import refuse_special
-from lavis_cir_plugin.benchmarks.survey import current_survey, listing
+from lavis_cir_plugin.benchmarks.survey import current_survey, scan_once
 from lavis_cir_plugin.core.error_messages import listed
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_HAS_AVIF = find_spec("PIL._avif") is not None  # since Pillow 11.3, where it was built with it
+_HAS_AVIF = find_spec("PIL._avif") is not None  # Pillow has it since 11.3 in most builds
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if _HAS_AVIF else []))
-"""The only formats that are decoded, in Pillow's names, whatever a file is called; JPEG's decoder also takes MPO.
+"""Decoded formats in Pillow's names, whatever a file is called. The decoder of JPEG also reads MPO.
 
-Pillow knows some forty more. Nobody means them in a catalogue, their decoders are hardly read any more, and one hands
-PostScript to an interpreter outside.
+Pillow knows some forty more. Catalogues hardly contain them, few people check their decoders, and one of them passes
+PostScript to an external interpreter.
 """
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     *([".avif"] if _HAS_AVIF else []),
 )
-"""Accepted file suffixes (any case); the first wins where a name has several files.
+"""Accepted file suffixes in any case. If a name has several files, the first suffix here wins.
 
-The published data sets need the first three. The others are what catalogues hold; files are opened by content anyway.
+The published data sets need the first three, and catalogues hold the others. Files are opened by content in any case.
 """
 
 T = TypeVar("T")
@@ -49,9 +49,9 @@ SYSTEM_FOLDERS = frozenset(
         "temporary items",
     }
 )  # fmt: skip
-"""Folders, in lower case, that file servers and systems keep thumbnails, metadata and deleted files in.
+"""Folders, in lower case, in which file servers and systems keep thumbnails, metadata and deleted files.
 
-Those of Synology and QNAP, macOS and Windows; what begins with a dot is hidden and left out by that.
+They belong to Synology, QNAP, macOS and Windows. Names that begin with a dot are hidden and left out anyway.
 """
 
 _pillow_settings = threading.RLock()
@@ -60,12 +60,11 @@ logger = logging.getLogger(__name__)
 
 
 def scan_images(folders: Iterable[Path]) -> dict[str, Path]:
-    """Map the stem of every image file in the folders and in their direct sub-folders to its path.
+    """Return the paths of all image files in the folders and their direct sub-folders, by stem.
 
-    One directory listing per folder and no look into a single file, so that 120,000 files take seconds. Links that lead
-    nowhere, named pipes and folders named like a picture are no image files, and what is hidden or in one of
-    `SYSTEM_FOLDERS` is left out. Where a stem occurs twice, earlier folders win, then files outside sub-folders, then
-    `SUFFIXES` order.
+    The scan lists each folder once and opens no file, so 120,000 files take seconds. Broken links, named pipes and
+    folders with an image suffix do not count. Hidden entries and `SYSTEM_FOLDERS` are left out. If a stem occurs twice,
+    earlier folders win, then files outside sub-folders, then the order of `SUFFIXES`.
     """
     found: dict[str, Path] = {}
     for folder in folders:
@@ -88,11 +87,11 @@ def _listing(folder: Path, subfolders: bool) -> dict[str, Path]:
 
 
 def scan_tree(folder: Path) -> dict[str, Path]:
-    """Map the path of every image file below a folder, relative to it and with ``/``, to its path; sorted.
+    """Return the paths of all image files below a folder by their relative path with ``/``, sorted.
 
-    As fast as `scan_images`. What stands there but is no picture of its owner's is left out, and a warning (in a survey
-    `Survey.left_out`) says how many: hidden files, files in hidden folders, in `SYSTEM_FOLDERS` and in the output
-    folders of runs, and what is no regular file. Links to folders are followed only into the tree, never up it.
+    The scan is as fast as `scan_images`. It leaves out files that are not the owner's pictures: hidden files, files in
+    hidden folders, in `SYSTEM_FOLDERS` and in the output folders of runs, and special files. A warning counts them; a
+    survey records it in `Survey.left_out`. Links to folders are followed only into the tree, never up it.
     """
     found: dict[str, Path] = {}
     left_out = _LeftOut()
@@ -112,12 +111,12 @@ def scan_tree(folder: Path) -> dict[str, Path]:
                 descend(f"{inside}{name}/", above | {real})
 
     descend("", frozenset({root}))
-    left_out.say(folder)
+    left_out.log(folder)
     return dict(sorted(found.items()))
 
 
 class _LeftOut:
-    """Counts what a scan leaves out, by the reason."""
+    """Count the files that a scan leaves out, by reason."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -128,13 +127,13 @@ class _LeftOut:
         self._first.setdefault(reason, Path(path))
 
     def add_pictures(self, reason: str, folder: str | Path) -> None:
-        """Add all files below a folder that are called like pictures."""
+        """Add all files below a folder that have an image suffix."""
         for place, _, names in os.walk(folder):
             for name in filter(_is_called_a_picture, names):
                 self.add(reason, os.path.join(place, name))
 
-    def say(self, folder: Path) -> None:
-        """Log it, or tell it to the survey that is under way; nothing where nothing was left out."""
+    def log(self, folder: Path) -> None:
+        """Log what was left out, or record it in the running survey; do nothing if nothing was left out."""
         if not self._counts:
             return
         parts = [
@@ -151,16 +150,16 @@ class _LeftOut:
 
 @cache
 def _warn_once(sentence: str) -> None:
-    """Log a warning, once per process: several splits are read from one folder."""
+    """Log a warning once per process, because several splits are read from one folder."""
     logger.warning("%s", sentence)
 
 
 def _entries(folder: Path, left_out: _LeftOut | None = None) -> tuple[list[str], list[str]]:
-    """Return the names of a folder's image files, and of its folders, sorted; without what is hidden or a system's."""
+    """Return the sorted names of a folder's images and sub-folders, without hidden ones and `SYSTEM_FOLDERS`."""
     files, folders = [], []
     with os.scandir(folder) as scan:
         for entry in scan:
-            # Asking the entry costs nothing but for links; of those, a circle would raise.
+            # Asking the entry is free except for links; a circle of links would raise.
             is_link = entry.is_symlink()
             if os.path.isdir(entry) if is_link else entry.is_dir():
                 if not is_foreign(entry.name):
@@ -177,7 +176,7 @@ def _entries(folder: Path, left_out: _LeftOut | None = None) -> tuple[list[str],
 
 
 def is_foreign(name: str) -> bool:
-    """Return whether a file or folder of this name is hidden or a system's, so that it is no picture of its owner's."""
+    """Return whether a file or folder with this name is hidden or belongs to a system, and not to the owner."""
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
@@ -186,14 +185,14 @@ def _is_called_a_picture(name: str) -> bool:
 
 
 def _leads_out(root: str, real: str) -> bool:
-    """Return whether a folder, both without links, lies outside a tree or in a part of it that is left out."""
+    """Return whether a folder lies outside a tree or in a left-out part of it; both paths are free of links."""
     if Path(root) not in (Path(real), *Path(real).parents):
         return True
     return any(is_foreign(part) for part in Path(real).relative_to(root).parts)
 
 
 def _is_run(folder: Path) -> bool:
-    """Return whether a folder is the output of a run: its ``log.txt`` begins with the config, a JSON object."""
+    """Return whether a folder is the output of a run, whose ``log.txt`` begins with the config as a JSON object."""
     log = folder / "log.txt"
     with suppress(OSError):
         if log.is_file():
@@ -203,15 +202,15 @@ def _is_run(folder: Path) -> bool:
 
 
 def refuse_output_inside(output: Path, folder: Path, key: str) -> None:
-    """Refuse an output folder inside an image folder: what a run writes there would be a picture to the next one.
+    """Refuse an output folder inside an image folder, because later runs would take its files for pictures.
 
     Args:
-        output: The folder of all runs; need not exist.
-        folder: Of the images; need not exist.
-        key: Of the config that names the image folder, for the message.
+        output: Folder of all runs; it need not exist.
+        folder: Folder of the images; it need not exist.
+        key: Config key of the image folder, for the message.
 
     Raises:
-        ValueError: it is that folder or lies below it, links followed.
+        ValueError: If the output folder is the image folder or lies below it; links are followed.
     """
     inside, above = Path(os.path.realpath(output)), Path(os.path.realpath(folder))
     if inside == above or above in inside.parents:
@@ -222,14 +221,14 @@ def refuse_output_inside(output: Path, folder: Path, key: str) -> None:
 
 
 class Spelling:
-    """The files that names of one's own catalogue mean where they are spelt in another way.
+    """Find the files of names in one's own catalogue that are spelt in another way.
 
     File systems and programs write accents as one character or as two (Unicode's NFC and NFD), which look alike, and
-    suffixes in upper or lower case. A name that no file has exactly means the only one that differs in nothing else.
+    suffixes in upper or lower case. A name without an exact file stands for the only file that differs in nothing else.
 
     Args:
-        scanned: Path by the names of the files, as of `scan_tree`.
-        dataset: Its registered name, for the warning.
+        scanned: Paths by the names of the files, from `scan_tree`.
+        dataset: Registered name of the data set, for the warning.
     """
 
     def __init__(self, scanned: Mapping[str, Path], dataset: str) -> None:
@@ -238,8 +237,8 @@ class Spelling:
         self._by_key: dict[str, list[str]] | None = None
         self._respelt: dict[str, str] = {}
 
-    def of(self, name: str) -> str:
-        """Return the name of the file that is meant, or the name itself where there is none, or more than one."""
+    def file_name(self, name: str) -> str:
+        """Return the name of the file that is meant, or the name itself if no file or more than one matches."""
         if name in self.scanned:
             return name
         if name in self._respelt:
@@ -255,13 +254,13 @@ class Spelling:
         return meant[0]
 
     def near(self, name: str) -> str:
-        """Say what may be meant by a name that no file has, to follow the names in a message; empty for nothing."""
-        bare = _bare(name)
-        near = [found for found in self.scanned if _bare(found) == bare]
+        """Return a hint about files that a missing name may mean, which follows the names in a message, or ""."""
+        comparable = _comparable(name)
+        near = [found for found in self.scanned if _comparable(found) == comparable]
         return f"; {name} may be {' or '.join(near[:3])}" if near else ""
 
-    def say(self) -> None:
-        """Warn of the names that mean a file of another spelling, once per process."""
+    def log(self) -> None:
+        """Log once per process how many names mean a file with another spelling."""
         if self._respelt:
             name, found = next(iter(self._respelt.items()))
             _warn_once(
@@ -275,8 +274,8 @@ def _spelling_key(name: str) -> str:
     return stem + suffix.lower()
 
 
-def _bare(name: str) -> str:
-    """Return a name without folders, suffix, and differences of case and of Unicode's compatible forms."""
+def _comparable(name: str) -> str:
+    """Return a name without folders and suffix, and without differences of case and of Unicode's compatible forms."""
     stem = os.path.splitext(name.rpartition("/")[2])[0]
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", stem).casefold())
 
@@ -284,25 +283,25 @@ def _bare(name: str) -> str:
 def find_images(
     names: Iterable[str], folders: Sequence[Path], dataset: str, missing_images: str, verify: bool = False
 ) -> tuple[dict[str, Path], list[str]]:
-    """Find the files of the named images.
+    """Return the files of the named images.
 
     Args:
-        names: Image names (file stems); repeated ones count once.
-        folders: As `scan_images`.
-        dataset: Its registered name, for the message.
-        missing_images: ``"error"`` or ``"skip"`` (the caller leaves the missing ones out and says so).
-        verify: Check those that are found, by `verify_images`.
+        names: Image names (file stems). Repeated names count once.
+        folders: Folders for `scan_images`.
+        dataset: Registered name of the data set, for messages.
+        missing_images: ``"error"``, or ``"skip"`` if the caller leaves missing images out and reports it.
+        verify: Whether to check the found files with `verify_images`.
 
     Returns:
-        The path of each image that was found, and the names of those that were not, in the given order.
+        The path of each found image, and the names of the missing ones in the given order.
 
     Raises:
-        FileNotFoundError: ``missing_images="error"`` and an image is missing, or all are; with the count and the first
-            five.
-        ValueError: what `verify_images` finds.
+        FileNotFoundError: If an image is missing and ``missing_images="error"``, or if all are missing. The message
+            gives their number and the first five.
+        ValueError: If `verify_images` finds a problem.
     """
     remedy = f"add them as <name>{', <name>'.join(SUFFIXES)}"
-    scanned = listing(scan_images, tuple(folders))
+    scanned = scan_once(scan_images, tuple(folders))
     return select_images(names, scanned, ", ".join(map(str, folders)), remedy, dataset, missing_images, verify)
 
 
@@ -316,17 +315,17 @@ def select_images(
     verify: bool,
     near: Callable[[str], str] | None = None,
 ) -> tuple[dict[str, Path], list[str]]:
-    """Select the named images of those that a scan found; as `find_images`.
+    """Return the paths of the named images from a scan, and the names of the missing ones, as `find_images` does.
 
     Args:
-        names: As there.
-        scanned: Path by name.
-        where: The scanned folders, for the message.
-        remedy: What can be done about a missing one, for the message.
-        dataset: As there.
-        missing_images: As there.
-        verify: As there.
-        near: Says what may be meant by a missing name, as `Spelling.near`.
+        names: Image names. Repeated names count once.
+        scanned: Paths by name.
+        where: Scanned folders, for the message.
+        remedy: Advice about missing images, for the message.
+        dataset: Registered name of the data set, for messages.
+        missing_images: ``"error"``, or ``"skip"`` if the caller leaves missing images out and reports it.
+        verify: Whether to check the found files with `verify_images`.
+        near: Function that returns a hint about a missing name, such as `Spelling.near`.
     """
     wanted = list(dict.fromkeys(names))
     missing = [name for name in wanted if name not in scanned]
@@ -348,10 +347,10 @@ def select_images(
 
 
 def image_folders(guesses: Sequence[Path], dataset: str) -> list[Path]:
-    """Return the guessed image folders that exist; in a survey there may be none.
+    """Return the image folders that exist. Only in a survey may there be none.
 
     Raises:
-        FileNotFoundError: none does.
+        FileNotFoundError: If none exists.
     """
     existing = [folder for folder in guesses if folder.is_dir()]
     if not existing and current_survey() is None:
@@ -365,28 +364,33 @@ def image_folders(guesses: Sequence[Path], dataset: str) -> list[Path]:
 def open_rgb(path: Path, upright: bool = False) -> Image.Image:
     """Open an image file as RGB, by content and not by suffix.
 
-    Alpha and palette transparency are dropped and animations give their first frame, as in the field's reference
-    implementations; 16-bit grey is scaled to 8 bits (Pillow alone would clip it to white).
+    Alpha and palette transparency are dropped, and an animation gives its first frame, as in the field's reference
+    implementations. 16-bit grey is scaled to 8 bits; Pillow alone would clip it to white.
 
     Args:
-        path: The file.
-        upright: Turn and mirror it as its EXIF orientation says, as viewers do. The reference implementations of the
-            benchmarks do not, so theirs stay as they are stored.
+        path: Path of the file.
+        upright: Whether to turn and mirror the image as its EXIF orientation says, as viewers do. The reference
+            implementations of the benchmarks do not, so benchmark images stay as they are stored.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: it cannot be decoded (empty, truncated, not an image, too many pixels), or is grey of 32 bits or
-            floating point, which says nowhere what is black and what white.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it cannot be decoded (empty, truncated, not an image, too many pixels), or is grey with 32 bits
+            or in floating point, which does not define black and white.
     """
     with _truncation_is_an_error():
         return _read(path, partial(as_rgb, upright=upright))
 
 
 def decode_rgb(content: bytes, name: str, upright: bool = False) -> Image.Image:
-    """Decode the content of an image file as `open_rgb` does; ``name`` is what messages call it.
+    """Decode the content of an image file as `open_rgb` does.
+
+    Args:
+        content: Bytes of the file.
+        name: Name of the file for messages.
+        upright: Whether to apply the EXIF orientation.
 
     Raises:
-        ValueError: it cannot be decoded.
+        ValueError: If the content cannot be decoded.
     """
     with _truncation_is_an_error():
         try:
@@ -405,18 +409,18 @@ _TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-"""Name of Pillow's transposition by EXIF orientation."""
-_ORIENTATION = 0x0112  # the EXIF tag
+"""Names of Pillow's transpositions by EXIF orientation."""
+_ORIENTATION = 0x0112  # number of the EXIF tag
 
 
 def as_rgb(image: Image.Image, upright: bool = False) -> Image.Image:
-    """Return a picture of any mode as RGB, by the rules of `open_rgb`.
+    """Return a picture of any mode as RGB by the rules of `open_rgb`.
 
     Raises:
-        ValueError: it is grey of 32 bits or floating point.
+        ValueError: If it is grey with 32 bits or in floating point.
     """
     turn = _turn(image) if upright else None
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # so older Pillows call it
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillows use mode I here
         image = image.convert("I").point(lambda value: value / 257)
     elif image.mode in ("I", "F"):
         kind = "32 bits" if image.mode == "I" else "floating point"
@@ -430,13 +434,13 @@ def as_rgb(image: Image.Image, upright: bool = False) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Return how a picture has to be turned or mirrored to stand upright; ``None`` if it stands so or does not say."""
+    """Return the transposition that makes a picture upright, or ``None`` if it is upright or has no orientation."""
     from PIL import Image
 
-    image.load()  # newer Pillows turn a TIFF here, and take the tag away
+    image.load()  # newer Pillows turn a TIFF here and remove the tag
     try:
         name = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # Pillow raises many types on broken EXIF data, which say nothing about the pixels
+    except Exception:  # Pillow raises many types of errors on broken EXIF data, which do not affect the pixels
         return None
     return None if name is None else Image.Transpose[name]
 
@@ -444,12 +448,12 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 def verify_images(paths: Iterable[Path]) -> None:
     """Check that the files are whole images, several at a time.
 
-    A PNG is checked by its check sums, and a JPEG by its headers and the marker at its end, which a truncated file has
-    lost; neither is decoded. A JPEG without the marker, and every other format, is decoded (of an animation the first
-    frame). What passes can still hold wrong pixels.
+    A PNG is checked by its checksums. A JPEG is checked by its headers and the marker at its end, which a truncated
+    file lacks. Neither is decoded. A JPEG without the marker and every other format are decoded (an animation only in
+    its first frame). A file that passes can still hold wrong pixels.
 
     Raises:
-        ValueError: files that are missing or no whole images; with the count and the first five.
+        ValueError: If files are missing or not whole images. The message gives their number and the first five.
     """
     wanted = sorted(set(paths))
     problems = [problem for problem in image_problems(wanted) if problem]
@@ -461,7 +465,7 @@ def verify_images(paths: Iterable[Path]) -> None:
 
 
 def image_problems(paths: Sequence[Path]) -> list[str]:
-    """Say of each file why it is no whole image, in a sentence; an empty text where it is one. See `verify_images`."""
+    """Return for each file a sentence about why it is no whole image, or "" if it is one; see `verify_images`."""
     from concurrent.futures import ThreadPoolExecutor
 
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -485,7 +489,7 @@ def _verified_format(image: Image.Image) -> str | None:
 
 
 def _ends_like_a_jpeg(path: Path) -> bool:
-    """Return whether a file ends in the end-of-image marker, but for zeros and blanks that something padded it with."""
+    """Return whether a file ends in the end-of-image marker, apart from zeros and blanks as padding."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 4096))
@@ -494,7 +498,7 @@ def _ends_like_a_jpeg(path: Path) -> bool:
 
 @contextmanager
 def _truncation_is_an_error() -> Iterator[None]:
-    """Undo for a while that importing LAVIS makes Pillow fill what is missing of any picture with grey."""
+    """Make Pillow refuse truncated pictures during the block; importing LAVIS lets it fill missing parts with grey."""
     from PIL import ImageFile
 
     with _pillow_settings:
@@ -507,24 +511,23 @@ def _truncation_is_an_error() -> Iterator[None]:
 
 
 def check_format(path: Path) -> None:
-    """Read as much of an image file as tells that it is of one of `FORMATS`; for those who open it themselves.
+    """Check the format of an image file for code that opens it itself; only the file's beginning is read.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: it is of none, or has too many pixels.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the format is not in `FORMATS`, or the image has too many pixels.
     """
     _read(path, lambda image: None)
 
 
 def _opened(source: Path | BinaryIO) -> Image.Image:
-    """Open an image by one of the decoders that are meant; all of the package's pictures come this way."""
-    from PIL import Image  # here, because looking for files needs none of it
+    """Open an image with a decoder of `FORMATS`; the whole package opens pictures here."""
+    from PIL import Image  # imported here because the search for files does not need it
 
     return Image.open(source, formats=FORMATS)
 
 
 def _read(path: Path, use: Callable[[Image.Image], T]) -> T:
-
     refuse_special(path)
     try:
         with _opened(path) as image:
@@ -541,7 +544,7 @@ def _unreadable(name: str, is_empty: bool, error: Exception) -> ValueError:
 
 
 def _reason(error: Exception) -> str:
-    """Say what is wrong with a picture, in our words where Pillow's lead nowhere."""
+    """Return what is wrong with a picture, in our own words if Pillow's message does not help."""
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):

@@ -1,4 +1,4 @@
-"""Files of one JSON object per line that people write themselves, and the checks of their fields."""
+"""Read files with one JSON object per line that people write themselves, and check their fields."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from lavis_cir_plugin.core.error_messages import shown
 from lavis_cir_plugin.core.settings import is_text
 
 Refusal = Callable[[str], ValueError]
-"""Makes the error of a record from what is wrong with it, such as ``has no 'text'``."""
+"""Function that makes the error of a record from its problem, such as ``has no 'text'``."""
 
 
 def read_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
     """Return the lines that are not blank, with their numbers from 1.
 
     Args:
-        path: A UTF-8 file, with a byte order mark or without.
-        remedy: What to do if it does not exist, for the message.
+        path: Path of a UTF-8 file with or without a byte order mark.
+        remedy: Advice if the file does not exist, for the message.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: it cannot be read, is not UTF-8 or has no line.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it cannot be read, is not UTF-8 or has no line.
     """
     survey = current_survey()
     refuse_special(path)
@@ -41,7 +41,7 @@ def read_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
         raise ValueError(f"{path} cannot be read: {error.strerror}; put a JSON-lines file there that can.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
-    # Not splitlines: text fields may hold other characters that it would take for the end of a line.
+    # splitlines would also break lines at other characters, which text fields may hold.
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{path} is empty; it must hold one image or JSON object per line.")
@@ -49,15 +49,16 @@ def read_lines(path: Path, remedy: str) -> list[tuple[int, str]]:
 
 
 def read_objects(path: Path, remedy: str, otherwise: str = "") -> list[tuple[int, str]]:
-    """Return the lines of a file of one JSON object per line, as `read_lines`; they are not parsed yet.
+    """Return the unparsed lines of a file with one JSON object per line, with their numbers from 1.
 
     Args:
-        path: As there.
-        remedy: As there.
-        otherwise: What else can be done with a file that is one JSON array, for the message; empty for nothing.
+        path: Path of a UTF-8 file with or without a byte order mark.
+        remedy: Advice if the file does not exist, for the message.
+        otherwise: Further advice for a file that is one JSON array, for the message; may be empty.
 
     Raises:
-        FileNotFoundError, ValueError: as there, or the file is one JSON array, or spreads an object over lines.
+        FileNotFoundError: If the file does not exist.
+        ValueError: As in `read_lines`, or if the file is one JSON array or spreads an object over lines.
     """
     lines = read_lines(path, remedy)
     start = "".join(text for _, text in lines[:2])
@@ -77,19 +78,19 @@ def parse_line(text: str, refuse: Refusal, example: str) -> dict[str, Any]:
     """Parse a line that holds one JSON object.
 
     Args:
-        text: Of the line.
-        refuse: Makes the error.
-        example: How an object begins, for the message.
+        text: Text of the line.
+        refuse: Function that makes the error from a problem.
+        example: Beginning of an object, for the message.
 
     Raises:
-        ValueError: it does not.
+        ValueError: If the line holds no JSON object.
     """
     try:
         item = parse_json(text)
     except json.JSONDecodeError as error:
         comma = " (no comma belongs at its end)" if text.endswith("},") else ""
         raise refuse(f"is not valid JSON: {error.msg} at column {error.colno}{comma}") from error
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits; a key twice
+    except (RecursionError, ValueError) as error:  # deep nesting, a huge number or a repeated key
         raise refuse(f"cannot be read as JSON: {error}") from error
     if not isinstance(item, dict):
         raise refuse(f"must be an object such as {example}, got {shown(item)}")
@@ -97,10 +98,10 @@ def parse_line(text: str, refuse: Refusal, example: str) -> dict[str, Any]:
 
 
 def image_path(value: Any, key: str, refuse: Refusal) -> str:
-    """Return an image's path below the image folder, with ``/`` and its suffix, which cannot lead out of it.
+    """Return the path of an image below the image folder, with ``/`` and a suffix; it cannot leave that folder.
 
     Raises:
-        ValueError: it is no such path.
+        ValueError: If the value is not such a path.
     """
     if (
         not isinstance(value, str)
@@ -114,11 +115,11 @@ def image_path(value: Any, key: str, refuse: Refusal) -> str:
     return value
 
 
-def some_texts(value: Any, key: str, refuse: Refusal) -> tuple[str, ...]:
-    """Return the texts, without blanks at their ends, of a field that holds one or a list.
+def one_or_more_texts(value: Any, key: str, refuse: Refusal) -> tuple[str, ...]:
+    """Return the texts of a field that holds one text or a list, without blanks at their ends.
 
     Raises:
-        ValueError: it holds something else, or an empty text.
+        ValueError: If the field holds something else, or an empty text.
     """
     texts = value if isinstance(value, list) else [value]
     if not texts or not all(is_text(text) and text.strip() for text in texts):
@@ -130,7 +131,7 @@ def one_text(value: Any, key: str, refuse: Refusal) -> str:
     """Return a text without blanks at its ends.
 
     Raises:
-        ValueError: it is no text or an empty one.
+        ValueError: If the value is not text or is empty.
     """
     if not (is_text(value) and value.strip()):
         raise refuse(f"has {key} = {shown(value)}; it must be text, not empty")
@@ -138,5 +139,5 @@ def one_text(value: Any, key: str, refuse: Refusal) -> str:
 
 
 def line_error(path: Path, line: int, problem: str) -> ValueError:
-    """Build the error of one line; `line` counts from 1."""
+    """Return the error for one line; `line` counts from 1."""
     return ValueError(f"{path}, line {line} {problem}; correct the line.")

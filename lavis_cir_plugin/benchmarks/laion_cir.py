@@ -1,25 +1,26 @@
-"""Laion-CIR (Liu et al., BMVC 2023, TransAgg): training triplets made of captioned LAION pictures; no evaluation split.
+"""Read Laion-CIR (Liu et al., BMVC 2023, TransAgg): training triplets from captioned LAION pictures, no evaluation.
 
-The authors' repository ``ZS-CIR`` has one annotation file per variant, which its data loaders read as follows.
+The authors' repository ``ZS-CIR`` has one annotation file per variant. Its data loaders read them as follows.
 
 =========================================  =============================================================================
 ``laion_template_info.json``               A list of ``{"ref_image_id": "306448", "relative_cap": "beds has been newly
                                            placed.", "tgt_image_id": "347794"}``: edits by templates.
-``laion_llm_info.json``                    An object: the reference's id to ``{"tgt_image_id": "360301", "relative_cap":
-                                           "Change the color of the car to red.", "tgt_cap": "A red car is ..."}``:
-                                           edits by a language model.
-``laion_combined_info.json``               A list as the first, of both, about 32,000 triplets; comes with the pictures.
+``laion_llm_info.json``                    An object from the reference's id to ``{"tgt_image_id": "360301",
+                                           "relative_cap": "Change the color of the car to red.", "tgt_cap": "A red car
+                                           is ..."}``: edits by a language model.
+``laion_combined_info.json``               A list like the first, with about 32,000 triplets of both; it comes with the
+                                           pictures.
 =========================================  =============================================================================
 
-Image 306448 is the file ``0306448.png``: seven digits. Both forms are read in every file, ids as text or numbers, and
-other fields are ignored, so files that others have derived from these are read as well.
+Image 306448 is the file ``0306448.png``, with seven digits. Every file may have either form, with ids as text or
+numbers. Other fields are ignored, so files that others have derived from these are read as well.
 
-People keep the files in ``files/`` or ``data/files/`` (as the repository does) or with the pictures, and the pictures
-in one folder or in one per variant (``laion_cir_combined``, ``laion_cir_llm``, ``laion_cir_template``,
-``laion_chatgpt_16k``): they are found by name in the data set's folder and the folders directly below it.
+People keep the files in ``files/`` or ``data/files/`` (as the repository does) or with the pictures. They keep the
+pictures in one folder or in one per variant (``laion_cir_combined``, ``laion_cir_llm``, ``laion_cir_template``,
+``laion_chatgpt_16k``). Pictures are found by name in the data set's folder and in the folders directly below it.
 
-The files have no caption of the reference, which TSCIR's second stage trains on as well. Its data loader reads them
-from an object of image files to texts, ``{"0306448.png": "A bed. It is ..."}``, and takes the first sentence;
+The files have no caption of the reference, on which TSCIR's second stage also trains. TSCIR's data loader reads
+captions from an object of image files to texts, ``{"0306448.png": "A bed. It is ..."}``, and takes the first sentence.
 ``reference_captions`` names such a file.
 """
 
@@ -35,7 +36,7 @@ from typing import Any
 from lavis_cir_plugin.benchmarks.annotation_files import find_annotation, read_json, record_error
 from lavis_cir_plugin.benchmarks.images import find_images, image_folders
 from lavis_cir_plugin.benchmarks.json_lines import Refusal, one_text
-from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, beside_cirr
+from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, train_in_cirr_project
 from lavis_cir_plugin.benchmarks.types import Triplet, complete_triplets, first_or_drawn
 from lavis_cir_plugin.core.error_messages import listed, shown
 from lavis_cir_plugin.core.settings import at_least, config_from_mapping, is_text, one_of
@@ -51,15 +52,16 @@ class LaionCIRConfig:
     """Keys of ``datasets.laion_cir.build_info``.
 
     Attributes:
-        root: Folder of the pictures, or the folder above theirs.
-        annotations: Folder of the annotation files where it is not ``root`` or ``files`` or ``data/files`` below it.
-        images: Folder of the pictures where it is not ``root``, ``root/images`` or directly below one of them.
-        variant: Which of the files: ``combined``, ``template`` or ``llm``.
-        reference_captions: A JSON file of image file to caption; every reference must have one.
-        max_triplets: Train on so many at most: the first, or with a ``seed`` drawn ones.
-        seed: Of the draw. Fewer triplets of one seed are among more of it.
-        missing_images: ``error``, or ``skip`` the triplets that need a missing image and log how many.
-        verify_images: Check every image file before the run.
+        root: Folder of the pictures, or the folder above them.
+        annotations: Folder of the annotation files if it is not ``root`` or ``files`` or ``data/files`` below it.
+        images: Folder of the pictures if it is not ``root``, ``root/images`` or directly below one of them.
+        variant: File to read: ``combined``, ``template`` or ``llm``.
+        reference_captions: Path of a JSON file from image file to caption; every reference must have a caption.
+        max_triplets: Largest number of training triplets: the first ones, or a random sample if ``seed`` is set.
+        seed: Seed of the sample. For one seed, a smaller sample is a part of a larger one.
+        missing_images: ``error``, or ``skip`` to leave out triplets that need a missing image and log how many there
+            are.
+        verify_images: Whether to check every image file before the run.
     """
 
     root: str
@@ -74,25 +76,25 @@ class LaionCIRConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> LaionCIRConfig:
-        """Build the configuration; raise ValueError with every unknown key and impossible value."""
+        """Build the config; raise ValueError that names every unknown key and impossible value."""
         return config_from_mapping(cls, "laion_cir", mapping)
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading anything.
+    """Check the keys and values of a ``build_info`` without reading files.
 
     Raises:
-        ValueError: every unknown key and impossible value.
+        ValueError: If keys are unknown or values impossible. The message names all of them.
     """
     LaionCIRConfig.from_mapping(config)
 
 
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:
-    """Read the training triplets in file order, and the paths of their images.
+    """Return the training triplets in file order and the paths of their images.
 
     Raises:
-        ValueError: a key or value of the configuration, a record or a caption is wrong.
-        FileNotFoundError: a file or an image is missing.
+        ValueError: If a key or value of the config, a record or a caption is wrong.
+        FileNotFoundError: If a file or an image is missing.
     """
     settings = LaionCIRConfig.from_mapping(config)
     bases = [Path(settings.annotations or settings.root)]
@@ -109,7 +111,7 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
 
 
 def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
-    """Return the edit; a triplet has one."""
+    """Return the only edit of a triplet."""
     return captions[0]
 
 
@@ -136,7 +138,7 @@ def _triplet(record: Any, refuse: Refusal) -> Triplet:
 
 
 def _image(value: Any, key: str, refuse: Refusal) -> str:
-    """Return an image's name, its number with seven digits."""
+    """Return an image's name, which is its number with seven digits."""
     text = str(value) if type(value) is int else value
     if not (isinstance(text, str) and text.isascii() and text.isdigit() and len(text) <= 12):
         raise refuse(f"has {key} = {shown(value)}; it must be the number of an image")
@@ -169,9 +171,9 @@ def _with_captions(triplets: list[Triplet], path: Path) -> list[Triplet]:
 
 CHECKLIST = Checklist(
     title="Laion-CIR-Combined",
-    ways=(Usage("training", "train"),),
+    usages=(Usage("training", "train"),),
     published={},
     absent_files="laion_combined_info.json comes with the pictures, by the link in the repository ZS-CIR",
     absent_images="image 306448 is the file 0306448.png of the authors' archive",
-    training=beside_cirr("laion_cir"),
+    training=train_in_cirr_project("laion_cir"),
 )

@@ -1,18 +1,18 @@
-"""LaSCo (Levy et al., AAAI 2024): 389,305 queries on COCO 2014 pictures, made of VQA 2.0's; training and validation.
+"""Read LaSCo (Levy et al., AAAI 2024): 389,305 queries on COCO 2014 pictures from VQA 2.0, training and validation.
 
 The authors' repository ``levymsn/LaSCo`` describes ``lasco_train.json`` and ``lasco_val.json`` as lists of ::
 
     {"qid": 28714000, "query-image": [28714, "val2014/COCO_val2014_000000028714.jpg"],
      "query-text": "The person is riding the bike", "target-image": [277005, "val2014/COCO_val2014_000000277005.jpg"]}
 
-and publishes the validation gallery, ``lasco_val_corpus.json``, 39,826 times ``{"id": 42, "path":
-"val/val2014/COCO_val2014_000000000042.jpg"}``. The two disagree about the folders above ``val2014``: a picture is found
-by its file name, wherever it lies.
+and publishes the validation gallery, ``lasco_val_corpus.json``, with 39,826 entries such as ``{"id": 42, "path":
+"val/val2014/COCO_val2014_000000000042.jpg"}``. The two disagree about the folders above ``val2014``, so a picture is
+found by its file name in any folder.
 
 People keep the three files in ``downloads/`` (as the repository does), ``captions/``, ``annotations/`` or
-``metadata/``, or beside the pictures, and COCO's folders ``train2014`` and ``val2014`` below ``root``, ``images/``,
-``coco/``, ``train/`` or ``val/``. Whether the reference competes in the authors' own evaluation is not stated where we
-looked; ``reference`` offers both and the protocol line says which.
+``metadata/``, or beside the pictures. They keep COCO's folders ``train2014`` and ``val2014`` below ``root``,
+``images/``, ``coco/``, ``train/`` or ``val/``. We found no statement whether the reference competes in the authors' own
+evaluation. ``reference`` offers both, and the protocol line says which one was used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lavis_cir_plugin.benchmarks.annotation_files import (
 )
 from lavis_cir_plugin.benchmarks.images import find_images, image_folders
 from lavis_cir_plugin.benchmarks.json_lines import one_text
-from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, beside_cirr
+from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, train_in_cirr_project
 from lavis_cir_plugin.benchmarks.types import (
     Benchmark,
     Group,
@@ -65,15 +65,15 @@ class LaSCoConfig:
     """Keys of ``datasets.lasco.build_info``.
 
     Attributes:
-        root: The data set's folder or its parent.
-        annotations: Folder of the JSON files where it is not below ``root``.
-        images: Folder of ``train2014`` and ``val2014`` where it is not below ``root``.
+        root: Folder of the data set or its parent.
+        annotations: Folder of the JSON files if it is not below ``root``.
+        images: Folder of ``train2014`` and ``val2014`` if it is not below ``root``.
         reference: ``removed`` from its own ranking, or ``kept`` in the gallery.
-        selection_metric: What chooses the best checkpoint.
-        max_triplets: Train on so many at most: the first, or with a ``seed`` drawn ones.
-        seed: Of the draw. Fewer triplets of one seed are among more of it.
-        missing_images: ``error``, or ``skip`` what needs a missing image and say how much that is.
-        verify_images: Check every image file before the run.
+        selection_metric: Metric that chooses the best checkpoint.
+        max_triplets: Largest number of training triplets: the first ones, or a random sample if ``seed`` is set.
+        seed: Seed of the sample. For one seed, a smaller sample is a part of a larger one.
+        missing_images: ``error``, or ``skip`` to leave out what needs a missing image and report how much that is.
+        verify_images: Whether to check every image file before the run.
     """
 
     root: str
@@ -88,7 +88,7 @@ class LaSCoConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> LaSCoConfig:
-        """Build the configuration; raise ValueError with every unknown key and impossible value."""
+        """Build the config; raise ValueError that names every unknown key and impossible value."""
         return config_from_mapping(cls, "lasco", mapping)
 
 
@@ -101,20 +101,20 @@ class _Record:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading anything.
+    """Check the keys and values of a ``build_info`` without reading files.
 
     Raises:
-        ValueError: every unknown key and impossible value.
+        ValueError: If keys are unknown or values impossible. The message names all of them.
     """
     LaSCoConfig.from_mapping(config)
 
 
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:
-    """Read the training triplets in file order, and the paths of their images.
+    """Return the training triplets in file order and the paths of their images.
 
     Raises:
-        ValueError: a key or value of the configuration or a record is wrong.
-        FileNotFoundError: a file or an image is missing.
+        ValueError: If a key or value of the config, or a record, is wrong.
+        FileNotFoundError: If a file or an image is missing.
     """
     settings = LaSCoConfig.from_mapping(config)
     records = _read_queries(_find(settings, "lasco_train.json"))
@@ -127,14 +127,14 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
 
 
 def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
-    """Read the ``val`` split; the gallery is the published corpus, in its order.
+    """Return the ``val`` split; the gallery is the published corpus in its order.
 
-    With ``missing_images: skip`` the gallery shrinks and queries that need a missing image are left out; the protocol
-    line says how many.
+    With ``missing_images: skip`` the gallery shrinks, and queries that need a missing image are left out. The protocol
+    line counts them.
 
     Raises:
-        ValueError: a key or value of the configuration or a record is wrong, or no such split.
-        FileNotFoundError: a file or an image is missing.
+        ValueError: If a key or value of the config, or a record, is wrong, or if there is no such split.
+        FileNotFoundError: If a file or an image is missing.
     """
     check_split(split, "lasco", SPLITS[1:])
     settings = LaSCoConfig.from_mapping(config)
@@ -165,7 +165,7 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
 
 
 def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
-    """Return the query's text; a triplet has one."""
+    """Return the only text of a query."""
     return captions[0]
 
 
@@ -205,7 +205,7 @@ def _read_queries(path: Path) -> list[_Record]:
 
 
 def _image(record: Mapping[str, Any], key: str, path: Path, number: int) -> str:
-    """Return the name of an image given as ``[id, path]``."""
+    """Return the name of an image that is given as ``[id, path]``."""
     value = record.get(key)
     if not (isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)):
         raise record_error(path, number, f"has {key} = {shown(value)}; it must be a list of an image's id and its path")
@@ -213,7 +213,7 @@ def _image(record: Mapping[str, Any], key: str, path: Path, number: int) -> str:
 
 
 def _read_corpus(path: Path) -> dict[str, int]:
-    """Return the gallery's images, with the number of their records."""
+    """Return the gallery's images with the numbers of their records."""
     numbers: dict[str, int] = {}
     for number, record in enumerate(read_records(path)):
         file = str(text_field(record, "path", path, number))
@@ -228,9 +228,9 @@ def _read_corpus(path: Path) -> dict[str, int]:
 
 CHECKLIST = Checklist(
     title="LaSCo",
-    ways=(Usage("training", "train"), Usage("val", "val")),
+    usages=(Usage("training", "train"), Usage("val", "val")),
     published={},
     absent_files="lasco_train.json, lasco_val.json and lasco_val_corpus.json are in downloads/ of its repository",
     absent_images="the images are COCO's train2014.zip and val2014.zip",
-    training=beside_cirr("lasco"),
+    training=train_in_cirr_project("lasco"),
 )

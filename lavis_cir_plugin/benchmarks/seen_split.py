@@ -1,4 +1,4 @@
-"""Draw the split ``seen`` from the training data, to be compared with ``val``."""
+"""Sample the split ``seen`` from the training data for a comparison with ``val``."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from lavis_cir_plugin.benchmarks.types import Group, Query, images_of
 
 
 def drawn_like(training: Group, val: Group, seed: int = 0) -> Group:
-    """Draw training queries into a group of val's size: recall on it less recall on val is the generalisation gap.
+    """Sample training queries as a group of val's size; its recall less val's recall is the generalisation gap.
 
-    Recall depends on the number of gallery images and on how many of them resemble the target, so the gallery gets
-    val's size and is filled by whole clusters, that is, with all training images that are connected through queries
-    (FashionIQ's variants of one product, CIRR's image sets), in random order. The queries are drawn from those whose
-    images all lie in that gallery.
+    Recall depends on the number of gallery images and on how many of them resemble the target. So the gallery gets
+    val's size and is filled with whole clusters in random order. A cluster holds all training images that queries
+    connect (FashionIQ's variants of one product, CIRR's image sets). The queries are sampled from those whose images
+    all lie in that gallery.
 
     Args:
-        training: All training queries, and the images to draw from.
-        val: What to resemble in its two sizes; where the training data are too few, the result is smaller.
-        seed: Of the draw, which also depends on the group's name and on nothing else.
+        training: Group with all training queries and images.
+        val: Group whose two sizes the result gets. The result is smaller if the training data are too few.
+        seed: Seed of the sample, which otherwise depends only on the group's name.
 
     Returns:
-        A group with training's name and rule. Every reference, target, member and labelled image is in its gallery;
-        queries and gallery keep training's order.
+        A group with the name and the rule of `training`. Every reference, target, member and labelled image is in its
+        gallery. Queries and gallery keep the order of `training`.
     """
     rng = random.Random(f"{seed} {training.name}")
     clusters = _clusters(training.queries)
@@ -44,7 +44,7 @@ def drawn_like(training: Group, val: Group, seed: int = 0) -> Group:
 
 
 def _clusters(queries: Sequence[Query]) -> list[list[Query]]:
-    """Sort queries so that no image occurs in two clusters and no cluster can be parted; in order of first queries."""
+    """Return the connected components of queries that share images, in the order of their first queries."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

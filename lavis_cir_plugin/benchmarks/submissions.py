@@ -1,4 +1,4 @@
-"""What every submission file has to be: all queries, so many distinct images each, known ones."""
+"""Write and check submission files: each query has a fixed number of distinct, known images."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Row = list[Hashable]
-"""The images of one query, best first, in the type in which the annotation names them."""
+"""Images of one query, best first, in the type that the annotation uses for them."""
 
-_NOT_LISTED = 2**40  # a rank beyond every cutoff
+_NOT_LISTED = 2**40  # rank beyond every cutoff
 
 
 @dataclass(frozen=True)
 class ListedRanks:
-    """Ranks that a file gives, of which metrics are computed as of a `Ranking`.
+    """Ranks from a file, with which metrics are computed as with a `Ranking`.
 
     Attributes:
-        ranks: ``(Q,)`` 0-based rank of the target; -1 where it is not listed.
-        subset_ranks: The same, for files that rank a subset.
-        relevant_ranks: ``(Q, T)`` 0-based rank of every labelled image, beyond every cutoff where it is not listed.
+        ranks: ``(Q,)`` 0-based rank of the target, or -1 if it is not listed.
+        subset_ranks: ``(Q,)`` 0-based rank of the target in files that rank a subset, or -1.
+        relevant_ranks: ``(Q, T)`` 0-based rank of every labelled image, or a rank beyond every cutoff if it is not
+            listed.
     """
 
     ranks: list[int]
@@ -38,16 +39,16 @@ class ListedRanks:
 
 @dataclass
 class Review:
-    """What the check of a submission file found.
+    """Findings of the check of a submission file.
 
     Attributes:
-        title: What the file is, by the annotation and by itself.
-        rows: By query, in the annotation's order, those that are lists of images.
-        problems: Offenders by kind of problem; the test server refuses the file for any of them.
-        notes: What is worth knowing and no problem.
-        checked: What was looked at, whatever was found.
-        unchecked: What could not be looked at, and why.
-        metrics: In percent; empty where the annotation has no targets or the file has a problem.
+        title: Description of the file from the annotation and from the file itself.
+        rows: Images of each query in the annotation's order, for queries with a list of images.
+        problems: Offending queries by problem. The test server refuses the file for each of them.
+        notes: Useful remarks that are not problems.
+        checked: What was checked, with any result.
+        unchecked: What could not be checked, and why.
+        metrics: Metrics in percent; empty if the annotation has no targets or the file has a problem.
     """
 
     title: str
@@ -59,18 +60,18 @@ class Review:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def refuse(self, kind: str, offender: str) -> None:
-        """Add a problem."""
+        """Add a problem and an offending query."""
         self.problems.setdefault(kind, []).append(offender)
 
     def read_rows(
         self, content: Mapping[str, Any], identifiers: Collection[str], as_image: Callable[[Any], Hashable | None]
     ) -> None:
-        """Take the rows of all queries, and note missing and unknown queries and what is no list of images.
+        """Read the rows of all queries; record missing and unknown queries, and values that are no list of images.
 
         Args:
-            content: Of the file: list by query.
-            identifiers: Of the annotation's queries, in order.
-            as_image: Returns a value's image, or None where it is no image's name.
+            content: Content of the file: a list by query.
+            identifiers: Ids of the annotation's queries, in order.
+            as_image: Function that returns the image that a value names, or None if it names none.
         """
         for identifier in identifiers:
             if identifier not in content:
@@ -90,7 +91,7 @@ class Review:
                 self.refuse("unknown queries", shown(identifier))
 
     def check_rows(self, count: int, gallery: Collection[Hashable] | None) -> None:
-        """Note every row that has not ``count`` distinct images, and unknown images where the gallery is known."""
+        """Record rows without exactly ``count`` distinct images, and images outside the gallery if it is known."""
         self.checked += [f"exactly {count} images for each query", "images twice"]
         for identifier, row in self.rows.items():
             if len(row) != count:
@@ -102,13 +103,13 @@ class Review:
                 self.check_each("queries with an image that is not in the gallery", identifier, gallery)
 
     def check_each(self, kind: str, identifier: str, allowed: Collection[Hashable]) -> None:
-        """Note the query if one of its images is not allowed."""
+        """Record the query if one of its images is not allowed."""
         stranger = next((image for image in self.rows[identifier] if image not in allowed), None)
         if stranger is not None:
             self.refuse(kind, f"{identifier} has {shown(stranger)}")
 
     def note_gallery(self, path: Path | None, count: int, name: str) -> None:
-        """Note by which file, with how many images, the images' names were checked, or which file was wanted for it."""
+        """Record the file and number of images by which names were checked, or that this file is missing."""
         if path is None:
             self.unchecked.append(
                 f"the images' names, because {name} is not beside the annotation: give it by --gallery"
@@ -117,7 +118,7 @@ class Review:
             self.checked.append(f"the images' names (by the {count:,} of {path})")
 
     def __str__(self) -> str:
-        """Return the findings, one a line."""
+        """Return the findings, one per line."""
         lines = [f"checked: {', '.join(self.checked)}"] if self.checked else []
         lines += [f"not checked: {what}" for what in self.unchecked]
         lines += [f"note: {note}" for note in self.notes]
@@ -126,12 +127,12 @@ class Review:
 
 
 def by_query(group: Group, best: Tensor, images: Sequence[Any]) -> dict[str, list[Any]]:
-    """Return each query's images, best first, by its identifier.
+    """Return the images of each query, best first, by its identifier.
 
     Args:
-        group: Of the queries.
+        group: Group of the queries.
         best: ``(Q, k)`` gallery indices; -1 pads.
-        images: What the file calls the images of the gallery, in its order.
+        images: Names that the file uses for the images of the gallery, in its order.
     """
     rows = ([images[index] for index in row if index >= 0] for row in best.tolist())
     return dict(zip((query.identifier for query in group.queries), rows))
@@ -140,13 +141,13 @@ def by_query(group: Group, best: Tensor, images: Sequence[Any]) -> dict[str, lis
 def ranks_in(
     rows: Sequence[Row], targets: Sequence[Hashable], relevant: Sequence[Sequence[Hashable]] = ()
 ) -> ListedRanks:
-    """Return the ranks of labelled images in lists that end early.
+    """Return the ranks of labelled images in truncated rankings.
 
     Args:
-        rows: One per query, best first.
-        targets: One per query; its rank is -1 where it is not listed. It is the rank in the subset as well, for files
-            that rank one.
-        relevant: Labelled images per query; those that are not listed have a rank beyond every cutoff.
+        rows: Ranked images of each query, best first.
+        targets: Target of each query. Its rank is -1 if it is not listed. It also serves as the subset rank, for files
+            that rank a subset.
+        relevant: Labelled images of each query. An image that is not listed has a rank beyond every cutoff.
     """
     places = [{image: place for place, image in reversed(list(enumerate(row)))} for row in rows]
     ranks = [place.get(target, -1) for place, target in zip(places, targets)]
@@ -158,13 +159,16 @@ def ranks_in(
 
 
 def gallery_beside(annotation: Path, gallery: Path | None, folders: Sequence[str], name: str) -> Path | None:
-    """Return the gallery file: the given one, else the first of the folders' (relative to the annotation's), if any.
+    """Return the given gallery file, or the first one in the folders, which are relative to the annotation's folder.
 
-    Where the annotation or its folder is a link, its target's neighbours count as well as the link's own.
+    If the annotation or its folder is a link, the neighbours of the link and of its target both count.
+
+    Returns:
+        The path, or None if there is no such file.
     """
     places: list[Path] = []
     for folder in folders:
-        # The system goes up (..) from the target of a linked folder; written out, the path goes up from the link.
+        # The system goes up (..) from the target of a linked folder, but a written-out path goes up from the link.
         beside_link = os.path.normpath(os.path.abspath(annotation.parent / folder))
         bases = (annotation.parent / folder, Path(beside_link), annotation.resolve().parent / folder)
         places += [base / name for base in bases]

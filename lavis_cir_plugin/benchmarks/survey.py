@@ -1,4 +1,4 @@
-"""Read annotation files without their images, and say what there is to look for, for ``lavis-cir check``."""
+"""Read annotation files without their images, for ``lavis-cir check``, which reports what is there."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Scan = TypeVar("Scan")
 
 @dataclass(frozen=True)
 class Usage:
-    """One thing that a data set can be used for.
+    """One use of a data set.
 
     Attributes:
-        label: What it is called.
-        split: The split that it reads.
-        settings: Keys of ``build_info`` that make it.
-        is_submission: Whether it makes a test server's file, which needs every query.
+        label: Name of the use.
+        split: Split that it reads.
+        settings: Keys of ``build_info`` that select it.
+        is_submission: Whether it writes a test server's file, which needs every query.
     """
 
     label: str
@@ -31,23 +31,23 @@ class Usage:
 
 @dataclass(frozen=True)
 class Checklist:
-    """What ``lavis-cir check`` looks for of a data set, which brings it as ``CHECKLIST``.
+    """What ``lavis-cir check`` looks for in a data set. Its module defines it as ``CHECKLIST``.
 
     Attributes:
-        title: As its authors write it.
-        ways: What it can be used for.
-        published: Triplets or queries by split and part, of the published files; none for one's own data.
-        absent_files: What to know when annotation files are missing.
-        absent_images: What to know when images are missing.
-        parts: Settings by name of the parts that are read by themselves, FashionIQ's categories.
-        name: As it is registered, if its module is called otherwise.
-        unit: What it trains on.
-        training: Project file and options that train on it, without the folder.
-        is_evaluated: Whether ``projects/clip_cir/eval_all.yaml`` takes it.
+        title: Name in its authors' spelling.
+        usages: Uses of the data set.
+        published: Numbers of triplets or queries in the published files by split and part; empty for one's own data.
+        absent_files: Advice if annotation files are missing.
+        absent_images: Advice if images are missing.
+        parts: Settings by the names of parts that can be read alone, such as FashionIQ's categories.
+        name: Registered name if it differs from the module's name.
+        unit: Word for the training examples.
+        training: Project file and options of a training on it, without the folder.
+        is_evaluated: Whether ``projects/clip_cir/eval_all.yaml`` can evaluate it.
     """
 
     title: str
-    ways: tuple[Usage, ...]
+    usages: tuple[Usage, ...]
     published: Mapping[tuple[str, str], int]
     absent_files: str
     absent_images: str
@@ -58,8 +58,8 @@ class Checklist:
     is_evaluated: bool = False
 
 
-def beside_cirr(name: str) -> tuple[str, ...]:
-    """Return how to train on a data set without validation: CIRR's project, with this data set in CIRR's place."""
+def train_in_cirr_project(name: str) -> tuple[str, ...]:
+    """Return CIRR's project file and the options that train on another data set, which has no validation split."""
     options = (
         f"datasets.{name}.splits=[train]",
         "datasets.cirr.splits=[]",
@@ -71,15 +71,15 @@ def beside_cirr(name: str) -> tuple[str, ...]:
 
 @dataclass
 class Survey:
-    """What the readers found and missed since the survey began.
+    """What the readers have found and missed since the survey began.
 
     Attributes:
         files: Annotation files that were found.
-        absent: Names of those that were not.
+        absent: Names of annotation files that are missing.
         paths: Images that were found.
-        missing: Names of those that were not.
-        left_out: What is no picture among the images, a phrase by image folder.
-        scans: Listings of folders, so that each folder is listed once however many splits are read.
+        missing: Names of images that are missing.
+        left_out: Phrase by image folder about files that are not among the pictures.
+        scans: Contents of folders, so that each folder is scanned once for all splits.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -95,10 +95,10 @@ _current: ContextVar[Survey | None] = ContextVar("survey", default=None)
 
 @contextmanager
 def surveying(scans: dict[Hashable, Any]) -> Iterator[Survey]:
-    """Let every image that a reader asks for count as present, and note which of them are.
+    """Run readers as if every image were present, and record which images are.
 
     Args:
-        scans: Listings of folders from earlier surveys; those of this one are added.
+        scans: Contents of folders from earlier surveys. This survey adds its own.
     """
     survey = Survey(scans=scans)
     token = _current.set(survey)
@@ -109,12 +109,12 @@ def surveying(scans: dict[Hashable, Any]) -> Iterator[Survey]:
 
 
 def current_survey() -> Survey | None:
-    """Return the survey that is under way, if any."""
+    """Return the running survey, or None."""
     return _current.get()
 
 
-def listing(scan: Callable[..., Scan], *arguments: Hashable) -> Scan:
-    """Return what a scan of folders finds; in a survey, scan each of them once."""
+def scan_once(scan: Callable[..., Scan], *arguments: Hashable) -> Scan:
+    """Return the result of a scan of folders. A survey scans each folder only once."""
     survey = current_survey()
     if survey is None:
         return scan(*arguments)

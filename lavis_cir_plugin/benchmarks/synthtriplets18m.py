@@ -1,16 +1,16 @@
-"""SynthTriplets18M (Gu et al., TMLR 2024, CompoDiff): generated pairs of pictures with both captions; training only.
+"""Read SynthTriplets18M (Gu et al., TMLR 2024, CompoDiff): generated pairs of pictures with captions, training only.
 
-The set is published as webdataset shards; what is known of a sample is what TSCIR's data loader reads of the unpacked
-shards (the authors' repository describes no format)::
+The set is published as webdataset shards. The authors' repository describes no format; this module reads the fields
+that TSCIR's data loader reads from the unpacked shards::
 
     000010023.source_image.jpg      000010023.target_image.jpg
     000010023.json                  {"source_caption": "a cat on a sofa", "target_caption": "a dog on a sofa", ...}
 
-No instruction of how to get from one picture to the other is known to be published (issue 10 of the repository asks
-for it): as in TSCIR, the modification text is the target's caption. The reference's caption, ``source_caption``, is on
-every sample or on none. Nobody needs all 18.8 million: unpack the shards that you want (``tar -xf``), into one folder
-or one per shard, and with ``ids`` name a file of the samples to take, one per line. TSCIR's own list of 87,000 is not
-published.
+No instruction for getting from one picture to the other is known to be published (issue 10 of the repository asks for
+it). So the modification text is the target's caption, as in TSCIR. Either every sample has the reference's caption,
+``source_caption``, or none has. Nobody needs all 18.8 million samples: unpack the shards that you want (``tar -xf``)
+into one folder or one per shard, and let ``ids`` name a file of the samples to take, one per line. TSCIR's own list of
+87,000 is not published.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 from lavis_cir_plugin.benchmarks.annotation_files import read_json
 from lavis_cir_plugin.benchmarks.images import scan_images, select_images
 from lavis_cir_plugin.benchmarks.json_lines import image_path, line_error, one_text, read_lines
-from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, beside_cirr, current_survey, listing
+from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, current_survey, scan_once, train_in_cirr_project
 from lavis_cir_plugin.benchmarks.types import Triplet, complete_triplets, first_or_drawn
 from lavis_cir_plugin.core.error_messages import shown
 from lavis_cir_plugin.core.settings import at_least, config_from_mapping, one_of
@@ -42,12 +42,14 @@ class SynthTriplets18MConfig:
 
     Attributes:
         root: Folder of the unpacked samples, or of folders of them.
-        ids: Text file of the samples to take, one per line: ``000010023``, perhaps with its folder before it. By
-            default all that have an image.
-        max_triplets: Train on so many at most: the first, or with a ``seed`` drawn ones. Only their JSON is read.
-        seed: Of the draw. Fewer triplets of one seed are among more of it.
-        missing_images: ``error``, or ``skip`` the triplets that need a missing image and log how many.
-        verify_images: Check every image file before the run.
+        ids: Path of a text file of the samples to take, one per line: ``000010023``, optionally with its folder before
+            it. The default is all samples that have an image.
+        max_triplets: Largest number of training triplets: the first ones, or a random sample if ``seed`` is set. Only
+            their JSON is read.
+        seed: Seed of the sample. For one seed, a smaller sample is a part of a larger one.
+        missing_images: ``error``, or ``skip`` to leave out triplets that need a missing image and log how many there
+            are.
+        verify_images: Whether to check every image file before the run.
     """
 
     root: str
@@ -59,29 +61,29 @@ class SynthTriplets18MConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> SynthTriplets18MConfig:
-        """Build the configuration; raise ValueError with every unknown key and impossible value."""
+        """Build the config; raise ValueError that names every unknown key and impossible value."""
         return config_from_mapping(cls, "synthtriplets18m", mapping)
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading anything.
+    """Check the keys and values of a ``build_info`` without reading files.
 
     Raises:
-        ValueError: every unknown key and impossible value.
+        ValueError: If keys are unknown or values impossible. The message names all of them.
     """
     SynthTriplets18MConfig.from_mapping(config)
 
 
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:
-    """Read the training triplets, sorted by sample or in the order of ``ids``, and the paths of their images.
+    """Return the training triplets, sorted by sample or in the order of ``ids``, and the paths of their images.
 
     Raises:
-        ValueError: a key or value of the configuration, an id or a sample's JSON is wrong, or there is no sample.
-        FileNotFoundError: a file or an image is missing.
+        ValueError: If a key or value of the config, an id or a sample's JSON is wrong, or if there is no sample.
+        FileNotFoundError: If a file or an image is missing.
     """
     settings = SynthTriplets18MConfig.from_mapping(config)
     root = Path(settings.root)
-    scanned = listing(scan_images, (root,)) if root.is_dir() else {}
+    scanned = scan_once(scan_images, (root,)) if root.is_dir() else {}
     samples = _read_ids(Path(settings.ids)) if settings.ids else _samples(scanned, root)
     samples = first_or_drawn(samples, settings.max_triplets, settings.seed)
     names = [sample + side for sample in samples for side in (_SOURCE, _TARGET)]
@@ -103,13 +105,13 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
 
 
 def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
-    """Return the target's caption; a triplet has one."""
+    """Return the target's caption, the only caption of a triplet."""
     return captions[0]
 
 
 def _samples(scanned: Mapping[str, Path], root: Path) -> list[str]:
     """Return the samples that have an image, sorted."""
-    # Of either side, so that a missing picture is told.
+    # An image of either side counts, so that a missing picture is reported.
     samples = sorted({os.path.splitext(name)[0] for name in scanned if name.endswith((_SOURCE, _TARGET))})
     if not samples:
         raise FileNotFoundError(
@@ -155,9 +157,9 @@ def _with_captions(triplet: Triplet, path: Path) -> Triplet:
 
 CHECKLIST = Checklist(
     title="SynthTriplets18M",
-    ways=(Usage("training", "train"),),
+    usages=(Usage("training", "train"),),
     published={},
     absent_files="unpack shards of it: samples of a .json, a .source_image.jpg and a .target_image.jpg",
     absent_images="a sample has a .source_image.jpg and a .target_image.jpg",
-    training=beside_cirr("synthtriplets18m"),
+    training=train_in_cirr_project("synthtriplets18m"),
 )

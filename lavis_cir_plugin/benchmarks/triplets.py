@@ -1,9 +1,9 @@
-"""Triplets of your own: a folder with JSON lines and images becomes a benchmark, without code.
+"""Read your own triplets: a folder with JSON lines and images becomes a benchmark without code.
 
 ::
 
     my_catalogue/
-      train.jsonl  val.jsonl  test.jsonl     those that are needed
+      train.jsonl  val.jsonl  test.jsonl     the files that a run needs
       images/                                 JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF, to any depth
       gallery.txt                             optional
 
@@ -15,28 +15,28 @@ Each line of a ``.jsonl`` file is one JSON object, in UTF-8; blank lines are ski
 =====================  ========  ===================================================================================
 key                    needed    value
 =====================  ========  ===================================================================================
-``reference``          yes       An image: its path below ``images/``, with ``/`` and the file's suffix, as the file is
-                                 spelt (but for what `Spelling` forgives).
+``reference``          yes       An image: its path below ``images/``, with ``/`` and the file's suffix, in the file's
+                                 spelling (`Spelling` describes allowed differences).
 ``text``               yes       The modification, or a list of wordings: training draws one of them each time,
                                  evaluation averages the features of all.
 ``target``             train,    An image other than the reference, or a list of equally right ones; training makes a
                        val       triplet of each. In ``test.jsonl`` either every line has a target or none has.
-``id``                 no        Text or a whole number, distinct within the file; by default the line's number. What a
-                                 ranking of a test split without targets is listed by.
-``members``            no        Images, the only target among them, that R_subset@K ranks by themselves (CIRR's image
-                                 sets); on every line of a file or on none. The reference does not compete.
-``reference_caption``  no        What the reference shows, for losses that need it. Read in training alone; on every
-                                 line of ``train.jsonl`` or on none.
+``id``                 no        Text or an integer, distinct within the file; the default is the line's number. A
+                                 ranking of a test split without targets is listed by this id.
+``members``            no        Images that R_subset@K ranks by themselves, with the only target among them (CIRR's
+                                 image sets); on every line of a file or on none. The reference does not compete.
+``reference_caption``  no        A description of the reference, for losses that need it. Only training reads it; on
+                                 every line of ``train.jsonl`` or on none.
 =====================  ========  ===================================================================================
 
-Other keys are ignored. The gallery of ``val`` and ``test`` is ``gallery.txt``, one image per line, in its order, or
-else every image below ``images/`` in sorted order, but for what `scan_tree` leaves out: never just the images that
-queries mention, which would make the task easier than the catalogue is. References need not be in it; targets and
-members must be.
+Other keys are ignored. The gallery of ``val`` and ``test`` is ``gallery.txt``, with one image per line, in its order.
+Without that file it is every image below ``images/`` in sorted order, except what `scan_tree` leaves out. It is never
+just the images of the queries, which would make the task easier than the catalogue is. References need not be in the
+gallery, but targets and members must.
 
-Metrics in percent: R@1, 5, 10 and 50, the share of queries with a target (of several: any) among the first K. Where
-some query of the split has several targets, mAP@5, 10, 25 and 50 over min(K, targets), as CIRCO's. With ``members``
-R_subset@1, 2 and 3.
+The metrics are in percent. R@1, 5, 10 and 50 are the shares of queries with a target (or any of several) among the
+first K. If a query of the split has several targets, mAP@5, 10, 25 and 50 over min(K, targets) are added, as in CIRCO.
+``members`` add R_subset@1, 2 and 3.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ from lavis_cir_plugin.benchmarks.json_lines import (
     Refusal,
     image_path,
     line_error,
+    one_or_more_texts,
     one_text,
     parse_line,
     read_lines,
     read_objects,
-    some_texts,
 )
 from lavis_cir_plugin.benchmarks.seen_split import drawn_like
 from lavis_cir_plugin.benchmarks.submissions import by_query
-from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, listing
+from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, scan_once
 from lavis_cir_plugin.benchmarks.types import (
     EVALUATION_SPLITS,
     Benchmark,
@@ -85,13 +85,13 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", *EVALUATION_SPLITS)
 UPRIGHT = True
-"""One's own photographs are turned as their EXIF orientation says."""
+"""Whether images are turned as their EXIF orientation says: people's own photographs need it."""
 
 CUTOFFS = (1, 5, 10, 50)
 PRECISION_CUTOFFS = (5, 10, 25, 50)
 SUBSET_CUTOFFS = (1, 2, 3)
 TOP = 50
-"""How many images per query the ranking of a test split without targets lists."""
+"""Number of images per query in the ranking of a test split without targets."""
 
 _GALLERY_FILE = "gallery.txt"
 _REMEDY = "set datasets.triplets.build_info.root to the folder with train.jsonl, val.jsonl and test.jsonl"
@@ -107,14 +107,14 @@ class TripletsConfig:
     """Keys of ``datasets.triplets.build_info``.
 
     Attributes:
-        root: The folder with the ``.jsonl`` files.
-        images: Folder of the image files where it is not ``images/`` below ``root``.
+        root: Folder with the ``.jsonl`` files.
+        images: Folder of the image files if it is not ``images/`` below ``root``.
         reference: ``removed`` from its own ranking, or ``kept`` in the gallery.
-        selection_metric: What chooses the best checkpoint: a metric of the split.
-        max_triplets: Train on so many at most: the first, or with a ``seed`` drawn ones.
-        seed: Of the draw. Fewer triplets of one seed are among more of it.
-        missing_images: ``error``, or ``skip`` what needs a missing image and say how much that is.
-        verify_images: Check every image file before the run.
+        selection_metric: Metric of the split that chooses the best checkpoint.
+        max_triplets: Largest number of training triplets: the first ones, or a random sample if ``seed`` is set.
+        seed: Seed of the sample. For one seed, a smaller sample is a part of a larger one.
+        missing_images: ``error``, or ``skip`` to leave out what needs a missing image and report how much that is.
+        verify_images: Whether to check every image file before the run.
     """
 
     root: str
@@ -128,7 +128,7 @@ class TripletsConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> TripletsConfig:
-        """Build the configuration; raise ValueError with every unknown key and impossible value."""
+        """Build the config; raise ValueError that names every unknown key and impossible value."""
         return config_from_mapping(cls, "triplets", mapping)
 
 
@@ -148,25 +148,25 @@ class _Record:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading anything.
+    """Check the keys and values of a ``build_info`` without reading files.
 
     Raises:
-        ValueError: every unknown key and impossible value.
+        ValueError: If keys are unknown or values impossible. The message names all of them.
     """
     TripletsConfig.from_mapping(config)
 
 
 def image_folder(config: Mapping[str, Any]) -> Path:
-    """Return the folder below which every image is one of the catalogue; it need not exist."""
+    """Return the folder of the catalogue's images; it need not exist."""
     return _image_folder(TripletsConfig.from_mapping(config))
 
 
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:
-    """Read the training triplets, one per target, in file order, and the paths of their images.
+    """Return the training triplets, one per target, in file order, and the paths of their images.
 
     Raises:
-        ValueError: a key or value of the configuration or a line of the file is wrong.
-        FileNotFoundError: the file or an image is missing.
+        ValueError: If a key or value of the config, or a line of the file, is wrong.
+        FileNotFoundError: If the file or an image is missing.
     """
     settings = TripletsConfig.from_mapping(config)
     records = _read_records(settings, "train")
@@ -183,21 +183,21 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
 
 
 def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
-    """Read the ``val``, ``test`` or ``seen`` split.
+    """Return the ``val``, ``test`` or ``seen`` split.
 
-    ``seen`` is drawn from the training queries and the images they use to val's sizes (`drawn_like`), with val's rules.
-    A test split without targets has no metrics; its submission is the best 50 images by the query's id. With
-    ``missing_images: skip`` the gallery shrinks and queries that need a missing image are left out; the protocol line
-    says how many.
+    ``seen`` is sampled from the training queries and their images to val's sizes (`drawn_like`), with val's rules. A
+    test split without targets has no metrics; its submission is the best 50 images by the query's id. With
+    ``missing_images: skip`` the gallery shrinks, and queries that need a missing image are left out. The protocol line
+    counts them.
 
     Raises:
-        ValueError: a key or value of the configuration or a line of a file is wrong, or no such split.
-        FileNotFoundError: a file or an image is missing.
+        ValueError: If a key or value of the config, or a line of a file, is wrong, or if there is no such split.
+        FileNotFoundError: If a file or an image is missing.
     """
     check_split(split, "triplets")
     settings = TripletsConfig.from_mapping(config)
     if split == "seen":
-        settings = replace(settings, verify_images=False)  # reading the training split is what verifies its images
+        settings = replace(settings, verify_images=False)  # reading the training split verifies its images
     records, scanned = _read_records(settings, split), _scan(settings)
     records = _spelt_as_files(settings, split, records, Spelling(scanned, "triplets"))
     gallery = _gallery(settings, split, records, scanned)
@@ -227,7 +227,7 @@ def read_benchmark(config: Mapping[str, Any], split: str) -> Benchmark:
 
 
 def training_text(captions: tuple[str, ...], rng: random.Random) -> str:
-    """Draw one of a triplet's wordings."""
+    """Return a random wording of a triplet."""
     return rng.choice(captions)
 
 
@@ -249,7 +249,7 @@ def _queries(records: Sequence[_Record]) -> tuple[Query, ...]:
 def _gallery(
     settings: TripletsConfig, split: str, records: Sequence[_Record], scanned: Mapping[str, Path]
 ) -> tuple[str, ...]:
-    """Return the gallery, missing images included; raise ValueError where the gallery file lacks a target or member."""
+    """Return the gallery with missing images; raise ValueError if the gallery file lacks a target or member."""
     if split == "seen":
         return tuple(sorted({name for record in records for name in record.images}))
     path = _gallery_file(settings)
@@ -282,7 +282,7 @@ def _protocol(settings: TripletsConfig, split: str, group: Group, available: Gro
 
 
 def _metrics(rankings: Mapping[str, HasRanks], has_several: bool, has_members: bool) -> dict[str, float]:
-    """Compute R@K, where a query has several targets mAP@K, and where the queries have members R_subset@K."""
+    """Return R@K, mAP@K if a query has several targets, and R_subset@K if the queries have members."""
     ranking = rankings["triplets"]
     ranks, labelled = ranking.ranks, ranking.relevant_ranks
     if has_several:
@@ -296,7 +296,7 @@ def _metrics(rankings: Mapping[str, HasRanks], has_several: bool, has_members: b
 
 
 def _selection_metric(settings: TripletsConfig, split: str, has_several: bool, has_members: bool) -> str:
-    """Return the metric of the configuration; refuse one that val has not the data for (other splits fall back)."""
+    """Return the config's metric, or R@10 if the data do not suffice for it; raise ValueError if val's do not."""
     selected = settings.selection_metric
     needs = {"mAP": ("queries with several targets", has_several), "R_subset": ("members", has_members)}
     needed, is_there = needs.get(selected.split("@")[0], ("", True))
@@ -332,7 +332,7 @@ def _image_folder(settings: TripletsConfig) -> Path:
 def _scan(settings: TripletsConfig) -> dict[str, Path]:
     scanned: dict[str, Path] = {}
     for folder in image_folders([_image_folder(settings)], "triplets"):
-        scanned = listing(scan_tree, folder)
+        scanned = scan_once(scan_tree, folder)
     unwritable = [path for name, path in scanned.items() if not is_text(name)]
     if unwritable:
         raise ValueError(
@@ -359,10 +359,10 @@ def _select(
 
 
 def _read_gallery(path: Path, spelling: Spelling) -> dict[str, int]:
-    """Return the line of every image of the gallery file."""
+    """Return the line number of every image in the gallery file."""
     lines: dict[str, int] = {}
     for line, text in read_lines(path, "put one image per line into it, or take it away"):
-        name = spelling.of(image_path(text, "image name", partial(line_error, path, line)))
+        name = spelling.file_name(image_path(text, "image name", partial(line_error, path, line)))
         if lines.setdefault(name, line) != line:
             raise line_error(path, line, f"lists {shown(name)} like line {lines[name]}")
     return lines
@@ -388,16 +388,18 @@ def _read_records(settings: TripletsConfig, split: str) -> list[_Record]:
 def _spelt_as_files(
     settings: TripletsConfig, split: str, records: Sequence[_Record], spelling: Spelling
 ) -> list[_Record]:
-    """Call every image by the name of its file; raise ValueError where a reference then is its own target."""
+    """Name every image by its file; raise ValueError if a reference is then its own target."""
     path = _file(settings, split)
     found = [_respelt(record, spelling, partial(line_error, path, record.line)) for record in records]
-    spelling.say()
+    spelling.log()
     return found
 
 
 def _respelt(record: _Record, spelling: Spelling, refuse: Refusal) -> _Record:
-    reference = spelling.of(record.reference)
-    targets, members = (tuple(dict.fromkeys(map(spelling.of, names))) for names in (record.targets, record.members))
+    reference = spelling.file_name(record.reference)
+    targets, members = (
+        tuple(dict.fromkeys(map(spelling.file_name, names))) for names in (record.targets, record.members)
+    )
     if reference in targets:
         raise refuse(f"has the reference {shown(reference)} as a target in another spelling, which says nothing")
     members = tuple(name for name in members if name != reference)
@@ -405,7 +407,7 @@ def _respelt(record: _Record, spelling: Spelling, refuse: Refusal) -> _Record:
 
 
 def _limited(records: Sequence[_Record], settings: TripletsConfig) -> list[_Record]:
-    """Keep as many triplets as the configuration says; a line loses those of its targets that are not kept."""
+    """Keep as many triplets as the config says, and remove from each line the targets that are not kept."""
     triplets = [(index, target) for index, record in enumerate(records) for target in record.targets]
     targets: dict[int, list[str]] = {}
     for index, target in first_or_drawn(triplets, settings.max_triplets, settings.seed):
@@ -430,7 +432,7 @@ def _record(text: str, path: Path, line: int, split: str) -> _Record:
     return _Record(
         line=line,
         reference=reference,
-        texts=some_texts(item["text"], "text", refuse),
+        texts=one_or_more_texts(item["text"], "text", refuse),
         targets=targets,
         members=members,
         identifier=_identifier(item.get("id"), line, refuse),
@@ -447,7 +449,7 @@ def _identifier(value: Any, line: int, refuse: Refusal) -> str:
 
 
 def _images(value: Any, key: str, refuse: Refusal) -> tuple[str, ...]:
-    """Return the images of an optional field that holds one or a list of distinct ones."""
+    """Return the images of an optional field that holds one image or a list of distinct images."""
     if value is None:
         return ()
     values = value if isinstance(value, list) else [value]
@@ -462,7 +464,7 @@ def _images(value: Any, key: str, refuse: Refusal) -> tuple[str, ...]:
 
 CHECKLIST = Checklist(
     title="Triplets of your own",
-    ways=(Usage("training", "train"), Usage("val", "val"), Usage("test", "test")),
+    usages=(Usage("training", "train"), Usage("val", "val"), Usage("test", "test")),
     published={},
     absent_files=(
         "give the folder itself that has train.jsonl, val.jsonl or test.jsonl; only those that a run reads are needed"

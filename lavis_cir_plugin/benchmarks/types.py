@@ -1,4 +1,4 @@
-"""Define what every benchmark is made of: triplets, queries, groups, splits."""
+"""Define the parts of every benchmark: triplets, queries, groups and splits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 EVALUATION_SPLITS = ("val", "test", "seen")
-"""Evaluation splits; ``seen`` is drawn from the training data, to be compared with ``val``."""
+"""Evaluation splits. ``seen`` is sampled from the training data for a comparison with ``val``."""
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +27,12 @@ class Triplet:
     Attributes:
         reference: Name (file stem) of the reference image.
         target: Name of the target image.
-        captions: What ``training_text`` makes the modification text of.
-        category: FashionIQ's; empty elsewhere.
-        reference_caption: What the reference shows, for losses that need it; empty where the data do not say, which
-            they do for all triplets of a data set or for none.
-        also_right: What the annotation lists besides the target as a right answer (CIRR's soft labels above 0).
-        members: Of the image set that the triplet was written for, without the reference (CIRR).
+        captions: Captions from which ``training_text`` makes the modification text.
+        category: Category in FashionIQ; empty in other data sets.
+        reference_caption: Description of the reference, for losses that need it. Either all triplets of a data set have
+            one, or it is empty in all.
+        also_right: Further right answers in the annotation besides the target (CIRR's soft labels above 0).
+        members: Members of the image set for which the triplet was written, without the reference (CIRR).
     """
 
     reference: str
@@ -50,12 +50,12 @@ class Query:
 
     Attributes:
         reference: Name of the reference image.
-        texts: Modification texts; the query features of several are averaged and normalised again.
-        target: ``None`` where the split's targets are not public.
-        members: The image set that a subset metric ranks, without the reference (CIRR).
-        relevance: Every labelled image and its weight, where a metric needs more than the target: CIRCO's ground truths
-            (each 1.0), CIRR's soft labels.
-        identifier: The annotation's own id, which a submission names the query by.
+        texts: Modification texts. If there are several, their query features are averaged and normalised again.
+        target: Name of the target image, or ``None`` if the split's targets are not public.
+        members: Image set that a subset metric ranks, without the reference (CIRR).
+        relevance: Name and weight of every labelled image, for metrics that need more than the target: CIRCO's ground
+            truths (each 1.0), CIRR's soft labels.
+        identifier: Id in the annotation, by which a submission names the query.
     """
 
     reference: str
@@ -71,10 +71,10 @@ class Group:
     """Queries that are ranked against one gallery.
 
     Attributes:
-        name: Of the group (FashionIQ: the category).
-        gallery: Distinct image names in protocol order; equal scores are ordered by it.
-        queries: In the order of the annotation file.
-        reference_removed: The reference is taken out of its own ranking.
+        name: Name of the group (in FashionIQ the category).
+        gallery: Distinct image names in the protocol's order, which also orders equal scores.
+        queries: Queries in the order of the annotation file.
+        reference_removed: Whether each query's ranking leaves out its reference.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Group:
 
 
 def no_submissions(rankings: Mapping[str, Ranking]) -> dict[str, Any]:
-    """Return no file: the benchmark has no test server."""
+    """Return no file, because the benchmark has no test server."""
     return {}
 
 
@@ -93,15 +93,16 @@ class Benchmark:
     """A split with its protocol.
 
     Attributes:
-        name: Of the benchmark, as registered.
+        name: Registered name of the benchmark.
         split: One of `EVALUATION_SPLITS`.
-        groups: At least one.
+        groups: Groups of queries, at least one.
         image_paths: File of every gallery and reference image.
-        protocol: One line that says what makes the numbers comparable; print it beside them.
-        metrics: Ranking per group name to metrics in percent; empty where the targets are not public.
-        selection_metric: The metric that chooses the best checkpoint.
-        submissions: Ranking per group name to the test server's files, the content (for JSON) by file name.
-        upright: Whether its images are turned as their EXIF orientation says.
+        protocol: One line that states what makes the numbers comparable. It is printed beside them.
+        metrics: Function from the ranking of each group to metrics in percent; empty if the targets are not public.
+        selection_metric: Metric that chooses the best checkpoint.
+        submissions: Function from the ranking of each group to the test server's files: content (for JSON) by file
+            name.
+        upright: Whether images are turned as their EXIF orientation says.
     """
 
     name: str
@@ -116,22 +117,22 @@ class Benchmark:
 
     @property
     def has_targets(self) -> bool:
-        """Whether the answers are public, all of them, so that it can be scored."""
+        """Whether all answers are public, so that the benchmark can be scored."""
         return all(query.target is not None for group in self.groups for query in group.queries)
 
 
 def no_metrics(rankings: Mapping[str, HasRanks]) -> dict[str, float]:
-    """Return no metric: the targets of the split are not public."""
+    """Return no metric, because the targets of the split are not public."""
     return {}
 
 
 def split_names(splits: Sequence[str] = EVALUATION_SPLITS) -> str:
-    """Return the names of the evaluation splits for a sentence."""
+    """Return the names of the evaluation splits as part of a sentence."""
     return " and ".join(filter(None, (", ".join(splits[:-1]), splits[-1])))
 
 
 def check_split(split: str, dataset: str, splits: Sequence[str] = EVALUATION_SPLITS) -> None:
-    """Raise ValueError unless ``split`` is one that the benchmark is evaluated on."""
+    """Raise ValueError unless ``split`` is an evaluation split of the benchmark."""
     if split not in splits:
         raise ValueError(
             f"{dataset} has the evaluation splits {split_names(splits)}, got '{split}'; "
@@ -140,19 +141,25 @@ def check_split(split: str, dataset: str, splits: Sequence[str] = EVALUATION_SPL
 
 
 def complete_triplets(triplets: list[Triplet], image_paths: Mapping[str, Path], dataset: str) -> list[Triplet]:
-    """Leave out the triplets that need a missing image, and log how many.
+    """Leave out the triplets that need a missing image, and log how many there are.
 
     Raises:
-        ValueError: no triplet is left.
+        ValueError: If no triplet is left.
     """
     return only_complete(triplets, lambda t: t.reference in image_paths and t.target in image_paths, dataset, "triplet")
 
 
 def only_complete(examples: Sequence[T], has_images: Callable[[T], bool], dataset: str, what: str) -> list[T]:
-    """Leave out the training examples that need a missing image, and log how many; ``what`` is one called.
+    """Leave out the training examples that need a missing image, and log how many there are.
+
+    Args:
+        examples: Training examples.
+        has_images: Function that says whether an example's images were found.
+        dataset: Registered name of the data set, for messages.
+        what: Word for one example, for messages.
 
     Raises:
-        ValueError: none is left.
+        ValueError: If no example is left.
     """
     found = [example for example in examples if has_images(example)]
     if not found:
@@ -166,10 +173,10 @@ def only_complete(examples: Sequence[T], has_images: Callable[[T], bool], datase
 
 
 def first_or_drawn(items: Sequence[T], count: int | None, seed: int | None) -> list[T]:
-    """Return the first ``count`` items, or with a seed drawn ones; all where there are no more, or ``count`` is null.
+    """Return the first ``count`` items, or a random sample if a seed is given, or all if ``count`` is null or larger.
 
-    The items keep their order. Of one seed, those of a smaller count are among those of a larger one, so that the sets
-    of a data-amount curve are nested.
+    The items keep their order. For one seed, a smaller sample is a part of a larger one, so the samples for a curve
+    over the amount of data are nested.
     """
     if count is None or count >= len(items):
         return list(items)
@@ -180,10 +187,10 @@ def first_or_drawn(items: Sequence[T], count: int | None, seed: int | None) -> l
 
 
 def without_missing(group: Group, image_paths: Mapping[str, Path]) -> Group:
-    """Leave missing images out of the gallery, and out of the queries those that need one of them.
+    """Leave missing images out of the gallery, and leave out the queries that need one of them.
 
     Raises:
-        ValueError: no query is left.
+        ValueError: If no query is left.
     """
     gallery = tuple(name for name in group.gallery if name in image_paths)
     queries = tuple(query for query in group.queries if all(name in image_paths for name in images_of(query)))
@@ -193,9 +200,9 @@ def without_missing(group: Group, image_paths: Mapping[str, Path]) -> Group:
 
 
 def coverage(complete: Sequence[Group], groups: Sequence[Group]) -> str:
-    """Say what missing images took out of a benchmark, to be appended to its protocol line; empty for nothing."""
-    images, all_images = (sum(len(group.gallery) for group in some) for some in (groups, complete))
-    queries, all_queries = (sum(len(group.queries) for group in some) for some in (groups, complete))
+    """Return the end of a protocol line that counts what missing images removed, or "" if nothing was removed."""
+    images, all_images = (sum(len(group.gallery) for group in selection) for selection in (groups, complete))
+    queries, all_queries = (sum(len(group.queries) for group in selection) for selection in (groups, complete))
     if (images, queries) == (all_images, all_queries):
         return ""
     return (
@@ -205,6 +212,6 @@ def coverage(complete: Sequence[Group], groups: Sequence[Group]) -> str:
 
 
 def images_of(query: Query) -> list[str]:
-    """Return all images that a query names: reference, target, members and labelled images."""
+    """Return all image names in a query: reference, target, members and labelled images."""
     names = (query.reference, query.target, *query.members, *(name for name, _ in query.relevance))
     return [name for name in names if name is not None]

@@ -145,7 +145,7 @@ def survey(name: str, root: Path) -> Findings:
     module, checklist = data_sets()[name], checklist_of(name)
     findings = Findings()
     scans: dict[Hashable, Any] = {}
-    for way in checklist.ways:
+    for way in checklist.usages:
         for part, settings in checklist.parts.items():
             config = {"root": str(root), **way.settings, **settings}
             with surveying(scans) as seen:
@@ -196,7 +196,7 @@ def report(name: str, findings: Findings, root: Path) -> list[str]:
         return [f"{data_set.title}: nothing found", f"  note: {data_set.absent_files}"]
     lines = [data_set.title, f"  files    {_folders(findings.files, root)}"]
     splits: dict[str, Usage] = {}
-    for way in data_set.ways:
+    for way in data_set.usages:
         splits.setdefault(way.split, way)
     for split, way in splits.items():
         counts = [_count(data_set, split, part, findings.readings[way.label, part]) for part in data_set.parts]
@@ -207,7 +207,7 @@ def report(name: str, findings: Findings, root: Path) -> list[str]:
         where = f" in {_folders(findings.paths.values(), root)}" if findings.paths else ""
         lines.append(f"  images   {len(findings.paths):,} of {needed:,} that are needed{where}")
     lines += [f"  {sentence}" for sentence in findings.left_out.values()]
-    lines += [f"  {_verdict(way, data_set, findings)}" for way in data_set.ways]
+    lines += [f"  {_verdict(way, data_set, findings)}" for way in data_set.usages]
     if absent:
         lines += [f"  missing files: {', '.join(absent)}", f"    note: {data_set.absent_files}"]
     if findings.missing:
@@ -249,7 +249,7 @@ def _options(name: str, findings: Findings, root: Path, splits: Collection[str])
         return None
     # A project on a data set that is never evaluated needs the training split alone.
     needed = [split for split in splits if split == "train" or data_set.is_evaluated]
-    ways = [next(way for way in data_set.ways if way.split == split) for split in needed]
+    ways = [next(way for way in data_set.usages if way.split == split) for split in needed]
     parts = [part for part in data_set.parts if all(findings.readings[way.label, part].usable for way in ways)]
     if not parts:
         return None

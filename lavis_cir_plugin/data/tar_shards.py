@@ -25,7 +25,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lavis_cir_plugin.benchmarks.annotation_files import parse_json, refuse_special
 from lavis_cir_plugin.benchmarks.images import SUFFIXES, decode_rgb, is_foreign
-from lavis_cir_plugin.benchmarks.json_lines import one_text, some_texts
+from lavis_cir_plugin.benchmarks.json_lines import one_or_more_texts, one_text
 from lavis_cir_plugin.benchmarks.types import first_or_drawn
 from lavis_cir_plugin.core.atomic_files import replacing
 from lavis_cir_plugin.core.error_messages import listed, shown
@@ -352,4 +352,4 @@ def _captions(content: bytes, is_json: bool) -> tuple[str, ...]:
         return (one_text(text, "caption", ValueError),)
     if not isinstance(record, dict) or record.get("caption") is None:
         raise ValueError(f"has no 'caption' in its .json file, which holds {shown(record)}")
-    return some_texts(record["caption"], "caption", ValueError)
+    return one_or_more_texts(record["caption"], "caption", ValueError)

@@ -1,4 +1,4 @@
-"""Damaged data: whatever is wrong with a field of a file, one sentence names file and record, or the data loads."""
+"""Damaged data: either the data load, or one sentence names the file and the record that are wrong."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
-    """Return the folder of each benchmark's whole files."""
+    """Return the folder of each benchmark's undamaged files."""
     roots = {name: tmp_path_factory.mktemp(name) for name in DATA_SETS}
     for name, root in roots.items():
         globals()[f"write_{name}"](root)
@@ -156,7 +156,7 @@ def worlds(tmp_path_factory):
 
 
 def load(name: str, folder: Path, root: str = "") -> None:
-    """Read every split and use all that was read: texts, rankings, metrics, submissions."""
+    """Read every split and use everything in it: texts, rankings, metrics, submissions."""
     module = importlib.import_module(f"lavis_cir_plugin.benchmarks.{name}")
     config = {"root": root or str(folder), **CONFIGS[name]}
     for split in module.SPLITS:
@@ -200,7 +200,7 @@ NASTY = st.one_of(
 
 
 def damaged(draw: Any, content: Any) -> list[Any]:
-    """Change one place of a JSON content, in place, and return the way there."""
+    """Change one value inside a JSON content, in place, and return the path to it."""
     way: list[Any] = []
     place = content
     while True:
@@ -221,13 +221,13 @@ def damaged(draw: Any, content: Any) -> list[Any]:
 
 
 def check(name: str, root: Path, path: Path, way: list[Any] | None) -> None:
-    """Load a damaged world: an error is one printable sentence that names the file and, inside of one, the record."""
+    """Load a damaged world; an error must be one printable sentence with the file and any record in it."""
     message = failure(name, root)
     if message is None:
         return
     assert message.isprintable(), message
     message.encode()
-    if "images are missing under" in message:  # then it names the image and its folder
+    if "images are missing under" in message:  # this message names the image and its folder
         return
     if way is None or len(way) > 1:
         assert path.name in message, message
@@ -236,7 +236,7 @@ def check(name: str, root: Path, path: Path, way: list[Any] | None) -> None:
 
 
 def failure(name: str, root: Path) -> str | None:
-    """Return the message of an error for users; any other error is a traceback and passes through."""
+    """Return the message of an error for users. Any other error would be a traceback and is raised."""
     try:
         load(name, root)
     except (ValueError, FileNotFoundError) as error:
@@ -303,7 +303,7 @@ def encoded(kind: str) -> bytes:
 
 
 def bomb() -> bytes:
-    """A PNG that claims 30,000 x 30,000 pixels."""
+    """A PNG claims to have 30,000 x 30,000 pixels."""
     head = (30_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
@@ -324,7 +324,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BENCHMARKS)
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_image_is_named_before_a_run(worlds, name, kind):
-    """Every other image is whole."""
+    """All images except one are undamaged."""
     root = worlds[name]
     images = sorted(path for path in root.rglob("*") if path.suffix in (".jpg", ".png"))
     for path in images:
@@ -339,7 +339,7 @@ def test_a_broken_image_is_named_before_a_run(worlds, name, kind):
 
 
 def test_a_folder_in_a_file_s_place_is_named(worlds, tmp_path):
-    """What cannot be opened for another reason than absence, here of `triplets`, whose file is opened unseen."""
+    """A file of `triplets` exists but cannot be opened, which the reader notices only when it opens the file."""
     root = tmp_path / "copy"
     shutil.copytree(worlds["triplets"], root)
     (root / "val.jsonl").unlink()

@@ -1,4 +1,4 @@
-"""The scripts in benchmarks/: their small parts, and the full-size script from end to end on a tiny FashionIQ."""
+"""The scripts in benchmarks/: their small parts, and the full-size script as a whole on a tiny FashionIQ."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def script(monkeypatch):
 
 @pytest.fixture
 def annotations(tmp_path):
-    """Write FashionIQ's files for 3 categories: per split 8 images in a row, each the target of the one before it."""
+    """Write FashionIQ's files for 3 categories. A split has 8 images, each the target of the one before it."""
     for category in ("dress", "shirt", "toptee"):
         for split in ("train", "val"):
             names = [f"{category}-{split}-{index}" for index in range(8)]
@@ -39,7 +39,7 @@ def annotations(tmp_path):
 
 
 def test_needed_images_are_those_of_training_triplets_and_validation_galleries(script, annotations):
-    """8 training images, all in triplets, and 8 gallery images per category; a shared one keeps its first category."""
+    """Each category has 8 training images in triplets and 8 gallery images. A shared image keeps its first category."""
     path = annotations / "image_splits" / "split.toptee.val.json"
     path.write_text(json.dumps([*json.loads(path.read_text()), "shirt-val-0"]))
     needed = script("fashioniq_full_size").needed_images(annotations)
@@ -48,7 +48,7 @@ def test_needed_images_are_those_of_training_triplets_and_validation_galleries(s
 
 
 def test_needed_images_of_the_real_files(script, real_annotations):
-    """Distinct: 25,136 in training triplets and 15,415 in validation galleries, of which 400 are in both."""
+    """Training triplets have 25,136 distinct images and validation galleries 15,415, with 400 in both."""
     needed = script("fashioniq_full_size").needed_images(real_annotations / "fashionIQ_dataset")
     assert len(needed) == 25_136 + 15_415 - 400
 
@@ -76,16 +76,16 @@ def test_missing_annotations_are_named(script, annotations, tmp_path):
 
 
 def test_stages_add_up_over_epochs(script):
-    """Start 0-3, training 3-10 and 12-20, evaluation 10-12 and 20-25: 3, 15 and 7 seconds."""
+    """The start takes 0-3, training 3-10 and 12-20, evaluation 10-12 and 20-25: 3, 15 and 7 seconds."""
     job = script("fashioniq_full_size").Job()
     job.changes = [(3.0, "training"), (10.0, "evaluation"), (12.0, "training"), (20.0, "evaluation")]
     assert job.stages(25.0) == {"start": 3.0, "training": 15.0, "evaluation": 7.0}
 
 
 def test_usage_is_that_of_the_largest_process():
-    """Peaks of a process that holds 300 MiB, of one whose child does, and of one that holds nothing.
+    """One process holds 300 MiB, the child of another does, and a third holds nothing; the peaks show it.
 
-    They are measured from a small process, because on Linux a process begins with the peak of the one that started it.
+    A small process measures them, because on Linux a process begins with the peak of the one that started it.
     """
     code = """if True:
         import sys, measure
@@ -123,7 +123,7 @@ def test_ways_run_in_turn_and_their_last_line_counts(script, tmp_path):
 @pytest.mark.parametrize("num_features", [1, 3])
 @pytest.mark.parametrize("dataset", ["cirr", "fashioniq"])
 def test_validation_metrics_of_both_ways_agree(script, dataset, num_features):
-    """90 queries among 600 images: recalls by comparing strings and by ranking, hits and misses both."""
+    """90 queries among 600 images have equal recalls by string comparison and by ranking, with hits and misses."""
     import torch
 
     metrics = script("validation_metrics")
@@ -135,7 +135,7 @@ def test_validation_metrics_of_both_ways_agree(script, dataset, num_features):
 
 
 def test_validation_metrics_say_where_the_ways_differ(script):
-    """10 s against 2 are 5 x the time, 1 of the 2 the product; 300 against 100 MB above the features are 3 x."""
+    """10 s against 2 are 5 x the time, and 1 of the 2 is the product. 300 MB against 100 above the features are 3 x."""
     metrics = script("validation_metrics")
     floor = [{"seconds": 0.0, "peak_bytes": 100e6, "recalls": [], "threads": 1, "device": "CPU"}]
     strings = [{"seconds": 10.0, "peak_bytes": 400e6, "recalls": [50.0], "threads": 1}]
@@ -149,7 +149,7 @@ def test_validation_metrics_say_where_the_ways_differ(script):
 
 
 def test_the_usual_product_is_told_apart_from_the_string_matrix(script):
-    """101 s in place of the 1 s of one product: 10 + 100 s against 2 are 55 x; the larger of the two peaks counts."""
+    """101 s replace the 1 s of one product, so 10 + 100 s against 2 are 55 x. The larger of the two peaks counts."""
     metrics = script("validation_metrics")
     cost = {"features only": (0, 100e6), "product alone": (1, 150e6), "usual product": (101, 900e6)}
     cost.update({"string matrix": (10, 400e6), "ours": (2, 200e6)})
@@ -160,11 +160,11 @@ def test_the_usual_product_is_told_apart_from_the_string_matrix(script):
     text = metrics.report("fashioniq", 32, runs)
     assert "5.0 x the time, 3.0 x the memory" in text
     assert "with the usual product in place of one: 55 x the time, 8 x the memory" in text
-    assert metrics.usual_share("cirr") == 512 / 4181  # the rest is scaled
+    assert metrics.usual_share("cirr") == 512 / 4181  # the other queries are scaled
 
 
 def test_circo_steps_on_a_small_gallery(script, tmp_path):
-    """Drawn features are unit vectors in float16; exact ranking and every index read them from the file."""
+    """Random features are unit vectors in float16. Exact ranking and every index read them from the file."""
     circo = script("circo_full_size")
     assert circo.run_here("draw", tmp_path, 1500, 6)["GB"] == pytest.approx(1500 * 32 * 256 * 2 / 1e9)
     query, gallery = circo.read(tmp_path, 1500)
@@ -191,7 +191,7 @@ def test_circo_script_removes_its_features(script, tmp_path):
 
 @pytest.mark.slow
 def test_full_size_script_from_annotations_to_report(script, annotations, tmp_path, monkeypatch, capsys):
-    """3 x 7 training triplets, 3 x 7 queries, 3 x 8 gallery images; 3 x 16 pictures drawn in the first run only."""
+    """The run has 3 x 7 triplets, 3 x 7 queries and 3 x 8 gallery images. Only the first run draws 3 x 16 pictures."""
     (tmp_path / "sitecustomize.py").write_text("import lavis_cir_hook\nlavis_cir_hook.install()\n")  # as installed
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -222,7 +222,7 @@ def test_check_is_timed_on_a_whole_circo(script, tmp_path, capsys):
 
 
 def test_synthetic_triplets_are_timed(script, tmp_path, capsys):
-    """The captions that the script invents are enough for the maker: several share their words and places."""
+    """The maker can use the captions that the script invents, because several share words and places."""
     from lavis_cir_plugin.commands import main
 
     path = tmp_path / "captions.jsonl"
@@ -237,7 +237,7 @@ def test_synthetic_triplets_are_timed(script, tmp_path, capsys):
 
 
 def test_a_finished_stage_is_not_run_again_and_a_failed_one_is(script, tmp_path):
-    """The record is written last: a stage that failed has none. Its run's folder is the one that LAVIS logs."""
+    """The record is written last, so a failed stage has none. It names the run's folder that LAVIS logs."""
     stages, calls = script("stages"), []
 
     def run(command, on_line):
@@ -269,7 +269,7 @@ LADDER = [{"circo": dict(zip(NAMES, values))} for values in ((4, 2, 9, 12, 15, 1
 
 
 def test_the_ladder_shows_means_and_the_gain_within_a_seed(script):
-    """Means 5 and 14.75; gains over the best other row of the same seed: 15 - 12 = 3 and 14.5 - 14 = 0.5."""
+    """The means are 5 and 14.75. The gains over the best other row of each seed are 15 - 12 = 3 and 14.5 - 14 = 0.5."""
     lines = script("tscir_ladder").ladder_table(LADDER, {"circo": "mAP@5"}).splitlines()
     assert lines[0].split() == ["circo", "mAP@5"]
     assert lines[1].split() == ["image", "only", "5.00", "(4.00", "-", "6.00)"]
@@ -278,7 +278,7 @@ def test_the_ladder_shows_means_and_the_gain_within_a_seed(script):
 
 
 def test_amounts_begin_with_stage_one_alone(script):
-    """Mean of 12 and 13; then the amounts in ascending order, whatever the order they were asked for in."""
+    """The first value is the mean of 12 and 13. The amounts follow in ascending order, in whatever order they came."""
     values = {1000: LADDER, 100: LADDER[:1]}
     lines = script("tscir_ladder").amounts_table(values, {"circo": "mAP@5"}).splitlines()
     assert lines[1].split() == ["0", "12.50", "(12.00", "-", "13.00)"]

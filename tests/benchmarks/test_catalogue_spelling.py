@@ -1,4 +1,4 @@
-"""Names that are spelt otherwise than their files, files in another layout, and messages that name what is in use."""
+"""Names spelt differently from their files, files in another layout, and messages with the names in use."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def triplet(reference: str, target: Any, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("written", "file"), [(NFC, NFD), (NFD, NFC), ("a/b.jpg", "a/b.JPG"), ("B.Png", "B.pNG")])
 def test_another_unicode_form_or_case_of_the_suffix_is_the_same_picture(tmp_path: Path, written: str, file: str):
-    """It is one gallery image by the file's name, not one more that is missing."""
+    """The gallery has it once, under the file's name, and not a second time as missing."""
     config = catalogue(tmp_path, [file, "z.jpg"], triplet(written, "z.jpg"), triplet("z.jpg", written))
     triplets, paths = read_train(config)
     assert [(found.reference, found.target) for found in triplets] == [(file, "z.jpg"), ("z.jpg", file)]
@@ -83,9 +83,9 @@ def test_a_reference_in_another_spelling_is_no_target(tmp_path: Path):
 def test_an_exact_name_means_its_file_and_an_ambiguous_one_none():
     both = {name: Path(name) for name in (NFC, NFD, "a.jpg", "a.JPG")}
     spelling = Spelling(both, "triplets")
-    assert [spelling.of(name) for name in both] == list(both)
-    assert spelling.of("a.Jpg") == "a.Jpg"
-    assert spelling.of("A.jpg") == "A.jpg"  # the case of the name itself tells pictures apart
+    assert [spelling.file_name(name) for name in both] == list(both)
+    assert spelling.file_name("a.Jpg") == "a.Jpg"
+    assert spelling.file_name("A.jpg") == "A.jpg"  # the case of the stem distinguishes pictures
 
 
 def test_it_is_said_how_many_names_were_matched(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -189,5 +189,5 @@ def test_features_that_are_not_finite_send_nobody_to_a_checkpoint_that_is_not_th
 
 
 def test_names_in_both_forms_differ():
-    """So that the tests above compare what they say."""
+    """The tests above rely on these two forms being different."""
     assert NFC != NFD == unicodedata.normalize("NFD", NFC)

@@ -1,4 +1,4 @@
-"""CIRCO: layouts, broken files, mAP by hand and against a naive loop; counts on the real annotation files."""
+"""CIRCO: layouts, broken files, mAP by hand and against a naive loop, counts of the real annotation files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lavis_cir_plugin.benchmarks import circo
 from lavis_cir_plugin.benchmarks.circo import CIRCOConfig, read_benchmark, read_train, training_text
 from lavis_cir_plugin.ranking.ranks import Ranking, rank
 
-IDS = [900, 17, 42, 5, 243611, 8]  # in no order, as in COCO's list
+IDS = [900, 17, 42, 5, 243611, 8]  # unordered, as in COCO's list
 NAMES = [f"{image:012d}" for image in IDS]
 
 
@@ -132,9 +132,9 @@ def test_test_has_no_metrics_and_there_is_no_training(tmp_path: Path):
 
 
 def test_metrics_by_hand(tmp_path: Path):
-    """Query 0 has 3 ground truths at ranks 1, 3, 9 (positions 2, 4, 10), the target's is 9. Query 1: one, at rank 5.
+    """Query 0 has 3 ground truths at ranks 1, 3 and 9 (its target), query 1 has one at rank 5.
 
-    AP@5 = (1/2 + 2/4) / 3 = 1/3 and 0. AP@10 = (1/2 + 2/4 + 3/10) / 3 = 1.3 / 3 and 1/6; the same at 25 and 50.
+    AP@5 = (1/2 + 2/4) / 3 = 1/3 and 0. AP@10 = (1/2 + 2/4 + 3/10) / 3 = 1.3 / 3 and 1/6, as at 25 and 50.
     """
     benchmark = read_benchmark(write_world(tmp_path), "val")
     metrics = benchmark.metrics(ranking([9, 5], [[9, 1, 3], [5, -1, -1]]))
@@ -156,17 +156,17 @@ def test_metrics_by_hand(tmp_path: Path):
 
 
 def test_more_ground_truths_than_places_can_reach_100():
-    """Seven ground truths at ranks 0 to 6: AP@5 = 5 / min(5, 7) = 1, AP@10 = 7 / 7 = 1."""
+    """Seven ground truths at ranks 0 to 6 give AP@5 = 5 / min(5, 7) = 1 and AP@10 = 7 / 7 = 1."""
     metrics = circo._metrics(ranking([0], [list(range(7))]), ["0"], {"0": ["negation"]})
     assert set(metrics.values()) == {100.0}
     assert [name for name in metrics if "_" in name] == ["mAP@10_negation"]
 
 
 def naive_metrics(scores: list[list[float]], truths: list[list[int]], aspects: list[list[str]]) -> dict[str, float]:
-    """Walk down every sorted list, one query at a time."""
+    """Compute the metrics down every sorted list, one query at a time."""
     values: dict[str, list[float]] = {}
     for row, relevant, carried in zip(scores, truths, aspects):
-        order = sorted(range(len(row)), key=lambda image: -row[image])  # stable: by index among equal scores
+        order = sorted(range(len(row)), key=lambda image: -row[image])  # a stable sort orders equal scores by index
         for k in (5, 10, 25, 50):
             found, total = 0, 0.0
             for position, image in enumerate(order[:k], start=1):
@@ -183,7 +183,7 @@ def naive_metrics(scores: list[list[float]], truths: list[list[int]], aspects: l
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_equals_a_naive_implementation(data: st.DataObject):
-    """On few, small, negative and equal features, so that scores tie; on one query; with chunks that do not fit."""
+    """The cases have few, small, negative and equal features with ties, a single query, and uneven chunks."""
     size, count = data.draw(st.integers(6, 30)), data.draw(st.integers(1, 4))
     vectors = st.lists(st.integers(-2, 1), min_size=2, max_size=2)
     gallery = data.draw(st.lists(vectors, min_size=size, max_size=size))
@@ -210,7 +210,7 @@ def test_equals_a_naive_implementation(data: st.DataObject):
 
 
 def test_the_servers_file(tmp_path: Path):
-    """Both queries point down the gallery's line, so the order is that of the list; ids are whole numbers."""
+    """Both queries point along the gallery's line, so the order is that of the list. Ids are integers."""
     config = write_world(tmp_path)
     result = rank(torch.ones(2, 1), torch.arange(6, 0, -1).unsqueeze(1).float(), torch.tensor([-1, -1]))
     submissions = read_benchmark(config, "test").submissions({"circo": result})
@@ -248,7 +248,7 @@ def test_layouts(tmp_path: Path, folder: str, coco: str, images: str, suffix: st
 
 @pytest.mark.parametrize("images", ["coco", "coco/unlabeled2017"])
 def test_annotations_and_images_apart(tmp_path: Path, images: str):
-    """COCO's list is found beside the images, whether ``images`` is their folder or the one above."""
+    """COCO's list is found beside the images if ``images`` is their folder or the folder above."""
     write_world(tmp_path, coco="coco/", images="coco/unlabeled2017")
     config = {
         "root": str(tmp_path / "nowhere"),
@@ -267,7 +267,7 @@ def test_annotations_and_images_apart(tmp_path: Path, images: str):
     ids=["only in the gallery", "a reference", "a target", "another ground truth", "the other target"],
 )
 def test_missing_images(tmp_path: Path, number: int, left: list[str]):
-    """Queries that are left out shift no other query's aspects: those are found by identifier."""
+    """Queries that are left out do not shift the aspects of others, which are found by identifier."""
     config = write_world(tmp_path)
     (tmp_path / "COCO2017_unlabeled" / "unlabeled2017" / f"{NAMES[number]}.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=rf"circo: 1 of 6 images are missing .*\(first: {NAMES[number]}\)"):
@@ -383,7 +383,7 @@ def test_configuration():
 
 @pytest.fixture
 def real(real_annotations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Return the official layout with COCO's list made of its ids; the files are taken to be there."""
+    """Return the official layout with a list of COCO's ids; the image files are assumed to exist."""
     ids = json.loads((real_annotations / "derived" / "circo" / "gallery_ids.json").read_text())
     images = [{"id": image, "file_name": f"{image:012d}.jpg"} for image in ids]
     write_json(tmp_path / "annotations" / "image_info_unlabeled2017.json", {"images": images})

@@ -1,4 +1,4 @@
-"""CIRR: layouts, broken files, metrics on small fixtures; counts and chance level on the real annotation files."""
+"""CIRR: layouts, broken files, metrics on small files; counts and chance level of the real annotation files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def names(split: str) -> list[str]:
 
 
 def records(split: str) -> list[dict[str, Any]]:
-    """Write two queries in the official shape; the targets are images 1 and 2, the set is images 0 to 5."""
+    """Write two queries in the official form, with the targets 1 and 2 and the set of images 0 to 5."""
     images = names(split)
     official: list[dict[str, Any]] = [
         {
@@ -108,7 +108,7 @@ def test_test_means_test1_without_targets(tmp_path: Path):
 
 @pytest.mark.parametrize("shape", ["official", "reduced"])
 def test_training(tmp_path: Path, shape: str):
-    """The reduced shape has neither pairid nor target_soft nor img_set."""
+    """The reduced form has neither pairid nor target_soft nor img_set."""
     kept = {"reference", "target_hard", "caption"}
     content = [{k: v for k, v in item.items() if shape == "official" or k in kept} for item in records("train")]
     triplets, paths = read_train(write_world(tmp_path, {"train": content}))
@@ -123,7 +123,7 @@ def test_training(tmp_path: Path, shape: str):
 
 
 def test_training_records_say_which_images_are_negatives(tmp_path: Path):
-    """Right besides the target: what has a weight above 0. Negatives: the rest of the set, here images 3 to 5."""
+    """Images with a weight above 0 are also right. The rest of the set, here images 3 to 5, are negatives."""
     images = names("train")
     first, second = records("train")
     first["target_soft"] = {images[1]: 1.0, images[2]: 0.5, images[3]: -1.0, images[6]: 0, images[7]: 0.2}
@@ -154,7 +154,7 @@ def test_what_is_odd_in_the_optional_fields_of_training_records_is_left_out(
 
 
 def test_metrics_by_hand(tmp_path: Path):
-    """Ranks 0, 4, 5, missing: R@1 25, R@5 50, R@10 75, R@50 75. Subset 0, 1, 2, 4: 25, 50, 75. Mean (50 + 25) / 2."""
+    """Ranks 0, 4, 5 and none give R@K 25, 50, 75, 75; subset ranks 0, 1, 2, 4 give 25, 50, 75; mean (50 + 25) / 2."""
     benchmark = read_benchmark(write_world(tmp_path), "val")
     empty = torch.empty(4, 0, dtype=torch.long)
     metrics = benchmark.metrics({"cirr": Ranking(torch.tensor([0, 4, 5, -1]), empty, torch.tensor([0, 1, 2, 4]))})
@@ -205,13 +205,14 @@ HARD_R = {"R@1": 0, "R@5": 0, "R@10": 100, "R@50": 100}
 def test_soft_labels_by_hand(
     tmp_path: Path, labels: str, recalls: dict[str, float], subset: tuple[float, ...], said: str
 ):
-    """The best weight among the first K, at least 0; in the gallery and among the members.
+    """The best weight (at least 0) among the first K counts, in the gallery and among the members.
 
-    Gallery, query 0: weights 0.5 and 1.0 at ranks 0 and 6: 0.5 at K = 1 and 5, 1.0 at 10 and 50. Query 1: -1.0 at rank
-    0 counts nothing, 0.2 at rank 4 from K = 5 on, 0.5 at rank 50 nowhere. Means: 25, 35, 60, 60 %.
+    In the gallery, query 0 has weights 0.5 and 1.0 at ranks 0 and 6, so 0.5 at K = 1 and 5, and 1.0 at 10 and 50. In
+    query 1, -1.0 at rank 0 counts as 0, 0.2 at rank 4 counts from K = 5 on, and 0.5 at rank 50 never counts. The means
+    are 25, 35, 60 and 60 %.
 
-    Members, query 0: 1.0 comes first: 1.0. Query 1: 0.2, -1.0, 0.5: 0.2, 0.2, 0.5. Means: 60, 60, 75 %. Its third
-    member is not among the best 50 of the gallery, so that ARTEMIS has 60 % at K = 3 too.
+    Among the members, query 0 has 1.0 first, and query 1 has 0.2, -1.0, 0.5, so 0.2, 0.2, 0.5. The means are 60, 60 and
+    75 %. The third member of query 1 is not among the best 50 of the gallery, so ARTEMIS has 60 % at K = 3 too.
     """
     a, b, c, d, e = names("val")[1:6]
     world = write_world(tmp_path, with_soft_labels({a: 0.5, b: 1.0}, {c: -1, d: 0.2, e: 0.5}))
@@ -229,7 +230,7 @@ def test_soft_labels_by_hand(
 
 
 def test_soft_labels_that_are_not_ranked_count_nothing():
-    """37 queries of val give 1.0 to their own reference, which is removed: rank -1."""
+    """37 queries of val give 1.0 to their own reference, which is removed and has rank -1."""
     ranks, weights = torch.tensor([[-1, 3]]), torch.tensor([[1.0, 0.5]])
     assert cirr._soft_recall_at(ranks, weights, 3) == 0.0
     assert cirr._soft_recall_at(ranks, weights, 4) == 50.0
@@ -240,9 +241,9 @@ def test_soft_labels_that_are_not_ranked_count_nothing():
     [("arithmetic_mean", 50.0), ("geometric_mean", 25 * 54 ** (1 / 7)), ("harmonic_mean", 38.8889)],
 )
 def test_means_of_the_seven_recalls(tmp_path: Path, selected: str, expected: float):
-    """Of 25, 50, 75, 75 and 25, 25, 75: the mean is 350 / 7 = 50.
+    """The arithmetic mean of 25, 50, 75, 75 and 25, 25, 75 is 350 / 7 = 50.
 
-    Harmonic: 7 / (3 / 25 + 1 / 50 + 3 / 75) = 7 / 0.18 = 38.89. Geometric: (25^3 * 50 * 75^3)^(1/7)
+    The harmonic mean is 7 / (3 / 25 + 1 / 50 + 3 / 75) = 7 / 0.18 = 38.89, the geometric (25^3 * 50 * 75^3)^(1/7)
     = 25 * (2 * 3^3)^(1/7) = 25 * 54^(1/7).
     """
     benchmark = read_benchmark({**write_world(tmp_path), "selection_metric": selected}, "val")
@@ -263,11 +264,11 @@ def test_selection_by_a_single_metric_adds_none(tmp_path: Path):
 def naive_metrics(
     scores: list[list[float]], sets: list[list[int]], weights: list[dict[int, float]]
 ) -> dict[str, float]:
-    """Sort names and look them up, one query at a time: sets[q] holds the reference, the target, the other members."""
+    """Rank names one query at a time; sets[q] holds the reference, the target and the other members."""
     hits: dict[str, list[float]] = {}
     for row, members, labels in zip(scores, sets, weights):
         reference, target = members[:2]
-        order = sorted(range(len(row)), key=lambda image: -row[image])  # stable: by index among equal scores
+        order = sorted(range(len(row)), key=lambda image: -row[image])  # a stable sort orders equal scores by index
         order.remove(reference)
         for k in (1, 5, 10, 50):
             hits.setdefault(f"R@{k}", []).append(float(target in order[:k]))
@@ -283,7 +284,7 @@ def naive_metrics(
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_equals_a_naive_implementation(data: st.DataObject):
-    """On few, small, negative and equal features, so that scores tie; on one query; with chunks that do not fit."""
+    """The cases have few, small, negative and equal features with ties, a single query, and uneven chunks."""
     size = data.draw(st.integers(7, 13))
     count = data.draw(st.integers(1, 5))
     vectors = st.lists(st.integers(-2, 1), min_size=2, max_size=2)
@@ -335,9 +336,9 @@ def test_equals_a_naive_implementation(data: st.DataObject):
 
 
 def test_the_servers_two_files(tmp_path: Path):
-    """The gallery's images lie on a line and both queries point down it, so the order is that of the file.
+    """The gallery's images lie on a line and both queries point along it, so the order is that of the file.
 
-    Query 0 refers to image 0: its best are 1 to 7, and of its set 1, 2, 3. Query 1 refers to image 1.
+    Query 0 has the reference 0, the best images 1 to 7 and the best members 1, 2, 3. Query 1 has the reference 1.
     """
     benchmark = read_benchmark(write_world(tmp_path), "test")
     (group,) = benchmark.groups
@@ -389,7 +390,7 @@ def test_layouts(tmp_path: Path, folder: str, annotations: str, images: str, suf
 
 @pytest.mark.parametrize("root", ["data", "data/cirr"])
 def test_the_layout_of_cirrs_own_readme(tmp_path: Path, root: str):
-    """``data/cirr/captions`` with ``data/img_raw/dev``, whether root names the folder or its parent."""
+    """The layout is ``data/cirr/captions`` with ``data/img_raw/dev``, and root is the folder or its parent."""
     write_world(tmp_path / "elsewhere", annotations="", images="img_raw")
     (tmp_path / "data" / "cirr").mkdir(parents=True)
     for folder in ("captions", "image_splits"):
@@ -638,14 +639,14 @@ def test_real_evaluation_files(real: dict[str, str], split: str, queries: int, g
 
 
 def differs(query: Query, among: str | None) -> bool:
-    """Whether the labels that can count are other ones than the target with 1.0."""
+    """Return whether other labels than the target with 1.0 can count."""
     allowed = query.members if among else [name for name, _ in query.relevance if name != query.reference]
     counting = {name: weight for name, weight in query.relevance if weight > 0 and name in allowed}
     return counting != {query.target: 1.0}
 
 
 def test_real_labels(real: dict[str, str]):
-    """645 queries have several soft labels, and 37 lack their hard target and give 1.0 to the reference instead.
+    """645 queries have several soft labels. 37 lack their hard target and give 1.0 to the reference instead.
 
     The labels can change R@K of 100 queries and R_subset@K of 82.
     """
@@ -666,10 +667,10 @@ def test_the_real_blank_caption(real: dict[str, str], caplog: pytest.LogCaptureF
 
 
 def test_random_scores_reach_chance_level_on_the_real_queries(real: dict[str, str]):
-    """R_subset@1/2/3 = 20/40/60 % and R@K = 100 K / 2296 %.
+    """Chance gives R_subset@1/2/3 = 20/40/60 % and R@K = 100 K / 2296 %.
 
-    The standard deviation of a share p over 4,181 queries is at most 0.77 points; queries of one set are correlated, so
-    that 4 points are allowed, and 0.5 and 1.5 for the shares of 0.4 and 2.2 %.
+    The standard deviation of a share p over 4,181 queries is at most 0.77 points. Queries of one set are correlated, so
+    4 points are allowed, and 0.5 and 1.5 points for the shares of 0.4 and 2.2 %.
     """
     benchmark = read_benchmark({**real, "labels": "soft"}, "val")
     (group,) = benchmark.groups
@@ -696,7 +697,7 @@ def test_random_scores_reach_chance_level_on_the_real_queries(real: dict[str, st
 
 
 def test_equal_features_are_ranked_in_the_gallerys_order_on_the_real_queries(real: dict[str, str]):
-    """The documented numbers of one feature for all; naively, the target's place in the file less the reference."""
+    """With one feature for all images the numbers are the documented ones, and a naive loop over the file agrees."""
     benchmark = read_benchmark(real, "val")
     (group,) = benchmark.groups
     index = {name: position for position, name in enumerate(group.gallery)}
@@ -717,7 +718,7 @@ def test_equal_features_are_ranked_in_the_gallerys_order_on_the_real_queries(rea
 
 
 def test_real_training_files(real: dict[str, str], tmp_path: Path):
-    """The official file in its reduced shape (all rows) and in its full shape (an excerpt)."""
+    """Return the official file in its reduced form (all rows) and an excerpt of its full form."""
     split = REAL / "cirr_dataset" / "cirr" / "image_splits" / "split.rc2.train.json"
     (tmp_path / split.name).symlink_to(split)
     assert len(json.loads(split.read_text())) == 16_939
@@ -735,7 +736,7 @@ def test_real_training_files(real: dict[str, str], tmp_path: Path):
 
 
 def test_real_training_records_say_which_images_are_negatives(real: dict[str, str], tmp_path: Path):
-    """The excerpt's 12 records have whole image sets and one soft label above 0, of weight 0.5 (by eye)."""
+    """The excerpt's 12 records have whole image sets and, as reading shows, one soft label above 0, with 0.5."""
     split = REAL / "cirr_dataset" / "cirr" / "image_splits" / "split.rc2.train.json"
     (tmp_path / split.name).symlink_to(split)
     (tmp_path / "cap.rc2.train.json").symlink_to(REAL / "derived" / "cirr" / "cap.rc2.train.excerpt.json")
@@ -749,9 +750,9 @@ def test_real_training_records_say_which_images_are_negatives(real: dict[str, st
 
 
 def test_real_records_of_val_in_the_place_of_train(real: dict[str, str], tmp_path: Path):
-    """The full shape in number (the training file as such is not there): 96 of 4,181 records list 143 right images.
+    """In the full form of val, 96 of 4,181 records list 143 right images. The full training file is not here.
 
-    In 37 of them one is the reference. 4, 3 or 2 members are left to be negatives.
+    In 37 of these records one right image is the reference. 4, 3 or 2 members remain as negatives.
     """
     folder = REAL / "cirr_dataset" / "cirr"
     (tmp_path / "split.rc2.train.json").symlink_to(folder / "image_splits" / "split.rc2.val.json")
@@ -766,9 +767,9 @@ def test_real_records_of_val_in_the_place_of_train(real: dict[str, str], tmp_pat
 
 
 def test_random_scores_reach_chance_level():
-    """3,000 queries, sets of six in a gallery of 600: R_subset@1/2/3 = 20/40/60 %, R@K = 100 K / 599 %.
+    """3,000 queries with sets of six in a gallery of 600 give R_subset@1/2/3 = 20/40/60 % and R@K = 100 K / 599 %.
 
-    The standard deviation of a share p over 3,000 queries is at most sqrt(0.25 / 3000) = 0.91 points; 3.7 is four.
+    A share over 3,000 queries has a standard deviation of at most sqrt(0.25 / 3000) = 0.91 points; 3.7 is four of it.
     """
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(3000, 32, generator=generator)
@@ -793,7 +794,7 @@ def test_a_test_split_with_some_targets_is_submitted_and_not_scored(tmp_path: Pa
 
 
 def test_the_protocol_line_says_what_was_read(tmp_path: Path):
-    """Sets of other sizes are counted; the server's labels are hard whatever a configuration says of val."""
+    """The line counts sets of other sizes. The server's labels are hard, whatever a config says about val."""
     content = records("val")
     content[0]["img_set"]["members"] = names("val")[:4]
     config = {**write_world(tmp_path, {"val": content}), "labels": "soft"}

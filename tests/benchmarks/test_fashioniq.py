@@ -1,4 +1,4 @@
-"""FashionIQ: layouts, broken files, protocols and metrics on small fixtures; counts on the real annotation files."""
+"""FashionIQ: layouts, broken files, protocols and metrics on small files; counts of the real annotation files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_world(
     images: str = "images",
     suffix: str = ".jpg",
 ) -> dict[str, Any]:
-    """Write a dress category (train, val, test), touch its images, return a configuration that reads it."""
+    """Write the category dress (train, val, test) with empty images, and return a config that reads it."""
     records = DRESS if records is None else records
     split = SPLIT if split is None else split
     for name in ("train", "val", "test"):
@@ -111,7 +111,7 @@ TEXTS = {
     ],
 )
 def test_named_protocols(tmp_path: Path, protocol: str, gallery: str, removed: bool, queries: str):
-    """X occurs in no query. Both queries of a record keep its place in the file as their identifier."""
+    """X occurs in no query. Both queries of a record have its position in the file as their identifier."""
     benchmark = read_benchmark({**write_world(tmp_path), "protocol": protocol}, "val")
     (group,) = benchmark.groups
     assert ("".join(group.gallery), group.reference_removed) == (gallery, removed)
@@ -133,7 +133,7 @@ def test_keys_override_the_protocol_and_the_line_says_so(tmp_path: Path):
 
 
 def test_val_split_gallery_and_removed_reference(tmp_path: Path):
-    """X occurs in no query; the order of the split file stays."""
+    """X occurs in no query. The gallery keeps the order of the split file."""
     benchmark = read_benchmark({**write_world(tmp_path), "gallery": "val", "reference": "removed"}, "val")
     assert benchmark.groups[0].gallery == ("C", "A", "B")
     assert benchmark.groups[0].reference_removed
@@ -164,7 +164,7 @@ def test_caption_modes(tmp_path: Path, mode: str, expected: list, words: str):
 
 @pytest.mark.parametrize("captions", [[" . ", "?"], ["", " "]])
 def test_captions_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture, captions: list[str]):
-    """Refused where they train or score; a test split has to be answered as it is."""
+    """Splits that train or score refuse empty captions, but a test split must be answered as it is."""
     config = write_world(tmp_path, [DRESS[0], {"candidate": "A", "target": "B", "captions": captions}])
     for split in ("val", "seen"):
         with pytest.raises(ValueError, match=r"record 1 \(counting from 0\) has 'captions' without a word"):
@@ -203,7 +203,7 @@ def test_an_unknown_split_is_refused(tmp_path: Path):
 
 
 def test_training_triplets(tmp_path: Path):
-    """X is in the split file but in no triplet: its file is not needed."""
+    """X is in the split file but in no triplet, so its image is not needed."""
     config = write_world(tmp_path)
     (tmp_path / "images" / "X.jpg").unlink()
     triplets, paths = read_train(config)
@@ -213,7 +213,7 @@ def test_training_triplets(tmp_path: Path):
 
 
 def test_training_text_is_drawn_from_four_equally_likely_ways():
-    """4,000 draws at 25 % each: 1,000 expected, standard deviation 27.4; 137 is five of them."""
+    """4,000 draws at 25 % give 1,000 each, with a standard deviation of 27.4; the limit of 137 is five of them."""
     rng = random.Random(0)
     counts = Counter(training_text(("is red.", " has sleeves, "), rng) for _ in range(4000))
     assert set(counts) == {"is red and has sleeves", "has sleeves and is red", "is red", "has sleeves"}
@@ -230,9 +230,9 @@ def test_training_text_and_is_always_both(tmp_path: Path):
 
 
 def test_metrics_by_hand(tmp_path: Path):
-    """dress: ranks 0, 9, 10, 49 -> R@10 50, R@50 100. shirt: 50, missing -> 0, 0. toptee: 3 -> 100, 100.
+    """dress has ranks 0, 9, 10, 49 and R@10 50, R@50 100; shirt 50, none and 0, 0; toptee 3 and 100, 100.
 
-    R@10 = (50 + 0 + 100) / 3 = 50, R@50 = (100 + 0 + 100) / 3 = 66.67 whatever the numbers of queries, mean 58.33.
+    For any numbers of queries R@10 = (50 + 0 + 100) / 3 = 50, R@50 = (100 + 0 + 100) / 3 = 66.67, and mean 58.33.
     """
     metrics = read_benchmark(write_world(tmp_path), "val").metrics(
         {"dress": ranking([0, 9, 10, 49]), "shirt": ranking([50, -1]), "toptee": ranking([3])}
@@ -253,9 +253,9 @@ def test_metrics_by_hand(tmp_path: Path):
 
 
 def test_the_mean_per_query_by_hand(tmp_path: Path):
-    """dress has 3 queries, R@10 100/3 and R@50 200/3; shirt 1, both 100: (3 * 100/3 + 100) / 4 = 50 and 75, mean 62.5.
+    """dress has 3 queries with R@10 100/3, R@50 200/3; shirt 1 with 100, 100. So (3 * 100/3 + 100) / 4 = 50, and 75.
 
-    The weights are the numbers of queries: ranks repeated (as the expectation of chance hands them in) change nothing.
+    Their mean is 62.5. The weights are the numbers of queries, so repeated ranks, as for chance, change nothing.
     """
     config = {**write_world(tmp_path), "categories": ["dress", "shirt"], "protocol": "artemis"}
     for kind, content in {
@@ -301,7 +301,7 @@ def test_the_selection_metric(tmp_path: Path):
 
 
 def naive_recall(protocol: str, records: list, split: list[str], scores: dict, k: int) -> list[int]:
-    """Rank by sorting per query: a hit (1) or not (0) for every query of one category.
+    """Return a hit (1) or a miss (0) for every query of one category, by sorting per query.
 
     ``scores`` maps (reference, text) to the score of every image; several texts of one query add up.
     """
@@ -335,7 +335,7 @@ def naive_recall(protocol: str, records: list, split: list[str], scores: dict, k
 def test_a_protocol_equals_its_naive_implementation(
     tmp_path_factory: pytest.TempPathFactory, protocol: str, rng: random.Random
 ):
-    """From the JSON files to R@10; features of -1, 0 and 1, so that ties and negative scores abound."""
+    """The test leads from the JSON files to R@10. Features of -1, 0 and 1 give many ties and negative scores."""
     root = tmp_path_factory.mktemp("world")
     hits, rankings = {}, {}
     worlds = {}
@@ -393,7 +393,7 @@ def test_a_protocol_equals_its_naive_implementation(
 
 
 def test_the_submission_is_the_caption_file_with_a_ranking(tmp_path: Path):
-    """Gallery C, X, A, B; -1 pads a ranking from which the reference was removed. The file passes its own check."""
+    """The gallery is C, X, A, B. -1 pads a ranking without its reference. The file passes its own check."""
     records = [{"candidate": "A", "captions": ["is red", "is blue"], "extra": 1}]
     benchmark = read_benchmark({**write_world(tmp_path, records), "reference": "removed"}, "test")
     empty = torch.empty(1, 0, dtype=torch.long)
@@ -404,7 +404,7 @@ def test_the_submission_is_the_caption_file_with_a_ranking(tmp_path: Path):
 
 
 def review(tmp_path: Path, change: Any = None, records: Any = None, size: int = 60) -> Any:
-    """Check a file with the whole gallery in order for every record, changed by ``change``."""
+    """Check a file with the whole gallery in order for every record, after ``change`` has modified it."""
     split = [f"I{number}" for number in range(size)]
     records = records or [
         {"candidate": "I0", "target": "I20", "captions": ["is red", "is blue"]},
@@ -418,7 +418,7 @@ def review(tmp_path: Path, change: Any = None, records: Any = None, size: int = 
 
 
 def test_a_right_submission_of_val_is_scored(tmp_path: Path):
-    """Targets at 20 and 3: within 10 one of two, within 50 both."""
+    """The targets are at 20 and 3, so one of two is within 10 and both are within 50."""
     found = review(tmp_path)
     assert found.problems == {}
     assert found.metrics == {"R@10": 50.0, "R@50": 100.0}
@@ -476,7 +476,7 @@ def test_layouts(tmp_path: Path, folder: str, captions: str, images: str, suffix
 
 
 def test_annotations_and_images_apart(tmp_path: Path):
-    """One folder with all JSON files, one with the pictures, neither below root."""
+    """All JSON files lie in one folder and the pictures in another, neither below root."""
     write_json(tmp_path / "annotation" / "cap.dress.val.json", DRESS)
     write_json(tmp_path / "annotation" / "split.dress.val.json", SPLIT)
     (tmp_path / "pictures").mkdir()
@@ -713,7 +713,7 @@ def test_real_validation_files(real: dict[str, str]):
 
 
 def test_what_is_odd_in_the_real_files(real_annotations: Path):
-    """Val images in another category's train split, and empty captions, in val first ones; see docs/data.md."""
+    """The files have val images in another category's train split, and empty captions; see docs/data.md."""
     root = real_annotations / "fashionIQ_dataset"
 
     def images(category: str, split: str) -> set[str]:
@@ -750,7 +750,7 @@ def test_real_val_split_galleries(real: dict[str, str]):
 
 
 def test_real_numbers_of_queries_are_those_of_the_table(real: dict[str, str]):
-    """Three of the 12,032 captions of val are empty. The module's table holds the same keys and numbers."""
+    """Three of the 12,032 captions of val are empty. The module's table has equal keys and numbers."""
     rows = [line.split() for line in str(fashioniq.__doc__).splitlines() if line.startswith("``")]
     table = {row[0].strip("`"): row[1:6] for row in rows if row[0].strip("`") in fashioniq.PROTOCOLS}
     assert {name: tuple(row[:4]) for name, row in table.items()} == fashioniq.PROTOCOLS
@@ -763,7 +763,7 @@ def test_real_numbers_of_queries_are_those_of_the_table(real: dict[str, str]):
 
 
 def test_merged_files_of_all_categories(tmp_path: Path):
-    """CoVR's layout: one file for the three categories, whose galleries share images."""
+    """CoVR's layout has one file for the three categories, whose galleries share images."""
     config = {**write_world(tmp_path), "categories": ["all"]}
     for split in ("train", "val"):
         (tmp_path / "captions" / f"cap.dress.{split}.json").rename(tmp_path / "captions" / f"cap.all.{split}.json")

@@ -1,4 +1,4 @@
-"""Only formats that are meant are decoded, whatever a file is called, by every path through the package."""
+"""Every path through the package decodes only the listed formats, whatever a file is called."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RED = (255, 0, 0)
 
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Stand in for Ghostscript; return the list of what it was called with."""
+    """Stand in for Ghostscript, and return a list of the arguments of its calls."""
     calls: list[Any] = []
 
     def interpret(*arguments: Any, **_: Any) -> Any:
@@ -84,7 +84,7 @@ PATHS = {
 
 
 def test_pillow_alone_hands_postscript_to_its_interpreter(disguised: Path, interpreter: list[Any]):
-    """What the tests below rule out does happen, so that they can fail."""
+    """Pillow alone does what the tests below rule out, so they can fail."""
     with Image.open(disguised) as image:
         assert image.format == "EPS"
         image.load()
@@ -127,7 +127,7 @@ def test_each_format_is_read_by_each_suffix(tmp_path: Path, kind: str):
 
 
 def test_a_camera_s_file_of_two_pictures_gives_the_first(tmp_path: Path):
-    """MPO is opened by JPEG's entry of the list; a list that names it ends Pillow in a KeyError."""
+    """JPEG's entry of the list also opens MPO. A list that names MPO makes Pillow raise a KeyError."""
     content = io.BytesIO()
     second = Image.new("RGB", (8, 8), "blue")
     Image.new("RGB", (16, 16), RED).save(content, "MPO", save_all=True, append_images=[second])

@@ -38,7 +38,7 @@ def test_images_are_found_by_stem_flat_and_per_category(tmp_path: Path):
 
 
 def test_the_choice_between_several_files_of_a_name_is_fixed(tmp_path: Path):
-    """.jpg before .jpeg before .png; outside sub-folders before inside; sub-folders by name; earlier folders first."""
+    """The order is .jpg, .jpeg, .png, then files before sub-folders, sub-folders by name, earlier folders first."""
     for name in ("first/A.png", "first/A.jpeg", "first/A.jpg", "first/B.png", "first/x/B.jpg", "first/y/C.jpg"):
         touch(tmp_path / name)
     for name in ("first/x/C.png", "second/A.jpg", "second/D.png"):
@@ -93,7 +93,7 @@ def pixel(path: Path) -> tuple[int, int, int]:
 
 
 def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, recwarn: pytest.WarningsRecorder):
-    """The colour survives: grey 128 stays 128, CMYK (0, 255, 255, 0) is red, transparent green shows its green."""
+    """Grey 128 stays 128, CMYK (0, 255, 255, 0) becomes red, and transparent green stays green."""
     palette = Image.new("P", (2, 2), 1)
     palette.putpalette([0, 0, 0, 0, 0, 255])
     cases = {
@@ -173,7 +173,7 @@ def test_verification_counts_and_names_broken_files(tmp_path: Path):
 
 
 def test_links_and_folders_that_are_no_images_are_missing(tmp_path: Path):
-    """A link to a picture is one; a link that leads nowhere, a circle of links and a folder x.jpg are none."""
+    """A link to a picture counts. A broken link, a circle of links and a folder x.jpg do not."""
     touch(tmp_path / "elsewhere.jpg")
     folder = tmp_path / "images"
     touch(folder / "B.jpg" / "inside.jpg")
@@ -188,7 +188,7 @@ def test_links_and_folders_that_are_no_images_are_missing(tmp_path: Path):
 
 
 def test_a_tree_is_scanned_to_any_depth_in_sorted_order(tmp_path: Path):
-    """Names carry folders and suffix, so that a.jpg and a.png are two images; circles of folders end."""
+    """Names contain folders and suffix, so a.jpg and a.png are two images. The scan ends at circles of folders."""
     for name in ("b/z/deep.webp", "b/a.png", "a.jpg", "a.png", "B.JPG", "notes.txt"):
         touch(tmp_path / name)
     (tmp_path / "b" / "up").symlink_to(tmp_path)
@@ -236,11 +236,11 @@ def test_verification_finds_truncated_files_of_every_format(
 
 
 def test_a_jpeg_with_its_end_marker_is_not_decoded_and_without_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Padding after the marker is no reason to decode; other bytes are, and then the picture is whole all the same."""
+    """Padding after the marker causes no decoding. Other bytes do, and the picture still proves whole."""
     whole = saved(tmp_path / "whole.jpg", Image.effect_noise((64, 64), 50)).read_bytes()
     (tmp_path / "padded.jpg").write_bytes(whole + b"\0" * 100 + b" \r\n")
     (tmp_path / "trailing.jpg").write_bytes(whole + b"trailing words")
-    (tmp_path / "cut.jpg").write_bytes(whole[:-2])  # what is left of the picture is complete, but for the marker
+    (tmp_path / "cut.jpg").write_bytes(whole[:-2])  # the picture lacks only the marker
     decoded = []
     load = JpegImageFile.load
     monkeypatch.setattr(JpegImageFile, "load", lambda self: decoded.append(Path(self.filename).name) or load(self))

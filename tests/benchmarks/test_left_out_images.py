@@ -1,4 +1,4 @@
-"""What lies among the images of a catalogue and is no picture of its owner's: left out, counted, never waited for."""
+"""Files among a catalogue's images that are not its pictures are left out and counted, and never block."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_foreign_files_are_no_gallery_images(shop: Path, name: str):
 def test_what_is_left_out_is_counted_and_named_once(shop: Path, caplog: pytest.LogCaptureFixture):
     for name in (*FOREIGN, *HIDDEN):
         picture(shop / "images" / name)
-    (shop / "images" / "@eaDir" / "notes.txt").touch()  # is called no picture
+    (shop / "images" / "@eaDir" / "notes.txt").touch()  # has no suffix of a picture
     images_module._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         gallery(shop)
@@ -110,7 +110,7 @@ def test_hidden_files_of_a_benchmark_are_not_found_either(tmp_path: Path):
 
 
 def test_an_old_run_below_the_images_is_left_out(shop: Path):
-    """A folder with a log that begins with a run's config is one; one with another log is not."""
+    """A folder whose log begins with a run's config is a run. A folder with another log is not."""
     run = shop / "images" / "output" / "20240101-120000-7"
     picture(run / "curves.png")
     picture(run / "val" / "contact_sheet_triplets.png")
@@ -168,7 +168,7 @@ def test_a_contact_sheet_of_synthetic_triplets_stays_out_of_the_images(shop: Pat
 
 
 def test_links_out_of_the_tree_and_up_it_are_not_followed(shop: Path, caplog: pytest.LogCaptureFixture):
-    """Links to files are pictures; a link to a folder beside is followed, into a hidden one not."""
+    """Links to files count. A link to a neighbouring folder is followed, a link to a hidden one is not."""
     picture(shop.parent / "elsewhere" / "c.jpg")
     picture(shop / "images" / ".thumbs" / "a.jpg")
     for link, target in {
@@ -204,7 +204,7 @@ def test_a_named_pipe_called_like_a_picture_is_left_out(shop: Path, caplog: pyte
 
 
 def test_no_reader_waits_at_a_named_pipe(tmp_path: Path):
-    """Each would wait for ever for somebody to write."""
+    """Opening each of them would wait for ever until somebody writes."""
     for name in ("x.jpg", "train.jsonl", "val.json", "00000.tar"):
         os.mkfifo(tmp_path / name)
     refused = "is no regular file but a named pipe, socket or device"

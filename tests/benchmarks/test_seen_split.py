@@ -1,4 +1,4 @@
-"""The split ``seen``: training queries drawn to the size of val, whole clusters first, the same in every run."""
+"""The split ``seen`` samples training queries to val's size, whole clusters first, equally in every run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lavis_cir_plugin.ranking.ranks import Ranking
 
 
 def group(pairs, gallery=None, name="dress"):
-    """Return a group of queries from (reference, target) pairs; the gallery is the images in alphabetical order."""
+    """Return a group of queries from (reference, target) pairs, with the sorted images as its gallery."""
     queries = tuple(Query(a, (f"{a} to {b}",), b) for a, b in pairs)
     return Group(name, tuple(gallery or sorted({image for pair in pairs for image in pair})), queries, False)
 
@@ -28,13 +28,13 @@ def of_size(queries, images):
     return group([("v0", "v1")] * queries, [f"v{index}" for index in range(images)])
 
 
-# Clusters: a-b-c (2 queries, 3 images), d-e-f (2, 3), g-h-i (2, 3); the queries are interleaved on purpose.
+# The clusters are a-b-c (2 queries, 3 images), d-e-f (2, 3) and g-h-i (2, 3), with interleaved queries.
 THREE = group([("a", "b"), ("d", "e"), ("g", "h"), ("b", "c"), ("f", "e"), ("h", "i")])
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_whole_clusters_fill_the_gallery(seed):
-    """Room for 6 of 9 images is two whole clusters, which hold 4 queries; 3 of these are drawn."""
+    """Room for 6 of 9 images holds two whole clusters with 4 queries, of which 3 are sampled."""
     drawn = drawn_like(THREE, of_size(queries=3, images=6), seed)
     clusters = {"".join(part) for part in ("abc", "def", "ghi") if set(part) <= set(drawn.gallery)}
     assert len(clusters) == 2
@@ -47,11 +47,11 @@ def test_whole_clusters_fill_the_gallery(seed):
 
 
 def test_a_cluster_that_does_not_fit_is_cut_and_the_rest_filled_up():
-    """Room for 4 of 9 images: one cluster of 3, no further pair fits, so one single image comes from elsewhere."""
+    """Room for 4 of 9 images holds one cluster of 3. No further pair fits, so one image comes from elsewhere."""
     for seed in range(6):
         drawn = drawn_like(THREE, of_size(queries=5, images=4), seed)
         assert len(drawn.gallery) == 4
-        assert len(drawn.queries) == 2  # fewer than val's 5: no other query has both images in the gallery
+        assert len(drawn.queries) == 2  # fewer than val's 5, because no other query has both images in the gallery
 
 
 def test_images_that_no_query_uses_fill_up_last():
@@ -73,7 +73,7 @@ def test_the_draw_depends_on_seed_and_name_alone():
 
 
 def test_members_come_along():
-    """Sets of 4 images: {a, b, c, d} and {e, f, g, h}. Room for 5 holds one set and a single image."""
+    """The sets are {a, b, c, d} and {e, f, g, h}. Room for 5 holds one set and a single image."""
     queries = (
         Query("a", ("x",), "b", ("b", "c", "d")),
         Query("e", ("x",), "f", ("f", "g", "h")),
@@ -98,7 +98,7 @@ WORLD = {
 
 @pytest.fixture(scope="module")
 def garments(tmp_path_factory):
-    """A drawn world: per category 60 training triplets on 80 images, 12 queries on 30 images in val."""
+    """Return a drawn world with 60 training triplets on 80 images and 12 val queries on 30 images per category."""
     return str(make_garments(tmp_path_factory.mktemp("cache"), GarmentsConfig(**WORLD)))
 
 
@@ -107,7 +107,7 @@ def images_of(benchmark):
 
 
 def test_fashioniq_seen_has_the_shape_of_val_and_none_of_its_images(garments):
-    config = {"root": garments, "reference": "removed", "training_text": "and"}  # so that triplets have query texts
+    config = {"root": garments, "reference": "removed", "training_text": "and"}  # "and" makes query texts
     seen, val = fashioniq.read_benchmark(config, "seen"), fashioniq.read_benchmark(config, "val")
     triplets, _ = fashioniq.read_train(config)
     assert [(g.name, len(g.queries), len(g.gallery)) for g in seen.groups] == [
@@ -140,7 +140,7 @@ def test_fashioniq_seen_follows_the_caption_convention(garments, mode, texts):
 
 
 def test_fashioniq_seen_needs_no_image_outside_the_training_triplets(garments, tmp_path):
-    """Missing images are skipped as in val, and said; those of the split file that no triplet uses do not count."""
+    """Missing images are skipped and counted as in val. Images of the split file without a triplet do not count."""
     paths = fashioniq.read_train({"root": garments})[1]
     val_paths = fashioniq.read_benchmark({"root": garments}, "val").image_paths
     gone = sorted(paths)[0]
@@ -159,7 +159,7 @@ def test_fashioniq_seen_needs_no_image_outside_the_training_triplets(garments, t
 
 @pytest.fixture
 def cirr_root(tmp_path):
-    """Write CIRR's files: train with 5 sets of 6 images and 4 queries each, val with 2 such sets."""
+    """Write CIRR's files with 5 sets of 6 images and 4 queries in train, and 2 such sets in val."""
 
     def write(has_sets=True):
         for split, folder, sets in (("train", "train/0", 5), ("val", "dev", 2)):
@@ -186,7 +186,7 @@ def cirr_root(tmp_path):
 
 
 def test_cirr_seen_takes_whole_image_sets(cirr_root):
-    """Val: 8 queries, 13 images. Of 5 sets, 2 fit (12 images, all 8 queries); the 13th is an image of another set."""
+    """Val has 8 queries and 13 images. Two of 5 sets fit (12 images, 8 queries); the 13th image is of another set."""
     config = cirr_root()
     benchmark = cirr.read_benchmark(config, "seen")
     (group,) = benchmark.groups
@@ -203,7 +203,7 @@ def test_cirr_seen_takes_whole_image_sets(cirr_root):
 
 
 def test_cirr_seen_without_image_sets_has_no_subset_metric(cirr_root):
-    """Ranks 0 and 7: R@1 50, R@5 50, R@10 and R@50 100."""
+    """Ranks 0 and 7 give R@1 50, R@5 50, R@10 100 and R@50 100."""
     benchmark = cirr.read_benchmark(cirr_root(has_sets=False), "seen")
     ranking = Ranking(torch.tensor([0, 7]), torch.empty(2, 0, dtype=torch.long), torch.tensor([-1, -1]))
     assert benchmark.metrics({"cirr": ranking}) == {"R@1": 50.0, "R@5": 50.0, "R@10": 100.0, "R@50": 100.0}

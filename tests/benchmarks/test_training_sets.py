@@ -1,4 +1,4 @@
-"""Published training triplets: what is read in which layout, how many, and what is refused."""
+"""Published training triplets: the content of each layout, the number of triplets, and refused files."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_laion_cir_is_found_where_people_keep_it(tmp_path: Path, annotations: st
 
 
 def test_laion_cir_may_be_spread_over_folders(tmp_path: Path):
-    """Template's and the language model's pictures in folders of their own, elsewhere; annotations too."""
+    """The pictures of both variants and the annotations lie in separate folders outside root."""
     laion(tmp_path / "a", images="../pictures/laion_cir_template")
     (tmp_path / "pictures/llm").mkdir()
     (tmp_path / "pictures/laion_cir_template/0000020.png").rename(tmp_path / "pictures/llm/0000020.png")
@@ -137,7 +137,7 @@ def query(reference: int, target: int, split: str = "val") -> dict[str, Any]:
 
 
 def lasco_files(root: Path, annotations: str = "", images: str = "") -> dict[str, Any]:
-    """Write two training triplets, and two validation queries, the second's reference outside of the gallery of 3."""
+    """Write two triplets and two val queries; the second reference is outside the gallery of 3."""
     write(root / annotations / "lasco_train.json", [query(1, 2, "train"), query(2, 3, "train")])
     write(root / annotations / "lasco_val.json", [query(42, 73), query(99, 74)])
     corpus = [{"id": number, "path": f"val/val2014/{coco(number)}.jpg"} for number in (42, 73, 74)]
@@ -163,7 +163,7 @@ def test_lasco_is_found_where_people_keep_it(tmp_path: Path, annotations: str, i
 
 
 def test_the_gallery_of_lasco_is_the_published_corpus(tmp_path: Path):
-    """The reference of the second query is no candidate; by hand: ranks 0 and 1, so R@1 50 and R@5 100."""
+    """The reference of the second query is no candidate. The ranks are 0 and 1, so R@1 is 50 and R@5 100."""
     benchmark = lasco.read_benchmark(lasco_files(tmp_path), "val")
     (group,) = benchmark.groups
     assert group.gallery == (coco(42), coco(73), coco(74))
@@ -293,7 +293,7 @@ def test_shards_that_are_not_unpacked_are_no_synthtriplets(tmp_path: Path):
 
 @pytest.fixture(params=sorted(MODULES))
 def training_set(request, tmp_path):
-    """Return name, module and configuration of each data set with its small files."""
+    """Return the name, the module and the config of each data set with its small files."""
     makers = {"laion_cir": laion, "lasco": lasco_files, "synthtriplets18m": synth}
     return request.param, MODULES[request.param], makers[request.param](tmp_path)
 
@@ -344,7 +344,7 @@ def test_wrong_configurations_are_refused(training_set, key, value, message):
 
 
 def test_they_are_builders_of_their_splits(training_set, tmp_path):
-    """The shipped config names the folder; every key of it is known."""
+    """The shipped config names the folder, and every key in it is known."""
     name, module, config = training_set
     builder = registry.get_builder_class(name)
     section = OmegaConf.load(builder.default_config_path("default")).datasets[name]

@@ -1,4 +1,4 @@
-"""Triplets in JSON lines: what is read, what is refused and where, metrics by hand and against a naive walk."""
+"""Triplets in JSON lines: their content, refused lines, metrics by hand and against a naive loop."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_lines(path: Path, records: list[Any]) -> None:
 
 
 def catalogue(root: Path, records: list[Any] | None = None, images: tuple[str, ...] = IMAGES) -> dict[str, Any]:
-    """Write all three splits with the same lines, touch the images, return a configuration that reads them."""
+    """Write all three splits with equal lines and empty images, and return a config that reads them."""
     for split in ("train", "val", "test"):
         write_lines(root / f"{split}.jsonl", [ONE, TWO] if records is None else records)
     for name in images:
@@ -71,7 +71,7 @@ def test_validation(tmp_path: Path):
 
 
 def test_training_makes_a_triplet_of_each_target(tmp_path: Path):
-    """z.jpg is in no triplet: its file is not needed."""
+    """z.jpg is in no triplet, so its file is not needed."""
     found, paths = read_train(catalogue(tmp_path, [ONE, SEVERAL]))
     assert [(t.reference, t.target, t.captions) for t in found] == [
         ("a.jpg", "shoes/a.jpg", ("in red",)),
@@ -83,7 +83,7 @@ def test_training_makes_a_triplet_of_each_target(tmp_path: Path):
 
 
 def test_fewer_triplets_are_the_first_or_drawn_ones(tmp_path: Path):
-    """Four triplets on three lines; a line with two targets may keep one of them, in `seen` too."""
+    """Three lines hold four triplets. A line with two targets may keep only one, also in `seen`."""
     config = catalogue(tmp_path, [ONE, SEVERAL, {**TWO, "target": "z.jpg", "id": "q8"}])
 
     def targets(**changes: Any) -> list[str]:
@@ -124,7 +124,7 @@ def test_reference_captions_are_on_every_line_or_on_none(tmp_path: Path):
 
 
 def test_the_gallery_file_gives_names_and_order(tmp_path: Path):
-    """The reference of the second query is not in it, but has to be there as an image."""
+    """The second query's reference is not in the gallery, but its image must exist."""
     config = catalogue(tmp_path, [ONE, {**TWO, "reference": "z.jpg"}])
     (tmp_path / "gallery.txt").write_bytes(b"\xef\xbb\xbfshoes/a.jpg\r\n\r\nb.png\r\n")
     benchmark = read_benchmark({**config, "reference": "kept"}, "val")
@@ -186,15 +186,15 @@ def test_seen_is_drawn_from_training(tmp_path: Path):
 
 
 def test_recall_by_hand(tmp_path: Path):
-    """Ranks 0, 4, 9, 50: at 1, 5, 10 and 50 one, two, three and three of four."""
+    """Ranks 0, 4, 9 and 50 give one, two, three and three of four at 1, 5, 10 and 50."""
     metrics = read_benchmark(catalogue(tmp_path), "val").metrics({"triplets": ranking([0, 4, 9, 50])})
     assert metrics == {"R@1": 25.0, "R@5": 50.0, "R@10": 75.0, "R@50": 75.0}
 
 
 def test_several_targets_by_hand(tmp_path: Path):
-    """Ranks {6, 1} and {3}: any target at 5 for both, at 1 for none.
+    """With ranks {6, 1} and {3}, both queries have a target within 5, and none has one within 1.
 
-    AP@5: (1/2) / 2 and 1/4, mean 25 %. AP@10: (1/2 + 2/7) / 2 and 1/4, mean 9/28.
+    AP@5 is (1/2) / 2 and 1/4 with the mean 25 %. AP@10 is (1/2 + 2/7) / 2 and 1/4 with the mean 9/28.
     """
     benchmark = read_benchmark(catalogue(tmp_path, [SEVERAL, ONE]), "val")
     assert [query.relevance for query in benchmark.groups[0].queries] == [
@@ -209,7 +209,7 @@ def test_several_targets_by_hand(tmp_path: Path):
 
 
 def test_members_by_hand(tmp_path: Path):
-    """The reference is no member of its own; ranks 0 and 2 among the members."""
+    """The reference is not among its own members. The ranks among the members are 0 and 2."""
     records = [
         {**ONE, "members": ["a.jpg", "b.png", "shoes/a.jpg"]},
         {**TWO, "members": ["a.jpg", "b.png", "z.jpg"]},
@@ -224,7 +224,7 @@ def test_members_by_hand(tmp_path: Path):
 
 @pytest.mark.parametrize("records", [[ONE, TWO], [ONE, SEVERAL]])
 def test_the_expectation_of_chance_has_the_same_metrics(tmp_path: Path, records: list[Any]):
-    """5 images less the reference: R@1 of one target is 1/4, of every K from 5 on all are found."""
+    """Without the reference 4 of 5 images remain, so R@1 of one target is 1/4, and from K = 5 on it is 1."""
     chance = expected_random(read_benchmark(catalogue(tmp_path, records), "val"))
     assert chance["R@5"] == 100.0
     if records[1] is TWO:
@@ -234,7 +234,7 @@ def test_the_expectation_of_chance_has_the_same_metrics(tmp_path: Path, records:
 @settings(max_examples=25, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_metrics_equal_a_naive_walk_from_the_files(tmp_path_factory: pytest.TempPathFactory, rng: random.Random):
-    """Features of -1, 0 and 1, so that ties and negative scores abound; the gallery is the sorted folder."""
+    """Features of -1, 0 and 1 give many ties and negative scores. The gallery is the sorted folder."""
     root = tmp_path_factory.mktemp("catalogue")
     names = sorted(f"{rng.choice('xyz')}/{number}.jpg" for number in range(rng.randint(8, 20)))
     drawn = [rng.sample(names, rng.randint(2, 6)) for _ in range(rng.randint(1, 5))]
@@ -450,7 +450,7 @@ def test_a_selection_metric_without_its_data_is_refused(tmp_path: Path, metric: 
 
 
 def test_the_documented_examples_are_read(tmp_path: Path):
-    """The lines of the module's own docstring, on a folder that holds their images."""
+    """The reader takes the lines of the module's docstring on a folder with their images."""
     lines = [line.strip() for line in str(triplets.__doc__).splitlines() if line.strip().startswith('{"reference"')]
     assert len(lines) == 2
     config = catalogue(tmp_path, lines, ("shoes/a.jpg", "shoes/b.jpg", "c.png", "shoes/d.jpg"))

@@ -1,4 +1,4 @@
-"""EXIF orientation: one's own photographs stand upright wherever they are read, the benchmarks' stay as they are."""
+"""EXIF orientation turns people's own photographs upright everywhere, and leaves benchmark images as stored."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lavis_cir_plugin.report import contact_sheets, sheet_layout
 
 HEIGHT, WIDTH = 2, 3
 UPRIGHT = np.arange(1, 7, dtype=np.uint8).reshape(HEIGHT, WIDTH) * 40
-# By orientation: where the stored row r and column c come from. EXIF 2.32, tag 274: "6: the 0th row is the visual
+# The origin of the stored row r and column c by orientation. EXIF 2.32, tag 274: "6: the 0th row is the visual
 # right-hand side of the image, and the 0th column is the visual top".
 SOURCES = {
     1: lambda r, c: (r, c),
@@ -45,7 +45,7 @@ SOURCES = {
 
 
 def stored(orientation: int) -> np.ndarray:
-    """Return the pixels as a camera stores them that was held so."""
+    """Return the pixels as a camera held in this orientation stores them."""
     rows, columns = (HEIGHT, WIDTH) if orientation < 5 else (WIDTH, HEIGHT)
     places = [[SOURCES[orientation](r, c) for c in range(columns)] for r in range(rows)]
     return np.array([[UPRIGHT[place] for place in row] for row in places], dtype=np.uint8)
@@ -76,7 +76,7 @@ def test_every_orientation_is_turned_upright_on_request_alone(tmp_path: Path, or
 
 @pytest.mark.parametrize("suffix", [".webp", ".tif", ".jpg"])
 def test_every_format_with_exif_is_turned_once(tmp_path: Path, suffix: str):
-    """Pillow itself turns some formats when it loads them; a second turn would lay them on the other side."""
+    """Pillow itself turns some formats when it loads them. A second turn would lay them on the other side."""
     options = {".webp": {"lossless": True}, ".tif": {}, ".jpg": {"quality": 100}}[suffix]
     picture = open_rgb(saved(tmp_path / f"a{suffix}", 6, **options), upright=True)
     difference = np.abs(np.asarray(picture)[:, :, 0].astype(int) - UPRIGHT)
@@ -185,7 +185,7 @@ def test_a_benchmark_says_whether_its_pictures_are_turned(tmp_path: Path, uprigh
 
 
 class Tower(nn.Module):
-    """Returns the mean of each of three pixels of a picture."""
+    """Return the mean of each of three pixels of a picture."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class Tower(nn.Module):
 
 
 def test_cached_features_are_of_the_pictures_that_a_data_set_shows(tmp_path: Path):
-    """The same file in a benchmark and in a catalogue has two rows, in folders of their own."""
+    """One file in a benchmark and in a catalogue has two rows in separate folders."""
     path, model = saved(tmp_path / "A.png", 6), Tower()
     caches = {upright: FeatureCache(tmp_path / "cache", model, size, upright) for upright in (False, True)}
     for upright, cache in caches.items():

@@ -243,7 +243,7 @@ def test_every_data_set_has_a_command(tmp_path: Path):
     complete = check.Reading(count=1, usable=1, is_complete=True)
     for name in check.data_sets():
         data_set = check.checklist_of(name)
-        readings = {(way.label, key): complete for way in data_set.ways for key in data_set.parts}
+        readings = {(way.label, key): complete for way in data_set.usages for key in data_set.parts}
         lines = check.next_step({name: check.Findings(readings=readings)}, tmp_path)
         command, options = pasted("\n".join(lines))
         assert command == ("lavis.evaluate" if name == "circo" else "lavis.train")
@@ -289,9 +289,9 @@ def test_every_benchmark_is_checked():
     }
     assert {module.__name__.rpartition(".")[2] for module in check.data_sets().values()} == readers
     for name, module in check.data_sets().items():
-        splits = {way.split for way in check.checklist_of(name).ways}
+        splits = {way.split for way in check.checklist_of(name).usages}
         assert splits == set(module.SPLITS) - {"seen"}
-    labels = " ".join(way.label for way in check.checklist_of("fashioniq").ways)
+    labels = " ".join(way.label for way in check.checklist_of("fashioniq").usages)
     assert all(protocol in labels for protocol in fashioniq.PROTOCOLS)
 
 
