@@ -93,12 +93,12 @@ def _line(benchmark: Benchmark, group: Group, index: int, top: Sequence[int], ra
     """Return the cells of one query: reference, text, retrieved pictures, and the right answer if it is not shown."""
     query, columns = group.queries[index], len(top)
     labelled = {query.target, *(name for name, weight in query.relevance if weight == 1)}
-    answers = labelled - {None, query.reference}  # CIRR's soft labels call some references right
+    answers = labelled - {None, query.reference}  # CIRR's soft labels mark some references as right
 
     def picture(name: str, label: str = "", frame: str = "") -> Picture:
         return Picture(benchmark.image_paths[name], label, frame, benchmark.upright)
 
-    # A ranking with fewer than k candidates ends in -1, which would index the last image of the gallery.
+    # A ranking with fewer than k candidates ends in -1. As an index, -1 would be the last image of the gallery.
     shown = [group.gallery[image] for image in top if image >= 0]
     retrieved: list[Cell] = [None] * columns
     for column, name in enumerate(shown):

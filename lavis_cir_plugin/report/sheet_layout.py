@@ -16,7 +16,7 @@ from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group
 
 # Lengths are in pixels.
-PICTURE = (120, 150)  # width and height of the box a picture is fitted into: garments stand upright
+PICTURE = (120, 150)  # width and height of the box that holds a picture; garments are upright
 GAP = 14
 SECTION_GAP = 40
 TEXT_WIDTH = 260
@@ -38,9 +38,9 @@ class Picture:
     label: str = ""
     """Text below the picture."""
     frame: str = ""
-    """Colour of a thick frame and of the label; without one the frame is thin and grey."""
+    """Colour of a thick frame and of the label; if it is empty, the frame is thin and grey."""
     upright: bool = False
-    """Whether a file is turned as its EXIF orientation says, as in `open_rgb`: a sheet shows what the model sees."""
+    """Whether `open_rgb` turns a file as its EXIF orientation says, so that a sheet shows what the model sees."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ def draw_sheet(
         notes: Lines below the title, wrapped at the sheet's width.
         columns: Columns from left to right.
         rows: Cells of each row, at most one per column; None leaves a place empty.
-        box: Width and height of the box that each picture is fitted into, its aspect ratio kept.
+        box: Width and height of the box that holds each picture; pictures keep their aspect ratio.
         colours: Meaning of each colour that frames use, shown below the notes.
 
     Raises:
-        ValueError: a picture cannot be read.
-        FileNotFoundError: a picture is missing.
+        ValueError: If a picture cannot be read.
+        FileNotFoundError: If a picture is missing.
     """
     lefts: list[int] = []
     x = MARGIN
@@ -119,7 +119,7 @@ def title_of(benchmark: Benchmark, group: Group) -> str:
 
 
 def _header(title: str, notes: Sequence[str], width: int, colours: Mapping[str, str]) -> Image.Image:
-    """Draw the title, lines below it, and the meaning of colours."""
+    """Return a picture with the title, the notes below it, and the meaning of colours."""
     lines = [line for note in notes for line in wrapped(note, 15, width - 2 * MARGIN)]
     header = Image.new("RGB", (width, MARGIN + 42 + 22 * (len(lines) + 1) + 2 * GAP), WHITE)
     draw = ImageDraw.Draw(header)
@@ -137,12 +137,12 @@ def _header(title: str, notes: Sequence[str], width: int, colours: Mapping[str, 
 
 
 def draw_picture(sheet: Image.Image, place: tuple[int, int], picture: Picture, box: tuple[int, int] = PICTURE) -> None:
-    """Fit a picture into a box of a width and height at a place (left, top) of a sheet, its label below the box."""
+    """Fit a picture into a box of (width, height) at a place (left, top) of a sheet, with its label below the box."""
     left, top = place
     draw = ImageDraw.Draw(sheet)
     right, bottom = left + box[0] - 1, top + box[1] - 1
     image = picture.image if isinstance(picture.image, Image.Image) else open_rgb(picture.image, picture.upright)
-    # Inside the frame, so that a frame never hides a part of the picture.
+    # The picture lies inside the frame, so the frame never hides a part of it.
     inner = (box[0] - 2 * FRAME, box[1] - 2 * FRAME)
     scale = min(inner[0] / image.width, inner[1] / image.height)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -154,7 +154,7 @@ def draw_picture(sheet: Image.Image, place: tuple[int, int], picture: Picture, b
 
 
 def _draw_words(sheet: Image.Image, place: tuple[int, int], words: Words, box: tuple[int, int]) -> None:
-    """Write a text into a box, cut with an ellipsis if it has more lines than fit, and its foot at the bottom."""
+    """Write a text into a box with its foot at the bottom, and cut it with an ellipsis if it has too many lines."""
     draw = ImageDraw.Draw(sheet)
     lines = wrapped(words.text, TEXT_SIZE, box[0])
     fitting = (box[1] - LABEL_HEIGHT) // LINE_HEIGHT

@@ -66,7 +66,7 @@ def _table(names: tuple[str, Sequence[str]], columns: Sequence[tuple[str, Sequen
         table.add_column(Text(heading), justify="right", no_wrap=True, min_width=6)
     for cells in zip(names[1], *(cells for _, cells in columns)):
         table.add_row(*map(Text, cells))
-    # The caller decides what is too wide, so the console must not: it would shorten cells.
+    # The caller decides what is too wide. The console would shorten cells instead.
     console = Console(file=io.StringIO(), width=100_000, color_system=None, force_terminal=False)
     with console.capture() as capture:
         console.print(table)

@@ -35,7 +35,7 @@ METRICS = {
 
 
 FEW = 200
-"""Rankings to find chance from, which takes seconds otherwise."""
+"""Number of random rankings for the chance level; the usual number would take seconds."""
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def project(tmp_path, monkeypatch, tmp_path_factory):
 )
 def test_a_demo_ends_in_files_that_the_server_takes(project, tmp_path, demo, name, capsys, monkeypatch):
     launcher.main("train", ["--cfg-path", project(demo)])
-    leave_pictures_blank(monkeypatch)  # those of the training run were drawn
+    leave_pictures_blank(monkeypatch)  # the training run drew its pictures
     (run,) = (tmp_path / "out").iterdir()
     rows = json.loads((run / "val" / "metrics.json").read_text())["metrics"]
     assert all(METRICS[name] <= row.keys() for row in rows.values())

@@ -782,7 +782,7 @@ def attention(tmp_path, maps, num_queries=3, labels=("block 3", "block 7")):
 
 
 def panels(sheet, rows, columns):
-    """The pictures of a sheet by row and column, column 0 the reference: ``(side, side, 3)`` each."""
+    """Return the pictures ``(side, side, 3)`` of a sheet by row and column; column 0 is the reference."""
     side, frame = contact_sheets.ATTENTION_SIDE, sheet_layout.FRAME
     box = side + 2 * frame
     height = box + sheet_layout.LABEL_HEIGHT + sheet_layout.GAP
