@@ -107,7 +107,8 @@ def load_encoder(name: str | os.PathLike[str], device: str | torch.device = "cpu
         name: The folder of a run of this package or one of its checkpoints; or ``NAME:WEIGHTS`` of open_clip, such as
             ``ViT-B-32-quickgelu:openai``, where WEIGHTS is a tag or a file, for which ``:clip`` or ``:inception`` may
             have to say the mean of the pixels; or ``blip2:TYPE``, BLIP-2's own weights for
-            ``pretrain``, ``pretrain_vitL`` or ``coco``, or ``blip2:TYPE:FILE``.
+            ``pretrain``, ``pretrain_vitL`` or ``coco``, or ``blip2:TYPE:FILE`` with a file, a folder or a repository of
+            the hub.
         device: Where to put the model.
 
     Raises:
@@ -195,9 +196,15 @@ def _of_blip2(name: str, rest: str, device: torch.device) -> Encoder:
     config.update({"load_finetuned": False})
     if file:
         path = Path(file).expanduser().absolute()
-        if not path.exists():
-            raise FileNotFoundError(f"model {name!r}: {path} does not exist; name BLIP-2's weights behind the colon.")
-        config.pretrained, name = str(path), f"{BLIP2}:{kind}:{path}"
+        if path.exists():
+            config.pretrained, name = str(path), f"{BLIP2}:{kind}:{path}"
+        elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", file):
+            config.pretrained = file
+        else:
+            raise FileNotFoundError(
+                f"model {name!r}: {path} does not exist; name a file or folder of BLIP-2's weights behind the colon, or "
+                "their repository on the hub."
+            )
     if device.type == "cpu":
         config.vit_precision = "fp32"
     model = Blip2Cir.from_config(config)
