@@ -25,7 +25,7 @@ from lavis_cir_plugin.benchmarks.laion_cir import LaionCIRConfig
 from lavis_cir_plugin.benchmarks.lasco import LaSCoConfig
 from lavis_cir_plugin.benchmarks.synthtriplets18m import SynthTriplets18MConfig
 from lavis_cir_plugin.benchmarks.triplets import TripletsConfig, read_train
-from lavis_cir_plugin.commands import check, export, gap, lora, main, negatives, submission, triplets
+from lavis_cir_plugin.commands import check, export, gap, index, lora, main, negatives, search, submission, triplets
 from lavis_cir_plugin.data.tar_shards import ShardsConfig
 from lavis_cir_plugin.garments.questions import QuestionGarments
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
@@ -214,6 +214,8 @@ def test_every_lavis_cir_command_is_understood(monkeypatch):
     monkeypatch.setattr(triplets, "_run", understood.append)
     monkeypatch.setattr(negatives, "_show", understood.append)
     monkeypatch.setattr(export, "_export", understood.append)
+    monkeypatch.setattr(index, "_run", understood.append)
+    monkeypatch.setattr(search, "_run", understood.append)
     joined = [re.sub(r"\\\n\s*", " ", block) for block in blocks("bash")]
     lines = [line for block in joined for line in block.splitlines() if line.startswith("lavis-cir ")]
     for line in lines:

@@ -52,6 +52,9 @@ def add_command(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.sheet and not args.sheet.lower().endswith(".png"):
+        raise ValueError(f"--sheet {args.sheet}: the picture is a PNG; choose a name that ends in .png.")
+
     from lavis_cir_plugin.search.encoder import load_encoder
     from lavis_cir_plugin.search.engine import open_index
 

@@ -202,8 +202,8 @@ def _of_blip2(name: str, rest: str, device: torch.device) -> Encoder:
             config.pretrained = file
         else:
             raise FileNotFoundError(
-                f"model {name!r}: {path} does not exist; name a file or folder of BLIP-2's weights behind the colon, or "
-                "their repository on the hub."
+                f"model {name!r}: {path} does not exist; name a file or folder of BLIP-2's weights behind the colon, "
+                "or their repository on the hub."
             )
     if device.type == "cpu":
         config.vit_precision = "fp32"

@@ -270,7 +270,7 @@ def test_threads_get_the_answers_of_one(world):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_answers(world):
-    paths, encoder, opened = world
+    paths, _, opened = world
     on_gpu = make_encoder()
     on_gpu.model.cuda()
     on_gpu.device = torch.device("cuda")
