@@ -65,11 +65,13 @@ def _index(args: argparse.Namespace) -> None:
     from lavis_cir_plugin.core.processes import rank_and_world
     from lavis_cir_plugin.search.build import build_index_folder
     from lavis_cir_plugin.search.encoder import load_encoder
+    from lavis_cir_plugin.search.folders import check_folders
 
     for name in ("batch", "workers"):
         value = getattr(args, name)
         if value is not None and value < (1 if name == "batch" else 0):
             raise ValueError(f"--{name} must be a whole number >= {1 if name == 'batch' else 0}, got {value}.")
+    check_folders(args.folders)  # before the seconds that the model takes
     device = _join_processes(args.device)
     encoder = load_encoder(args.model or _known_model(args.out), device)
     built = build_index_folder(

@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -514,7 +515,10 @@ def _read_and_encode(
     )
     seen, encoded = set(known), 0
     try:
-        with tqdm(total=len(files), desc="indexing", unit=" pictures", disable=quiet, smoothing=0.05) as progress:
+        interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file keeps every line
+        with tqdm(
+            total=len(files), desc="indexing", unit=" pictures", disable=quiet, smoothing=0.05, mininterval=interval
+        ) as progress:
             for reads, tensors, looks, places in loader:
                 encoded += _encode_batch(reads, tensors, looks, places, seen, encoder, part)
                 progress.update(len(reads))

@@ -101,13 +101,14 @@ def test_a_sheet_says_that_a_file_is_gone_or_nothing_was_found(run, tmp_path, ca
     paths = draw_some(tmp_path / "p", 3)
     lavis_cir("index", tmp_path / "p", "--out", tmp_path / "i", "--model", run)
     paths[1].unlink()
-    sizes = []
-    for condition in ("file_id > 0", "file_id < 0"):
-        sheet = tmp_path / "out.png"
-        lavis_cir("search", tmp_path / "i", "--text", "red", "--where", condition, "--sheet", sheet)
-        sizes.append(Image.open(sheet).size)
+    question = ("search", tmp_path / "i", "--text", "red", "--sheet", tmp_path / "out.png", "--where")
+    lavis_cir(*question, "file_name = '001.png'")
+    gone = Image.open(tmp_path / "out.png")
+    assert {colour for _, colour in gone.crop((24, 58, 660, 300)).getcolors(10**6)} > {(255, 255, 255), (17, 17, 17)}
+    assert gone.convert("HSV").getextrema()[1] == (0, 0)  # black, grey and white: no picture is in it
+    lavis_cir(*question, "file_id < 0")
     assert "nothing found" in capsys.readouterr().out
-    assert len(sizes) == 2
+    assert Image.open(tmp_path / "out.png").height < gone.height
 
 
 @pytest.mark.parametrize(
