@@ -62,12 +62,23 @@ class RowFile:
             ) from error
 
     def append_from(self, count: int, other: RowFile, rows: np.ndarray[Any, Any]) -> None:
-        """Append some rows of another file of this kind, some at a time."""
-        if not len(rows):
+        """Append some rows of another file of this kind, some at a time; into an empty file, all of them at once."""
+        if not len(rows) or (not count and self._is_linked(other, rows)):
             return
         source = other.array(int(rows.max()) + 1)
         for part in split(len(rows), _BLOCK_BYTES, self.row_bytes):
             self.append(count + part.start, source[rows[part]])
+
+    def _is_linked(self, other: RowFile, rows: np.ndarray[Any, Any]) -> bool:
+        """Make this file a second name of another one, where the rows are its first ones and the file system can."""
+        if not np.array_equal(rows, np.arange(len(rows))):
+            return False
+        try:
+            self.path.unlink(missing_ok=True)
+            os.link(other.path, self.path)
+        except OSError:
+            return False
+        return True
 
     def array(self, count: int) -> np.ndarray[Any, Any]:
         """Map the first ``count`` rows, ``(count, *shape)``; what is written to the array stays in memory.
