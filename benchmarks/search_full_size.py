@@ -27,6 +27,9 @@ WIDTH, TOP, QUERIES, CENTRES = 256, 50, 20, 1000
 GIB = 2**30
 SHAPES = ("100000x32", "1000000x1", "300000x32")
 ADDED, SAME = 100, 2000
+OTHERS = 300_000
+"""Feature vectors beside those of the equal pictures; of fewer, an index looks at all."""
+
 STEPS = ("build", "add", "search", "same")
 
 
@@ -261,7 +264,8 @@ def equal_pictures(out: Path, features: int) -> dict[str, Any]:
     """Count how many of 2,000 pictures with equal features a search for as many finds, beside many others."""
     from lavis_cir_plugin.search import open_index
 
-    write_index(out, range(SAME + max(4 * SAME, 300_000 // features)), features, "always", same=SAME)
+    others = max(4 * SAME, OTHERS // features)
+    write_index(out, range(SAME + others), features, "always", same=SAME)
     answer = open_index(out, synthetic_encoder()).search(text="same", k=SAME, fold=False)
     equal = {hit.picture.id for hit in answer.hits if int(Path(hit.path).stem) < SAME}
     return {"found": len(equal), "is_exact": answer.is_exact}
