@@ -24,6 +24,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from lavis_cir_plugin.benchmarks.images import decode_rgb
 from lavis_cir_plugin.core.locks import FileLock, holder_of
 from lavis_cir_plugin.core.processes import fail_together, gather, rank_and_world, share
+from lavis_cir_plugin.core.whole_or_nothing import replace_file
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.search.candidates import NEW_SHARE, PAYS_FROM, build_candidates, has_faiss, tune
 from lavis_cir_plugin.search.catalogue import FILE_COLUMNS, Read, WritableCatalogue
@@ -291,7 +292,7 @@ class _Writer:
 
     def _write_list(self) -> None:
         lines = [f"{_printable(path)}\t{_printable(reason)}\n" for path, reason in self.catalogue.not_indexed()]
-        (self.index / NOT_INDEXED).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+        replace_file(self.index / NOT_INDEXED, "".join(lines).encode("utf-8", errors="backslashreplace"))
 
     def _compact(self) -> None:
         """Write features anew without those of forgotten pictures, where these are many."""

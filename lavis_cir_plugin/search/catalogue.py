@@ -233,6 +233,8 @@ class WritableCatalogue:
 
     def forget_below(self, folders: Sequence[str], kept: Sequence[str]) -> int:
         """Forget the files of some folders that are not in others; return how many pictures these were."""
+        if not folders:
+            return 0
         for table in ("not_indexed", "pictures"):
             paths = self._below(table, folders)
             paths = [path for path in paths if not any(is_below(path, folder) for folder in kept)]
@@ -330,12 +332,14 @@ class ReadableCatalogue:
 
     def rows_where(self, condition: Condition) -> np.ndarray[Any, Any]:
         """Return the rows of the pictures that meet a condition, sorted, each once: int64."""
-        found = self._all(
-            "SELECT DISTINCT pictures.row FROM pictures LEFT JOIN metadata ON metadata.path = pictures.path "
-            f"WHERE {condition.sql} ORDER BY pictures.row",
-            condition.values,
+        # Sorted here: by its index SQLite would visit the pictures in another order than they lie on the disk.
+        statement = (
+            "SELECT pictures.row FROM pictures NOT INDEXED LEFT JOIN metadata ON metadata.path = pictures.path "
+            f"WHERE {condition.sql}"
         )
-        return np.array(found, dtype=np.int64).reshape(-1)
+        with self._lock:
+            found = np.fromiter((row for (row,) in self._database.execute(statement, condition.values)), np.int64)
+        return np.unique(found)
 
     def of_rows(self, rows: Sequence[int], condition: Condition | None = None) -> dict[int, list[Picture]]:
         """Return the pictures of some rows that meet a condition, by row, in order of their ids."""

@@ -136,7 +136,8 @@ class SearchIndex:
         rows = self.manifest.rows
         self.catalogue = ReadableCatalogue(self.path / self.manifest.files["catalogue"])
         by_row = np.load(self.path / self.manifest.files["pictures"], mmap_mode="r", allow_pickle=False)
-        live = np.unique(by_row[:, 0])
+        pictures_rows = np.ascontiguousarray(by_row[:, 0])  # sorted
+        live = pictures_rows[np.diff(pictures_rows, prepend=-1) > 0]
         features = self.manifest.features(self.path).tensor(rows)
         if self.device.type == "cuda":
             features = features.to(self.device)
