@@ -1,4 +1,4 @@
-# make install | demo | demo-tscir | demo-dpo | test | lint | bench; PYTHON=python3.12 chooses the interpreter, VENV=folder where it is installed,
+# make install | demo | demo-tscir | demo-dpo | demo-search | test | lint | bench; PYTHON=python3.12 chooses the interpreter, VENV=folder where it is installed,
 # CIR_DATA=folder that holds fashionIQ_dataset/ with the real annotation files, for bench.
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ STATE := $(shell { echo "$(CURDIR)"; cat setup.cfg setup.py pyproject.toml; } | 
 INSTALLED := $(VENV)/.installed-$(STATE)
 TESTABLE := $(VENV)/.testable-$(STATE)
 
-.PHONY: install demo demo-tscir demo-dpo test lint format bench
+.PHONY: install demo demo-tscir demo-dpo demo-search test lint format bench
 
 install: $(INSTALLED)
 
@@ -25,6 +25,10 @@ demo-tscir: install
 demo-dpo: install
 	$(BIN)/python benchmarks/dpo_ladder.py --work output/retrieval_dpo/demo --clip run.max_iters=300 \
 		--stage-one run.max_epoch=5 --fused run.max_epoch=2
+
+demo-search: install
+	@ls output/wrf4cir/demo/*/checkpoint_best.pth > /dev/null 2>&1 || $(MAKE) demo
+	$(BIN)/python benchmarks/search_demo.py --work output/search/demo
 
 test: $(TESTABLE)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -49,6 +53,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/check_full_size.py
 	$(BIN)/python benchmarks/command_start.py
 	$(BIN)/python benchmarks/busy_cores.py
+	$(BIN)/python benchmarks/search_full_size.py
 	@if [ -d "$(CIR_DATA)/fashionIQ_dataset/captions" ]; then set -x; \
 		$(BIN)/python benchmarks/fashioniq_full_size.py --annotations "$(CIR_DATA)/fashionIQ_dataset"; \
 	else echo "benchmarks/fashioniq_full_size.py was left out: no fashionIQ_dataset/captions in $(CIR_DATA); set CIR_DATA."; fi

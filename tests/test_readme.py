@@ -14,6 +14,8 @@ import torch
 import yaml
 from lavis.common.config import Config
 from omegaconf import OmegaConf
+from search_world import draw_some, make_encoder
+from search_world import index as index_pictures
 
 from lavis_cir_plugin import garments
 from lavis_cir_plugin.benchmarks import cirr, fashioniq
@@ -25,7 +27,7 @@ from lavis_cir_plugin.benchmarks.laion_cir import LaionCIRConfig
 from lavis_cir_plugin.benchmarks.lasco import LaSCoConfig
 from lavis_cir_plugin.benchmarks.synthtriplets18m import SynthTriplets18MConfig
 from lavis_cir_plugin.benchmarks.triplets import TripletsConfig, read_train
-from lavis_cir_plugin.commands import check, export, gap, lora, main, negatives, submission, triplets
+from lavis_cir_plugin.commands import check, export, gap, index, lora, main, negatives, search, submission, triplets
 from lavis_cir_plugin.data.tar_shards import ShardsConfig
 from lavis_cir_plugin.garments.questions import QuestionGarments
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
@@ -38,6 +40,7 @@ from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir
 from lavis_cir_plugin.models.clip_cir import ClipCir
 from lavis_cir_plugin.report.run_log import EPOCHS, STEPS
+from lavis_cir_plugin.search.engine import SearchIndex
 from lavis_cir_plugin.training import config
 from lavis_cir_plugin.training.lora import LoraSettings
 from lavis_cir_plugin.training.resumable_runner import LAST, PREVIOUS
@@ -214,6 +217,8 @@ def test_every_lavis_cir_command_is_understood(monkeypatch):
     monkeypatch.setattr(triplets, "_run", understood.append)
     monkeypatch.setattr(negatives, "_show", understood.append)
     monkeypatch.setattr(export, "_export", understood.append)
+    monkeypatch.setattr(index, "_run", understood.append)
+    monkeypatch.setattr(search, "_run", understood.append)
     joined = [re.sub(r"\\\n\s*", " ", block) for block in blocks("bash")]
     lines = [line for block in joined for line in block.splitlines() if line.startswith("lavis-cir ")]
     for line in lines:
@@ -321,8 +326,21 @@ def test_the_protocol_lines_are_those_of_the_real_files(reader, folder, real_ann
     assert reader.read_benchmark({"root": str(root)}, "val").protocol in lines
 
 
+def test_the_python_example_of_a_search_runs(tmp_path, monkeypatch, capsys):
+    encoder = make_encoder()
+    paths = draw_some(tmp_path / "p", 3)
+    (tmp_path / "columns.csv").write_text("path,price\n001.png,20\n002.png,90\n")
+    index_pictures(tmp_path / "p", tmp_path / "my_index", encoder, metadata=tmp_path / "columns.csv")
+    paths[0].rename(tmp_path / "shirt.jpg")
+    monkeypatch.setattr(SearchIndex, "encoder", encoder)
+    monkeypatch.chdir(tmp_path)
+    (example,) = (block for block in blocks("python") if "open_index" in block)
+    exec(example, {})
+    assert f"'{paths[1]}', {{'price': 20}})]" in capsys.readouterr().out
+
+
 def test_the_python_example_runs():
-    (example,) = blocks("python")
+    (example,) = (block for block in blocks("python") if "open_index" not in block)
     names: dict[str, torch.Tensor] = {}
     exec(example, names)
     assert names["query"].shape == (1, 64)

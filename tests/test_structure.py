@@ -21,6 +21,7 @@ LAYERS = (
     "training",
     "tasks",
     "methods",
+    "search",
     "commands",
 )
 WITHOUT_LAVIS = LAYERS[:6]

@@ -1,0 +1,390 @@
+"""The catalogue of an index, in SQLite: which files stand in it, with which content, and the user's columns."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lavis_cir_plugin.search.filters import Column, Condition
+from lavis_cir_plugin.search.folders import Scan, Signature, is_below
+from lavis_cir_plugin.search.metadata import NUMBER, Metadata
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS folders (path TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS contents (sha256 BLOB PRIMARY KEY, row INTEGER NOT NULL UNIQUE) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS pictures (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, path TEXT NOT NULL UNIQUE, name TEXT NOT NULL, bytes INTEGER NOT NULL,
+    modified_ns INTEGER NOT NULL, changed_ns INTEGER NOT NULL, read_ns INTEGER NOT NULL, sha256 BLOB NOT NULL,
+    row INTEGER NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL, added INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS pictures_by_row ON pictures (row);
+CREATE TABLE IF NOT EXISTS not_indexed (
+    path TEXT PRIMARY KEY, reason TEXT NOT NULL, bytes INTEGER, modified_ns INTEGER, changed_ns INTEGER, read_ns INTEGER
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS columns (place INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, kind TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS metadata (path TEXT PRIMARY KEY) WITHOUT ROWID;
+"""
+
+_DATE = "strftime('%Y-%m-%d %H:%M:%S', {}, 'unixepoch')"
+
+FILE_COLUMNS: Mapping[str, Column] = {
+    "file_id": Column("pictures.id", True),
+    "file_path": Column("pictures.path", False),
+    "file_name": Column("pictures.name", False),
+    "file_bytes": Column("pictures.bytes", True),
+    "file_width": Column("pictures.width", True),
+    "file_height": Column("pictures.height", True),
+    "file_modified": Column(_DATE.format("pictures.modified_ns / 1000000000"), False),
+    "file_added": Column(_DATE.format("pictures.added"), False),
+}
+"""What every index knows of a picture and a condition may name; dates are texts such as 2026-01-31 12:00:00, UTC."""
+
+_RACE_NS = 2 * 10**9
+"""A file that changed this shortly before it was read may have changed again within one tick of its clock."""
+
+_AT_ONCE = 400
+
+
+class Read(NamedTuple):
+    """What reading a file gave.
+
+    Attributes:
+        path: Absolute.
+        signature: Before it was read.
+        read_ns: When it was read.
+        sha256: Of its bytes; empty where it could not be read.
+        row: Where its features stand, in the file that they were written to; -1 for none.
+        width, height: Of the upright picture, in pixels.
+        reason: Why it is not indexed; empty where it is.
+    """
+
+    path: str
+    signature: Signature
+    read_ns: int
+    sha256: bytes
+    row: int
+    width: int
+    height: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of an index.
+
+    Attributes:
+        id: A number that no other picture of this index has or had.
+        path: Absolute, as it was found.
+        row: Of its features.
+        sha256: Of its bytes, in hexadecimal.
+        bytes: Size of the file.
+        width, height: In pixels, upright.
+        modified, added: Seconds since 1970.
+        columns: The user's own; ``None`` where a value is missing.
+    """
+
+    id: int
+    path: str
+    row: int
+    sha256: str
+    bytes: int
+    width: int
+    height: int
+    modified: float
+    added: int
+    columns: dict[str, Any]
+
+
+class WritableCatalogue:
+    """The writer's own catalogue; every method that changes it does so whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._database = sqlite3.connect(path, isolation_level=None)
+        self._database.execute("PRAGMA journal_mode = DELETE")
+        with self.transaction():
+            for statement in _SCHEMA.strip().split(";"):
+                self._database.execute(statement)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Do all of a block or nothing of it."""
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+    def fact(self, name: str, otherwise: Any = None) -> Any:
+        """Return a single value that was noted; ``otherwise`` where it was not."""
+        found = self._database.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return otherwise if found is None else found[0]
+
+    def note(self, **facts: Any) -> None:
+        """Note single values."""
+        self._database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
+
+    @property
+    def folders(self) -> list[str]:
+        """Absolute paths of the indexed folders, sorted."""
+        return [path for (path,) in self._database.execute("SELECT path FROM folders ORDER BY path")]
+
+    def set_folders(self, folders: Iterable[str]) -> None:
+        """Replace the list of folders."""
+        self._database.execute("DELETE FROM folders")
+        self._database.executemany("INSERT INTO folders VALUES (?)", ((folder,) for folder in folders))
+
+    def paths(self) -> list[str]:
+        """Return the paths of all pictures, sorted."""
+        return [path for (path,) in self._database.execute("SELECT path FROM pictures ORDER BY path")]
+
+    def count(self, table: str) -> int:
+        """Return how many rows a table has."""
+        return int(self._database.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])
+
+    def unread(self, scan: Scan, is_thorough: bool) -> list[tuple[str, Signature]]:
+        """Return the files of a scan that are new, or may have changed since they were read.
+
+        Args:
+            scan: What stands in the folders.
+            is_thorough: Whether all files may have changed.
+        """
+        if is_thorough:
+            return list(scan.pictures.items())
+        known: dict[str, tuple[Signature, int]] = {}
+        for table in ("not_indexed", "pictures"):
+            for path, *numbers, read_ns in self._database.execute(
+                f"SELECT path, bytes, modified_ns, changed_ns, read_ns FROM {table} WHERE read_ns IS NOT NULL"
+            ):
+                known[path] = Signature(*numbers), read_ns
+        return [
+            (path, signature)
+            for path, signature in scan.pictures.items()
+            if path not in known
+            or known[path][0] != signature
+            or max(signature.modified_ns, signature.changed_ns) + _RACE_NS > known[path][1]
+        ]
+
+    def row_of(self, sha256: bytes) -> int | None:
+        """Return the row of the features of a content, if it was ever encoded."""
+        found = self._database.execute("SELECT row FROM contents WHERE sha256 = ?", (sha256,)).fetchone()
+        return None if found is None else int(found[0])
+
+    def known_contents(self) -> set[bytes]:
+        """Return the contents that have features."""
+        return {sha256 for (sha256,) in self._database.execute("SELECT sha256 FROM contents")}
+
+    def add_contents(self, rows: Iterable[tuple[bytes, int]]) -> None:
+        """Note where the features of contents stand."""
+        self._database.executemany("INSERT INTO contents VALUES (?, ?)", rows)
+
+    def add(self, reads: Iterable[Read]) -> None:
+        """Note what reading files gave; a file with another content than before becomes a new picture."""
+        now = int(time.time())
+        for read in reads:
+            if read.reason:
+                self._forget(read.path)
+                values = (read.path, read.reason, *read.signature, read.read_ns)
+                self._database.execute("INSERT OR REPLACE INTO not_indexed VALUES (?, ?, ?, ?, ?, ?)", values)
+                continue
+            self._database.execute("DELETE FROM not_indexed WHERE path = ?", (read.path,))
+            changed = self._database.execute(
+                "UPDATE pictures SET bytes = ?, modified_ns = ?, changed_ns = ?, read_ns = ? "
+                "WHERE path = ? AND sha256 = ?",
+                (*read.signature, read.read_ns, read.path, read.sha256),
+            )
+            if changed.rowcount == 0:
+                self._forget(read.path)
+                self._database.execute(
+                    "INSERT INTO pictures (path, name, bytes, modified_ns, changed_ns, read_ns, sha256, row, width, "
+                    "height, added) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        *(read.path, os.path.basename(read.path), *read.signature, read.read_ns, read.sha256),
+                        *(self.row_of(read.sha256), read.width, read.height, now),
+                    ),
+                )
+
+    def keep_only(self, scan: Scan, folders: Sequence[str]) -> int:
+        """Forget the files of some folders that a scan of them did not find; return how many pictures these were."""
+        left = [path for path in self._below("pictures", folders) if path not in scan.pictures]
+        self._delete("pictures", left)
+        self._delete("not_indexed", [path for path in self._below("not_indexed", folders) if path not in scan.pictures])
+        self._database.executemany(
+            "INSERT OR REPLACE INTO not_indexed (path, reason) VALUES (?, ?)", scan.left_out.items()
+        )
+        return len(left)
+
+    def forget_below(self, folders: Sequence[str], kept: Sequence[str]) -> int:
+        """Forget the files of some folders that are not in others; return how many pictures these were."""
+        if not folders:
+            return 0
+        for table in ("not_indexed", "pictures"):
+            paths = self._below(table, folders)
+            paths = [path for path in paths if not any(is_below(path, folder) for folder in kept)]
+            self._delete(table, paths)
+        return len(paths)
+
+    def _below(self, table: str, folders: Sequence[str]) -> list[str]:
+        paths = [path for (path,) in self._database.execute(f"SELECT path FROM {table}")]
+        return [path for path in paths if any(is_below(path, folder) for folder in folders)]
+
+    def _delete(self, table: str, paths: Iterable[str]) -> None:
+        self._database.executemany(f"DELETE FROM {table} WHERE path = ?", ((path,) for path in paths))
+
+    def _forget(self, path: str) -> None:
+        self._database.execute("DELETE FROM pictures WHERE path = ?", (path,))
+
+    def not_indexed(self) -> list[tuple[str, str]]:
+        """Return path and reason of every file that is not indexed, sorted by path."""
+        return list(self._database.execute("SELECT path, reason FROM not_indexed ORDER BY path"))
+
+    def set_metadata(self, metadata: Metadata) -> None:
+        """Replace the user's columns."""
+        self._database.execute("DELETE FROM columns")
+        self._database.execute("DROP TABLE metadata")
+        kinds = "".join(
+            f", c{place} {'NUMERIC' if kind == NUMBER else 'TEXT'}"
+            for place, kind in enumerate(metadata.columns.values())
+        )
+        self._database.execute(f"CREATE TABLE metadata (path TEXT PRIMARY KEY{kinds}) WITHOUT ROWID")
+        self._database.executemany(
+            "INSERT INTO columns VALUES (?, ?, ?)",
+            ((place, name, kind) for place, (name, kind) in enumerate(metadata.columns.items())),
+        )
+        marks = ", ".join("?" * (1 + len(metadata.columns)))
+        self._database.executemany(
+            f"INSERT INTO metadata VALUES ({marks})", ([path, *values] for path, values in metadata.rows.items())
+        )
+
+    def pictures_by_row(self) -> np.ndarray[Any, Any]:
+        """Return row and id of every picture, ``(P, 2)`` int64, sorted."""
+        found = self._database.execute("SELECT row, id FROM pictures ORDER BY row, id").fetchall()
+        return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+    def renumber(self, rows: Mapping[int, int]) -> None:
+        """Give contents their new rows, and forget the contents that have none."""
+        kept = [
+            (sha256, rows[row])
+            for sha256, row in self._database.execute("SELECT sha256, row FROM contents")
+            if row in rows
+        ]
+        self._database.execute("DELETE FROM contents")
+        self.add_contents(kept)
+        self._database.execute(
+            "UPDATE pictures SET row = (SELECT row FROM contents WHERE contents.sha256 = pictures.sha256)"
+        )
+
+    def copy_to(self, path: Path) -> None:
+        """Write a copy onto the disk, whole."""
+        copy = sqlite3.connect(path)
+        try:
+            self._database.backup(copy)
+        finally:
+            copy.close()
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+
+
+class ReadableCatalogue:
+    """The catalogue of one state of an index, which nobody changes; may be asked by several threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        # Nobody writes to this file any more, so that no lock is needed, and a folder without write permission is read.
+        self._database = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
+        )
+        try:
+            kinds = self._all("SELECT place, name, kind FROM columns ORDER BY place")
+            self.own_columns = {name: kind for _, name, kind in kinds}
+        except sqlite3.DatabaseError as error:
+            self._database.close()
+            raise ValueError(f"{path} is no catalogue of an index ({error}); build the index again.") from None
+        self.columns: dict[str, Column] = {
+            **{name: Column(f"metadata.c{place}", kind == NUMBER) for place, name, kind in kinds},
+            **FILE_COLUMNS,
+        }
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def _all(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self._lock:
+            return self._database.execute(statement, values).fetchall()
+
+    def rows_where(self, condition: Condition) -> np.ndarray[Any, Any]:
+        """Return the rows of the pictures that meet a condition, sorted, each once: int64."""
+        # Sorted here: by its index SQLite would visit the pictures in another order than they lie on the disk.
+        statement = (
+            "SELECT pictures.row FROM pictures NOT INDEXED LEFT JOIN metadata ON metadata.path = pictures.path "
+            f"WHERE {condition.sql}"
+        )
+        with self._lock:
+            found = np.fromiter((row for (row,) in self._database.execute(statement, condition.values)), np.int64)
+        return np.unique(found)
+
+    def of_rows(self, rows: Sequence[int], condition: Condition | None = None) -> dict[int, list[Picture]]:
+        """Return the pictures of some rows that meet a condition, by row, in order of their ids."""
+        found: dict[int, list[Picture]] = {row: [] for row in rows}
+        for start in range(0, len(rows), _AT_ONCE):
+            some = list(rows[start : start + _AT_ONCE])
+            where = f"pictures.row IN ({', '.join('?' * len(some))})"
+            for picture in self._pictures(where, some, condition):
+                found[picture.row].append(picture)
+        return found
+
+    def by_id(self, picture_id: int) -> Picture | None:
+        """Return a picture, if it is in the index."""
+        return next(iter(self._pictures("pictures.id = ?", [picture_id])), None)
+
+    def row_of_content(self, sha256: str) -> int | None:
+        """Return the row of a content that some picture has."""
+        found = self._all("SELECT row FROM pictures WHERE sha256 = ? LIMIT 1", (bytes.fromhex(sha256),))
+        return found[0][0] if found else None
+
+    def not_indexed(self) -> list[tuple[str, str]]:
+        """Return path and reason of every file that is not indexed, sorted by path."""
+        return [tuple(item) for item in self._all("SELECT path, reason FROM not_indexed ORDER BY path")]
+
+    def _pictures(self, where: str, values: list[Any], condition: Condition | None = None) -> list[Picture]:
+        own = "".join(f", metadata.c{place}" for place in range(len(self.own_columns)))
+        also, more = (f" AND {condition.sql}", condition.values) if condition else ("", [])
+        found = self._all(
+            f"SELECT pictures.id, pictures.path, row, sha256, bytes, width, height, modified_ns, added{own} "
+            "FROM pictures LEFT JOIN metadata ON metadata.path = pictures.path "
+            f"WHERE {where}{also} ORDER BY pictures.id",
+            [*values, *more],
+        )
+        return [
+            Picture(
+                number,
+                path,
+                row,
+                sha256.hex(),
+                size,
+                width,
+                height,
+                modified / 1e9,
+                added,
+                dict(zip(self.own_columns, own)),
+            )
+            for number, path, row, sha256, size, width, height, modified, added, *own in found
+        ]

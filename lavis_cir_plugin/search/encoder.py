@@ -1,0 +1,252 @@
+"""What turns pictures and texts into features: a run of this package, a model of open_clip, or BLIP-2's weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
+from PIL import Image
+from torch import Tensor, nn
+
+from lavis_cir_plugin.core.sentences import did_you_mean
+
+BLIP2 = "blip2"
+"""What a model's name begins with that is BLIP-2's own weights, such as ``blip2:pretrain``."""
+
+_SAMPLED_NUMBERS = 1024
+
+
+@dataclass
+class Encoder:
+    """A model with what brings pictures and texts into its shape.
+
+    Attributes:
+        model: Has ``encode_target`` and ``encode_query`` like every model of this package; in evaluation mode.
+        transform: Makes a tensor ``(3, H, W)`` of an RGB picture.
+        text_transform: Applied to every text.
+        name: What loads it again by `load_encoder`; empty where only code can make it.
+        composes: Whether the model has learned to fuse image and text; otherwise their features are added.
+        device: Where the model is.
+    """
+
+    model: Any
+    transform: Callable[[Image.Image], Tensor]
+    text_transform: Callable[[str], str] = str
+    name: str = ""
+    composes: bool = True
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What has to be equal for features to be comparable: weights, picture and text transform, composition."""
+        return {
+            "architecture": type(self.model).__name__,
+            "weights": fingerprint(self.model),
+            "transform": described(self.transform),
+            "text": described(self.text_transform),
+            "composition": "own" if self.composes else "sum",
+        }
+
+    @torch.no_grad()
+    def targets(self, pictures: Tensor) -> Tensor:
+        """Return unit features ``(B, K, D)`` float32 on the CPU of transformed pictures ``(B, 3, H, W)``."""
+        features = self.model.encode_target(pictures.to(self.device)).float().cpu()
+        return F.normalize(features if features.dim() == 3 else features.unsqueeze(1), dim=-1)
+
+    @torch.no_grad()
+    def query(self, pictures: Sequence[Image.Image], text: str | None, image_weight: float = 0.5) -> Tensor:
+        r"""Return the unit query of each picture with a text ``(B, D)``, or of the text alone ``(1, D)``; on the CPU.
+
+        .. math:: q(w) = 2 w \, q_{both} + (1 - 2 w) \, q_{text} \;(w \le 1/2), \quad
+                  2 (1 - w) \, q_{both} + (2 w - 1) \, q_{image} \;(w \ge 1/2)
+
+        Args:
+            pictures: RGB; may be empty where there is a text.
+            text: The change, or a description; ``None`` for pictures alone.
+            image_weight: w from 0 to 1: 0 is the text alone, 1/2 what the model makes of both, 1 the picture alone.
+        """
+        if text is None or (pictures and image_weight == 1):
+            return self._mode("image", pictures, text)
+        if not pictures or image_weight == 0:
+            return self._mode("text", pictures[:1], text).expand(max(1, len(pictures)), -1)
+        both = self._both(pictures, text)
+        if image_weight == 0.5:
+            return both
+        if image_weight < 0.5:
+            mixed = 2 * image_weight * both + (1 - 2 * image_weight) * self._mode("text", pictures[:1], text)
+        else:
+            mixed = 2 * (1 - image_weight) * both + (2 * image_weight - 1) * self._mode("image", pictures, text)
+        return F.normalize(mixed, dim=-1)
+
+    def _both(self, pictures: Sequence[Image.Image], text: str) -> Tensor:
+        if self.composes:
+            return self._mode("multimodal", pictures, text)
+        return F.normalize(self._mode("image", pictures, text) + self._mode("text", pictures[:1], text), dim=-1)
+
+    def _mode(self, mode: str, pictures: Sequence[Image.Image], text: str | None) -> Tensor:
+        samples: dict[str, Any] = {}
+        if mode != "text":
+            samples["image"] = torch.stack([self.transform(picture) for picture in pictures]).to(self.device)
+        if mode != "image":
+            samples["text_input"] = [self.text_transform(str(text))] * (1 if mode == "text" else len(pictures))
+        return F.normalize(self.model.encode_query(samples, mode).float().cpu(), dim=-1)
+
+
+def load_encoder(name: str | os.PathLike[str], device: str | torch.device = "cpu") -> Encoder:
+    """Load what turns pictures and texts into features.
+
+    Args:
+        name: The folder of a run of this package or one of its checkpoints; or ``NAME:WEIGHTS`` of open_clip, such as
+            ``ViT-B-32-quickgelu:openai``, where WEIGHTS is a tag or a file, for which ``:clip`` or ``:inception`` may
+            have to say the mean of the pixels; or ``blip2:TYPE``, BLIP-2's own weights for
+            ``pretrain``, ``pretrain_vitL`` or ``coco``, or ``blip2:TYPE:FILE`` with a file, a folder or a repository of
+            the hub.
+        device: Where to put the model.
+
+    Raises:
+        FileNotFoundError: there is no such run, or weights are missing.
+        ValueError: the name is none of these, or the weights do not fit.
+    """
+    name, device = os.fspath(name), torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for and torch sees no GPU; use cpu.")
+    if os.path.exists(os.path.expanduser(name)):
+        return _of_run(name, device)
+    kind, colon, rest = name.partition(":")
+    if kind == BLIP2 and colon:
+        return _of_blip2(name, rest, device)
+    if colon:
+        return _of_open_clip(name, kind, rest, device)
+    raise FileNotFoundError(
+        f"model {name!r} is no file or folder (looked from {os.getcwd()}); name a run's folder, a model of open_clip "
+        "with its weights such as ViT-B-32-quickgelu:openai, or blip2:pretrain."
+    )
+
+
+def encoder_of(run: Any) -> Encoder:
+    """Return an encoder as it is, or the one of a run that ``load_run`` returned."""
+    if isinstance(run, Encoder):
+        return run
+    model, vis_processors, txt_processors, _ = run
+    text = (txt_processors or {}).get("eval") or str
+    return Encoder(model, vis_processors["eval"], text, device=next(model.parameters()).device)
+
+
+def _of_run(name: str, device: torch.device) -> Encoder:
+    from lavis_cir_plugin import load_run
+
+    return replace(encoder_of(load_run(name, device)), name=str(Path(name).expanduser().absolute()))
+
+
+def _of_open_clip(name: str, clip_model: str, weights: str, device: torch.device) -> Encoder:
+    import open_clip
+
+    from lavis_cir_plugin.models.clip_cir import ClipCir
+
+    known = open_clip.list_models()
+    if clip_model not in known:
+        raise ValueError(f"model {name!r}: {clip_model!r} is no model of open_clip{did_you_mean(clip_model, known)}")
+    weights, pixels = _split_pixels(weights)
+    if not weights:
+        raise ValueError(f"model {name!r} names no weights; write a tag of open_clip or a file behind the colon.")
+    path = Path(weights).expanduser()
+    weights = str(path.absolute()) if path.exists() else weights
+    try:
+        model = ClipCir(clip_model=clip_model, pretrained=weights, pixels=pixels)
+    except ValueError as error:
+        if "model.pixels" not in str(error):
+            raise
+        raise ValueError(
+            f"model {name!r}: weights of {clip_model} were trained with different means of the pixels, and the file "
+            f"does not say with which; write {name}:clip, or {name}:inception for all 0.5."
+        ) from None
+    transform = _target_pad(model.image_tower.image_size)
+    kept = ":".join([clip_model, weights, *([] if pixels == "auto" else [pixels])])
+    return Encoder(model.to(device).eval(), transform, str, kept, True, device)
+
+
+def _split_pixels(weights: str) -> tuple[str, str]:
+    """Return the weights and the mean of the pixels that ``WEIGHTS:clip`` or ``WEIGHTS:inception`` names."""
+    from lavis_cir_plugin.models.open_clip_towers import PIXELS
+
+    head, colon, last = weights.rpartition(":")
+    return (head, last) if colon and last in PIXELS else (weights, "auto")
+
+
+def _of_blip2(name: str, rest: str, device: torch.device) -> Encoder:
+    from omegaconf import OmegaConf
+
+    from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
+
+    kind, _, file = rest.partition(":")
+    known = [known for known in Blip2Cir.PRETRAINED_MODEL_CONFIG_DICT if known != "tiny" or file]
+    if kind not in known:
+        raise ValueError(
+            f"model {name!r}: BLIP-2 has no weights {kind!r}{did_you_mean(kind, known)} ({', '.join(known)})"
+        )
+    config = OmegaConf.load(Blip2Cir.PRETRAINED_MODEL_CONFIG_DICT[kind]).model
+    config.update({"load_finetuned": False})
+    if file:
+        path = Path(file).expanduser().absolute()
+        if path.exists():
+            config.pretrained, name = str(path), f"{BLIP2}:{kind}:{path}"
+        elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", file):
+            config.pretrained = file
+        else:
+            raise FileNotFoundError(
+                f"model {name!r}: {path} does not exist; name a file or folder of BLIP-2's weights behind the colon, "
+                "or their repository on the hub."
+            )
+    if device.type == "cpu":
+        config.vit_precision = "fp32"
+    model = Blip2Cir.from_config(config)
+    # BLIP-2 was never trained to fuse a picture with a change of it, so the two features are added.
+    return Encoder(model.to(device).eval(), _target_pad(config.image_size), str, name, False, device)
+
+
+def _target_pad(image_size: int) -> Callable[[Image.Image], Tensor]:
+    from lavis.common.registry import registry
+
+    made: Callable[[Image.Image], Tensor] = registry.get_processor_class("target_pad")(image_size=image_size)
+    return made
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a checksum of a model: of its settings and of every tensor's name, shape and up to 1,024 of its numbers.
+
+    The numbers are compared in half precision, so that a tower is the same whether it is stored in 16 or in 32 bits.
+    """
+    settings = [
+        (f"{place}.{name}", value)
+        for place, module in model.named_modules()
+        if type(module).__module__.startswith("lavis_cir_plugin.")  # other libraries' settings differ by version
+        for name, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str)) and name not in ("training", "freeze_vit")
+    ]
+    digest = hashlib.sha256(repr(sorted(settings)).encode())
+    tensors = {**dict(model.named_buffers()), **model.state_dict()}
+    with torch.no_grad():
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            flat = tensor.detach().reshape(-1)
+            step = max(1, len(flat) // _SAMPLED_NUMBERS)
+            sample = flat[::step].cpu()
+            digest.update((sample.half() if sample.is_floating_point() else sample).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def described(transform: Any) -> str:
+    """Describe a transform by its class and settings, so that two descriptions are equal where the results are."""
+    if isinstance(transform, type) or not hasattr(transform, "__dict__"):
+        return getattr(transform, "__qualname__", type(transform).__qualname__)
+    settings = "; ".join(f"{name}={value!r}" for name, value in sorted(vars(transform).items()))
+    text = f"{type(transform).__qualname__}({settings})"
+    return re.sub(r" at 0x[0-9a-f]+", "", " ".join(text.split()))

@@ -1,0 +1,369 @@
+"""Building an index: every content once, whatever happens in between; what is not indexed is listed with its reason."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sqlite3
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+from search_world import draw, draw_some, index, make_encoder
+
+from lavis_cir_plugin.core.locks import FileLock
+from lavis_cir_plugin.search import build, open_index
+from lavis_cir_plugin.search.folders import WRITER
+
+
+@pytest.fixture(autouse=True)
+def no_race(monkeypatch):
+    """Let a file that was written just now count as settled; otherwise it is read again, rightly."""
+    monkeypatch.setattr("lavis_cir_plugin.search.catalogue._RACE_NS", 0)
+
+
+@pytest.fixture
+def encoder():
+    return make_encoder()
+
+
+def ids_by_name(out, encoder):
+    opened = open_index(out, encoder)
+    pictures = opened.search(text="red", k=1000, fold=False).hits
+    return {os.path.basename(hit.path): hit.picture.id for hit in pictures}
+
+
+def features(out, encoder):
+    """Return the features by file name, as a reader sees them."""
+    opened = open_index(out, encoder)
+    hits = opened.search(text="red", k=1000, fold=False).hits
+    return {os.path.basename(hit.path): opened.gallery.features[hit.picture.row].clone() for hit in hits}
+
+
+def test_features_are_those_of_the_model_in_half_precision(tmp_path, encoder):
+    paths = draw_some(tmp_path / "p", 5)
+    built = index(tmp_path / "p", tmp_path / "i", encoder, batch_size=2)
+    assert (built.pictures, built.encoded, built.read, built.forgotten, built.not_indexed) == (5, 5, 5, 0, {})
+    stored = features(tmp_path / "i", encoder)
+    for path in paths:
+        picture = encoder.transform(Image.open(path)).unsqueeze(0)
+        expected = torch.nn.functional.normalize(encoder.model.encode_target(picture)[0], dim=-1)
+        torch.testing.assert_close(stored[path.name].float(), expected, atol=1e-3, rtol=0)
+
+
+def test_again_only_what_is_new_or_changed_is_encoded_and_what_is_gone_is_forgotten(tmp_path, encoder):
+    folder, out = tmp_path / "p", tmp_path / "i"
+    paths = draw_some(folder, 6)
+    index(folder, out, encoder)
+    before = ids_by_name(out, encoder)
+    again = index(folder, out, encoder)
+    assert (again.read, again.encoded) == (0, 0)
+    os.utime(paths[0], (1, 1))  # another date, the same content
+    draw(paths[1], 100)
+    paths[2].unlink()
+    paths[3].rename(folder / "moved.png")
+    draw(folder / "new.png", 101)
+    built = index(folder, out, encoder)
+    assert (built.read, built.encoded, built.forgotten, built.pictures) == (4, 2, 2, 6)
+    assert encoder.encoded == 8
+    after = ids_by_name(out, encoder)
+    assert set(after) == {"000.png", "001.png", "004.png", "005.png", "moved.png", "new.png"}
+    kept = ("000.png", "004.png", "005.png")
+    assert [after[name] for name in kept] == [before[name] for name in kept]
+    assert len({*before.values(), *after.values()}) == len(before) + 3  # no id is used twice
+
+
+def test_a_picture_that_comes_back_has_a_new_id_and_is_not_encoded_again(tmp_path, encoder):
+    folder, out = tmp_path / "p", tmp_path / "i"
+    paths = draw_some(folder, 4)
+    index(folder, out, encoder)
+    before = ids_by_name(out, encoder)
+    content = paths[3].read_bytes()  # the largest id
+    paths[3].unlink()
+    index(folder, out, encoder)
+    paths[3].write_bytes(content)
+    assert index(folder, out, encoder).encoded == 0
+    assert ids_by_name(out, encoder)[paths[3].name] > max(before.values())
+
+
+def test_a_content_that_many_files_have_is_encoded_once_and_nobody_is_lost(tmp_path, encoder):
+    folder = tmp_path / "p"
+    content = draw(folder / "first.png", 1).read_bytes()
+    for number in range(300):
+        (folder / f"copy_{number}.png").write_bytes(content)
+    draw(folder / "other.png", 2)
+    assert index(folder, tmp_path / "i", encoder).encoded == 2
+    answer = open_index(tmp_path / "i", encoder).search(text="red", k=1000, fold=False)
+    assert len({hit.path for hit in answer.hits}) == 302
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_killed_and_started_again_nothing_is_encoded_twice(tmp_path, batches):
+    """By SIGKILL, before the third batch of two, say; what was encoded before is there."""
+    folder, out = tmp_path / "p", tmp_path / "i"
+    draw_some(folder, 7)
+    child = multiprocessing.get_context("fork").Process(target=killed_build, args=(folder, out, batches))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    with pytest.raises(ValueError, match="is half-written; run lavis-cir index with the same folders again"):
+        open_index(out)
+    encoder = make_encoder()
+    built = index(folder, out, encoder, batch_size=2)
+    assert (encoder.encoded, built.encoded, built.pictures) == (7 - 2 * batches, 7 - 2 * batches, 7)
+    whole = make_encoder()
+    index(folder, tmp_path / "whole", whole)
+    expected = features(tmp_path / "whole", whole)
+    assert all(torch.equal(row, expected[name]) for name, row in features(out, encoder).items())
+
+
+def killed_build(folder, out, batches):
+    torch.set_num_threads(1)
+    encoder = make_encoder()
+
+    def kill(encoder):
+        if encoder.encoded >= 2 * batches:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    encoder.before = kill
+    index(folder, out, encoder, batch_size=2)
+
+
+@pytest.mark.parametrize("step", ["rmtree", "append_from", "_publish", "write_blocks", "_remove_older"])
+def test_stopped_at_any_step_readers_see_a_whole_state_and_the_next_call_goes_on(tmp_path, encoder, monkeypatch, step):
+    folder, out = tmp_path / "p", tmp_path / "i"
+    draw_some(folder, 4)
+    index(folder, out, encoder)
+    draw_some(folder, 3, start=10)
+    homes = {
+        "rmtree": (shutil, "rmtree"),
+        "append_from": (build.RowFile, "append_from"),
+        "write_blocks": (build, "write_blocks"),
+    }
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*homes.get(step, (build._Writer, step)), stop)
+        with pytest.raises(KeyboardInterrupt):
+            index(folder, out, encoder)
+    assert len(open_index(out, encoder)) == (7 if step == "_remove_older" else 4)
+    built = index(folder, out, encoder)
+    assert (built.pictures, encoder.encoded) == (7, 7)
+    assert len(features(out, encoder)) == 7
+    left = sorted(path.name for path in out.iterdir())
+    assert len([name for name in left if name.startswith("catalogue-")]) == 1
+    assert not list((out / WRITER).glob("part-*"))
+
+
+def test_a_reader_keeps_the_state_that_it_opened(tmp_path, encoder):
+    folder, out = tmp_path / "p", tmp_path / "i"
+    paths = draw_some(folder, 4)
+    index(folder, out, encoder)
+    reader = open_index(out, encoder)
+    expected = reader.search(text="is red", k=10)
+    assert reader.refreshed() is reader
+    paths[0].unlink()
+    draw_some(folder, 3, start=10)
+    index(folder, out, encoder)
+    assert reader.search(text="is red", k=10) == expected
+    fresh = reader.refreshed()
+    assert fresh is not reader
+    assert (len(reader), len(fresh)) == (4, 6)
+
+
+def test_a_second_writer_is_refused_by_the_name_of_the_first(tmp_path, encoder):
+    draw_some(tmp_path / "p", 2)
+    index(tmp_path / "p", tmp_path / "i", encoder)
+    with FileLock(tmp_path / "i" / WRITER / "lock", "writing to it") as lock:
+        assert lock.take()
+        message = rf"is being written by process {os.getpid()} on .*, which has been writing to it since .*; wait until"
+        with pytest.raises(ValueError, match=message):
+            index(tmp_path / "p", tmp_path / "i", encoder)
+        assert len(open_index(tmp_path / "i", encoder)) == 2
+    index(tmp_path / "p", tmp_path / "i", encoder)
+
+
+def test_every_file_that_is_not_indexed_is_listed_with_its_reason(tmp_path, encoder):
+    folder = tmp_path / "p"
+    good = draw(folder / "sub" / "good.png", 1)
+    (folder / "empty.jpg").touch()
+    (folder / "cut.png").write_bytes(good.read_bytes()[:60])
+    (folder / "page.png").write_text("<html>")
+    (folder / "notes.txt").touch()
+    (folder / ".hidden.png").touch()
+    (folder / ".thumbs").mkdir()
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "link").symlink_to(folder / "sub")
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    Image.fromarray(np.zeros((4, 4), np.int32)).save(folder / "grey32.tif")
+    draw(folder / "good too.png", 2)
+    built = index(folder, tmp_path / "i", encoder)
+    reasons = {os.path.relpath(path, folder): reason for path, reason in built.not_indexed.items()}
+    assert built.pictures == 2
+    assert set(reasons) == {
+        *("empty.jpg", "cut.png", "page.png", "notes.txt", ".hidden.png", ".thumbs", "gone.png", "link", "pipe.png"),
+        "grey32.tif",
+    }
+    assert reasons["empty.jpg"] == "the file is empty"
+    assert "none of JPEG, PNG" in reasons["page.png"]
+    assert "its suffix '.txt' is none of" in reasons["notes.txt"]
+    assert reasons["gone.png"] == "it is a link to no file"
+    assert "grey of 32 bits" in reasons["grey32.tif"]
+    written = (tmp_path / "i" / build.NOT_INDEXED).read_text().splitlines()
+    assert [line.split("\t") for line in written] == [list(item) for item in sorted(built.not_indexed.items())]
+    (folder / "cut.png").write_bytes(draw(tmp_path / "else.png", 3).read_bytes())
+    repaired = index(folder, tmp_path / "i", encoder)
+    assert (repaired.pictures, len(repaired.not_indexed)) == (3, len(reasons) - 1)
+
+
+def test_a_picture_that_the_model_makes_no_numbers_of_is_listed(tmp_path, encoder, monkeypatch):
+    draw_some(tmp_path / "p", 3)
+    original = encoder.model.encode_target
+
+    def broken(pictures):
+        found = original(pictures)
+        found[1] = float("nan")
+        return found
+
+    monkeypatch.setattr(encoder.model, "encode_target", broken)
+    built = index(tmp_path / "p", tmp_path / "i", encoder)
+    assert built.pictures == 2
+    assert built.not_indexed == {str(tmp_path / "p" / "001.png"): "the model makes no finite features of it"}
+
+
+def test_pictures_are_turned_as_their_camera_says(tmp_path, encoder):
+    upright = Image.open(draw(tmp_path / "p" / "upright.png", 1))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "p" / "turned.png", exif=exif)
+    index(tmp_path / "p", tmp_path / "i", encoder)
+    stored = features(tmp_path / "i", encoder)
+    assert torch.equal(stored["turned.png"], stored["upright.png"])
+
+
+def test_a_disk_that_is_not_mounted_costs_no_picture(tmp_path, encoder):
+    folder, other, out = tmp_path / "p", tmp_path / "q", tmp_path / "i"
+    draw_some(folder, 3)
+    draw_some(other, 2, start=10)
+    build.build_index_folder([folder, other], out, encoder, quiet=True, workers=0)
+    shutil.move(folder, tmp_path / "away")
+    with pytest.raises(FileNotFoundError, match=r"does not exist; name a folder of pictures, or take it .* --forget"):
+        build.build_index_folder([], out, encoder, quiet=True)
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"holds no picture any more, and the index has 3 of it; mount its disk"):
+        build.build_index_folder([], out, encoder, quiet=True)
+    assert len(open_index(out, encoder)) == 5
+    built = build.build_index_folder([], out, encoder, forget=[folder], quiet=True)
+    assert (built.pictures, built.forgotten) == (2, 3)
+    with pytest.raises(ValueError, match="is none of the folders of"):
+        build.build_index_folder([], out, encoder, forget=[folder], quiet=True)
+
+
+def test_an_index_lies_neither_in_other_files_nor_among_pictures(tmp_path, encoder):
+    draw_some(tmp_path / "p", 2)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").touch()
+    with pytest.raises(ValueError, match="holds other files and is no index; choose an empty or a new folder"):
+        index(tmp_path / "p", tmp_path / "full", encoder)
+    with pytest.raises(
+        ValueError, match=r"holds no picture that can be indexed; see .*not_indexed\.tsv for the reason"
+    ):
+        index(tmp_path / "full", tmp_path / "i", encoder)
+    index(tmp_path / "p", tmp_path / "p" / "i", encoder)  # allowed: an index among the pictures is left out
+    built = index(tmp_path / "p", tmp_path / "p" / "i", encoder)
+    assert built.not_indexed == {str(tmp_path / "p" / "i"): "the folder is an index"}
+    with pytest.raises(ValueError, match="is an index and holds no pictures of its own"):
+        index(tmp_path / "p" / "i", tmp_path / "j", encoder)
+
+
+def test_features_of_forgotten_pictures_leave_the_file_once_they_are_many(tmp_path, encoder, monkeypatch):
+    monkeypatch.setattr(build, "FEWEST_DEAD", 3)
+    folder, out = tmp_path / "p", tmp_path / "i"
+    paths = draw_some(folder, 8)
+    index(folder, out, encoder)
+    expected = features(out, encoder)
+    reader = open_index(out, encoder)
+    for path in paths[:5]:
+        path.unlink()
+    index(folder, out, encoder)
+    assert os.path.getsize(out / "features-2.f16") == 3 * 3 * 6 * 2
+    assert not (out / "features-1.f16").exists()
+    assert len(reader.search(text="red", k=10).hits) == 8
+    stored = features(out, encoder)
+    assert set(stored) == {path.name for path in paths[5:]}
+    assert all(torch.equal(row, expected[name]) for name, row in stored.items())
+
+
+def test_a_full_disk_stops_with_a_sentence_and_loses_nothing(tmp_path, encoder, monkeypatch):
+    folder, out = tmp_path / "p", tmp_path / "i"
+    draw_some(folder, 3)
+    index(folder, out, encoder)
+    draw_some(folder, 2, start=10)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="cannot be written: No space left on device; free some space and run"):
+            index(folder, out, encoder)
+    assert len(open_index(out, encoder)) == 3
+    assert index(folder, out, encoder).pictures == 5
+
+
+def distributed_build(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    encoder = make_encoder()
+    built = index(f"{folder}/p", f"{folder}/i", encoder, batch_size=2)
+    torch.save((encoder.encoded, built.encoded, built.pictures), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_share_the_encoding(tmp_path):
+    draw_some(tmp_path / "p", 7)
+    (tmp_path / "p" / "bad.png").touch()
+    mp.start_processes(distributed_build, (str(tmp_path),), nprocs=2, start_method="fork")
+    own, total = zip(*(torch.load(tmp_path / f"{rank}.pt")[:2] for rank in range(2)))
+    assert sorted(own) == [3, 4]
+    assert total[0] == 7
+    encoder = make_encoder()
+    index(tmp_path / "p", tmp_path / "whole", encoder)
+    expected = features(tmp_path / "whole", encoder)
+    found = features(tmp_path / "i", encoder)
+    assert set(found) == set(expected)
+    for name, row in found.items():
+        torch.testing.assert_close(row, expected[name], atol=1e-3, rtol=0)
+
+
+def test_columns_stay_until_they_are_replaced(tmp_path, encoder):
+    folder, out = tmp_path / "p", tmp_path / "i"
+    draw_some(folder, 3)
+    (tmp_path / "m.csv").write_text("path,price\n000.png,1\n002.png,30\n")
+    index(folder, out, encoder, metadata=tmp_path / "m.csv")
+    draw_some(folder, 1, start=3)
+    index(folder, out, encoder)
+    opened = open_index(out, encoder)
+    assert opened.columns[0] == "price"
+    hits = opened.search(text="red", where="price > 5").hits
+    assert [(os.path.basename(hit.path), hit.picture.columns) for hit in hits] == [("002.png", {"price": 30})]
+    (tmp_path / "m.csv").write_text("path,brand\n003.png,x\n")
+    index(folder, out, encoder, metadata=tmp_path / "m.csv")
+    assert open_index(out, encoder).columns[0] == "brand"
+
+
+def test_the_catalogue_is_an_ordinary_sqlite_file(tmp_path, encoder):
+    draw_some(tmp_path / "p", 2)
+    index(tmp_path / "p", tmp_path / "i", encoder)
+    (path,) = (tmp_path / "i").glob("catalogue-*.sqlite")
+    with sqlite3.connect(path) as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert database.execute("SELECT COUNT(*), SUM(width) FROM pictures").fetchone() == (2, 64)

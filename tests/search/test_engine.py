@@ -1,0 +1,278 @@
+"""Answers equal a naive loop over the pictures, for every kind of question, and say what they leave out."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
+from PIL import Image
+from search_world import draw, draw_some, index, make_encoder
+
+from lavis_cir_plugin.search import open_index
+from lavis_cir_plugin.search.answers import as_json, as_lines
+
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    paths = draw_some(folder / "p", COUNT)
+    rows = [f"{path.name},{number},{'xyz'[number % 3]}" for number, path in enumerate(paths)]
+    (folder / "m.csv").write_text("\n".join(["path,price,brand", *rows]))
+    encoder = make_encoder()
+    index(folder / "p", folder / "i", encoder, metadata=folder / "m.csv")
+    return paths, encoder, open_index(folder / "i", encoder)
+
+
+def unit(vector):
+    return F.normalize(vector.float(), dim=-1)
+
+
+def encoded(encoder, path=None, text=None):
+    """Return the model's own query of one picture, one text, or both."""
+    samples, mode = {}, "multimodal"
+    if path is not None:
+        samples["image"] = encoder.transform(Image.open(path)).unsqueeze(0)
+    if text is not None:
+        samples["text_input"] = [text]
+    if path is None or text is None:
+        mode = "image" if text is None else "text"
+    return unit(encoder.model.encode_query(samples, mode)[0])
+
+
+def naive(encoder, query, paths):
+    """Return names and scores, best first, from the pictures themselves, one by one in half precision."""
+    scores = []
+    for path in paths:
+        target = encoder.model.encode_target(encoder.transform(Image.open(path)).unsqueeze(0))[0]
+        scores.append((float((unit(target).half().double() @ query.double()).max()), path.name))
+    return sorted(scores, key=lambda item: -item[0])
+
+
+def check(answer, expected, k):
+    assert [os.path.basename(hit.path) for hit in answer.hits] == [name for _, name in expected[:k]]
+    np.testing.assert_allclose([hit.score for hit in answer.hits], [score for score, _ in expected[:k]], atol=1e-6)
+
+
+QUESTIONS = {
+    "image": ([3], None, {}),
+    "text": ([], "is red", {}),
+    "both": ([3], "has longer sleeves", {}),
+    "several": ([3, 8, 11], "is darker", {"weights": [1, 2, 0.5]}),
+    "several images": ([3, 8], None, {}),
+    "without": ([3], "is red", {"without": "plain blue", "without_weight": 0.3}),
+    "more text": ([3], "is red", {"image_weight": 0.2}),
+    "more image": ([3], "is red", {"image_weight": 0.9}),
+    "text alone": ([3], "is red", {"image_weight": 0}),
+    "image alone": ([3], "is red", {"image_weight": 1}),
+}
+
+
+def naive_query(encoder, paths, numbers, text, settings):
+    def one(path):
+        both = encoded(encoder, path, text)
+        weight = settings.get("image_weight", 0.5)
+        if text is None or path is None or weight == 0.5:
+            return both
+        if weight < 0.5:
+            return unit(2 * weight * both + (1 - 2 * weight) * encoded(encoder, text=text))
+        return unit(2 * (1 - weight) * both + (2 * weight - 1) * encoded(encoder, path))
+
+    weights = settings.get("weights") or [1] * max(1, len(numbers))
+    queries = [one(paths[number]) for number in numbers] or [one(None)]
+    query = unit(sum(weight * query for weight, query in zip(weights, queries)))
+    if "without" in settings:
+        query = unit(query - settings["without_weight"] * encoded(encoder, text=settings["without"]))
+    return query
+
+
+@pytest.mark.parametrize("where", [None, "price < 20 and brand in ('x', 'y')", "price = 7", "price > 1000"])
+@pytest.mark.parametrize("kind", QUESTIONS)
+def test_every_question_is_answered_as_by_a_naive_loop(world, kind, where):
+    paths, encoder, opened = world
+    numbers, text, settings = QUESTIONS[kind]
+    query = naive_query(encoder, paths, numbers, text, settings)
+    allowed = {None: range(COUNT), "price = 7": [7], "price > 1000": []}
+    kept = allowed.get(where, [number for number in range(20) if number % 3 < 2])
+    expected = naive(encoder, query, [paths[number] for number in kept if number not in numbers])
+    for k in (1, 5, COUNT):
+        answer = opened.search([paths[number] for number in numbers], text, k, where=where, fold=False, **settings)
+        check(answer, expected, k)
+        assert answer.is_exact
+    assert answer.searched == len(kept)
+
+
+def test_a_picture_is_named_by_path_content_id_or_in_memory(world):
+    paths, _, opened = world
+    expected = opened.search(paths[3], "is red")
+    number = next(hit.picture.id for hit in opened.search(paths[3], keep_references=True).hits if hit.score > 0)
+    picture = next(
+        hit.picture for hit in opened.search(paths[3], k=COUNT, keep_references=True).hits if hit.path == str(paths[3])
+    )
+    assert opened.picture(picture.id) == picture
+    assert opened.picture(10**6) is None
+    assert number > 0
+    assert opened.search(paths[3].read_bytes(), "is red") == expected
+    assert opened.search(picture.id, "is red") == expected
+    in_memory = opened.search(Image.open(paths[3]), "is red", keep_references=True)
+    assert in_memory.hits == opened.search(str(paths[3]), "is red", keep_references=True).hits
+
+
+def test_the_reference_itself_is_left_out_and_said(world):
+    paths, _, opened = world
+    answer = opened.search(paths[3], k=COUNT)
+    assert len(answer.hits) == COUNT - 1
+    assert answer.left_out == (str(paths[3]),)
+    kept = opened.search(paths[3], k=COUNT, keep_references=True)
+    assert len(kept.hits) == COUNT
+    assert kept.left_out == ()
+
+
+def test_the_share_below_counts_the_index_and_not_the_filtered_part(world):
+    paths, encoder, opened = world
+    scores = [score for score, _ in naive(encoder, encoded(encoder, text="is red"), paths)]
+    answer = opened.search(text="is red", k=COUNT, where="brand = 'x'")
+    assert not answer.share_is_estimated
+    for hit in answer.hits:
+        assert hit.share_below == pytest.approx(np.mean([score < hit.score - 1e-6 for score in scores]))
+
+
+def test_nothing_under_the_least_score_comes_back(world):
+    paths, encoder, opened = world
+    expected = naive(encoder, encoded(encoder, text="is red"), paths)
+    least = expected[9][0] - 1e-4
+    check(opened.search(text="is red", k=COUNT, min_score=least), expected[:10], COUNT)
+    assert opened.search(text="is red", min_score=1.0).hits == ()
+
+
+def test_near_duplicates_are_folded_behind_the_best_and_k_results_still_come_back(tmp_path):
+    folder = tmp_path / "p"
+    first = draw(folder / "first.png", 1, size=64)
+    for quality in (95, 97, 99):
+        Image.open(first).save(folder / f"q{quality}.jpg", quality=quality, subsampling=0)
+    Image.open(first).resize((128, 128), Image.Resampling.NEAREST).save(folder / "large.png")
+    Image.open(first).save(folder / "same.png", compress_level=1)
+    (folder / "copy.png").write_bytes(first.read_bytes())
+    alike = {path.name for path in folder.iterdir()}
+    draw_some(folder, 6, start=10)
+    encoder = make_encoder()
+    index(folder, tmp_path / "i", encoder)
+    opened = open_index(tmp_path / "i", encoder)
+    answer = opened.search(text="is red", k=7)
+    assert len(answer.hits) == 7
+    (group,) = (hit for hit in answer.hits if os.path.basename(hit.path) in alike)
+    names = {os.path.basename(picture.path) for picture in (group.picture, *group.duplicates)}
+    assert names == alike
+    assert answer.folded == len(alike) - 1
+    assert any("near-duplicates are folded" in note for note in as_lines(answer)[1])
+    every = opened.search(text="is red", k=100, fold=False)
+    assert (len(every.hits), every.folded) == (6 + len(alike), 0)
+    assert group.score == max(hit.score for hit in every.hits if os.path.basename(hit.path) in alike)
+
+
+def test_pictures_of_one_colour_each_differ_for_people_and_are_not_folded(tmp_path):
+    """A random model may see no difference between them."""
+    (tmp_path / "p").mkdir()
+    for level in range(0, 250, 25):
+        Image.new("RGB", (32, 32), (level, level, level)).save(tmp_path / "p" / f"{level}.png")
+    encoder = make_encoder()
+    index(tmp_path / "p", tmp_path / "i", encoder)
+    assert len(open_index(tmp_path / "i", encoder).search(text="is red", k=20).hits) == 10
+
+
+@pytest.mark.parametrize("name", ["sentence_prompt", "clip", "mapping", "composing"])
+def test_every_model_of_ours_indexes_and_searches(tmp_path, name):
+    paths = draw_some(tmp_path / "p", 6)
+    encoder = make_encoder(name)
+    index(tmp_path / "p", tmp_path / "i", encoder)
+    opened = open_index(tmp_path / "i", encoder)
+    for path, text in ((paths[0], "is red"), (None, "is red"), (paths[0], None)):
+        expected = naive(encoder, encoded(encoder, path, text), [other for other in paths if other != path])
+        check(opened.search([] if path is None else path, text, fold=False), expected, 10)
+
+
+def test_what_was_not_trained_to_compose_adds_the_features_of_picture_and_text(tmp_path):
+    paths = draw_some(tmp_path / "p", 6)
+    encoder = make_encoder()
+    encoder.composes = False
+    index(tmp_path / "p", tmp_path / "i", encoder)
+    query = unit(encoded(encoder, paths[0]) + encoded(encoder, text="is red"))
+    answer = open_index(tmp_path / "i", encoder).search(paths[0], "is red", fold=False)
+    check(answer, naive(encoder, query, paths[1:]), 10)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({}, "there is nothing to look for: name a picture, a text, or both"),
+        ({"text": "  "}, "there is nothing to look for"),
+        ({"text": "x", "k": 0}, "k must be a whole number from 1 to 10,000, got 0"),
+        ({"text": "x", "k": True}, "k must be a whole number"),
+        ({"text": "x", "image_weight": 1.5}, "image_weight must be a number from 0 to 1, got 1.5"),
+        ({"text": "x", "min_score": float("nan")}, "min_score must be a number from -1 to 1, got nan"),
+        ({"text": "x", "without_weight": -1}, "without_weight must be a number from 0 to 100"),
+        ({"images": [1], "weights": [1, 2]}, "weights must be one for each picture: 1 pictures, 2 weights"),
+        ({"images": [1], "weights": [0]}, "weights must be numbers > 0 and <= 1000"),
+        ({"images": 10**6}, "the index has no picture 1000000; take an id from its results"),
+        ({"images": b"x"}, "the picture cannot be read as an image"),
+        ({"text": "x", "where": "prize < 1"}, r"no column of this index; did you mean 'price'\?"),
+    ],
+)
+def test_a_question_that_makes_no_sense_is_refused_by_a_sentence(world, asked, message):
+    with pytest.raises(ValueError, match=message):
+        world[2].search(**asked)
+
+
+def test_a_missing_reference_is_named(world, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png does not exist; name a picture"):
+        world[2].search(tmp_path / "nowhere.png")
+
+
+def test_own_columns_and_the_files_own_are_found_by(world):
+    paths, _, opened = world
+    assert opened.columns[:2] == ("price", "brand")
+    (hit,) = opened.search(text="red", where="file_name = '007.png' and file_width = 32").hits
+    assert hit.picture.columns == {"price": 7, "brand": "y"}
+    assert (hit.picture.width, hit.picture.height, hit.picture.bytes) == (32, 32, paths[7].stat().st_size)
+    today = "file_modified >= '2020-01-01' and file_added > '2020-01-01 00:00:00'"
+    assert opened.search(text="red", where=today).searched == COUNT
+
+
+def test_an_answer_is_plain_values_too(world):
+    paths, _, opened = world
+    found = as_json(opened.search(paths[3], "is red", k=2))
+    assert {"hits", "searched", "folded", "left_out", "exact", "recall", "share_is_estimated"} == set(found)
+    first = found["hits"][0]
+    assert {"id", "path", "score", "share_below", "columns", "duplicates", "sha256", "bytes", "width"} <= set(first)
+    assert first["columns"]["price"] == int(os.path.basename(first["path"])[:3])
+
+
+def test_threads_get_the_answers_of_one(world):
+    paths, _, opened = world
+    expected = [opened.search(path, "is red", 5) for path in paths[:8]]
+    found = [None] * 8
+
+    def ask(number):
+        found[number] = opened.search(paths[number], "is red", 5)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same_answers(world):
+    paths, _, opened = world
+    on_gpu = make_encoder()
+    on_gpu.model.cuda()
+    on_gpu.device = torch.device("cuda")
+    answer = open_index(opened.path, on_gpu, "cuda").search(paths[3], "is red", 5)
+    assert [hit.path for hit in answer.hits] == [hit.path for hit in opened.search(paths[3], "is red", 5).hits]
