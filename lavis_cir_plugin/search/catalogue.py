@@ -1,4 +1,4 @@
-"""The catalogue of an index, in SQLite: which files stand in it, with which content, and the user's columns."""
+"""The catalogue of an index, in SQLite: its files, their contents, and the user's columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What turns pictures and texts into features: a run of this package, a model of open_clip, or BLIP-2's weights."""
+"""Encoders of pictures and texts: a run of this package, a model of open_clip, or BLIP-2's own weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from PIL import Image
 from torch import Tensor, nn
 
-from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.error_messages import did_you_mean
 
 BLIP2 = "blip2"
 """What a model's name begins with that is BLIP-2's own weights, such as ``blip2:pretrain``."""

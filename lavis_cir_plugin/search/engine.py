@@ -1,4 +1,4 @@
-"""Asking an index: pictures and words in, ranked pictures out."""
+"""An opened index: it ranks its pictures for reference pictures, a text, or both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one small file that says what an index consists of: replacing it is how a new state becomes visible."""
+"""The manifest of an index: one small file that names the files of a state, and is replaced to publish a new one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.core.atomic_files import replace_file
 from lavis_cir_plugin.search.features import LOOK, RowFile, block_checksums, sampled_checksum
 from lavis_cir_plugin.search.folders import MANIFEST, WRITER
 
