@@ -57,12 +57,12 @@ class Built:
     """What a call of `build_index_folder` did.
 
     Attributes:
-        pictures: In the index now.
-        encoded: Contents that were encoded by this call, by all processes.
-        read: Files that were read by this call.
-        forgotten: Pictures that the index had and has no more.
-        not_indexed: Reason by path of every file that is not in the index.
-        seconds: Taken.
+        pictures: Number of pictures that are in the index now.
+        encoded: Number of contents that all processes of this call encoded.
+        read: Number of files that this call read.
+        forgotten: Number of pictures that left the index.
+        not_indexed: The reason, by path, for every file that is not in the index.
+        seconds: Time that the call took.
         notes: What else there is to say, a sentence each.
     """
 
@@ -95,9 +95,9 @@ def build_index_folder(
     was until all is done. In a process group all processes call this and share the encoding.
 
     Args:
-        folders: Of pictures; none for those that the index has. Its other folders stay as they are.
+        folders: Folders of pictures; if none is named, those that the index has. Its other folders stay as they are.
         out: The index's folder.
-        encoder: The same as before, if the index exists.
+        encoder: The encoder; of an index that exists, the one that made it.
         metadata: A file of the user's columns, in place of those that the index has.
         forget: Folders whose pictures leave the index.
         thorough: Read all files again, not only those whose size or dates changed.

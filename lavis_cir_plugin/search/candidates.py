@@ -129,7 +129,7 @@ def tune(candidates: Candidates, gallery: Tensor) -> float:
     The queries are drawn: each lies between two pictures of the gallery, as a fused query does.
 
     Args:
-        candidates: Of this gallery; its ``probes`` are changed.
+        candidates: Candidates of this gallery; their ``probes`` are changed.
         gallery: ``(G, K, D)``.
     """
     generator = torch.Generator().manual_seed(0)

@@ -29,12 +29,12 @@ class Encoder:
     """A model with what brings pictures and texts into its shape.
 
     Attributes:
-        model: Has ``encode_target`` and ``encode_query`` like every model of this package; in evaluation mode.
-        transform: Makes a tensor ``(3, H, W)`` of an RGB picture.
-        text_transform: Applied to every text.
-        name: What loads it again by `load_encoder`; empty where only code can make it.
+        model: A model in evaluation mode, with this package's ``encode_target`` and ``encode_query``.
+        transform: Function that makes a tensor ``(3, H, W)`` of an RGB picture.
+        text_transform: Function that is applied to every text.
+        name: The name by which `load_encoder` loads it again; empty if only code can make it.
         composes: Whether the model has learned to fuse image and text; otherwise their features are added.
-        device: Where the model is.
+        device: The model's device.
     """
 
     model: Any
@@ -109,7 +109,7 @@ def load_encoder(name: str | os.PathLike[str], device: str | torch.device = "cpu
             have to say the mean of the pixels; or ``blip2:TYPE``, BLIP-2's own weights for
             ``pretrain``, ``pretrain_vitL`` or ``coco``, or ``blip2:TYPE:FILE`` with a file, a folder or a repository of
             the hub.
-        device: Where to put the model.
+        device: The device that the model is put on.
 
     Raises:
         FileNotFoundError: there is no such run, or weights are missing.

@@ -29,8 +29,8 @@ class RowFile:
 
     Attributes:
         path: The file; a missing one has no rows.
-        shape: Of a row.
-        dtype: Of its numbers, in NumPy's name.
+        shape: Shape of a row.
+        dtype: Type of its numbers, by NumPy's name.
     """
 
     path: Path

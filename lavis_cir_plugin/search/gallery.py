@@ -50,7 +50,7 @@ class Gallery:
         features: ``(G, K, D)`` unit vectors in half precision, mapped from a file or on a GPU.
         longest: Length of the longest one.
         live: Sorted rows that pictures have; ``None`` where all have.
-        candidates: Where the best are looked for first, in place of everywhere.
+        candidates: Candidates, among which the best are looked for instead of everywhere.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Gallery:
 
         Args:
             query: ``(D,)`` of unit length.
-            count: At least 1.
+            count: Number of rows that are wanted, at least 1.
             allowed: Sorted rows to choose from; ``None`` for all that pictures have.
             must_be_exact: Whether to scan all rows though there are candidates.
 
