@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import random
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from lavis_cir_plugin.garments.world import write_pictures
 from lavis_cir_plugin.search import Encoder, build_index_folder, load_encoder, open_index
 from lavis_cir_plugin.search.answers import as_lines, question
 from lavis_cir_plugin.search.engine import SearchIndex
-from lavis_cir_plugin.search.sheet import sheet_of
+from lavis_cir_plugin.search.sheet import draw_answer
 
 PICTURES = 2000
 SIZE = (144, 180)
@@ -94,7 +95,8 @@ def ask(index: SearchIndex, reference: Path | None, text: str, where: str | None
     answer = index.search([reference] if reference else (), text, k=5, where=where)
     lines, notes = as_lines(answer)
     print("\n".join(["", *question(text, None, where), *lines, *notes]))
-    return sheet_of(answer, [open_rgb(reference)] if reference else [], question(text, None, where))
+    references = [open_rgb(reference)] if reference else []
+    return Image.open(io.BytesIO(draw_answer(answer, references, question(text, None, where))))
 
 
 if __name__ == "__main__":

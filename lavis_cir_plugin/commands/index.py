@@ -1,4 +1,4 @@
-"""``lavis-cir index``: an index of one's own pictures, made or brought up to date."""
+"""The command ``lavis-cir index``: makes an index of the user's own pictures, or brings it up to date."""
 
 from __future__ import annotations
 

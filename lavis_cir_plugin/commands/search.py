@@ -1,4 +1,4 @@
-"""``lavis-cir search``: pictures and words in, ranked pictures of an index out."""
+"""The command ``lavis-cir search``: ranks the pictures of an index for pictures, a text, or both."""
 
 from __future__ import annotations
 
@@ -95,8 +95,10 @@ def _draw(args: argparse.Namespace, answer: Answer) -> None:
     from pathlib import Path
 
     from lavis_cir_plugin.benchmarks.images import open_rgb
+    from lavis_cir_plugin.core.atomic_files import replace_file
     from lavis_cir_plugin.search.answers import question
-    from lavis_cir_plugin.search.sheet import draw_sheet
+    from lavis_cir_plugin.search.sheet import draw_answer
 
     pictures = [open_rgb(Path(path).expanduser(), upright=True) for path in args.image]
-    draw_sheet(answer, pictures, question(args.text, args.without, args.where), args.sheet)
+    sheet = draw_answer(answer, pictures, question(args.text, args.without, args.where))
+    replace_file(Path(args.sheet).expanduser(), sheet)

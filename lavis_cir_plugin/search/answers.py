@@ -1,4 +1,4 @@
-"""Answers in words: lines for people, plain values for programs."""
+"""Answers of a search as lines for people and as plain values for programs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def _notes(answer: Answer) -> list[str]:
     if answer.folded:
         notes.append(f"{answer.folded:,} near-duplicates are folded into the results; --all shows them.")
     if answer.left_out:
-        notes.append(f"The reference itself is left out ({answer.left_out[0]}); --keep-reference shows it.")
+        who = "reference itself is" if len(answer.left_out) == 1 else "references themselves are"
+        notes.append(f"The {who} left out ({', '.join(answer.left_out[:3])}); --keep-reference shows it.")
     if not answer.is_exact:
         notes.append(
             f"Candidates by FAISS: {100 * answer.recall:.1f} % of the exact 50 best were found for drawn queries; "

@@ -1,4 +1,4 @@
-"""Building an index and bringing it up to date: every content is encoded once, whatever happens in between."""
+"""Builds an index of pictures and brings it up to date: every content is encoded once, also after a kill."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lavis_cir_plugin.benchmarks.images import decode_rgb
+from lavis_cir_plugin.core.atomic_files import replace_file
 from lavis_cir_plugin.core.locks import FileLock, holder_of
-from lavis_cir_plugin.core.processes import fail_together, gather, rank_and_world, share
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, rank_and_world, share
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.search.candidates import NEW_SHARE, PAYS_FROM, build_candidates, has_faiss, tune
 from lavis_cir_plugin.search.catalogue import FILE_COLUMNS, Read, WritableCatalogue
@@ -57,12 +57,12 @@ class Built:
     """What a call of `build_index_folder` did.
 
     Attributes:
-        pictures: In the index now.
-        encoded: Contents that were encoded by this call, by all processes.
-        read: Files that were read by this call.
-        forgotten: Pictures that the index had and has no more.
-        not_indexed: Reason by path of every file that is not in the index.
-        seconds: Taken.
+        pictures: Number of pictures that are in the index now.
+        encoded: Number of contents that all processes of this call encoded.
+        read: Number of files that this call read.
+        forgotten: Number of pictures that left the index.
+        not_indexed: The reason, by path, for every file that is not in the index.
+        seconds: Time that the call took.
         notes: What else there is to say, a sentence each.
     """
 
@@ -95,9 +95,9 @@ def build_index_folder(
     was until all is done. In a process group all processes call this and share the encoding.
 
     Args:
-        folders: Of pictures; none for those that the index has. Its other folders stay as they are.
+        folders: Folders of pictures; if none is named, those that the index has. Its other folders stay as they are.
         out: The index's folder.
-        encoder: The same as before, if the index exists.
+        encoder: The encoder; of an index that exists, the one that made it.
         metadata: A file of the user's columns, in place of those that the index has.
         forget: Folders whose pictures leave the index.
         thorough: Read all files again, not only those whose size or dates changed.
@@ -119,20 +119,20 @@ def build_index_folder(
     index = Path(out).expanduser().absolute()
     writer: _Writer | None = None
     try:
-        with fail_together():
+        with fail_in_all_processes():
             if is_main:
                 check_folders(folders)
                 writer = _Writer(index, encoder)
                 writer.prepare(folders, forget, thorough)
         todo, known = gather((writer.todo, writer.known) if writer else None)[0]
         own = share(len(todo))
-        with fail_together():
+        with fail_in_all_processes():
             part = _Part.create(index) if len(own) else None
             encoded = _read_and_encode(
                 [todo[place] for place in own], known, encoder, part, batch_size, workers, quiet or not is_main
             )
         total = sum(gather(encoded))
-        with fail_together():
+        with fail_in_all_processes():
             if writer is None:
                 return Built(0, encoded, len(own), 0, {}, time.monotonic() - start)
             notes = writer.finish(metadata, candidates)

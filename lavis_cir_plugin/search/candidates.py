@@ -1,4 +1,4 @@
-"""Candidates from a large gallery by FAISS, from a file that is mapped and not read, and what is lost by that."""
+"""Candidates from a large gallery by an inverted file of FAISS, mapped from a file, and its recall against exact."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lavis_cir_plugin.ranking.index import SAMPLE_PER_LIST, VECTORS_PER_LIST
 from lavis_cir_plugin.ranking.ranks import rank
-from lavis_cir_plugin.ranking.scoring import split
+from lavis_cir_plugin.ranking.scoring import memory_slices
 
 PAYS_FROM = 1_000_000
 """Feature vectors from which on candidates are worth their building; below, an exact scan takes well under a second."""
@@ -113,7 +113,7 @@ def build_candidates(gallery: Tensor, path: Path, probes: int = 16) -> Candidate
     found.cp.seed = 0
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: SAMPLE_PER_LIST * lists]
     found.train(vectors[chosen.sort().values].float().numpy())
-    for part in split(count, _ADDED_AT_ONCE, 4 * width):
+    for part in memory_slices(count, _ADDED_AT_ONCE, 4 * width):
         found.add(vectors[part].float().numpy())
     unfinished = path.with_name(f".{path.name}.unfinished")
     faiss.write_index(found, str(unfinished))
@@ -129,7 +129,7 @@ def tune(candidates: Candidates, gallery: Tensor) -> float:
     The queries are drawn: each lies between two pictures of the gallery, as a fused query does.
 
     Args:
-        candidates: Of this gallery; its ``probes`` are changed.
+        candidates: Candidates of this gallery; their ``probes`` are changed.
         gallery: ``(G, K, D)``.
     """
     generator = torch.Generator().manual_seed(0)

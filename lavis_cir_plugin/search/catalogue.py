@@ -1,4 +1,4 @@
-"""The catalogue of an index, in SQLite: which files stand in it, with which content, and the user's columns."""
+"""The catalogue of an index, in SQLite: its files, their contents, and the user's columns."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ class Read(NamedTuple):
     """What reading a file gave.
 
     Attributes:
-        path: Absolute.
-        signature: Before it was read.
-        read_ns: When it was read.
-        sha256: Of its bytes; empty where it could not be read.
-        row: Where its features stand, in the file that they were written to; -1 for none.
-        width, height: Of the upright picture, in pixels.
-        reason: Why it is not indexed; empty where it is.
+        path: Absolute path of the file.
+        signature: Signature of the file before it was read.
+        read_ns: Time of the reading.
+        sha256: Hash of the file's bytes; empty if it could not be read.
+        row: Row of its features in the file that they were written to; -1 for none.
+        width, height: Size of the upright picture in pixels.
+        reason: The reason why it is not indexed; empty if it is.
     """
 
     path: str
@@ -84,13 +84,13 @@ class Picture:
 
     Attributes:
         id: A number that no other picture of this index has or had.
-        path: Absolute, as it was found.
-        row: Of its features.
-        sha256: Of its bytes, in hexadecimal.
+        path: Absolute path, as it was found.
+        row: Row of its features.
+        sha256: Hash of the file's bytes, in hexadecimal.
         bytes: Size of the file.
-        width, height: In pixels, upright.
-        modified, added: Seconds since 1970.
-        columns: The user's own; ``None`` where a value is missing.
+        width, height: Size of the upright picture in pixels.
+        modified, added: Times in seconds since 1970: of the file's last change, and of its indexing.
+        columns: Values of the user's own columns; ``None`` if one is missing.
     """
 
     id: int

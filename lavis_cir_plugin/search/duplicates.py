@@ -1,4 +1,4 @@
-"""Which pictures show the same, whatever their size and compression."""
+"""Near-duplicates among pictures, whatever their size and compression."""
 
 from __future__ import annotations
 

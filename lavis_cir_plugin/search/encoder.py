@@ -1,4 +1,4 @@
-"""What turns pictures and texts into features: a run of this package, a model of open_clip, or BLIP-2's weights."""
+"""Encoders of pictures and texts: a run of this package, a model of open_clip, or BLIP-2's own weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from PIL import Image
 from torch import Tensor, nn
 
-from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.error_messages import did_you_mean
 
 BLIP2 = "blip2"
 """What a model's name begins with that is BLIP-2's own weights, such as ``blip2:pretrain``."""
@@ -29,12 +29,12 @@ class Encoder:
     """A model with what brings pictures and texts into its shape.
 
     Attributes:
-        model: Has ``encode_target`` and ``encode_query`` like every model of this package; in evaluation mode.
-        transform: Makes a tensor ``(3, H, W)`` of an RGB picture.
-        text_transform: Applied to every text.
-        name: What loads it again by `load_encoder`; empty where only code can make it.
+        model: A model in evaluation mode, with this package's ``encode_target`` and ``encode_query``.
+        transform: Function that makes a tensor ``(3, H, W)`` of an RGB picture.
+        text_transform: Function that is applied to every text.
+        name: The name by which `load_encoder` loads it again; empty if only code can make it.
         composes: Whether the model has learned to fuse image and text; otherwise their features are added.
-        device: Where the model is.
+        device: The model's device.
     """
 
     model: Any
@@ -109,7 +109,7 @@ def load_encoder(name: str | os.PathLike[str], device: str | torch.device = "cpu
             have to say the mean of the pixels; or ``blip2:TYPE``, BLIP-2's own weights for
             ``pretrain``, ``pretrain_vitL`` or ``coco``, or ``blip2:TYPE:FILE`` with a file, a folder or a repository of
             the hub.
-        device: Where to put the model.
+        device: The device that the model is put on.
 
     Raises:
         FileNotFoundError: there is no such run, or weights are missing.

@@ -1,4 +1,4 @@
-"""Asking an index: pictures and words in, ranked pictures out."""
+"""An opened index: it ranks its pictures for reference pictures, a text, or both."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Hit:
     """A result.
 
     Attributes:
-        picture: What was found.
+        picture: The picture that was found.
         score: Cosine of the query with the nearest of the picture's features, from -1 to 1.
         share_below: Share of the index's pictures that score less, from 0 to 1.
         duplicates: Pictures that look the same and stand behind this one.
@@ -57,7 +57,7 @@ class Hit:
 
     @property
     def path(self) -> str:
-        """Of the picture, absolute."""
+        """Absolute path of the picture."""
         return self.picture.path
 
 
@@ -66,10 +66,10 @@ class Answer:
     """Results, best first.
 
     Attributes:
-        hits: At most as many as asked for.
-        searched: Pictures' contents that the condition leaves to choose from.
-        folded: How many near-duplicates stand behind the hits.
-        left_out: References that were left out of the results.
+        hits: The results, at most as many as were asked for.
+        searched: Number of different pictures that the condition leaves to choose from.
+        folded: Number of near-duplicates that stand behind the hits.
+        left_out: Paths of references that were left out of the results.
         is_exact: Whether no better picture can have been missed.
         recall: Otherwise, the share of the exact 50 best that was found when candidates were built.
         share_is_estimated: Whether ``share_below`` comes from a sample of the index.
@@ -105,8 +105,8 @@ class SearchIndex:
 
     Args:
         path: The index's folder.
-        encoder: In place of the one that the index names: an `Encoder`, or what ``load_run`` returned.
-        device: Where to search, and where the model is loaded.
+        encoder: The encoder instead of the one that the index names: an `Encoder`, or what ``load_run`` returned.
+        device: The device that is searched on and that the model is loaded to.
     """
 
     def __init__(self, path: str | os.PathLike[str], encoder: Any = None, device: str | torch.device = "cpu") -> None:
@@ -363,7 +363,7 @@ def open_index(path: str | os.PathLike[str], encoder: Any = None, device: str | 
 
     Args:
         path: The index's folder.
-        encoder: In place of the model that the index names: an `Encoder`, or what ``load_run`` returned.
+        encoder: The encoder instead of the one that the index names: an `Encoder`, or what ``load_run`` returned.
         device: ``cpu`` or ``cuda``.
 
     Raises:

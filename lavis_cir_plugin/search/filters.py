@@ -1,4 +1,4 @@
-"""Conditions on pictures, such as ``price < 50 and brand = 'x'``: parsed here, never handed to SQLite as they stand."""
+"""Conditions on pictures, such as ``price < 50 and brand = 'x'``, parsed into SQL with parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
-from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.error_messages import did_you_mean
 
 LONGEST = 4000
 """Characters of a condition, at most."""

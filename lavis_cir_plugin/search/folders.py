@@ -1,4 +1,4 @@
-"""The pictures of folders, and why each of the other files is none."""
+"""Scans folders for pictures, with the reason for every file that is left out."""
 
 from __future__ import annotations
 

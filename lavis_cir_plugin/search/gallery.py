@@ -1,4 +1,4 @@
-"""The best rows of a gallery for one query: exactly, or exactly among candidates."""
+"""The best rows of a gallery for one query: by an exact scan, or exactly scored among candidates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lavis_cir_plugin.ranking.ranks import rerank
-from lavis_cir_plugin.ranking.scoring import Scores, split
+from lavis_cir_plugin.ranking.scoring import Scores, memory_slices
 from lavis_cir_plugin.search.candidates import Candidates
 
 MOSTLY_ALLOWED = 0.25
@@ -50,7 +50,7 @@ class Gallery:
         features: ``(G, K, D)`` unit vectors in half precision, mapped from a file or on a GPU.
         longest: Length of the longest one.
         live: Sorted rows that pictures have; ``None`` where all have.
-        candidates: Where the best are looked for first, in place of everywhere.
+        candidates: Candidates, among which the best are looked for instead of everywhere.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Gallery:
 
         Args:
             query: ``(D,)`` of unit length.
-            count: At least 1.
+            count: Number of rows that are wanted, at least 1.
             allowed: Sorted rows to choose from; ``None`` for all that pictures have.
             must_be_exact: Whether to scan all rows though there are candidates.
 
@@ -133,7 +133,7 @@ class Gallery:
             rough = rough if allowed is None else rough[allowed]
         else:
             rows = allowed
-            parts = split(len(rows), _BLOCK_BYTES, 4 * self.features[0].numel())
+            parts = memory_slices(len(rows), _BLOCK_BYTES, 4 * self.features[0].numel())
             rough = np.concatenate([self._rough(query, self._taken(rows[part]))[0] for part in parts])
         bound = float(Scores(query, self.features[:1], self.longest).bound[0, 0]) * self._unit(query)
         least = np.partition(rough, len(rough) - count)[len(rough) - count]

@@ -1,4 +1,4 @@
-"""The one small file that says what an index consists of: replacing it is how a new state becomes visible."""
+"""The manifest of an index: one small file that names the files of a state, and is replaced to publish a new one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.core.atomic_files import replace_file
 from lavis_cir_plugin.search.features import LOOK, RowFile, block_checksums, sampled_checksum
 from lavis_cir_plugin.search.folders import MANIFEST, WRITER
 
@@ -26,16 +26,16 @@ class Manifest:
     """One state of an index.
 
     Attributes:
-        generation: Counts the states from 1.
-        name: What loads the model again; empty where only code can.
-        identity: Of the encoder, as `Encoder.identity`.
-        rows: Contents that have features, those of forgotten pictures included.
-        pictures: How many there are.
-        not_indexed: Files that are not.
-        shape: ``[K, D]`` of a picture's features.
+        generation: Number of the state, from 1.
+        name: The name that `load_encoder` loads the model by; empty if only code can make it.
+        identity: The encoder's `Encoder.identity`.
+        rows: Number of contents that have features, those of forgotten pictures included.
+        pictures: Number of pictures.
+        not_indexed: Number of files that are not in the index.
+        shape: Shape ``[K, D]`` of a picture's features.
         longest: Length of the longest feature.
         files: Name of the current file by its job: features, looks, catalogue, pictures, perhaps candidates.
-        checksums: Sampled ones of these files, by job.
+        checksums: Checksums of samples of these files, by job.
         candidates: ``rows``, ``probes`` and measured ``recall`` of the candidates; empty without.
     """
 
@@ -81,7 +81,7 @@ class Manifest:
 
         Args:
             index: The index's folder.
-            known: Of an earlier state, whose files that only grow have kept their whole blocks.
+            known: The blocks of an earlier state; files that only grow have kept all but the last of them.
         """
         sizes = self.sizes(index)
         return {

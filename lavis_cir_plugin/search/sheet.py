@@ -1,92 +1,72 @@
-"""An answer as one picture: references and words on the left, results with their scores on the right."""
+"""Draws an answer as one picture: the question and its pictures, and the results with their scores."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from lavis_cir_plugin.benchmarks.images import open_rgb
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
-from lavis_cir_plugin.report.sheet_layout import font, wrapped
+from lavis_cir_plugin.report.sheet_layout import BLUE, GREY, Cell, Column, Picture, Words, draw_sheet, font
 from lavis_cir_plugin.search.engine import Answer, Hit
 
-BOX, MARGIN, GAP, LINE = 200, 24, 12, 18
+BOX = (180, 200)
+"""Width and height of a picture's box, in pixels."""
+
 COLUMNS = 5
 MOST_SHOWN = 200
 """Results that a sheet shows, at most; more would make a picture that no viewer opens."""
 
-_FEWEST_COLUMNS = 3  # so that a question has room above few results
-_HEADER_SIZE = 15
-_BLACK, _GREY, _WHITE, _BLUE = "#111111", "#666666", "#ffffff", "#1f6feb"
+_SPACE = 36  # between the question's pictures and the results
+_WIDEST_TITLE = 900
 
 
-def draw_sheet(answer: Answer, references: Sequence[Image.Image], question: Sequence[str], path: str | Path) -> Path:
-    """Draw an answer as `sheet_of` and write it as PNG, whole or not at all; return the path.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    content = io.BytesIO()
-    sheet_of(answer, references, question).save(content, "PNG")
-    return replace_file(Path(path), content.getvalue())
-
-
-def sheet_of(answer: Answer, references: Sequence[Image.Image], question: Sequence[str]) -> Image.Image:
-    """Draw an answer: the question above, its pictures on the left, the first `MOST_SHOWN` results on the right.
+def draw_answer(answer: Answer, references: Sequence[Image.Image], question: Sequence[str]) -> bytes:
+    """Draw an answer as a PNG: the question's pictures on the left, the first `MOST_SHOWN` results on the right.
 
     Args:
-        answer: To be drawn; a picture whose file is gone is said to be so.
+        answer: The answer; a picture whose file is gone or damaged is said to be so.
         references: RGB pictures of the question.
-        question: Lines that say what was asked.
+        question: At least one line that says what was asked.
     """
     hits = answer.hits[:MOST_SHOWN]
-    columns = min(COLUMNS, max(_FEWEST_COLUMNS, len(hits)))
-    start = MARGIN + (BOX + 3 * GAP if references else 0)
-    width = start + columns * (BOX + GAP) - GAP + MARGIN
-    more = [f"the first {len(hits)} of {len(answer.hits)} results"] if len(hits) < len(answer.hits) else []
-    nothing = [] if hits else ["nothing found"]
-    lines = [line for text in (*question, *more, *nothing) for line in wrapped(text, _HEADER_SIZE, width - 2 * MARGIN)]
-    top = MARGIN + len(lines) * (LINE + 4) + GAP
-    cell = BOX + 2 * LINE + GAP
-    height = top + max(-(-len(hits) // columns) * cell, len(references) * (BOX + GAP)) + MARGIN
-    sheet = Image.new("RGB", (width, height), _WHITE)
-    draw = ImageDraw.Draw(sheet)
-    for number, line in enumerate(lines):
-        draw.text((MARGIN, MARGIN + number * (LINE + 4)), line, _GREY if number else _BLACK, font(_HEADER_SIZE))
-    for number, picture in enumerate(references):
-        _paste(sheet, picture, MARGIN, top + number * (BOX + GAP), _BLUE)
-    for number, hit in enumerate(hits):
-        _draw_hit(sheet, hit, number, start + number % columns * (BOX + GAP), top + number // columns * cell)
-    return sheet
+    title, notes = question[0], list(question[1:])
+    if font(26).getlength(title) > _WIDEST_TITLE:
+        title, notes = "Search", list(question)
+    if len(hits) < len(answer.hits):
+        notes.append(f"the first {len(hits)} of {len(answer.hits):,} results")
+    if not hits:
+        notes.append("nothing found")
+    lines = [hits[start : start + COLUMNS] for start in range(0, len(hits), COLUMNS)]
+    columns = [Column("", BOX[0]) for _ in range(COLUMNS)]
+    results: list[list[Cell]] = [
+        [_result(hit, 1 + COLUMNS * row + place) for place, hit in enumerate(line)] for row, line in enumerate(lines)
+    ]
+    if not references:
+        return draw_sheet(title, notes, columns, results, BOX)
+    rows: list[list[Cell]] = []
+    for number in range(max(len(results), len(references))):
+        reference = Picture(references[number], "asked with", BLUE) if number < len(references) else None
+        rows.append([reference, *(results[number] if number < len(results) else [])])
+    columns[0] = Column("", BOX[0], _SPACE)
+    return draw_sheet(title, notes, [Column("", BOX[0]), *columns], rows, BOX)
 
 
-def _draw_hit(sheet: Image.Image, hit: Hit, number: int, x: int, y: int) -> None:
-    draw = ImageDraw.Draw(sheet)
+def _result(hit: Hit, number: int) -> Cell:
+    more = f" (+{len(hit.duplicates)} alike)" if hit.duplicates else ""
+    label = _shortened(f"{number}.  {hit.score:.3f}{more}  ", Path(hit.path).name)
     try:
-        _paste(sheet, open_rgb(Path(hit.path), upright=True), x, y)
+        return Picture(open_rgb(Path(hit.path), upright=True), label)
     except (FileNotFoundError, ValueError):
-        draw.text((x + 8, y + 8), "the file is gone", _GREY, font(12))
-        draw.rectangle((x, y, x + BOX - 1, y + BOX - 1), outline=_GREY)
-    more = f", {len(hit.duplicates)} more like it" if hit.duplicates else ""
-    draw.text((x, y + BOX + 2), f"{number + 1}.  {hit.score:.3f}{more}", _BLACK, font(12))
-    draw.text((x, y + BOX + 2 + LINE), _shortened(Path(hit.path).name), _GREY, font(11))
+        return Words("the file is gone or damaged", GREY, label)
 
 
-def _paste(sheet: Image.Image, picture: Image.Image, x: int, y: int, frame: str = "#cccccc") -> None:
-    scale = min((BOX - 2) / picture.width, (BOX - 2) / picture.height)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    sheet.paste(picture.resize(size, Image.Resampling.LANCZOS), (x + (BOX - size[0]) // 2, y + (BOX - size[1]) // 2))
-    ImageDraw.Draw(sheet).rectangle((x, y, x + BOX - 1, y + BOX - 1), outline=frame, width=1 if frame != _BLUE else 3)
-
-
-def _shortened(name: str) -> str:
-    """Return a file name that fits below a picture: its middle left out where it is too long."""
+def _shortened(start: str, name: str) -> str:
+    """Return a label that fits below a picture: the middle of the file's name is left out where it is too long."""
     name = "".join(character if character.isprintable() else "?" for character in name)
     shown, kept = name, len(name)
-    while font(11).getlength(shown) > BOX and kept > 4:
+    while font(13).getlength(start + shown) > BOX[0] and kept > 4:
         kept -= 2
         shown = f"{name[: kept // 2]}…{name[-(kept // 2) :]}"
-    return shown
+    return start + shown

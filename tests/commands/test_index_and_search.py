@@ -104,7 +104,6 @@ def test_a_sheet_says_that_a_file_is_gone_or_nothing_was_found(run, tmp_path, ca
     question = ("search", tmp_path / "i", "--text", "red", "--sheet", tmp_path / "out.png", "--where")
     lavis_cir(*question, "file_name = '001.png'")
     gone = Image.open(tmp_path / "out.png")
-    assert {colour for _, colour in gone.crop((24, 58, 660, 300)).getcolors(10**6)} > {(255, 255, 255), (17, 17, 17)}
     assert gone.convert("HSV").getextrema()[1] == (0, 0)  # black, grey and white: no picture is in it
     lavis_cir(*question, "file_id < 0")
     assert "nothing found" in capsys.readouterr().out
