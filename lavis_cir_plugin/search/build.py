@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lavis_cir_plugin.benchmarks.images import decode_rgb
+from lavis_cir_plugin.core.atomic_files import replace_file
 from lavis_cir_plugin.core.locks import FileLock, holder_of
-from lavis_cir_plugin.core.processes import fail_together, gather, rank_and_world, share
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, rank_and_world, share
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.search.candidates import NEW_SHARE, PAYS_FROM, build_candidates, has_faiss, tune
 from lavis_cir_plugin.search.catalogue import FILE_COLUMNS, Read, WritableCatalogue
@@ -119,20 +119,20 @@ def build_index_folder(
     index = Path(out).expanduser().absolute()
     writer: _Writer | None = None
     try:
-        with fail_together():
+        with fail_in_all_processes():
             if is_main:
                 check_folders(folders)
                 writer = _Writer(index, encoder)
                 writer.prepare(folders, forget, thorough)
         todo, known = gather((writer.todo, writer.known) if writer else None)[0]
         own = share(len(todo))
-        with fail_together():
+        with fail_in_all_processes():
             part = _Part.create(index) if len(own) else None
             encoded = _read_and_encode(
                 [todo[place] for place in own], known, encoder, part, batch_size, workers, quiet or not is_main
             )
         total = sum(gather(encoded))
-        with fail_together():
+        with fail_in_all_processes():
             if writer is None:
                 return Built(0, encoded, len(own), 0, {}, time.monotonic() - start)
             notes = writer.finish(metadata, candidates)

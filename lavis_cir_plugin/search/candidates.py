@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lavis_cir_plugin.ranking.index import SAMPLE_PER_LIST, VECTORS_PER_LIST
 from lavis_cir_plugin.ranking.ranks import rank
-from lavis_cir_plugin.ranking.scoring import split
+from lavis_cir_plugin.ranking.scoring import memory_slices
 
 PAYS_FROM = 1_000_000
 """Feature vectors from which on candidates are worth their building; below, an exact scan takes well under a second."""
@@ -113,7 +113,7 @@ def build_candidates(gallery: Tensor, path: Path, probes: int = 16) -> Candidate
     found.cp.seed = 0
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: SAMPLE_PER_LIST * lists]
     found.train(vectors[chosen.sort().values].float().numpy())
-    for part in split(count, _ADDED_AT_ONCE, 4 * width):
+    for part in memory_slices(count, _ADDED_AT_ONCE, 4 * width):
         found.add(vectors[part].float().numpy())
     unfinished = path.with_name(f".{path.name}.unfinished")
     faiss.write_index(found, str(unfinished))

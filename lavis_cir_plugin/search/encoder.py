@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from PIL import Image
 from torch import Tensor, nn
 
-from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.error_messages import did_you_mean
 
 BLIP2 = "blip2"
 """What a model's name begins with that is BLIP-2's own weights, such as ``blip2:pretrain``."""

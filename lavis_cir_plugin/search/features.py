@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lavis_cir_plugin.ranking.scoring import split
+from lavis_cir_plugin.ranking.scoring import memory_slices
 
 LOOK = (8, 8, 3)
 """Rows, columns and colours of a picture's look."""
@@ -66,7 +66,7 @@ class RowFile:
         if not len(rows) or (not count and self._is_linked(other, rows)):
             return
         source = other.array(int(rows.max()) + 1)
-        for part in split(len(rows), _BLOCK_BYTES, self.row_bytes):
+        for part in memory_slices(len(rows), _BLOCK_BYTES, self.row_bytes):
             self.append(count + part.start, source[rows[part]])
 
     def _is_linked(self, other: RowFile, rows: np.ndarray[Any, Any]) -> bool:

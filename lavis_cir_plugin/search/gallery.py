@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lavis_cir_plugin.ranking.ranks import rerank
-from lavis_cir_plugin.ranking.scoring import Scores, split
+from lavis_cir_plugin.ranking.scoring import Scores, memory_slices
 from lavis_cir_plugin.search.candidates import Candidates
 
 MOSTLY_ALLOWED = 0.25
@@ -133,7 +133,7 @@ class Gallery:
             rough = rough if allowed is None else rough[allowed]
         else:
             rows = allowed
-            parts = split(len(rows), _BLOCK_BYTES, 4 * self.features[0].numel())
+            parts = memory_slices(len(rows), _BLOCK_BYTES, 4 * self.features[0].numel())
             rough = np.concatenate([self._rough(query, self._taken(rows[part]))[0] for part in parts])
         bound = float(Scores(query, self.features[:1], self.longest).bound[0, 0]) * self._unit(query)
         least = np.partition(rough, len(rough) - count)[len(rough) - count]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.core.atomic_files import replace_file
 from lavis_cir_plugin.search.features import LOOK, RowFile, block_checksums, sampled_checksum
 from lavis_cir_plugin.search.folders import MANIFEST, WRITER
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lavis_cir_plugin.benchmarks.annotation_files import refuse_special
 from lavis_cir_plugin.benchmarks.json_lines import line_error, parse_line, read_objects
-from lavis_cir_plugin.core.sentences import listed, shown
+from lavis_cir_plugin.core.error_messages import listed, shown
 from lavis_cir_plugin.search.folders import absolute
 
 KEYS = ("path", "file", "filename", "file_name", "image", "image_path")

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from lavis_cir_plugin.benchmarks.images import open_rgb
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.core.atomic_files import replace_file
 from lavis_cir_plugin.report.sheet_layout import font, wrapped
 from lavis_cir_plugin.search.engine import Answer, Hit
 
