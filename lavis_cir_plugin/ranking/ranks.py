@@ -107,7 +107,7 @@ def rank(
             subset_top[rows] = _sorted_by_exact_score(scores, rows, members[rows], member_scores[rows])
         for rows in _batches_of_true(is_open, _exact_at_once(scores.size)):
             exact = _exclude(scores.exact(rows), excluded[rows])
-            ranks[rows] = torch.stack([_rank_exactly(exact, label) for label in labels[rows].unbind(1)], dim=1)
+            ranks[rows] = _exact_ranks(exact, labels[rows])
             top[rows] = _exact_top(exact, top_k)
     return Ranking(ranks[:, 0], top, _position_of_target(subset_top, targets), ranks[:, 1:], subset_top)
 
@@ -269,12 +269,17 @@ def _sorted_by_exact_score(scores: Scores, rows: Tensor, columns: Tensor, approx
     return columns
 
 
-def _rank_exactly(exact: Tensor, label: Tensor) -> Tensor:
-    """Rank one labelled image per row among all columns; return -1 if the label is -1 or excluded."""
-    own, label = _scores_at(exact, label.unsqueeze(1)), label.unsqueeze(1)
-    index = torch.arange(exact.shape[1], device=exact.device)
-    better = (exact > own) | ((exact == own) & (index < label))
-    return torch.where(own.squeeze(1) > -math.inf, better.sum(dim=1), -1)
+def _exact_ranks(exact: Tensor, labels: Tensor) -> Tensor:
+    """Rank labelled images ``(n, T)`` among all columns of the exact scores ``(n, G)``; return -1 for label -1.
+
+    Most labels are padding, and one row of scores fits into a processor's cache, so each label is counted by itself.
+    """
+    ranks = torch.full_like(labels, -1)
+    for row, place in (labels >= 0).nonzero().tolist():
+        scores, label = exact[row], labels[row, place]
+        own = scores[label]
+        ranks[row, place] = torch.count_nonzero(scores > own) + torch.count_nonzero(scores[:label] == own)
+    return ranks
 
 
 def _exact_top(exact: Tensor, k: int) -> Tensor:
