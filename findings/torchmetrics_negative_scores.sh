@@ -8,9 +8,9 @@
 # do so: it is 1.
 #
 # Seen:
-#     scores                  recall@1  AP   RR   NDCG
-#     [0.9, 0.8, 0.7]         1.0       1.0  1.0  1.0
-#     [-0.1, -0.2, -0.3]      0.0       0.0  0.0  1.0
+#     scores: recall@1, AP, RR, NDCG
+#     [0.9, 0.8, 0.7]         1.0 1.0 1.0 1.0
+#     [-0.1, -0.2, -0.3]      0.0 0.0 0.0 1.0
 #
 # Why it matters here: cosines of composed queries and pictures, negated distances and logits are negative often. The metric then
 # reads as a bad model. Shift the scores above zero first.
@@ -42,7 +42,7 @@ def metrics(scores):
 
 
 positive, negative = metrics([0.9, 0.8, 0.7]), metrics([-0.1, -0.2, -0.3])
-print("scores                  recall@1  AP   RR   NDCG")
+print("scores: recall@1, AP, RR, NDCG")
 print("[0.9, 0.8, 0.7]        ", *positive)
 print("[-0.1, -0.2, -0.3]     ", *negative)
 assert (positive, negative) == ([1, 1, 1, 1], [0, 0, 0, 1]), "the behaviour has changed"
