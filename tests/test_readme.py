@@ -51,6 +51,31 @@ README = "\n".join(PAGES.values())
 PACKAGES = ("lavis_cir_plugin", "lavis_cir_hook")
 
 
+def test_the_front_page_is_short_and_says_what_has_not_been_run_before_any_number_of_ours():
+    front = PAGES[ROOT / "README.md"]
+    assert len(front.splitlines()) <= 150
+    (status,) = (at for at in [front.find("\n## Status\n")] if at > 0)
+    numbers = [found.start() for found in re.finditer(r"\b\d+\.\d\d\b|\d %|\bR@\d+ (?:of|is) ", front)]
+    assert numbers
+    assert min(numbers) > front.find("No number on real photographs has been reproduced here", status) > status
+
+
+def test_commits_are_named_by_the_page_of_measurements_alone():
+    def commits(text: str) -> list[str]:
+        return [word for word in re.findall(r"\b[0-9a-f]{7,40}\b", text) if re.search(r"[a-f]", word) and re.search(r"\d", word)]
+
+    naming = {page.name for page, text in PAGES.items() if commits(text)}
+    assert naming == {"measurements.md"}
+
+
+def test_every_page_is_found_from_the_front_page():
+    """README names docs/index.md, and that every other page."""
+    front, index = PAGES[ROOT / "README.md"], PAGES[ROOT / "docs" / "index.md"]
+    assert "](docs/index.md)" in front
+    others = {page.name for page in PAGES} - {"README.md", "index.md"}
+    assert others == {name for name in re.findall(r"\]\(([\w]+\.md)\)", index)}
+
+
 def section(heading: str) -> str:
     """Return what stands between a heading and the next one."""
     found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", README, re.DOTALL | re.MULTILINE)
