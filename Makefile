@@ -1,4 +1,4 @@
-# make install | demo | demo-tscir | demo-dpo | demo-search | test | lint | bench; PYTHON=python3.12 chooses the interpreter, VENV=folder where it is installed,
+# make install | demo | demo-tscir | demo-dpo | demo-search | test | lint | docs | bench; PYTHON=python3.12 chooses the interpreter, VENV=folder where it is installed,
 # CIR_DATA=folder that holds fashionIQ_dataset/ with the real annotation files, for bench.
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ STATE := $(shell { echo "$(CURDIR)"; cat setup.cfg setup.py pyproject.toml; } | 
 INSTALLED := $(VENV)/.installed-$(STATE)
 TESTABLE := $(VENV)/.testable-$(STATE)
 
-.PHONY: install demo demo-tscir demo-dpo demo-search test lint format bench
+.PHONY: install demo demo-tscir demo-dpo demo-search test lint format docs bench
 
 install: $(INSTALLED)
 
@@ -42,6 +42,10 @@ format: $(TESTABLE)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(TESTABLE)
+	PYTHONPATH=docs NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "The site is in output/site/: open index.html."
+
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/perturbation_cost.py
 	$(BIN)/python benchmarks/tscir_step_cost.py
@@ -59,7 +63,7 @@ bench: $(INSTALLED)
 	else echo "benchmarks/fashioniq_full_size.py was left out: no fashionIQ_dataset/captions in $(CIR_DATA); set CIR_DATA."; fi
 
 $(INSTALLED): EXTRAS := cpu
-$(TESTABLE): EXTRAS := cpu,test
+$(TESTABLE): EXTRAS := cpu,test,docs
 
 $(INSTALLED) $(TESTABLE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9) and "Python >= 3.9 is needed, $(PYTHON) is older; set PYTHON=")'

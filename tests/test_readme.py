@@ -62,7 +62,8 @@ def test_the_front_page_is_short_and_says_what_has_not_been_run_before_any_numbe
 
 def test_commits_are_named_by_the_page_of_measurements_alone():
     def commits(text: str) -> list[str]:
-        return [word for word in re.findall(r"\b[0-9a-f]{7,40}\b", text) if re.search(r"[a-f]", word) and re.search(r"\d", word)]
+        words = re.findall(r"\b[0-9a-f]{7,40}\b", text)
+        return [word for word in words if re.search(r"[a-f]", word) and re.search(r"\d", word)]
 
     naming = {page.name for page, text in PAGES.items() if commits(text)}
     assert naming == {"measurements.md"}
@@ -264,7 +265,7 @@ def test_the_examples_of_a_catalogue_are_read(tmp_path):
 
 
 def test_the_files_of_a_run_have_their_names():
-    text = section("See a run") + section("Never lose a run")
+    text = section("What a run leaves") + section("Never lose a run")
     assert all(f"`{name}`" in text for name in (LAST, PREVIOUS, STEPS, EPOCHS))
 
 
