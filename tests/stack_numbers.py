@@ -97,7 +97,7 @@ def _tower(*_: Any) -> tuple[nn.Module, nn.Module]:
     return VisionTransformer(**tower), LayerNorm(12)
 
 
-def _qformer(*_: Any) -> tuple[nn.Module, nn.Parameter]:
+def qformer(*_: Any) -> tuple[nn.Module, nn.Parameter]:
     # One word less than the tokenizer has: BLIP-2 adds [DEC] to BERT's.
     settings = BertConfig(
         **_BERT, vocab_size=len(load_tokenizer(WORDS)) - 1, encoder_width=12, add_cross_attention=True,
@@ -106,25 +106,23 @@ def _qformer(*_: Any) -> tuple[nn.Module, nn.Parameter]:
     return BertLMHeadModel(settings), nn.Parameter(torch.zeros(1, 3, 16))
 
 
-def _opt(*_: Any, **__: Any) -> OPTForCausalLM:
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=len(load_tokenizer(WORDS)), hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2, dropout=0.0,
-            attention_dropout=0.0, word_embed_proj_dim=16, max_position_embeddings=64, pad_token_id=0,
-        )
+def opt(*_: Any, **__: Any) -> OPTForCausalLM:
+    settings = OPTConfig(
+        vocab_size=len(load_tokenizer(WORDS)), hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2,
+        dropout=0.0, attention_dropout=0.0, word_embed_proj_dim=16, max_position_embeddings=64, pad_token_id=0,
     )  # fmt: skip
+    return OPTForCausalLM(settings)
 
 
-def _t5(*_: Any, config: Any, **__: Any) -> T5ForConditionalGeneration:
+def t5(*_: Any, config: T5Config, **__: Any) -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(config)
 
 
-def _t5_config(is_tied: bool) -> T5Config:
-    return (
-        T5Config(
-            vocab_size=len(load_tokenizer(WORDS)), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0,
-            feed_forward_proj="gated-gelu", tie_word_embeddings=is_tied, decoder_start_token_id=0, eos_token_id=3,
-        )
+def t5_config(name: str) -> T5Config:
+    return T5Config(
+        vocab_size=len(load_tokenizer(WORDS)), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+        dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=name == "tied",
+        decoder_start_token_id=0, eos_token_id=3,
     )  # fmt: skip
 
 
@@ -134,12 +132,12 @@ def _without_hub() -> Iterator[None]:
     places = [
         (Blip2Base, "init_tokenizer", classmethod(lambda cls: load_tokenizer(WORDS))),
         (Blip2Base, "init_vision_encoder", _tower),
-        (Blip2Base, "init_Qformer", _qformer),
+        (Blip2Base, "init_Qformer", qformer),
         (blip2_opt.AutoTokenizer, "from_pretrained", lambda *_, **__: Words()),
-        (blip2_opt.OPTForCausalLM, "from_pretrained", _opt),
+        (blip2_opt.OPTForCausalLM, "from_pretrained", opt),
         (blip2_t5.T5TokenizerFast, "from_pretrained", lambda *_, **__: Words()),
-        (blip2_t5.T5Config, "from_pretrained", lambda name: _t5_config(is_tied=name == "tied")),
-        (blip2_t5.T5ForConditionalGeneration, "from_pretrained", _t5),
+        (blip2_t5.T5Config, "from_pretrained", t5_config),
+        (blip2_t5.T5ForConditionalGeneration, "from_pretrained", t5),
         (torch.distributed, "get_rank", lambda: 0),
         (torch.distributed, "get_world_size", lambda: 1),
     ]
@@ -244,10 +242,28 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
+SPELLINGS = ["don't", "It's a V-neck, isn't it?", "Café\tRED.", "红色 dress", "[SEP] x [DEC]", "", "zzz 👗 80s"]
+
+
+def measure_tokenizer() -> dict[str, Any]:
+    """Return texts' token ids, cut at 9 and whole, and what these are decoded to."""
+    tokenizer = load_tokenizer(WORDS)
+    whole = tokenizer(SPELLINGS).input_ids
+    return {
+        "size": len(tokenizer),
+        "ids": whole,
+        "cut": tokenizer(SPELLINGS, truncation=True, max_length=9).input_ids,
+        "decoded": [tokenizer.decode(ids, skip_special_tokens=True) for ids in whole],
+        "batch": tokenizer.batch_decode(whole),
+    }
+
+
 if __name__ == "__main__":
     from transformers import __version__
 
     if not __version__.startswith("4.26."):
         sys.exit(f"The expected numbers are those of transformers 4.26, LAVIS's own pin; this is {__version__}.")
-    numbers = {name: measure(name) for name in MODELS}
-    FILE.write_text(json.dumps(numbers, indent=1, sort_keys=True) + "\n")
+    numbers: dict[str, Any] = {name: measure(name) for name in MODELS}
+    numbers["tokenizer"] = measure_tokenizer()
+    lines = (f"{json.dumps(name)}: {json.dumps(value, sort_keys=True)}" for name, value in numbers.items())
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lavis.common.registry import registry
+from lavis.models.blip_models.blip import BertTokenizer
 from lavis.models.blip_models.blip_caption import BlipCaption
 from lavis.models.blip_models.blip_vqa import BlipVQA
 from lavis.models.med import BertConfig, XBertEncoder, XBertLMHeadDecoder
 from lavis.models.vit import VisionTransformerEncoder
-from transformers import BertTokenizer
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_state

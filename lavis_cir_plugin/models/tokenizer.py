@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from transformers import BertTokenizer
+# LAVIS's own name for it: under transformers 5, what stands there decodes as transformers 4.26 does.
+from lavis.models.blip2_models.blip2 import BertTokenizer
 
 from lavis_cir_plugin import CONFIGS
 
