@@ -1,4 +1,5 @@
-# make install | demo | demo-tscir | demo-dpo | demo-search | test | lint | docs | bench; PYTHON=python3.12 chooses the interpreter, VENV=folder where it is installed,
+# make install | demo | demo-tscir | demo-dpo | test | lint | bench | release; PYTHON=python3.13 chooses the interpreter, VENV=folder where it is
+# installed, WITH='transformers<5' what else pip shall heed,
 # CIR_DATA=folder that holds fashionIQ_dataset/ with the real annotation files, for bench.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,13 +7,12 @@ CIR_DATA ?= ../shared/data
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
 BIN := $(VENV)/bin
-LAVIS := $(shell sed -n 's/^ *\(salesforce-lavis==[^;]*\);.*/\1/p' setup.cfg)
 # The checkout's own path counts: a cached environment may hold the editable install of another checkout.
-STATE := $(shell { echo "$(CURDIR)"; cat setup.cfg setup.py pyproject.toml; } | cksum | tr ' ' -)
+STATE := $(shell { echo "$(CURDIR) $(WITH)"; cat setup.cfg setup.py pyproject.toml lavis_without_pins/*; } | cksum | tr ' ' -)
 INSTALLED := $(VENV)/.installed-$(STATE)
 TESTABLE := $(VENV)/.testable-$(STATE)
 
-.PHONY: install demo demo-tscir demo-dpo demo-search test lint format docs bench
+.PHONY: install demo demo-tscir demo-dpo test lint format bench release
 
 install: $(INSTALLED)
 
@@ -42,9 +42,9 @@ format: $(TESTABLE)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(TESTABLE)
-	PYTHONPATH=docs NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "The site is in output/site/: open index.html."
+# Wheel and sdist in dist/, installed in empty environments, and the tests on the Pythons that CI leaves out.
+release:
+	.ci/release
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/perturbation_cost.py
@@ -70,8 +70,7 @@ $(INSTALLED) $(TESTABLE):
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/.installed-* $(VENV)/.testable-*
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --editable '.[$(EXTRAS)]'
-	@# Python >= 3.12 cannot meet LAVIS's own pins; the libraries that it needs came with the line above.
-	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then \
-		$(BIN)/python -m pip install --no-deps $(LAVIS); fi
+	@# Python >= 3.12 cannot meet LAVIS's own pins, and takes LAVIS without them.
+	lavis=$$($(BIN)/python -c 'import sys; print("./lavis_without_pins" if sys.version_info >= (3, 12) else "")'); \
+		$(BIN)/python -m pip install --editable '.[$(EXTRAS)]' $$lavis $(if $(WITH),'$(WITH)')
 	@touch $(INSTALLED) $@

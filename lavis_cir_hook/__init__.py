@@ -84,9 +84,12 @@ def wait_passively(
         return
     # While Python locates the module of -m, the first argument is "-m" itself.
     is_launcher = arguments[0] == "-m" and any(argument.startswith("--cfg-path") for argument in arguments)
-    is_tool = os.path.splitext(os.path.basename(arguments[0]))[0] == "lavis-cir"
-    if is_tool or (is_launcher and _device(arguments[1:]) == "cpu"):
+    if _is_tool(arguments) or (is_launcher and _device(arguments[1:]) == "cpu"):
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def _is_tool(arguments: "Sequence[str]") -> bool:
+    return bool(arguments) and os.path.splitext(os.path.basename(arguments[0]))[0] == "lavis-cir"
 
 
 def _device(arguments: "Sequence[str]") -> "str | None":
@@ -123,6 +126,12 @@ def _shipped(path: str) -> "list[str]":
 def _prepared() -> "ModuleSpec | None":
     """Return LAVIS's spec, whose first import also runs the compatibility code and the functions that wait for it."""
     spec = _found_elsewhere("lavis", None)
+    if spec is None and sys.version_info >= (3, 12) and (sys.argv[:1] == ["-m"] or _is_tool(sys.argv)):
+        raise ModuleNotFoundError(
+            f"LAVIS is not installed, and Python {sys.version_info[0]}.{sys.version_info[1]} has no wheels of the "
+            f"versions that it pins; run: {sys.executable} -m pip install --no-deps salesforce-lavis==1.0.2",
+            name="lavis",
+        )
     if spec is None or spec.loader is None:
         return None
     from lavis_cir_hook import compat
