@@ -7,7 +7,7 @@ import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import as_float32, first_line, load_strictly, read_state, verify_checkpoint
-from lavis_cir_plugin.core.error_messages import did_you_mean
-from lavis_cir_plugin.core.normalisation import CLIP_MEAN_AND_STD
+from lavis_cir_plugin.core.pixels import CLIP_PIXELS
+from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.torchscript_weights import read_torchscript
 
 PSEUDO_WORD = "*"
 """The word of a sentence that stands for the image."""
@@ -157,23 +158,30 @@ class ImageTower(nn.Module):
         if not self.with_patches:
             feature: Tensor = self.visual(images)
             return feature[:, None]
-        trunk = getattr(self.visual, "trunk", self.visual)
-        is_resnet = isinstance(self.visual, open_clip_library().modified_resnet.ModifiedResNet)
-        if is_resnet or not hasattr(trunk, "forward_intermediates"):
-            raise ValueError(
-                f"model.clip_model: an image tower of type {type(trunk).__name__} gives no patches; take a ViT, or set "
-                "model.injection_blocks: []."
-            )
-        out = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")
+        out = self._all_layers(images)
         feature, patches = out["image_features"], out["image_intermediates"][-1]
-        if isinstance(self.visual, open_clip_library().transformer.VisionTransformer):
-            patches = patches @ self.visual.proj
+        if isinstance(projection := getattr(self.visual, "proj", None), Tensor):
+            patches = patches @ projection
         if patches.shape[-1] != feature.shape[-1]:
             raise ValueError(
                 f"model.clip_model: its patches have width {patches.shape[-1]} and its image feature "
                 f"{feature.shape[-1]}; injection needs a tower that has both in one space, such as any ViT of CLIP."
             )
         return torch.cat([feature[:, None], patches], dim=1)
+
+    def _all_layers(self, images: Tensor) -> Any:
+        """Return what open_clip gives of the last layer; raise ValueError for a tower without tokens, such as a ConvNet."""
+        trunk = getattr(self.visual, "trunk", self.visual)
+        # The pooling of CLIP's ResNets makes the feature's space, so their positions are not in it.
+        if hasattr(trunk, "forward_intermediates") and not hasattr(self.visual, "attnpool"):
+            with suppress(AssertionError):  # so timm says that a tower has maps and no tokens
+                return self.visual.forward_intermediates(
+                    images, indices=1, normalize_intermediates=True, output_fmt="NLC"
+                )
+        raise ValueError(
+            f"model.clip_model: an image tower of type {type(trunk).__name__} gives no patches; take a ViT, or set "
+            "model.injection_blocks: []."
+        )
 
 
 class TextTower(nn.Module):
@@ -209,8 +217,8 @@ class TextTower(nn.Module):
 
     @property
     def _text(self) -> Any:
-        """The module with embeddings and blocks: the model itself, or its text tower if open_clip separates them."""
-        return self.clip.text if isinstance(self.clip, open_clip_library().CustomTextCLIP) else self.clip
+        """What holds embeddings and blocks: the model itself, or its tower where open_clip keeps that apart."""
+        return getattr(self.clip, "text", self.clip)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -448,7 +456,8 @@ def _clip_state(path: Path, clip_model: str, quick_gelu: bool) -> dict[str, Tens
     """Return open_clip's state dictionary from any supported file."""
     if _is_archive(path):
         _check_activation(clip_model, f"OpenAI's weights in {path}", True, quick_gelu)
-        state = _read_archive(path)
+        verify_checkpoint(path)
+        state = read_torchscript(path)
     else:
         state = read_state(str(path))
     state = {name[7:] if name.startswith("module.") else name: tensor for name, tensor in state.items()}
@@ -463,15 +472,6 @@ def _clip_state(path: Path, clip_model: str, quick_gelu: bool) -> dict[str, Tens
     return as_float32({name: tensor for name, tensor in state.items() if name not in _ARCHIVE_NUMBERS}, str(path))
 
 
-def _read_archive(path: Path) -> dict[str, Tensor]:
-    """Verify a TorchScript file's check sums and return its weights."""
-    verify_checkpoint(path)
-    try:
-        return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read as TorchScript ({first_line(error)}).") from error
-
-
 def _is_archive(path: Path) -> bool:
     """Return whether a file is TorchScript, OpenAI's format; files of ``torch.save`` are zip files too."""
     if not zipfile.is_zipfile(path):
@@ -481,9 +481,9 @@ def _is_archive(path: Path) -> bool:
 
 
 def _load(clip: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    state = dict(open_clip_library().convert.convert_state_dict(clip, state))
-    if isinstance(clip, open_clip_library().CustomTextCLIP) and not any(name.startswith("text.") for name in state):
-        state = open_clip_library().model.convert_to_custom_text_state_dict(state)
+    state = dict(library().convert.convert_state_dict(clip, state))
+    if hasattr(clip, "text") and not any(name.startswith("text.") for name in state):
+        state = library().model.convert_to_custom_text_state_dict(state)
     for name in ("logit_scale", "logit_bias"):
         own = getattr(clip, name, None)
         if name in state and own is not None:
