@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+import lavis_cir_hook
 from lavis_cir_hook import LavisFinder, install
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("setup.py", "setup.cfg", "pyproject.toml", "LICENSE", "README.md", "lavis_cir_plugin", "lavis_cir_hook")
+REPACK = ROOT / "lavis_without_pins" / "repack.py"
 SITE = sysconfig.get_paths()["purelib"]
 
 requires_lavis = pytest.mark.skipif(importlib.util.find_spec("lavis") is None, reason="LAVIS is not installed")
@@ -170,3 +174,59 @@ def test_without_the_plugin_python_gives_its_usual_error(tmp_path):
         [sys.executable, "-S", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert "ModuleNotFoundError: No module named 'lavis.train'" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["-m", "--cfg-path", "x.yaml"], ["/usr/bin/lavis-cir", "lora"], ["own.py"], []])
+@pytest.mark.parametrize("python", [(3, 11, 7), (3, 12, 0)])
+def test_our_commands_say_how_to_install_lavis_where_pip_cannot_by_itself(monkeypatch, arguments, python):
+    monkeypatch.setattr(lavis_cir_hook, "_found_elsewhere", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "version_info", python)
+    if python < (3, 12) or arguments in (["own.py"], []):
+        assert LavisFinder.find_spec("lavis") is None
+    else:
+        line = rf"run: {re.escape(sys.executable)} -m pip install --no-deps salesforce-lavis==1\.0\.2$"
+        with pytest.raises(ModuleNotFoundError, match=line) as caught:
+            LavisFinder.find_spec("lavis")
+        assert caught.value.name == "lavis"  # import_lavis() and others tell it from a library that LAVIS misses
+
+
+def test_lavis_own_wheel_comes_back_whole_but_for_requirements_and_version(tmp_path):
+    repack = runpy.run_path(str(REPACK))
+    old, new = tmp_path / "salesforce_lavis-1.0.2-py3-none-any.whl", tmp_path / f"x-{repack['NEW_VERSION']}-y.whl"
+    head = "Metadata-Version: 2.1\nName: salesforce-lavis\nVersion: 1.0.2\nRequires-Dist: timm (==0.4.12)\n"
+    description = "\nVersion: 1.0.2\nRequires-Dist: of the description\n"
+    files = {
+        "lavis/__init__.py": "x = 1\n",
+        "lavis/a.yaml": "é",
+        "salesforce_lavis-1.0.2.dist-info/WHEEL": "Tag: any\n",
+    }
+    with zipfile.ZipFile(old, "w") as wheel:
+        for name, text in {
+            **files,
+            "salesforce_lavis-1.0.2.dist-info/METADATA": head + description,
+            "salesforce_lavis-1.0.2.dist-info/RECORD": "",
+        }.items():
+            wheel.writestr(name, text)
+    repack["repack"](old, new)
+    with zipfile.ZipFile(new) as wheel:
+        content = {name: wheel.read(name).decode() for name in wheel.namelist()}
+    info = "salesforce_lavis-1.0.2+without.pins.dist-info"
+    record = content.pop(f"{info}/RECORD").splitlines()
+    metadata = content.pop(f"{info}/METADATA")
+    assert metadata == head.replace("1.0.2", "1.0.2+without.pins").rpartition("Requires")[0] + description
+    assert content == {name.replace("1.0.2.dist", "1.0.2+without.pins.dist"): text for name, text in files.items()}
+    # sha256 of "x = 1\n", by sha256sum and base64
+    assert "lavis/__init__.py,sha256=nia_NpkRxFwkPGhBR7I_yeHc_PJX0pmhxjIBam_NM_Q,6" in record
+    assert {line.split(",")[0] for line in record} == {*content, f"{info}/METADATA", f"{info}/RECORD"}
+
+
+@pytest.mark.parametrize("key", ["name", "version", "requires-python"])
+def test_the_project_file_of_lavis_without_pins_says_what_its_backend_builds(key):
+    text = (REPACK.parent / "pyproject.toml").read_text()
+    said = {
+        "name": "salesforce-lavis",
+        "version": runpy.run_path(str(REPACK))["NEW_VERSION"],
+        "requires-python": ">=3.12",
+    }
+    assert f'{key} = "{said[key]}"\n' in text

@@ -170,7 +170,7 @@ class ImageTower(nn.Module):
         return torch.cat([feature[:, None], patches], dim=1)
 
     def _all_layers(self, images: Tensor) -> Any:
-        """Return what open_clip gives of the last layer; raise ValueError for a tower without tokens, such as a ConvNet."""
+        """Return what open_clip gives of the last layer; raise ValueError where that has no tokens, as in a ConvNet."""
         trunk = getattr(self.visual, "trunk", self.visual)
         # The pooling of CLIP's ResNets makes the feature's space, so their positions are not in it.
         if hasattr(trunk, "forward_intermediates") and not hasattr(self.visual, "attnpool"):
