@@ -105,4 +105,5 @@ def test_lavis_is_imported_in_silence_and_the_user_is_warned_afterwards():
     assert (done.returncode, done.stdout) == (0, "imported\n"), done.stderr
     first, *rest = done.stderr.splitlines()
     assert first.endswith("FutureWarning: of the user's own doing")
-    assert not any("Warning" in line for line in rest)
+    own_line = IMPORT.splitlines()[-1]  # Python 3.13 shows it below the warning
+    assert not any("Warning" in line for line in rest if line.strip() != own_line)
