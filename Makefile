@@ -1,5 +1,5 @@
-# make install | demo | demo-tscir | demo-dpo | test | lint | bench | release; PYTHON=python3.13 chooses the interpreter, VENV=folder where it is
-# installed, WITH='transformers<5' what else pip shall heed,
+# make install | demo | demo-tscir | demo-dpo | demo-search | test | lint | docs | bench | release; PYTHON=python3.13 chooses the interpreter,
+# VENV=folder where it is installed, WITH='transformers<5' what else pip has to install,
 # CIR_DATA=folder that holds fashionIQ_dataset/ with the real annotation files, for bench.
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ STATE := $(shell { echo "$(CURDIR) $(WITH)"; cat setup.cfg setup.py pyproject.to
 INSTALLED := $(VENV)/.installed-$(STATE)
 TESTABLE := $(VENV)/.testable-$(STATE)
 
-.PHONY: install demo demo-tscir demo-dpo test lint format bench release
+.PHONY: install demo demo-tscir demo-dpo demo-search test lint format docs bench release
 
 install: $(INSTALLED)
 
@@ -42,7 +42,11 @@ format: $(TESTABLE)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Wheel and sdist in dist/, installed in empty environments, and the tests on the Pythons that CI leaves out.
+docs: $(TESTABLE)
+	PYTHONPATH=docs NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "The site is in output/site/: open index.html."
+
+# It builds dist/, installs it in empty environments, and runs the tests on the Pythons that CI leaves out.
 release:
 	.ci/release
 

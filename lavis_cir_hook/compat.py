@@ -1,8 +1,8 @@
 """Adapt today's libraries (Python >= 3.12) to LAVIS 1.0.2, which expects transformers 4.26.
 
-Nothing of transformers itself is replaced: names that LAVIS imports and transformers moved or dropped are put back
-where LAVIS looks for them, and LAVIS's own classes get what they once inherited. ``tests/test_stacks.py`` compares the
-result with numbers made under LAVIS's own pins. A beam's score is transformers' own affair: see the README.
+This module replaces nothing of transformers itself. It puts names that transformers moved or removed back to the place
+from which LAVIS imports them, and it gives LAVIS's own classes the methods that they once inherited.
+``tests/test_stacks.py`` compares the result with numbers of LAVIS's own pins. Scores of beams stay transformers' own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights of a TorchScript file, read as a zip of tensors: nothing of its program is loaded or run."""
+"""Read the weights of a TorchScript file as a zip of tensors, without loading its program."""
 
 from __future__ import annotations
 

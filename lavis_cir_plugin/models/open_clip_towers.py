@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import as_float32, first_line, load_strictly, read_state, verify_checkpoint
-from lavis_cir_plugin.core.pixels import CLIP_PIXELS
-from lavis_cir_plugin.core.sentences import did_you_mean
+from lavis_cir_plugin.core.error_messages import did_you_mean
+from lavis_cir_plugin.core.normalisation import CLIP_MEAN_AND_STD
 from lavis_cir_plugin.core.torchscript_weights import read_torchscript
 
 PSEUDO_WORD = "*"
@@ -158,7 +158,7 @@ class ImageTower(nn.Module):
         if not self.with_patches:
             feature: Tensor = self.visual(images)
             return feature[:, None]
-        out = self._all_layers(images)
+        out = self._last_layer(images)
         feature, patches = out["image_features"], out["image_intermediates"][-1]
         if isinstance(projection := getattr(self.visual, "proj", None), Tensor):
             patches = patches @ projection
@@ -169,12 +169,12 @@ class ImageTower(nn.Module):
             )
         return torch.cat([feature[:, None], patches], dim=1)
 
-    def _all_layers(self, images: Tensor) -> Any:
-        """Return what open_clip gives of the last layer; raise ValueError where that has no tokens, as in a ConvNet."""
+    def _last_layer(self, images: Tensor) -> Any:
+        """Return the feature and the tokens of the last layer; raise ValueError if the tower has no tokens."""
         trunk = getattr(self.visual, "trunk", self.visual)
-        # The pooling of CLIP's ResNets makes the feature's space, so their positions are not in it.
+        # The pooling of CLIP's ResNets projects into the feature's space, so their positions are not in that space.
         if hasattr(trunk, "forward_intermediates") and not hasattr(self.visual, "attnpool"):
-            with suppress(AssertionError):  # so timm says that a tower has maps and no tokens
+            with suppress(AssertionError):  # timm's convolutional towers refuse the format of tokens by an assertion
                 return self.visual.forward_intermediates(
                     images, indices=1, normalize_intermediates=True, output_fmt="NLC"
                 )
@@ -217,7 +217,7 @@ class TextTower(nn.Module):
 
     @property
     def _text(self) -> Any:
-        """What holds embeddings and blocks: the model itself, or its tower where open_clip keeps that apart."""
+        """The module with embeddings and blocks: the model itself, or its text tower if open_clip separates them."""
         return getattr(self.clip, "text", self.clip)
 
     @property
@@ -481,9 +481,9 @@ def _is_archive(path: Path) -> bool:
 
 
 def _load(clip: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    state = dict(library().convert.convert_state_dict(clip, state))
+    state = dict(open_clip_library().convert.convert_state_dict(clip, state))
     if hasattr(clip, "text") and not any(name.startswith("text.") for name in state):
-        state = library().model.convert_to_custom_text_state_dict(state)
+        state = open_clip_library().model.convert_to_custom_text_state_dict(state)
     for name in ("logit_scale", "logit_bias"):
         own = getattr(clip, name, None)
         if name in state and own is not None:
