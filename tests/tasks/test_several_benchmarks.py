@@ -298,7 +298,7 @@ def test_a_model_that_names_no_map_gets_no_picture(dataset, tmp_path):
     model = Stub()
     model.attention_labels = []
     folder = final_evaluation(model, dataset, tmp_path / "run")
-    assert sorted(path.name for path in folder.iterdir()) == ["contact_sheet_dress.png", "metrics.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["contact_sheet_dress.png", "metrics.json", "queries.json"]
 
 
 def test_the_stock_names_are_kept_where_a_model_says_nothing(dataset, tmp_path):
