@@ -27,7 +27,19 @@ from lavis_cir_plugin.benchmarks.laion_cir import LaionCIRConfig
 from lavis_cir_plugin.benchmarks.lasco import LaSCoConfig
 from lavis_cir_plugin.benchmarks.synthtriplets18m import SynthTriplets18MConfig
 from lavis_cir_plugin.benchmarks.triplets import TripletsConfig, read_train
-from lavis_cir_plugin.commands import check, export, gap, index, lora, main, negatives, search, submission, triplets
+from lavis_cir_plugin.commands import (
+    check,
+    export,
+    gap,
+    index,
+    lora,
+    main,
+    negatives,
+    report,
+    search,
+    submission,
+    triplets,
+)
 from lavis_cir_plugin.data.tar_shards import ShardsConfig
 from lavis_cir_plugin.garments.questions import QuestionGarments
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
@@ -237,6 +249,7 @@ def test_there_are_commands():
 def test_every_lavis_cir_command_is_understood(monkeypatch):
     understood = []
     monkeypatch.setattr(gap, "_compare", understood.append)
+    monkeypatch.setattr(report, "_report", understood.append)
     monkeypatch.setattr(lora, "_export", understood.append)
     monkeypatch.setattr(check, "_check", understood.append)
     monkeypatch.setattr(submission, "_check", understood.append)

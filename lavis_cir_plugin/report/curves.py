@@ -154,7 +154,7 @@ def comparison_figure(runs: Mapping[str, tuple[str | Path, str]], metric: str) -
     for axes, (name, curves) in zip(rows, drawn.items()):
         draw_curves(axes, curves)
         axes.set_ylabel(name)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, handlelength=3.5)
     rows[-1].set_xlabel("epoch, counted from 0")
     rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lavis_cir_plugin.benchmarks.images import open_rgb
 
-THUMBNAIL = (150, 190)  # most pixels of a picture: garments stand upright
-JPEG_QUALITY = 82
+THUMBNAIL = (126, 159)  # most pixels of a picture: garments stand upright
+JPEG_QUALITY = 75
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """Content security policy of a page: a browser asks nobody for anything, whatever a caption holds."""

@@ -152,7 +152,7 @@ def _main_number(run: Run) -> tuple[str, str]:
     """Return the metric that chooses the checkpoint, and what it is called."""
     for folder, content in run.metrics.items():
         metric = content["selection_metric"]
-        own = next(iter(content["metrics"].values()), {})
+        own: Mapping[str, Any] = next(iter(content["metrics"].values()), {})
         return f"{_percent(own.get(metric))} %", f"{metric} on {folder}"
     val = run.epochs.get("val", {}).get("agg_metrics", {})
     if val:
@@ -369,7 +369,7 @@ def _query_groups(
             for kind, chosen in shown.items()
         )
         parts.append(
-            f"<details open><summary>{escaped(folder)}: {escaped(name)} "
+            f"<details{'' if parts else ' open'}><summary>{escaped(folder)}: {escaped(name)} "
             f"<small>{len(queries[0]):,} queries</small></summary>{inside}</details>"
         )
     return "".join(parts)
@@ -393,7 +393,8 @@ def _query(
         if own.rank >= images and target is not None:
             picture = embed.image(result.images[target], target)
             cells.append(f'<li class="lower">{picture}<span>rank {own.rank + 1:,}</span></li>')
-        label = f'<p class="who">{_chip(runs, index)}</p>' if len(runs) > 1 else ""
+        verdict = f"<small>{escaped(_verdict(own))}</small>"
+        label = f'<p class="who">{_chip(runs, index)}{verdict}</p>' if len(runs) > 1 else ""
         strips.append(f'{label}<ol class="strip" tabindex="0" aria-label="retrieved, best first">{"".join(cells)}</ol>')
     return (
         f'<div class="query"><div class="asked"><figure>{reference}</figure>'

@@ -140,7 +140,7 @@ def origins(source: str, project: DictConfig, options: Sequence[str], values: Ma
         origin = next((name for name, written in given.items() if key in written), None)
         if origin is not None:
             found[key] = origin if given[origin][key] == value else f"{origin}, completed at the start"
-        elif key.startswith("model."):
+        elif key.startswith(("model.", "preprocess.")):
             found[key] = "default of the model's type"
         elif key.startswith("datasets.") and key.split(".")[2:] != ["splits"]:
             found[key] = "default of the data set"
