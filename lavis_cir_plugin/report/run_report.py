@@ -396,9 +396,10 @@ def _query(
         verdict = f"<small>{escaped(_verdict(own))}</small>"
         label = f'<p class="who">{_chip(runs, index)}{verdict}</p>' if len(runs) > 1 else ""
         strips.append(f'{label}<ol class="strip" tabindex="0" aria-label="retrieved, best first">{"".join(cells)}</ol>')
+    alone = f"<small>{escaped(_verdict(query))}</small>" if len(runs) == 1 else ""
     return (
         f'<div class="query"><div class="asked"><figure>{reference}</figure>'
-        f"<p><q>{escaped(' / '.join(query.texts))}</q><small>{escaped(_verdict(query))}</small></p></div>"
+        f"<p><q>{escaped(' / '.join(query.texts))}</q>{alone}</p></div>"
         f"<div>{''.join(strips)}</div></div>"
     )
 
