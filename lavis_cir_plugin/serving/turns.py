@@ -1,0 +1,41 @@
+"""Work that takes turns on a few threads, with an end to the queue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from lavis_cir_plugin.serving.refusals import refusal
+
+T = TypeVar("T")
+
+
+class Turns:
+    """Threads for one kind of work.
+
+    Args:
+        threads: How many work at a time.
+        waiting: How many more may wait; who comes after them is told to try again.
+        name: Of the threads.
+    """
+
+    def __init__(self, threads: int, waiting: int, name: str) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._most = threads + waiting
+        self._present = 0
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Return what a function returns, when its turn has come.
+
+        Raises:
+            HTTPException: 503, too many are waiting.
+        """
+        if self._present >= self._most:
+            raise refusal(503, "too many people are asking at this moment; try again in a second.")
+        self._present += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+        finally:
+            self._present -= 1
