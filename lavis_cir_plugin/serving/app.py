@@ -1,12 +1,12 @@
 """The application: search, pictures, sessions, the page, and the description of all that."""
 
-from __future__ import annotations
-
+# No "from __future__ import annotations" here: FastAPI could not see the limits in the types of a request, and would
+# leave out those fields without a word.
 import random
 import time
 from collections.abc import Mapping
 from pathlib import Path as FilePath
-from typing import Annotated, Any, List, Optional  # noqa: UP035 (FastAPI evaluates them on Python 3.9)
+from typing import Annotated, Any, Optional
 
 from fastapi import FastAPI, File, Form, Path, Query, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
@@ -32,6 +32,7 @@ PAGES = {
     "docs": ("docs.html", "text/html"),
     "app.css": ("app.css", "text/css"),
     "app.js": ("app.js", "text/javascript"),
+    "docs.css": ("docs.css", "text/css"),
     "docs.js": ("docs.js", "text/javascript"),
     "icon.svg": ("icon.svg", "image/svg+xml"),
 }
@@ -56,7 +57,7 @@ class Service:
         token: That clients have to show, if any.
     """
 
-    def __init__(self, indexes: Mapping[str, Opened], limits: Limits, token: str | None) -> None:
+    def __init__(self, indexes: Mapping[str, Opened], limits: Limits, token: Optional[str]) -> None:
         self.indexes, self.limits, self.token = indexes, limits, token
         self.searching = Turns(limits.searching, limits.waiting, "search")
         self.drawing = Turns(limits.drawing, limits.waiting, "picture")
@@ -122,7 +123,7 @@ class Service:
         file = open_indexed(picture)
         return picture, file, mime_type(file)
 
-    def sample(self, name: str, count: int, seed: int | None) -> dict[str, Any]:
+    def sample(self, name: str, count: int, seed: Optional[int]) -> dict[str, Any]:
         """Return some pictures of an index, drawn at random, one of each content."""
         with self.opened(name).in_use() as index:
             rows = random.Random(seed).sample(range(index.manifest.rows), min(index.manifest.rows, 2 * count))
@@ -142,9 +143,9 @@ def _index_info(opened: Opened) -> dict[str, Any]:
 
 def create_app(
     indexes: Mapping[str, Opened],
-    limits: Limits | None = None,
-    token: str | None = None,
-    hosts: frozenset[str] | None = None,
+    limits: Optional[Limits] = None,
+    token: Optional[str] = None,
+    hosts: Optional[frozenset[str]] = None,
 ) -> Guard:
     """Return the application behind its guard.
 
@@ -226,11 +227,11 @@ def _add_search(app: FastAPI, service: Service) -> None:
     async def search(
         index: IndexName,
         picture: Annotated[
-            Optional[List[UploadFile]],  # noqa: UP006, UP045
+            Optional[list[UploadFile]],
             File(description="reference pictures as files; they are kept nowhere"),
         ] = None,
         picture_id: Annotated[
-            Optional[List[int]],  # noqa: UP006, UP045
+            Optional[list[int]],
             Form(description="references by their ids in this index, behind the files"),
         ] = None,
         text: Annotated[str, Form(max_length=limits.text, description="the change, or what to look for")] = "",
@@ -239,7 +240,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
             float, Form(ge=0, le=1, description="0: the text alone, 0.5: what the model makes of both, 1: the pictures")
         ] = 0.5,
         weight: Annotated[
-            Optional[List[float]],  # noqa: UP006, UP045
+            Optional[list[float]],
             Form(description="one for each reference, > 0; equal ones by default"),
         ] = None,
         without: Annotated[str, Form(max_length=limits.text, description="what results should not show")] = "",
@@ -247,7 +248,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
         where: Annotated[
             str, Form(max_length=limits.condition, description="such as: price < 50 and brand = 'x'")
         ] = "",
-        min_score: Annotated[Optional[float], Form(ge=-1, le=1)] = None,  # noqa: UP045
+        min_score: Annotated[Optional[float], Form(ge=-1, le=1)] = None,
         fold: Annotated[bool, Form(description="show one of several near-duplicates")] = True,
         keep_references: Annotated[bool, Form(description="also find the references' own files")] = False,
         exact: Annotated[bool, Form(description="scan everything, though the index has candidates")] = False,
@@ -285,7 +286,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
     async def sample(
         index: IndexName,
         count: Annotated[int, Query(ge=1, le=100)] = 12,
-        seed: Annotated[Optional[int], Query(description="the same pictures for the same seed")] = None,  # noqa: UP045
+        seed: Annotated[Optional[int], Query(description="the same pictures for the same seed")] = None,
     ) -> dict[str, Any]:
         """Draw pictures of an index at random, to begin with one of them."""
         return await service.drawing.run(lambda: service.sample(index, count, seed))
@@ -301,11 +302,11 @@ def _add_pictures(app: FastAPI, service: Service) -> None:
 
     @app.get(f"{place}/thumbnail", response_class=Response, tags=["pictures"], responses={200: _content("image/jpeg")})
     async def thumbnail(
-        request: Request, index: IndexName, picture_id: PictureId, side: schemas.Side = 320
+        request: Request, index: IndexName, picture_id: PictureId, side: schemas.Side = schemas.Side.MEDIUM
     ) -> Response:
         """Return a small copy as JPEG, upright."""
-        sha256, content = await service.drawing.run(lambda: service.copy(index, picture_id, side))
-        headers = {"ETag": f'"{sha256[:32]}-{side}"', "Cache-Control": "private, max-age=600"}
+        sha256, content = await service.drawing.run(lambda: service.copy(index, picture_id, side.value))
+        headers = {"ETag": f'"{sha256[:32]}-{side.value}"', "Cache-Control": "private, max-age=600"}
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)
         return Response(content, media_type="image/jpeg", headers=headers)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Literal, Union  # noqa: UP035 (pydantic evaluates them on Python 3.9)
+from enum import IntEnum
+from typing import Literal, Union
 
 from pydantic import BaseModel, Field
 
@@ -21,7 +22,7 @@ class IndexInfo(BaseModel):
     name: str
     pictures: int
     model: str = Field(description="what made its features; empty where only code can load it")
-    columns: List[ColumnInfo]  # noqa: UP006
+    columns: list[ColumnInfo]
 
 
 class LimitsInfo(BaseModel):
@@ -29,7 +30,7 @@ class LimitsInfo(BaseModel):
 
     upload_bytes: int
     upload_pixels: int
-    upload_kinds: List[str]  # noqa: UP006
+    upload_kinds: list[str]
     pictures: int
     results: int
     text: int
@@ -40,7 +41,7 @@ class ServerInfo(BaseModel):
     """What this server has."""
 
     version: str
-    indexes: List[IndexInfo]  # noqa: UP006
+    indexes: list[IndexInfo]
     limits: LimitsInfo
 
 
@@ -61,7 +62,7 @@ class PictureInfo(BaseModel):
     width: int
     height: int
     modified: float = Field(description="seconds since 1970")
-    columns: Dict[str, Union[int, float, str, None]] = Field(description="the user's metadata")  # noqa: UP006, UP007
+    columns: dict[str, Union[int, float, str, None]] = Field(description="the user's metadata")  # noqa: UP007 (evaluated)
 
 
 class HitInfo(PictureInfo):
@@ -69,17 +70,17 @@ class HitInfo(PictureInfo):
 
     score: float = Field(description="cosine of the question and the nearest feature of the picture, from -1 to 1")
     share_below: float = Field(description="share of the index's pictures that score less, from 0 to 1")
-    duplicates: List[Duplicate]  # noqa: UP006
+    duplicates: list[Duplicate]
 
 
 class AnswerInfo(BaseModel):
     """Results, best first."""
 
     index: str
-    hits: List[HitInfo]  # noqa: UP006
+    hits: list[HitInfo]
     searched: int = Field(description="contents that the condition leaves to choose from")
     folded: int = Field(description="near-duplicates that stand behind the results")
-    left_out: List[str] = Field(description="paths of references that were left out of the results")  # noqa: UP006
+    left_out: list[str] = Field(description="paths of references that were left out of the results")
     exact: bool = Field(description="whether no better picture can have been missed")
     recall: float = Field(description="otherwise the share of the exact best that was found when the index was built")
     share_is_estimated: bool
@@ -89,7 +90,7 @@ class AnswerInfo(BaseModel):
 class Sample(BaseModel):
     """Pictures of an index, drawn at random."""
 
-    pictures: List[PictureInfo]  # noqa: UP006
+    pictures: list[PictureInfo]
 
 
 class Problem(BaseModel):
@@ -118,5 +119,10 @@ class Token(BaseModel):
     token: str = Field(max_length=500)
 
 
-Side = Literal[160, 320, 640, 1600]
-"""Pixels of the longer side of a small copy."""
+class Side(IntEnum):
+    """Pixels of the longer side of a small copy."""
+
+    SMALL = 160
+    MEDIUM = 320
+    LARGE = 640
+    WHOLE = 1600
