@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from typing import Any
+from urllib.parse import quote
 
 _EXAMPLE = """examples:
   lavis-cir serve my_index                          # http://127.0.0.1:8000
@@ -63,7 +64,7 @@ def _serve(args: argparse.Namespace) -> None:
         indexes = open_indexes(args.indexes, args.model, args.device)
         port = listener.getsockname()[1]
         shown = f"[{args.host}]" if ":" in args.host else args.host
-        print(f"{', '.join(indexes)}: http://{shown}:{port}/ (Ctrl-C ends it)", flush=True)
-        if token is not None and args.token_file is None:
-            print(f"token: {token}", flush=True)
+        # Behind # it goes to the page alone: a browser sends no part of it.
+        end = f"#token={quote(token)}" if token is not None and args.token_file is None else ""
+        print(f"{', '.join(indexes)}: http://{shown}:{port}/{end} (Ctrl-C ends it)", flush=True)
         server_for(indexes, limits, token, hosts_for(args.host)).run(sockets=[listener])

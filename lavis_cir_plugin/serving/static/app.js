@@ -104,6 +104,8 @@ $('sign-in-form').addEventListener('submit', async (event) => {
 // -- what is shown while there is no answer -------------------------------------------------------------------------
 
 async function showStart() {
+  $('h-results').textContent = 'Begin';
+  $('up').hidden = true;
   const samples = h('ul', { className: 'samples', 'aria-label': 'Pictures of the index' });
   $('exports').hidden = true;
   $('status').textContent = '';
@@ -312,7 +314,7 @@ async function search({ remember = true } = {}) {
     $('columns').replaceChildren();
     $('status').textContent = '';
     $('exports').hidden = true;
-    if (status !== 401) showProblem(message || String(failed.reason), search);
+    if (status !== 401) showProblem(message || String(failed.reason), status === 0 || status >= 500 ? search : null);
     return;
   }
   state.asked = asked;
@@ -323,6 +325,8 @@ async function search({ remember = true } = {}) {
 
 function showWaiting(names) {
   $('go').disabled = true;
+  $('h-results').textContent = 'Results';
+  $('up').hidden = false;
   $('results').setAttribute('aria-busy', 'true');
   $('exports').hidden = true;
   $('status').textContent = 'Searching …';
@@ -395,12 +399,12 @@ function card(name, hit, place, shared) {
   h('img', { src: thumbnail(name, hit.id), alt: '', loading: 'lazy', onerror: () => open.classList.add('broken') }),
   h('span', { className: 'place', 'aria-hidden': 'true' }, String(place + 1)));
   return h('li', { className: 'card' }, open, h('div', { className: 'body' },
-    h('p', { className: 'score' }, hit.score.toFixed(3), h('small', {}, `above ${percent(hit.share_below)} %`)),
+    h('p', { className: 'score' }, hit.score.toFixed(3), h('small', { title: 'share of the index that scores less' }, `above\u00a0${percent(hit.share_below)}\u00a0%`)),
     h('p', { className: 'path', title: hit.path }, fileName(hit.path)),
     own ? h('p', { className: 'own' }, own) : null,
     hit.duplicates.length ? h('p', { className: 'own' }, `+ ${many(hit.duplicates.length, 'picture')} like it`) : null,
     shared && !shared.has(hit.sha256) ? h('p', { className: 'only' }, 'only here') : null,
-    h('button', { type: 'button', className: 'quiet', onclick: () => useAsReference(name, hit), 'aria-label': `Use ${fileName(hit.path)} as reference` }, 'Use as reference')));
+    h('button', { type: 'button', className: 'quiet', onclick: () => useAsReference(name, hit), 'aria-label': `Use as reference: ${fileName(hit.path)}` }, 'Use as reference')));
 }
 
 /** Let the arrow keys move between cards, and r make the card's picture the reference. */
@@ -415,6 +419,10 @@ function moveInGrid(event) {
     cards[place + step].querySelector('.open').focus();
   } else if (event.key === 'r') cards[place].querySelector('.quiet').click();
 }
+
+// Links inside the page would change the address, which holds the question.
+$('skip').addEventListener('click', (event) => { event.preventDefault(); $('results').focus(); });
+$('up').addEventListener('click', () => { $('ask').scrollIntoView({ block: 'start' }); $('text').focus({ preventScroll: true }); });
 
 document.addEventListener('keydown', (event) => {
   if (event.key === '/' && !/^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) && !document.querySelector('dialog[open]')) {

@@ -35,10 +35,10 @@ function range(schema) {
   return parts.join(' ');
 }
 
-function table(rows) {
+function table(rows, label) {
   const head = ['name', 'kind', 'values', 'meaning'].map((name) => h('th', { scope: 'col' }, name));
   const body = rows.map(([name, schema, meaning]) => h('tr', {}, h('th', { scope: 'row' }, h('code', {}, name)), h('td', {}, kind(schema)), h('td', {}, range(schema)), h('td', {}, meaning || '')));
-  return h('div', { className: 'scroll', tabIndex: 0, role: 'region', 'aria-label': 'fields' }, h('table', {}, h('thead', {}, h('tr', {}, head)), h('tbody', {}, body)));
+  return h('div', { className: 'scroll', tabIndex: 0, role: 'region', 'aria-label': label }, h('table', {}, h('thead', {}, h('tr', {}, head)), h('tbody', {}, body)));
 }
 
 const fields = (schema) => Object.entries(schema.properties || {}).map(([name, inner]) => [name, inner, inner.description]);
@@ -59,8 +59,8 @@ function operation(method, path, spec, schemas) {
   const parameters = (spec.parameters || []).map((item) => [item.name, item.schema, item.description || item.schema.description]);
   return h('details', { className: 'operation', open: path.endsWith('/search') },
     h('summary', {}, h('span', { className: 'method' }, method.toUpperCase()), h('code', {}, path), h('span', {}, spec.description || '')),
-    parameters.length ? [h('h3', {}, 'In the address'), table(parameters)] : null,
-    resolved ? [h('h3', {}, `Body: ${Object.keys(body)[0]}`), table(fields(resolved))] : null,
+    parameters.length ? [h('h3', {}, 'In the address'), table(parameters, `${method} ${path}: address`)] : null,
+    resolved ? [h('h3', {}, `Body: ${Object.keys(body)[0]}`), table(fields(resolved), `${method} ${path}: body`)] : null,
     h('h3', {}, 'Answer'), h('p', {}, type === 'application/json' ? kind(content.schema) : type),
     h('h3', {}, 'For example'), h('pre', { tabIndex: 0 }, curl(method, path, spec, body)));
 }
@@ -75,7 +75,7 @@ try {
   main.replaceChildren(h('h1', {}, `${spec.info.title} ${spec.info.version}`), prose(spec.info.description),
     h('p', {}, 'Machines read ', h('a', { href: 'openapi.json' }, 'openapi.json'), '.'),
     h('h2', {}, 'Requests'), ...operations, h('h2', {}, 'Types'),
-    ...shown.flatMap(([name, schema]) => [h('h3', { id: name }, name), schema.description ? prose(schema.description) : '', schema.enum ? h('p', {}, schema.enum.join(', ')) : table(fields(schema))].filter(Boolean)));
+    ...shown.flatMap(([name, schema]) => [h('h3', { id: name }, name), schema.description ? prose(schema.description) : '', schema.enum ? h('p', {}, schema.enum.join(', ')) : table(fields(schema), name)].filter(Boolean)));
 } catch (error) {
   main.replaceChildren(h('div', { className: 'trouble', role: 'alert' }, h('p', {}, `openapi.json cannot be read: ${error.message}.`)));
 }
