@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
@@ -20,6 +21,8 @@ Send = Callable[[Message], Awaitable[None]]
 
 API, SESSION = "/api/", "/api/v1/session"
 COOKIE = "lavis_cir_session"
+
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d+)?")
 
 _HEADERS = {
     "content-security-policy": (
@@ -146,10 +149,8 @@ def _with_headers(send: Send) -> Send:
 
 def _name(host: str) -> str:
     """Return the name in a ``Host`` header, without port and brackets, in lower case; empty for what is none."""
-    try:
-        return (urlsplit(f"//{host}").hostname or "").lower()
-    except ValueError:
-        return ""
+    found = _HOST.fullmatch(host.lower())
+    return found.group(1).strip("[]") if found else ""
 
 
 def _is_of_another_site(headers: dict[str, str], host: str) -> bool:
