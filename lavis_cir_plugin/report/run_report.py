@@ -351,7 +351,7 @@ def _query_groups(
 ) -> str:
     results = [runs[index].queries[folder] for index in members]
     embed.upright = results[0].upright
-    parts = []
+    parts: list[str] = []
     for name in results[0].groups:
         queries = [result.groups[name] for result in results]
         first = f" of {runs[members[0]].label}" if len(runs) > 1 else ""

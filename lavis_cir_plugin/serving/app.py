@@ -180,10 +180,7 @@ def create_app(
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        headers = dict(error.headers or {})
-        if error.status_code in (413, 503):
-            headers["Connection"] = "close"  # what is left of the body is not wanted
-        return JSONResponse(problem(error.status_code, str(error.detail)), error.status_code, headers)
+        return JSONResponse(problem(error.status_code, str(error.detail)), error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

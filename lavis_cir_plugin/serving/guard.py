@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +35,14 @@ _HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
+
+
+@dataclass
+class _Body:
+    """How much of a request's body has been read, and whether that is all."""
+
+    is_whole: bool
+    bytes: int = 0
 
 
 class Guard:
@@ -70,11 +79,11 @@ class Guard:
             response = JSONResponse(problem(status, message), status, {**_HEADERS, **extra, "connection": "close"})
             await response(scope, receive, send)
             return
-        held = [0]
+        body = _Body(is_whole=headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers)
         try:
-            await self.app(scope, self._counted(receive, held), _with_headers(send))
+            await self.app(scope, self._counted(receive, body), _with_headers(send, body))
         finally:
-            self._in_memory -= held[0]
+            self._in_memory -= body.bytes
 
     def _verdict(self, path: str, headers: dict[str, str]) -> tuple[int, str]:
         """Return the status and the sentence of a refusal; 0 lets a request pass."""
@@ -111,13 +120,14 @@ class Guard:
             f"pictures of {self.limits.upload_bytes:,} bytes each."
         )
 
-    def _counted(self, receive: Receive, held: list[int]) -> Receive:
+    def _counted(self, receive: Receive, body: _Body) -> Receive:
         async def counted() -> Message:
             message = await receive()
             size = len(message.get("body", b""))
-            held[0] += size
+            body.bytes += size
+            body.is_whole = not message.get("more_body", False)
             self._in_memory += size
-            if held[0] > self.limits.body_bytes:
+            if body.bytes > self.limits.body_bytes:
                 raise refusal(413, self._too_large())
             if self._in_memory > self.limits.bodies_bytes:
                 raise refusal(503, "many pictures are being sent at this moment; try again in a second.")
@@ -136,12 +146,14 @@ def is_same(shown: str, expected: str) -> bool:
     return hmac.compare_digest(shown.encode("utf-8", "surrogateescape"), expected.encode())
 
 
-def _with_headers(send: Send) -> Send:
+def _with_headers(send: Send, body: _Body) -> Send:
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
+            # What is left of the body of a refused request is not wanted, however long it is.
+            more = {**_HEADERS, **({} if body.is_whole else {"connection": "close"})}
             present = {name.lower() for name, _ in message.get("headers", [])}
-            more = [(n.encode(), v.encode()) for n, v in _HEADERS.items() if n.encode() not in present]
-            message = {**message, "headers": [*message.get("headers", []), *more]}
+            added = [(n.encode(), v.encode()) for n, v in more.items() if n.encode() not in present]
+            message = {**message, "headers": [*message.get("headers", []), *added]}
         await send(message)
 
     return sending

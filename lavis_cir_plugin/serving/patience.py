@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -29,18 +28,21 @@ def patient(seconds: float) -> type[H11Protocol]:
             if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
                 self._expect_request()
             else:
-                self._sending = _cancelled(self._sending)
+                _cancel(self._sending)
+                self._sending = None
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._taking = _cancelled(self._taking) or self.loop.call_later(seconds, self.transport.abort)
+            _cancel(self._taking)
+            self._taking = self.loop.call_later(seconds, self.transport.abort)
 
         def resume_writing(self) -> None:
-            self._taking = _cancelled(self._taking)
+            _cancel(self._taking)
             super().resume_writing()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._sending, self._taking = _cancelled(self._sending), _cancelled(self._taking)
+            _cancel(self._sending)
+            _cancel(self._taking)
             super().connection_lost(exc)
 
         def _expect_request(self) -> None:
@@ -50,6 +52,6 @@ def patient(seconds: float) -> type[H11Protocol]:
     return Patient
 
 
-def _cancelled(timer: Any) -> None:
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()

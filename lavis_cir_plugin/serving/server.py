@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import secrets
 import socket
@@ -83,7 +84,7 @@ def server_for(
         ws="none",
         lifespan="off",
         limit_concurrency=limits.connections,
-        timeout_keep_alive=15,
+        timeout_keep_alive=min(15, math.ceil(limits.seconds)),
         timeout_graceful_shutdown=5,
         access_log=False,  # what people look for is nobody's business
         server_header=False,
