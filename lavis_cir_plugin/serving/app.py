@@ -272,12 +272,13 @@ def _add_search(app: FastAPI, service: Service) -> None:
             "exact": exact,
         }
 
-        def work() -> dict[str, Any]:
+        def check() -> None:
             for content in contents:
                 check_upload(content, limits)
-            return service.search(index, question, [*contents, *ids])
 
-        return await service.searching.run(work)
+        if contents:  # by the threads for pictures: what is none need not wait behind other people's searches
+            await service.drawing.run(check)
+        return await service.searching.run(lambda: service.search(index, question, [*contents, *ids]))
 
     @app.get("/api/v1/indexes/{index}/sample", response_model=schemas.Sample, tags=["search"])
     async def sample(
