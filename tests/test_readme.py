@@ -37,6 +37,7 @@ from lavis_cir_plugin.commands import (
     negatives,
     report,
     search,
+    serve,
     submission,
     triplets,
 )
@@ -249,6 +250,7 @@ def test_there_are_commands():
 def test_every_lavis_cir_command_is_understood(monkeypatch):
     understood = []
     monkeypatch.setattr(gap, "_compare", understood.append)
+    monkeypatch.setattr(serve, "_serve", understood.append)
     monkeypatch.setattr(report, "_report", understood.append)
     monkeypatch.setattr(lora, "_export", understood.append)
     monkeypatch.setattr(check, "_check", understood.append)
