@@ -381,7 +381,7 @@ def test_the_python_example_of_a_search_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_python_example_runs():
-    (example,) = (block for block in blocks("python") if "open_index" not in block)
+    (example,) = (block for block in blocks("python") if "encode_query" in block)
     names: dict[str, torch.Tensor] = {}
     exec(example, names)
     assert names["query"].shape == (1, 64)
