@@ -1,4 +1,4 @@
-"""``lavis-cir report``: runs as one HTML file that needs no network."""
+"""The command ``lavis-cir report``: writes one HTML file over one run or several, which needs no network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _report(args: argparse.Namespace) -> None:
     if args.queries < 0:
         raise ValueError(f"--queries must be a whole number >= 0, got {args.queries}.")
 
-    from lavis_cir_plugin.core.whole_or_nothing import replace_file, size_text
+    from lavis_cir_plugin.core.atomic_files import replace_file, size_text
     from lavis_cir_plugin.report.html_parts import Thumbnails
     from lavis_cir_plugin.report.query_results import TOP
     from lavis_cir_plugin.report.run_report import read_run, report

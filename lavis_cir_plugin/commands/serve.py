@@ -1,4 +1,4 @@
-"""``lavis-cir serve``: indexes by HTTP and on a page."""
+"""The command ``lavis-cir serve``: searches indexes by HTTP and on a web page."""
 
 from __future__ import annotations
 

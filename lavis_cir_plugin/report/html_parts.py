@@ -1,4 +1,4 @@
-"""Build parts of a page that needs no other file: tables, pictures inside the text, figures."""
+"""Build parts of an HTML page that needs no other file: tables, embedded pictures and figures."""
 
 from __future__ import annotations
 

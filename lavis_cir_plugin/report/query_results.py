@@ -1,4 +1,4 @@
-"""Keep each query of a benchmark with the rank of its answer and its first images, for reports that need no model."""
+"""Store each query of a benchmark with the rank of its target and its first images, for reports without a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lavis_cir_plugin.benchmarks.types import Benchmark
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.core.atomic_files import replace_file
 from lavis_cir_plugin.ranking.ranks import Ranking
 
 QUERIES = "queries.json"
@@ -23,9 +23,9 @@ class QueryResult:
 
     Attributes:
         reference: Name of the reference image.
-        texts: Its modification texts.
+        texts: Modification texts of the query.
         answers: Names of the right answers, the target first; empty where they are not public.
-        rank: Of the target, counted from 0; -1 where it is not public or no candidate.
+        rank: Rank of the target, counted from 0; -1 where the target is not public or no candidate.
         top: Names of the first `TOP` images, best first.
     """
 

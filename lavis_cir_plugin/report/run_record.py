@@ -1,4 +1,4 @@
-"""Keep what a run was started with: config with origins, command, time, hardware, versions, commit."""
+"""Record what a run was started with: config with origins, command, time, hardware, versions and commit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lavis_cir_plugin.core.whole_or_nothing import replace_file
+from lavis_cir_plugin.core.atomic_files import replace_file
 
 RECORD = "run.json"
 PACKAGES = ("lavis_cir_plugin", "salesforce-lavis", "torch", "torchvision", "transformers", "open_clip_torch", "numpy")
@@ -30,11 +30,11 @@ def begin(
     A file that cannot be written costs the run nothing but this record: a warning is logged.
 
     Args:
-        folder: Of the run.
-        command: The command line.
-        config: Every value by its dotted key, of kinds that JSON has.
-        origins: Where each value comes from, by the same keys.
-        processes: How many work on the run.
+        folder: Folder of the run.
+        command: Words of the command line.
+        config: Values by dotted key, of types that JSON has.
+        origins: Origin of each value by the same keys.
+        processes: Number of processes of the run.
     """
     start = {
         "started": _now(),

@@ -1,4 +1,4 @@
-"""Write runs as one HTML file: config, curves, metrics, queries as pictures, machine and commit, side by side."""
+"""Write one HTML file over one run or several: config, curves, metrics, queries as pictures, hardware, commit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lavis_cir_plugin.report.run_log import EPOCHS, read_epochs
 from lavis_cir_plugin.report.sheet_layout import BLUE, ORANGE
 
 COLOURS = (BLUE, ORANGE, "#8a3ea8", "#b8223b", "#0e8f9c", "#8c6239")
-"""Of runs side by side; green is kept for right answers."""
+"""Colours of runs side by side. Green is kept for right answers."""
 
 QUERIES_SHOWN, IMAGES_SHOWN = 4, 8
 """By default, how many queries of each kind and group are shown, and how many images of each ranking."""
@@ -32,7 +32,7 @@ class Run:
 
     Attributes:
         label: Name of its folder.
-        folder: Its place.
+        folder: Path of the folder.
         starts: As `run_record.read_starts` returns them.
         config: Value and origin by dotted key.
         epochs: As `read_epochs` returns them; empty for an evaluation.

@@ -1,4 +1,4 @@
-"""The application: search, pictures, sessions, the page, and the description of all that."""
+"""Build the HTTP application: search, pictures, sessions, the page and the OpenAPI description."""
 
 # No "from __future__ import annotations" here: FastAPI could not see the limits in the types of a request, and would
 # leave out those fields without a word.
@@ -52,9 +52,9 @@ class Service:
     """What the requests share.
 
     Args:
-        indexes: By name.
-        limits: Of the server.
-        token: That clients have to show, if any.
+        indexes: Opened indexes by name.
+        limits: Limits of the server.
+        token: Token that clients have to show, if any.
     """
 
     def __init__(self, indexes: Mapping[str, Opened], limits: Limits, token: Optional[str]) -> None:
@@ -150,9 +150,9 @@ def create_app(
     """Return the application behind its guard.
 
     Args:
-        indexes: By name.
-        limits: Of the server; `Limits` by default.
-        token: That clients have to show; none where everybody who reaches the server may ask.
+        indexes: Opened indexes by name.
+        limits: Limits of the server; `Limits` by default.
+        token: Token that clients have to show; none where everybody who reaches the server may ask.
         hosts: Names by which the server is reached; none for all.
     """
     limits = limits or Limits()

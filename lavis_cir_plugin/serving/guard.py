@@ -1,4 +1,4 @@
-"""The gate before the application: who may ask, from where, and how much may be sent."""
+"""Check each request before the application: who asks, from where, and how much is sent."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Guard:
 
     Args:
         app: The application.
-        limits: Of the server.
-        token: That clients have to show; none where everybody who reaches the server may ask.
+        limits: Limits of the server.
+        token: Token that clients have to show; none where everybody who reaches the server may ask.
         hosts: Names by which the server is reached, without port, in lower case; none for all.
     """
 

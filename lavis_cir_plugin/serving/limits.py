@@ -1,4 +1,4 @@
-"""What a server takes from its clients, at most."""
+"""Define the limits of a server for requests, memory and time."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ MEBIBYTE = 2**20
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a server.
+    """Upper limits of a server.
 
     Attributes:
-        upload_bytes: Of one uploaded picture.
-        upload_pixels: Width times height of one, as its header says, before anything is decoded.
-        pictures: Of one question, uploaded ones and those of the index together.
-        results: Of one answer.
-        text: Characters of each text.
-        condition: Characters of a condition.
-        bodies_bytes: All request bodies that are in memory at a time.
-        searching: Searches that run at a time; the model encodes one question at a time anyway.
-        drawing: Pictures that are read or made small at a time.
-        waiting: Requests of either kind that wait for their turn.
-        thumbnails_bytes: Small pictures that are kept in memory.
-        seconds: That a client may take to send a request, or to take in what it was sent before more follows.
-        connections: Open ones.
+        upload_bytes: Size of one uploaded picture.
+        upload_pixels: Width times height of an uploaded picture, as its header says, before anything is decoded.
+        pictures: Number of references of one query, uploaded pictures and pictures of the index together.
+        results: Number of results of one answer.
+        text: Number of characters of each text.
+        condition: Number of characters of a condition.
+        bodies_bytes: Size of all request bodies that are in memory at the same time.
+        searching: Number of searches at the same time. The model encodes one query at a time anyway.
+        drawing: Number of pictures that are read or resized at the same time.
+        waiting: Number of requests that wait for a search, and likewise for a picture.
+        thumbnails_bytes: Size of all thumbnails that are kept in memory.
+        seconds: Time in which a client has to send a request, and has to accept data before more follows.
+        connections: Number of open connections.
     """
 
     upload_bytes: int = 15 * MEBIBYTE
@@ -43,5 +43,5 @@ class Limits:
 
     @property
     def body_bytes(self) -> int:
-        """Of one request: as many pictures as it may have, and a mebibyte for everything else."""
+        """Size of one request: the largest pictures, as many as it may have, and a mebibyte for everything else."""
         return self.pictures * self.upload_bytes + MEBIBYTE

@@ -1,4 +1,4 @@
-"""Opened indexes that follow their writers: each request sees the newest whole state, and none is closed under it."""
+"""Keep indexes open while requests use them, and follow their writers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Opened:
     """One index under a name.
 
     Args:
-        name: By which clients call it.
+        name: Name that clients use.
         index: A `SearchIndex`.
     """
 
@@ -68,8 +68,8 @@ def open_indexes(paths: Sequence[str], model: str | None, device: str) -> dict[s
     Two indexes of one model share it. Of two folders with the same name the later one is numbered.
 
     Args:
-        paths: Of the indexes.
-        model: In place of the ones that they name.
+        paths: Folders of the indexes.
+        model: Model in place of the ones that the indexes name.
         device: ``cpu`` or ``cuda``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""HTTP with an end to patience: uvicorn's protocol waits for ever for a request that has begun."""
+"""Close connections of clients that are too slow, for which uvicorn's protocol would wait for ever."""
 
 from __future__ import annotations
 

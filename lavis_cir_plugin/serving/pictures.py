@@ -1,4 +1,4 @@
-"""Files of an index and small copies of them: what was indexed is handed out, and nothing else."""
+"""Serve files of an index and thumbnails of them, only with the content that was indexed."""
 
 from __future__ import annotations
 

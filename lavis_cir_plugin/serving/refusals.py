@@ -1,4 +1,4 @@
-"""Refusing a request: every error has a status, a code and one sentence."""
+"""Refuse a request with a status, a code and one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server answers, as types that the OpenAPI description is written from."""
+"""Define the answers of the server as types, from which its OpenAPI description is generated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting a server: where it listens, and what it asks for there."""
+"""Start a server: its socket, its token and its host names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work that takes turns on a few threads, with an end to the queue."""
+"""Run work on a few threads with a bounded queue."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 
 class Turns:
-    """Threads for one kind of work.
+    """A few threads for one kind of work.
 
     Args:
-        threads: How many work at a time.
-        waiting: How many more may wait; who comes after them is told to try again.
-        name: Of the threads.
+        threads: Number of threads.
+        waiting: Number of calls that may wait for a thread. Later calls are refused.
+        name: Name of the threads.
     """
 
     def __init__(self, threads: int, waiting: int, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Uploaded pictures: looked at before anything is decoded, and kept nowhere."""
+"""Check uploaded pictures before anything is decoded."""
 
 from __future__ import annotations
 

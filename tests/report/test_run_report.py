@@ -17,9 +17,9 @@ from lavis_cir_plugin.commands import main
 from lavis_cir_plugin.ranking.metrics import recall_at
 from lavis_cir_plugin.ranking.ranks import Ranking
 from lavis_cir_plugin.report import query_results, run_record
-from lavis_cir_plugin.report.files import write_metrics
 from lavis_cir_plugin.report.html_parts import THUMBNAIL, Thumbnails
 from lavis_cir_plugin.report.query_results import QueryResult, read_queries, write_queries
+from lavis_cir_plugin.report.result_files import write_metrics
 from lavis_cir_plugin.report.run_report import read_run, report
 
 PROTOCOL = "toy val, gallery of 6, reference kept"
