@@ -62,12 +62,13 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/command_start.py
 	$(BIN)/python benchmarks/busy_cores.py
 	$(BIN)/python benchmarks/search_full_size.py
+	$(BIN)/python benchmarks/serve_load.py
 	@if [ -d "$(CIR_DATA)/fashionIQ_dataset/captions" ]; then set -x; \
 		$(BIN)/python benchmarks/fashioniq_full_size.py --annotations "$(CIR_DATA)/fashionIQ_dataset"; \
 	else echo "benchmarks/fashioniq_full_size.py was left out: no fashionIQ_dataset/captions in $(CIR_DATA); set CIR_DATA."; fi
 
-$(INSTALLED): EXTRAS := cpu
-$(TESTABLE): EXTRAS := cpu,test,docs
+$(INSTALLED): EXTRAS := cpu,serve
+$(TESTABLE): EXTRAS := cpu,serve,test,docs
 
 $(INSTALLED) $(TESTABLE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9) and "Python >= 3.9 is needed, $(PYTHON) is older; set PYTHON=")'

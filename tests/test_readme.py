@@ -27,7 +27,20 @@ from lavis_cir_plugin.benchmarks.laion_cir import LaionCIRConfig
 from lavis_cir_plugin.benchmarks.lasco import LaSCoConfig
 from lavis_cir_plugin.benchmarks.synthtriplets18m import SynthTriplets18MConfig
 from lavis_cir_plugin.benchmarks.triplets import TripletsConfig, read_train
-from lavis_cir_plugin.commands import check, export, gap, index, lora, main, negatives, search, submission, triplets
+from lavis_cir_plugin.commands import (
+    check,
+    export,
+    gap,
+    index,
+    lora,
+    main,
+    negatives,
+    report,
+    search,
+    serve,
+    submission,
+    triplets,
+)
 from lavis_cir_plugin.data.tar_shards import ShardsConfig
 from lavis_cir_plugin.garments.questions import QuestionGarments
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
@@ -237,6 +250,8 @@ def test_there_are_commands():
 def test_every_lavis_cir_command_is_understood(monkeypatch):
     understood = []
     monkeypatch.setattr(gap, "_compare", understood.append)
+    monkeypatch.setattr(serve, "_serve", understood.append)
+    monkeypatch.setattr(report, "_report", understood.append)
     monkeypatch.setattr(lora, "_export", understood.append)
     monkeypatch.setattr(check, "_check", understood.append)
     monkeypatch.setattr(submission, "_check", understood.append)
@@ -366,7 +381,7 @@ def test_the_python_example_of_a_search_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_python_example_runs():
-    (example,) = (block for block in blocks("python") if "open_index" not in block)
+    (example,) = (block for block in blocks("python") if "encode_query" in block)
     names: dict[str, torch.Tensor] = {}
     exec(example, names)
     assert names["query"].shape == (1, 64)

@@ -22,6 +22,7 @@ LAYERS = (
     "tasks",
     "methods",
     "search",
+    "serving",
     "commands",
 )
 WITHOUT_LAVIS = LAYERS[:6]

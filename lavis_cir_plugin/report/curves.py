@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -51,7 +52,17 @@ LEARNING_RATE = Panel("learning rate", (("lr", "", GREY),), by_batch=True)
 
 
 def training_curve(folder: str | Path, png_path: str | Path, metric: str, methods: Sequence[Panel] = ()) -> Path:
-    r"""Draw the course of a run from its ``epochs.csv`` and ``steps.csv`` as a PNG, and return the path of the PNG.
+    """Draw `training_figure` as a PNG and return the path of the PNG.
+
+    Raises:
+        FileNotFoundError, ValueError: As `training_figure`.
+        OSError: If the PNG cannot be written.
+    """
+    return save_figure(training_figure(folder, metric, methods), png_path)
+
+
+def training_figure(folder: str | Path, metric: str, methods: Sequence[Panel] = ()) -> Figure:
+    r"""Draw the course of a run from its ``epochs.csv`` and ``steps.csv``.
 
     The panels show the loss per batch and its mean per epoch; ``metric`` on ``val`` and on ``seen``, with the gap
     between them shaded; what methods measure in each epoch; the learning rate; and what methods measure in each batch.
@@ -63,14 +74,12 @@ def training_curve(folder: str | Path, png_path: str | Path, metric: str, method
 
     Args:
         folder: Folder of the run.
-        png_path: Path of the PNG.
         metric: Key of ``benchmark.metrics``, in percent.
         methods: Panels of the methods that the run may have used. Panels without a logged column are left out.
 
     Raises:
         FileNotFoundError: If there is no ``epochs.csv``.
         ValueError: If it holds no finished epoch, a damaged line, or validations without this metric.
-        OSError: If the PNG cannot be written.
     """
     folder = Path(folder)
     epochs = read_epochs(folder / EPOCHS)
@@ -107,7 +116,48 @@ def training_curve(folder: str | Path, png_path: str | Path, metric: str, method
     bottom.set_xlabel("epoch, counted from 0")
     bottom.set_xlim(-0.03 * last - (1 if steps else 0.3), 1.03 * last + 0.3)
     bottom.xaxis.set_major_locator(FixedLocator(MaxNLocator(integer=True, min_n_ticks=1).tick_values(0, last)))
-    return save_figure(figure, png_path)
+    return figure
+
+
+def logged_panels(folder: str | Path) -> list[Panel]:
+    """Return a panel for each number that a run's method logged in its batches, named by its column."""
+    path = Path(folder) / STEPS
+    columns = list(read_steps(path)) if path.is_file() else []
+    known = {"step", "epoch", "loss", "lr"}
+    return [Panel(name.replace("_", " "), ((name, "", GREY),), by_batch=True) for name in columns if name not in known]
+
+
+def comparison_figure(runs: Mapping[str, tuple[str | Path, str]], metric: str) -> Figure:
+    """Draw the mean loss of each epoch, and a metric on ``val`` and dashed on ``seen``, of several runs.
+
+    runs: folder and colour by label. A run without finished epochs, or without this metric, has no line.
+
+    Raises:
+        ValueError: no run has a finished epoch, or a file has a damaged line.
+    """
+    panels: dict[str, list[Curve]] = {"training loss": [], f"{metric} in percent": []}
+    for label, (folder, colour) in runs.items():
+        path = Path(folder) / EPOCHS
+        epochs = read_epochs(path) if path.is_file() else {}
+        losses, val, seen = (
+            epochs.get(split, {}).get(name, {})
+            for split, name in (("train", "loss"), ("val", metric), ("seen", metric))
+        )
+        panels["training loss"].append(Curve(losses, label, colour))
+        panels[f"{metric} in percent"] += [Curve(val, label, colour), Curve(seen, f"{label}, seen", colour, style="--")]
+    drawn = {name: [curve for curve in curves if curve.points] for name, curves in panels.items()}
+    drawn = {name: curves for name, curves in drawn.items() if curves}
+    if not drawn:
+        raise ValueError(f"none of {', '.join(runs)} has a finished epoch; draw their curves after the first one.")
+    figure = Figure(figsize=(7.5, 0.6 + 3.2 * len(drawn)), constrained_layout=True)
+    rows = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, curves) in zip(rows, drawn.items()):
+        draw_curves(axes, curves)
+        axes.set_ylabel(name)
+        axes.legend(frameon=False, fontsize=8, handlelength=3.5)
+    rows[-1].set_xlabel("epoch, counted from 0")
+    rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return figure
 
 
 def _measured_curves(panel: Panel, logged: Mapping[str, Mapping[Any, float]]) -> list[Curve]:
@@ -193,6 +243,14 @@ def shade_gap(axes: Axes, val: Curve, seen: Curve | None = None) -> None:
         both = [epoch for epoch in val.points if epoch in seen.points]
         low, high = ([curve.points[epoch] for epoch in both] for curve in (val, seen))
         axes.fill_between(both, low, high, color=seen.colour, alpha=0.1, linewidth=0)
+
+
+def svg_of(figure: Figure) -> bytes:
+    """Return a figure as SVG whose words are text and whose bytes depend on nothing but the figure."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "figure"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:

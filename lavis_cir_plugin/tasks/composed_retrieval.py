@@ -30,6 +30,7 @@ from lavis_cir_plugin.data.feature_cache import FeatureCache, check_tower, finge
 from lavis_cir_plugin.ranking.gallery_features import DTYPES, shared_rows
 from lavis_cir_plugin.ranking.ranks import Ranking, padded, rank
 from lavis_cir_plugin.report import chance, contact_sheets, curves, result_files, tables
+from lavis_cir_plugin.report.query_results import QUERIES, write_queries
 from lavis_cir_plugin.report.run_log import EPOCHS
 from lavis_cir_plugin.training.config import plain_split_name
 from lavis_cir_plugin.training.training_history import trained_on
@@ -479,6 +480,7 @@ def write_report(
     else:
         for name, content in benchmark.submissions(rankings).items():
             written.append(result_files.write_submission(folder / name, content))
+    written.append(write_queries(folder / QUERIES, benchmark, rankings))
     for group in benchmark.groups:
         sheet = folder / f"contact_sheet_{group.name}.png"
         written.append(contact_sheets.contact_sheet(benchmark, group, rankings[group.name], sheet))

@@ -26,6 +26,7 @@ import lavis_cir_plugin
 from lavis_cir_plugin.benchmarks.images import refuse_output_inside
 from lavis_cir_plugin.core.error_messages import did_you_mean, unknown_key
 from lavis_cir_plugin.core.settings import as_plain, is_number
+from lavis_cir_plugin.report.run_record import flat
 from lavis_cir_plugin.training import lora
 from lavis_cir_plugin.training.resumable_runner import ResumableRunner
 
@@ -113,6 +114,39 @@ def read_config(path: str, options: Sequence[str]) -> DictConfig:
     if problems:
         raise ConfigError(str(path), problems)
     return merged
+
+
+def origins(source: str, project: DictConfig, options: Sequence[str], values: Mapping[str, Any]) -> dict[str, str]:
+    """Say where each value of a complete config comes from.
+
+    The command line, the project file, the defaults of ``run``, of the model's type or of the data set; or the start
+    itself, which for example makes paths absolute and chooses splits. Where the start changed what somebody wrote, the
+    origin says both.
+
+    Args:
+        source: What to call the project file.
+        project: Its content.
+        options: ``key.path=value`` each.
+        values: Of the complete config, by dotted key.
+    """
+    on_command_line = flat(as_plain(OmegaConf.from_dotlist(list(options))))
+    given = {
+        "--options": on_command_line,
+        source: flat(as_plain(project)),
+        "default of run": flat({"run": RUN_DEFAULTS}),
+    }
+    found = {}
+    for key, value in values.items():
+        origin = next((name for name, written in given.items() if key in written), None)
+        if origin is not None:
+            found[key] = origin if given[origin][key] == value else f"{origin}, completed at the start"
+        elif key.startswith(("model.", "preprocess.")):
+            found[key] = "default of the model's type"
+        elif key.startswith("datasets.") and key.split(".")[2:] != ["splits"]:
+            found[key] = "default of the data set"
+        else:
+            found[key] = "set at the start"
+    return found
 
 
 def check_values(cfg: Config, command: str) -> None:

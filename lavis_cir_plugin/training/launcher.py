@@ -33,6 +33,7 @@ from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.benchmarks.images import refuse_output_inside
 from lavis_cir_plugin.core.interruption import interruptible
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
+from lavis_cir_plugin.report import run_record
 from lavis_cir_plugin.training import config, lora
 from lavis_cir_plugin.training.portable_runner import join_single_process
 from lavis_cir_plugin.training.resumable_runner import LAST, PREVIOUS, find_checkpoint, resumable
@@ -77,7 +78,8 @@ def run(command: str, args: argparse.Namespace, announce: Callable[[Any], None] 
         args: Parsed arguments with ``cfg_path`` and ``options``.
         announce: Function that is called with the runner before the runner starts.
     """
-    cfg = with_lavis_defaults(config.read_config(str(_find_config(args.cfg_path)), args.options))
+    project = _find_config(args.cfg_path)
+    cfg = with_lavis_defaults(config.read_config(str(project), args.options))
     config.check_values(cfg, command)
     config.choose_splits(cfg, command)
     cfg.run_cfg.output_dir = str(_output_folder(cfg.run_cfg.output_dir))
@@ -96,12 +98,24 @@ def run(command: str, args: argparse.Namespace, announce: Callable[[Any], None] 
     runner_class = resumable(registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base")))
     runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
     announce(runner)
+    if is_main_process():
+        _record_start(command, args, project, cfg, Path(runner.output_dir))
     if command == "train":
         runner.train()
     else:
         runner.evaluate(skip_reload=True)
     if is_main_process():
+        run_record.end(Path(runner.output_dir))
         logging.info("output: %s", runner.output_dir)
+
+
+def _record_start(command: str, args: argparse.Namespace, project: Path, cfg: Config, folder: Path) -> None:
+    """Keep in the run's folder what it was started with."""
+    values = run_record.flat(cfg.to_dict())
+    origins = config.origins(args.cfg_path, OmegaConf.load(project), args.options, values)
+    options = ["--options", *args.options] if args.options else []
+    words = ["python", "-m", f"lavis.{command}", "--cfg-path", args.cfg_path, *options]
+    run_record.begin(folder, words, values, origins, dist.get_world_size())
 
 
 def with_lavis_defaults(merged: DictConfig) -> Config:

@@ -298,7 +298,7 @@ def test_a_model_that_names_no_map_gets_no_picture(dataset, tmp_path):
     model = Stub()
     model.attention_labels = []
     folder = final_evaluation(model, dataset, tmp_path / "run")
-    assert sorted(path.name for path in folder.iterdir()) == ["contact_sheet_dress.png", "metrics.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["contact_sheet_dress.png", "metrics.json", "queries.json"]
 
 
 def test_the_stock_names_are_kept_where_a_model_says_nothing(dataset, tmp_path):
@@ -339,7 +339,7 @@ def test_each_benchmark_is_tested_by_itself_and_all_are_summed_up(trained):
         assert summary[name]["protocol"] == metrics["protocol"]
         assert summary[name]["values"] == {row: values[metric] for row, values in metrics["metrics"].items()}
     answers = {path.name for path in (run / "cirr_test").glob("*.json")}
-    assert answers == {"cirr_test1_recall.json", "cirr_test1_recall_subset.json"}
+    assert answers == {"cirr_test1_recall.json", "cirr_test1_recall_subset.json", "queries.json"}
     assert (run / "training_curve.png").is_file()
 
 

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from lavis_cir_plugin import CONFIGS, PROJECTS
 from lavis_cir_plugin.core import settings
+from lavis_cir_plugin.report.run_record import flat
 from lavis_cir_plugin.training import config
 
 PROJECT_FILES = sorted(PROJECTS.rglob("*.yaml"))
@@ -267,3 +268,27 @@ def test_lavis_own_recipes_are_let_through(recipe):
             config.read_config(str(RECIPES / recipe), [])
     else:
         assert config.read_config(str(RECIPES / recipe), []).run.task
+
+
+def test_every_value_has_an_origin(tmp_path):
+    """The seed is from the command line, the epochs from the file, the rest from three places of defaults."""
+    path, options = PROJECTS / "wrf4cir/demo.yaml", ["run.seed=7"]
+    cfg = complete(config.read_config(str(path), options), tmp_path)
+    config.choose_splits(cfg, "train")
+    cfg.run_cfg.output_dir = str(Path(cfg.run_cfg.output_dir).absolute())
+    values = flat(cfg.to_dict())
+    found = config.origins("demo.yaml", OmegaConf.load(path), options, values)
+    assert set(found) == set(values)
+    expected = {
+        "run.seed": "--options",
+        "run.max_epoch": "demo.yaml",
+        "run.wrf.gamma": "demo.yaml",
+        "run.output_dir": "demo.yaml, completed at the start",
+        "run.weight_decay": "default of run",
+        "model.arch": "demo.yaml",
+        "model.image_size": "default of the model's type",
+        "preprocess.vis_processor.eval.image_size": "default of the model's type",
+        "datasets.fashioniq.preload": "default of the data set",
+        "datasets.fashioniq.splits": "set at the start",
+    }
+    assert {key: found[key] for key in expected} == expected

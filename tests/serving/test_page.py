@@ -1,0 +1,61 @@
+"""The page in a browser, where there is one: it draws its samples and answers the question that its address holds."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+pytest_plugins = ["serving_world"]
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+
+
+@pytest.fixture
+def drawn(running, tmp_path):
+    """Return what the page of an address looks like once its script has run, as HTML."""
+    place = running()
+
+    def draw(address):
+        words = [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+            "--timeout=20000", "--virtual-time-budget=20000", "--dump-dom", f"http://{place.host}:{place.port}/{address}",
+        ]  # fmt: skip
+        return subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    return draw
+
+
+def test_the_page_begins_with_pictures_of_the_index(drawn):
+    page = drawn("")
+    assert page.count("as reference") == 12
+    assert "/indexes/toys/pictures/" in page
+    assert 'class="trouble"' not in page
+
+
+def test_the_question_of_an_address_is_asked_and_answered(drawn, world):
+    page = drawn("#text=is+red&where=price+%3C+6")
+    hits = world.index.search(text="is red", k=24, where="price < 6").hits
+    assert re.findall(r'data-id="(\d+)"', page) == [str(hit.picture.id) for hit in hits]
+    assert f"{hits[0].score:.3f}" in page
+    assert "6 different pictures searched" in page
+
+
+def test_a_condition_that_cannot_be_read_is_said_on_the_page(drawn):
+    page = drawn("#text=a&where=prize+%3C+6")
+    assert "The condition names 'prize', which is no column of this index" in page
+    assert 'aria-invalid="true"' in page
+
+
+def test_what_an_address_holds_is_shown_as_text(drawn):
+    page = drawn("#text=%3Cimg+src%3Dx+onerror%3Dalert(1)%3E&ref=[[%22toys%22,1,%22%3Cb%3Ex%22]]")
+    assert "<img src=x" not in page
+    assert "&lt;b&gt;x</span>" in page
+
+
+def test_the_page_of_the_api_names_every_request_and_field(drawn):
+    page = drawn("docs")
+    for word in ("/api/v1/indexes/{index}/search", "picture_id", "image_weight", "min_score", "HitInfo", "share_below"):
+        assert word in page
