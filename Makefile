@@ -29,6 +29,7 @@ demo-dpo: install
 demo-search: install
 	@ls output/wrf4cir/demo/*/checkpoint_best.pth > /dev/null 2>&1 || $(MAKE) demo
 	$(BIN)/python benchmarks/search_demo.py --work output/search/demo
+	$(BIN)/lavis-cir serve output/search/demo/index --port 0
 
 test: $(TESTABLE)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
