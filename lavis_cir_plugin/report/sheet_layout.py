@@ -121,7 +121,7 @@ def title_of(benchmark: Benchmark, group: Group) -> str:
 def _header(title: str, notes: Sequence[str], width: int, colours: Mapping[str, str]) -> Image.Image:
     """Return a picture with the title, the notes below it, and the meaning of colours."""
     lines = [line for note in notes for line in wrapped(note, 15, width - 2 * MARGIN)]
-    header = Image.new("RGB", (width, MARGIN + 42 + 22 * (len(lines) + 1) + 2 * GAP), WHITE)
+    header = Image.new("RGB", (width, MARGIN + 42 + 22 * (len(lines) + bool(colours)) + 2 * GAP), WHITE)
     draw = ImageDraw.Draw(header)
     draw.text((MARGIN, MARGIN), title, BLACK, font(26))
     y = MARGIN + 42
