@@ -116,11 +116,11 @@ def test_siglip_2_reads_the_last_position_of_sentences_filled_up_to_their_length
 def test_adapters_train_in_towers_with_their_own_attention():
     """LoRA on the projection and the MLP of each block: the first step moves B, and A gets its gradient afterwards."""
     from lavis_cir_plugin.models.clip_cir import ClipCir
-    from lavis_cir_plugin.training.lora import Lora, add_adapters
+    from lavis_cir_plugin.training.lora import LoraSettings, add_adapters
 
     torch.manual_seed(0)
     model = ClipCir(clip_model="small_clip_own_attention", freeze_vit=False)
-    add_adapters(model, Lora(target_modules=("out_proj", "c_fc"), r=2))
+    add_adapters(model, LoraSettings(target_modules=("out_proj", "c_fc"), r=2))
     batch = {
         "image": torch.randn(3, 3, 16, 16),
         "target": torch.randn(3, 3, 16, 16),
