@@ -81,6 +81,8 @@ def read_config(path: str, options: Sequence[str]) -> DictConfig:
     The options are merged before LAVIS reads the config, because LAVIS chooses default configs by the file alone: with
     LAVIS, ``--options model.model_type=x`` keeps the defaults of the old type and reports x.
 
+    A data set with ``splits: []`` is left out, and not checked.
+
     Args:
         path: Path of a YAML file with the sections ``model``, ``datasets`` and ``run``.
         options: Texts of the form ``key.path=value``.
@@ -106,6 +108,7 @@ def read_config(path: str, options: Sequence[str]) -> DictConfig:
         OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(path), [f"cannot be resolved ({str(error).splitlines()[0]})."]) from error
+    _leave_out_unread(merged)
     problems = list(_sections(merged))
     problems += [f"{key} has no value yet; give it by --options {key}=..." for key in OmegaConf.missing_keys(merged)]
     if not problems:
@@ -233,10 +236,21 @@ def _evaluates_benchmarks(run: DictConfig) -> bool:
     return getattr(registry.get_task_class(run.task), "evaluates_benchmarks", False)
 
 
+def _leave_out_unread(merged: DictConfig) -> None:
+    """Remove the data sets of which a run reads nothing: ``splits: []`` turns one off, whatever else it says."""
+    datasets = merged.get("datasets")
+    for name, section in list(datasets.items()) if isinstance(datasets, DictConfig) else []:
+        splits = section.get("splits") if isinstance(section, DictConfig) else None
+        if isinstance(splits, ListConfig) and not splits:
+            del datasets[name]
+
+
 def _sections(merged: DictConfig) -> Iterator[str]:
     for section in ("model", "datasets", "run"):
         if not isinstance(merged.get(section), DictConfig):
             yield f"section '{section}' is missing or empty."
+    if isinstance(merged.get("datasets"), DictConfig) and not merged.datasets:
+        yield "section 'datasets' leaves no data set: name one whose splits are not []."
     for name, section in (merged.get("datasets") or {}).items():
         if not isinstance(section, DictConfig):
             yield f"datasets.{name} must be a mapping, {{}} for its defaults, got {section!r}."

@@ -214,6 +214,23 @@ def test_only_the_splits_that_a_run_reads_are_built(command, options, expected, 
     assert list(cfg.datasets_cfg.fashioniq.splits) == expected
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    ["build_info.root=???", "build_info.protocol=none", "no_key=1", "vis_processor.eval.image_size=1", "type=none"],
+)
+def test_a_data_set_without_splits_is_left_out_and_not_checked(wrong, tmp_path):
+    options = [f"datasets.{wrong}" for wrong in ("cirr.splits=[]", f"cirr.{wrong}")]
+    left = config.read_config(str(PROJECTS / "wrf4cir/demo.yaml"), options)
+    assert list(left.datasets) == ["fashioniq"]
+    with pytest.raises(config.ConfigError, match=r"datasets\.cirr|model\.image_size"):
+        checked(options[1:], tmp_path)
+
+
+def test_a_run_without_any_data_set_is_refused():
+    with pytest.raises(config.ConfigError, match="leaves no data set: name one whose splits are not"):
+        config.read_config(str(PROJECTS / "wrf4cir/demo.yaml"), ["datasets.fashioniq.splits=[]"])
+
+
 def test_all_slips_are_told_at_once():
     options = ["run.runner=runner_wfr4cir", "model.fussion=joint", "run.acum_grad_iters=2"]
     with pytest.raises(config.ConfigError) as error:
