@@ -50,6 +50,16 @@ def contrastive_loss(
     Returns:
         A scalar: ``log(world_size * B)`` if all scores are equal and no target repeats, 0 for a single target.
 
+    Examples:
+        If all scores are equal, each of four targets is as likely as the others, and the loss is log 4. With two
+        pictures among them, each there twice, one wrong picture in two places is left: log 3.
+
+        >>> same = torch.ones(4, 1)
+        >>> torch.isclose(contrastive_loss(same, same, 0.07).exp(), torch.tensor(4.0))
+        tensor(True)
+        >>> torch.isclose(contrastive_loss(same, same, 0.07, torch.tensor([1, 1, 2, 2])).exp(), torch.tensor(3.0))
+        tensor(True)
+
     Source: SPRC (arXiv 2310.05473) without the mask; BLIP-2 (arXiv 2301.12597) for the maximum over query tokens.
     """
     all_targets, positives, repeated = features_of_all_processes(targets, target_ids)
@@ -91,6 +101,12 @@ def symmetric_contrastive_loss(
         second: Unit-length features, ``(B, D)``; row i belongs to row i of ``first``.
         temperature: Number > 0 by which scores are divided.
         ids: ``(B,)`` int64; rows with equal ids are not negatives of each other.
+
+    Examples:
+        >>> first, second = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+        >>> there, back = contrastive_loss(first, second, 1.0), contrastive_loss(second, first, 1.0)
+        >>> torch.equal(symmetric_contrastive_loss(first, second, 1.0), (there + back) / 2)
+        True
 
     Source: CLIP (arXiv 2103.00020).
     """

@@ -306,6 +306,10 @@ def recall_against_exact(found: Tensor, exact: Tensor) -> float:
 
     Raises:
         ValueError: If the exact search found nothing.
+
+    Examples:
+        >>> recall_against_exact(torch.tensor([[4, 7, -1]]), exact=torch.tensor([[7, 2, 4]])) == 100 * 2 / 3
+        True
     """
     counted = exact >= 0
     if not counted.any():

@@ -50,6 +50,12 @@ def recall_at(ranks: Ranks, k: int) -> float:
 
     Raises:
         ValueError: If there is no query.
+
+    Examples:
+        Four queries; the target of one is not in the gallery.
+
+        >>> recall_at([0, 12, 9, -1], 10)
+        50.0
     """
     if len(ranks) == 0:
         raise ValueError("recall of zero queries is undefined; the split or group holds no query.")
@@ -72,6 +78,17 @@ def average_precision_at(relevant_ranks: LabelledRanks, k: int) -> float:
 
     Raises:
         ValueError: If there is no query, or a query without a labelled image.
+
+    Examples:
+        Both right images are among the first three, at the ranks 0 and 2: (1/1 + 2/3) / 2.
+
+        >>> round(average_precision_at([[0, 2]], 3), 2)
+        83.33
+
+        A second query has one of its two right images at rank 1: (1/2) / 2, and the mean of both queries.
+
+        >>> round(average_precision_at([[0, 2], [1, 7]], 3), 2)
+        54.17
     """
     if len(relevant_ranks) == 0:
         raise ValueError("average precision of zero queries is undefined; the split or group holds no query.")

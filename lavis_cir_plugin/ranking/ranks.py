@@ -79,6 +79,18 @@ def rank(
 
     Raises:
         ValueError: If shapes do not fit, an index is outside the gallery, or a feature is not finite.
+
+    Examples:
+        Pictures 1 and 2 score the same, so the gallery's order decides. Without its reference, picture 0, the query
+        finds its target, picture 2, one rank earlier.
+
+        >>> query, target = torch.tensor([[1.0, 0.0]]), torch.tensor([2])
+        >>> gallery = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8]])
+        >>> rank(query, gallery, target).ranks
+        tensor([2])
+        >>> without = rank(query, gallery, target, excluded=torch.tensor([0]), top_k=2)
+        >>> without.ranks, without.top
+        (tensor([1]), tensor([[1, 2]]))
     """
     _check(query, gallery, targets, excluded, members, relevant, top_k, chunk)
     targets = targets.to(query.device)
@@ -130,6 +142,12 @@ def rerank(
 
     Raises:
         ValueError: If a query is not finite.
+
+    Examples:
+        >>> query, gallery = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]])
+        >>> scores, best = rerank(query, gallery, torch.tensor([[2, 0, -1]]), k=3)
+        >>> scores, best
+        (tensor([[0.5000, 0.0000,   -inf]], dtype=torch.float64), tensor([[ 2,  0, -1]]))
     """
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         scores = Scores(query, gallery, longest)
@@ -141,7 +159,13 @@ def rerank(
 
 
 def padded(rows: Iterable[Sequence[int]], width: int = 0) -> Tensor:
-    """Return rows of different lengths as one int64 tensor, padded with -1 to the longest row or to ``width``."""
+    """Return rows of different lengths as one int64 tensor, padded with -1 to the longest row or to ``width``.
+
+    Examples:
+        >>> padded([[5], [7, 8]])
+        tensor([[ 5, -1],
+                [ 7,  8]])
+    """
     rows = list(rows)
     width = max([width, *map(len, rows)])
     filled = [[*row, *[-1] * (width - len(row))] for row in rows]

@@ -32,6 +32,14 @@ def similarity(query: Tensor, gallery: Tensor) -> Tensor:
 
     Returns:
         Scores ``(Q, G)``, differentiable, and in [-1, 1] for features of unit length.
+
+    Examples:
+        The second picture has two features, of which the better one counts.
+
+        >>> query = torch.tensor([[1.0, 0.0]])
+        >>> gallery = torch.tensor([[[0.0, 1.0], [0.0, 1.0]], [[0.6, 0.8], [1.0, 0.0]]])
+        >>> similarity(query, gallery)
+        tensor([[0., 1.]])
     """
     if gallery.dim() == 2:
         return query @ gallery.T
@@ -176,7 +184,12 @@ def longest_feature(features: Tensor, name: str = "gallery") -> float:
 
 
 def memory_slices(total: int, limit_bytes: int, item_bytes: int) -> Iterator[slice]:
-    """Yield slices that stay under a number of bytes, each with at least one item."""
+    """Yield slices that stay under a number of bytes, each with at least one item.
+
+    Examples:
+        >>> list(memory_slices(5, limit_bytes=100, item_bytes=40))
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
     step = max(1, limit_bytes // item_bytes)
     for start in range(0, total, step):
         yield slice(start, min(start + step, total))

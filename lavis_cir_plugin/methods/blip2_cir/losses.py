@@ -20,6 +20,13 @@ def alignment_loss(sentence_prompt: Tensor, prompt_tokens: Tensor) -> Tensor:
         sentence_prompt: Query outputs Z of the first Q-Former pass, ``(B, N, H)``.
         prompt_tokens: Learned prompt P, ``(1, N, H)``; it receives no gradient.
 
+    Examples:
+        The means over N = 2 tokens are (2, 0) and (0, 0), and (2² + 0²) / 2 = 2.
+
+        >>> import torch
+        >>> alignment_loss(torch.tensor([[[1.0, 0.0], [3.0, 0.0]]]), torch.zeros(1, 2, 2))
+        tensor(2.)
+
     Source: SPRC (arXiv 2310.05473), prompt alignment.
     """
     mean_prompt = prompt_tokens.detach().mean(dim=1).expand(sentence_prompt.shape[0], -1)

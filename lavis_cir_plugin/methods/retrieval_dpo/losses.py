@@ -83,6 +83,14 @@ def reward_margins(scores: Tensor, reference_scores: Tensor | None = None) -> Te
 
     Returns:
         The margins, ``(B, K)``.
+
+    Examples:
+        The policy prefers the right image by 0.5 to the first wrong one and by 0 to the second, the reference policy
+        by 0.25 to both.
+
+        >>> scores, reference = torch.tensor([[0.75, 0.25, 0.75]]), torch.tensor([[0.5, 0.25, 0.25]])
+        >>> reward_margins(scores, reference)
+        tensor([[ 0.2500, -0.2500]])
     """
     margins = scores[:, :1] - scores[:, 1:]
     if reference_scores is None:
@@ -122,6 +130,14 @@ def preference_losses(margins: Tensor, present: Tensor, scores: Tensor, settings
 
     Returns:
         The losses, ``(B,)``; a query without a wrong image has 0.
+
+    Examples:
+        At the start of training every margin is 0, and the loss is log 2. A query without a wrong image has none.
+
+        >>> margins, present = torch.zeros(2, 1), torch.tensor([[True], [False]])
+        >>> losses = preference_losses(margins, present, torch.zeros(2, 2), PreferenceSettings())
+        >>> [round(loss, 4) for loss in losses.tolist()]
+        [0.6931, 0.0]
     """
     exponent = (settings.beta * margins).masked_fill(~present, 0)
     if settings.variant == "sdpo":

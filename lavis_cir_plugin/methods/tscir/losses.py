@@ -28,6 +28,13 @@ def soft_text_alignment_loss(
     Returns:
         A scalar >= 0, which is 0 if every caption is as similar to each sentence as to its image.
 
+    Examples:
+        >>> captions, images = torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> soft_text_alignment_loss(captions, images, images, 0.07)
+        tensor(0.)
+        >>> bool(soft_text_alignment_loss(captions, captions, images, 0.07) > 0)
+        True
+
     Source: TSCIR (arXiv 2504.17990), soft text alignment.
     """
     with torch.autocast(captions.device.type, enabled=False):
@@ -68,6 +75,18 @@ def mixed_negatives_loss(
         scaled: Whether the mixtures' scores are divided by the temperature, too. The released code does not do this
             (``False``): then a mixture's logit is at most 1, while the target's is up to 1 / temperature = 100, and the
             mixtures hardly matter.
+
+    Examples:
+        Without mixtures it is :func:`symmetric_contrastive_loss`. A mixture is a further wrong answer, which adds to
+        the loss.
+
+        >>> from lavis_cir_plugin.models.contrastive_losses import symmetric_contrastive_loss
+        >>> query, targets = torch.eye(3), torch.tensor([[0.8, 0.6, 0.0], [0.0, 1.0, 0.0], [0.0, 0.6, 0.8]])
+        >>> plain = mixed_negatives_loss(query, targets, 0.07, negatives=0)
+        >>> torch.isclose(plain, symmetric_contrastive_loss(query, targets, 0.07))
+        tensor(True)
+        >>> bool(mixed_negatives_loss(query, targets, 0.07, negatives=2) > plain)
+        True
 
     Source: TSCIR (arXiv 2504.17990), hard negatives by mixing.
     """

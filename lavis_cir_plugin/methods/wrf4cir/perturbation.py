@@ -64,7 +64,13 @@ class WeightPerturbation:
             raise ValueError("; ".join(problems) + ".")
 
     def is_active(self, epoch: int, total_epochs: int | None) -> bool:
-        """Return whether ``epoch`` (from 0) of ``total_epochs`` is perturbed."""
+        """Return whether ``epoch`` (from 0) of ``total_epochs`` is perturbed.
+
+        Examples:
+            >>> settings = WeightPerturbation(warmup_epochs=1, last_epochs=3)
+            >>> [settings.is_active(epoch, total_epochs=5) for epoch in range(5)]
+            [False, False, True, True, True]
+        """
         first = self.warmup_epochs
         if self.last_epochs is not None and total_epochs is not None:
             first = max(first, total_epochs - self.last_epochs)
@@ -174,6 +180,15 @@ def ascent_step(
 
     Returns:
         One tensor per weight, in the weight's dtype. Norms are computed in float32, in which 1e-12 does not underflow.
+
+    Examples:
+        The weight has norm 5, so a relative radius of 0.1 is a step of length 0.5 along the direction.
+
+        >>> weight, direction = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
+        >>> ascent_step([weight], [direction], 0.1)
+        [tensor([0.0000, 0.5000])]
+        >>> ascent_step([weight], [direction], 0.1, radius="absolute")
+        [tensor([0.0000, 0.1000])]
 
     Source: relative: WRF4CIR (arXiv 2604.05583), perturbation step, norms per tensor as AWP (arXiv 2004.05884);
     absolute, global: SAM (arXiv 2010.01412, equation 2); elementwise, global: ASAM (arXiv 2102.11600, equation 8).
