@@ -41,9 +41,6 @@ TODAY = {
 }
 """The present modules that hold the names of each former module."""
 
-RENAMED = {"some_of": "list_of"}
-"""Name of today for each former name that has changed."""
-
 
 def find(former: str, name: str) -> Any:
     """Return the object that a former module had under a name.
@@ -55,11 +52,10 @@ def find(former: str, name: str) -> Any:
     Raises:
         AttributeError: If no present module has the name.
     """
-    new_name = RENAMED.get(name, name)
     for today in TODAY[former] if not name.startswith("_") else ():
         module = import_module(f"{__package__}.{today}")
-        if hasattr(module, new_name):
-            return getattr(module, new_name)
+        if hasattr(module, name):
+            return getattr(module, name)
     raise AttributeError(f"module '{__package__}.{former}' has no attribute '{name}'")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
 from lavis.common.registry import registry
@@ -14,6 +14,18 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from lavis_cir_plugin.benchmarks.images import as_rgb
+from lavis_cir_plugin.core.settings import Limits, Positive, check_arguments
+
+
+def _check_scale(pair: tuple[float, float]) -> None:
+    if not 0 < pair[0] <= pair[1] <= 1:
+        raise ValueError("")
+
+
+Scale = Annotated[
+    tuple[float, float],
+    Limits(words="two numbers [least, largest] with 0 < least <= largest <= 1", check=_check_scale),
+]
 
 
 def pad_to_ratio(image: Image.Image, target_ratio: float) -> Image.Image:
@@ -53,21 +65,11 @@ class ClipTwoViewsProcessor(BlipImageBaseProcessor):
     Source: TSCIR (arXiv 2504.17990), stage I.
     """
 
-    def __init__(
-        self, image_size: int = 224, weak_scale: Sequence[float] = (0.8, 1.0), scale: Sequence[float] = (0.9, 1.0)
-    ) -> None:
+    def __init__(self, image_size: Positive = 224, weak_scale: Scale = (0.8, 1.0), scale: Scale = (0.9, 1.0)) -> None:
         super().__init__()
-        if image_size < 1:
-            raise ValueError(
-                f"clip_two_views: image_size must be >= 1, got {image_size}; change it under "
-                "datasets.<name>.vis_processor."
-            )
-        for name, pair in (("weak_scale", weak_scale), ("scale", scale)):
-            if not _is_scale(pair):
-                raise ValueError(
-                    f"clip_two_views: {name} must be two numbers [least, largest] with 0 < least <= largest <= 1, got "
-                    f"{pair}; change it under datasets.<name>.vis_processor."
-                )
+        check_arguments(
+            type(self), "vis_processor", {"image_size": image_size, "weak_scale": weak_scale, "scale": scale}
+        )
         end = [transforms.ToTensor(), self.normalize]
         weak, nearly_all = (
             transforms.RandomResizedCrop(image_size, tuple(pair), interpolation=InterpolationMode.BICUBIC)
@@ -100,14 +102,6 @@ def _picture(item: Any, processor: str) -> Image.Image:
     return as_rgb(item)
 
 
-def _is_scale(pair: Any) -> bool:
-    is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
-    if not is_pair or not all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in pair):
-        return False
-    least, largest = pair
-    return bool(0 < least <= largest <= 1)
-
-
 @registry.register_processor("target_pad")
 class TargetPadProcessor(BlipImageBaseProcessor):
     """Pads a picture, resizes its short side (bicubic), crops the centre, and normalises by CLIP's mean and deviation.
@@ -124,13 +118,9 @@ class TargetPadProcessor(BlipImageBaseProcessor):
 
     is_deterministic = True
 
-    def __init__(self, image_size: int = 224, target_ratio: float = 1.25) -> None:
+    def __init__(self, image_size: Positive = 224, target_ratio: Annotated[float, Limits(ge=1)] = 1.25) -> None:
         super().__init__()
-        if target_ratio < 1 or image_size < 1:
-            raise ValueError(
-                f"target_pad: target_ratio must be >= 1 and image_size >= 1, got {target_ratio} and {image_size}; "
-                "change them under datasets.<name>.vis_processor."
-            )
+        check_arguments(type(self), "vis_processor", {"image_size": image_size, "target_ratio": target_ratio})
         self.target_ratio = target_ratio
         self.transform = transforms.Compose(
             [

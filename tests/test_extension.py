@@ -28,8 +28,7 @@ SPLITS = ("train",)
 class ToyConfig:
     root: str
 
-def check_config(build_info):
-    config_from_mapping(ToyConfig, "toy", build_info)
+CONFIG = ToyConfig
 
 def read_train(build_info):
     root = Path(config_from_mapping(ToyConfig, "toy", build_info).root)

@@ -41,22 +41,22 @@ from lavis_cir_plugin.commands import (
     submission,
     triplets,
 )
+from lavis_cir_plugin.core.settings import settings_of
 from lavis_cir_plugin.data.tar_shards import ShardsConfig
 from lavis_cir_plugin.garments.questions import QuestionGarments
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.methods.retrieval_dpo.losses import PreferenceSettings
 from lavis_cir_plugin.methods.retrieval_dpo.mining import MiningSettings
-from lavis_cir_plugin.methods.retrieval_dpo.task import RetrievalDpoTask
 from lavis_cir_plugin.methods.tscir.composing import TscirComposing
 from lavis_cir_plugin.methods.tscir.mapping import TscirMapping
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
-from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir
 from lavis_cir_plugin.models.clip_cir import ClipCir
 from lavis_cir_plugin.report.run_log import EPOCHS, STEPS
 from lavis_cir_plugin.search.engine import SearchIndex
 from lavis_cir_plugin.training import config
 from lavis_cir_plugin.training.lora import LoraSettings
 from lavis_cir_plugin.training.resumable_runner import LAST, PREVIOUS
+from lavis_cir_plugin.training.run_settings import RUN_DEFAULTS, DatasetSection, LavisModel, LavisRun
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -153,7 +153,7 @@ def test_a_table_has_every_field_and_its_default(heading, cls):
 def test_the_model_table_has_every_keyword_and_its_default():
     written = table("`model` (arch `blip2_cir`)")
     defaults = Blip2Cir.__init__.__kwdefaults__
-    assert set(written) == {*config._MODEL_KEYS, *defaults}
+    assert set(written) == {*settings_of(LavisModel), *defaults}
     assert {key: yaml.safe_load(written[key]) for key in defaults} == defaults
 
 
@@ -170,7 +170,7 @@ def test_the_table_of_models_on_open_clip_has_every_keyword_and_its_default():
     defaults: dict[str, object] = {}
     for model in (TscirComposing, TscirMapping, ClipCir):
         defaults.update(model.__init__.__kwdefaults__)
-    assert set(written) == {*config._MODEL_KEYS, *defaults} - {"vit_pretrained"}
+    assert set(written) == {*settings_of(LavisModel), *defaults} - {"vit_pretrained"}
     stated = {key for key, default in written.items() if default != "by type" and key in defaults}
     # Of the two whose defaults differ between the stages, the cell has both.
     plain = stated - {"temperature", "loss_weights", "template"}
@@ -188,18 +188,17 @@ def test_the_table_of_models_on_open_clip_has_every_keyword_and_its_default():
 
 
 def test_the_data_set_table_has_every_key():
-    assert set(table("`datasets.<name>`")) == set(config._DATASET_KEYS)
+    assert set(table("`datasets.<name>`")) == set(settings_of(DatasetSection))
 
 
 def test_the_run_table_has_every_default_and_no_unknown_key():
     written = table("`run`")
-    readers = (RunnerWrf4Cir, RetrievalDpoTask, *config._RUN_KEY_READERS)
-    assert set(written) >= {*config.RUN_DEFAULTS, *config._TRAINING_KEYS, *(k for r in readers for k in r.RUN_KEYS)}
-    stated = {key: default for key, default in config.RUN_DEFAULTS.items() if written[key] != "set"}
+    sections = config.run_sections({"runner": "runner_wrf4cir", "task": "retrieval_dpo"})
+    read = {name for section in sections[1:] for name in settings_of(section)}
+    assert set(written) >= {*RUN_DEFAULTS, *read, "init_lr", "max_epoch", "batch_size_train"}
+    assert set(written) <= {*settings_of(LavisRun), *read}
+    stated = {key: default for key, default in RUN_DEFAULTS.items() if written[key] != "set"}
     assert {key: yaml.safe_load(written[key]) for key in stated} == stated
-    run = {key: yaml.safe_load(written[key]) for reader in readers for key in reader.RUN_KEYS if key != "adam_eps"}
-    run = {**dict.fromkeys(written), **config.RUN_DEFAULTS, **run, "task": "retrieval_dpo"}
-    assert list(config._run_names(OmegaConf.create({**run, "runner": "runner_wrf4cir"}))) == []
 
 
 @pytest.mark.parametrize(
@@ -220,8 +219,8 @@ def test_the_relatives_of_the_method_card_are_allowed_and_named(values):
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.split()[1])
 def test_every_yaml_block_is_valid(block):
-    run = {**config.RUN_DEFAULTS, "task": "composed_retrieval", **yaml.safe_load(block)["run"]}
-    assert list(config._run_names(OmegaConf.create(run))) == []
+    run = {**RUN_DEFAULTS, "task": "composed_retrieval", **yaml.safe_load(block)["run"]}
+    assert list(config.run_problems(run)) == []
 
 
 COMMANDS = [

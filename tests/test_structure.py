@@ -152,7 +152,7 @@ FORMER = {
     "lavis_cir_plugin.processors": ["TargetPadProcessor", "ClipTwoViewsProcessor"],
     "lavis_cir_plugin.benchmarks.benchmark": [
         "Triplet", "Query", "Group", "Benchmark", "read_json", "read_records", "config_from_mapping", "drawn_like",
-        "did_you_mean", "some_of",
+        "did_you_mean",
     ],
     "lavis_cir_plugin.benchmarks.fashioniq": ["read_train", "read_benchmark"],
     "lavis_cir_plugin.models.blip2_cir": ["Blip2Cir", "load_tokenizer"],

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Optional
 
 from lavis_cir_plugin.benchmarks.annotation_files import read_records, record_error
 from lavis_cir_plugin.benchmarks.images import Spelling, image_folders, scan_tree, select_images
@@ -38,7 +38,7 @@ from lavis_cir_plugin.benchmarks.json_lines import (
 )
 from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, current_survey, scan_once
 from lavis_cir_plugin.benchmarks.types import first_or_drawn, only_complete
-from lavis_cir_plugin.core.settings import at_least, config_from_mapping, one_of
+from lavis_cir_plugin.core.settings import File, Folder, NotNegative, Positive, Section
 
 SPLITS = ("train",)
 
@@ -49,7 +49,7 @@ _NAME_THE_FILE = (
 
 
 @dataclass(frozen=True)
-class CaptionsConfig:
+class CaptionsConfig(Section):
     """Keys of ``datasets.image_captions.build_info``.
 
     Attributes:
@@ -62,18 +62,15 @@ class CaptionsConfig:
         verify_images: Whether to check every image file before the run.
     """
 
-    root: str
-    annotations: str | None = None
-    images: str | None = None
-    max_images: int | None = at_least(1)
-    seed: int | None = at_least(0)
-    missing_images: str = one_of("error", "skip")
-    verify_images: bool = False
+    WHERE = "datasets.image_captions.build_info"
 
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> CaptionsConfig:
-        """Build the config; raise ValueError that names every unknown key and impossible value."""
-        return config_from_mapping(cls, "image_captions", mapping)
+    root: Folder
+    annotations: Optional[File] = None
+    images: Optional[Folder] = None
+    max_images: Optional[Positive] = None
+    seed: Optional[NotNegative] = None
+    missing_images: Literal["error", "skip"] = "error"
+    verify_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,13 +86,8 @@ class CaptionedImage:
     captions: tuple[str, ...]
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading files.
-
-    Raises:
-        ValueError: If keys are unknown or values impossible. The message names all of them.
-    """
-    CaptionsConfig.from_mapping(config)
+CONFIG = CaptionsConfig
+"""Section ``build_info`` of the config."""
 
 
 def image_folder(config: Mapping[str, Any]) -> Path:

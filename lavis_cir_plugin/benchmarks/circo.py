@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 from lavis_cir_plugin.benchmarks.annotation_files import (
     find_annotation,
@@ -39,7 +39,7 @@ from lavis_cir_plugin.benchmarks.types import (
     without_missing,
 )
 from lavis_cir_plugin.core.error_messages import listed, shown
-from lavis_cir_plugin.core.settings import config_from_mapping, is_text, one_of
+from lavis_cir_plugin.core.settings import Folder, Section, is_text, one_of
 from lavis_cir_plugin.ranking.metrics import HasRanks, as_lists, average_precision_at, recall_at
 
 if TYPE_CHECKING:
@@ -75,10 +75,11 @@ _TEXTS = {
 }
 
 logger = logging.getLogger(__name__)
+_SELECTION_METRICS = tuple(f"{metric}@{k}" for metric in ("mAP", "Recall") for k in CUTOFFS)
 
 
 @dataclass(frozen=True)
-class CIRCOConfig:
+class CIRCOConfig(Section):
     """Keys of ``datasets.circo.build_info``.
 
     Attributes:
@@ -95,19 +96,16 @@ class CIRCOConfig:
         verify_images: Whether to check every image file before the run.
     """
 
-    root: str
-    annotations: str | None = None
-    images: str | None = None
-    text: str = one_of(*_TEXTS)
-    reference: str = one_of("kept", "removed")
-    selection_metric: str = one_of(*(f"{metric}@{k}" for metric in ("mAP", "Recall") for k in CUTOFFS))
-    missing_images: str = one_of("error", "skip")
-    verify_images: bool = False
+    WHERE = "datasets.circo.build_info"
 
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> CIRCOConfig:
-        """Build the config; raise ValueError that names every unknown key and impossible value."""
-        return config_from_mapping(cls, "circo", mapping)
+    root: Folder
+    annotations: Optional[Folder] = None
+    images: Optional[Folder] = None
+    text: Annotated[str, one_of(_TEXTS)] = "relative"
+    reference: Literal["kept", "removed"] = "kept"
+    selection_metric: Annotated[str, one_of(_SELECTION_METRICS)] = "mAP@5"
+    missing_images: Literal["error", "skip"] = "error"
+    verify_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,13 +121,8 @@ class _Record:
     aspects: tuple[str, ...]
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading files.
-
-    Raises:
-        ValueError: If keys are unknown or values impossible. The message names all of them.
-    """
-    CIRCOConfig.from_mapping(config)
+CONFIG = CIRCOConfig
+"""Section ``build_info`` of the config."""
 
 
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from statistics import fmean, harmonic_mean
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, cast
 
 from lavis_cir_plugin.benchmarks.annotation_files import (
     find_annotation,
@@ -41,7 +41,7 @@ from lavis_cir_plugin.benchmarks.types import (
     without_missing,
 )
 from lavis_cir_plugin.core.error_messages import listed, shown
-from lavis_cir_plugin.core.settings import config_from_mapping, is_text, one_of
+from lavis_cir_plugin.core.settings import Folder, Section, is_text, one_of
 from lavis_cir_plugin.ranking.metrics import HasRanks, LabelledRanks, as_lists, recall_at
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CIRRConfig:
+class CIRRConfig(Section):
     """Keys of ``datasets.cirr.build_info``.
 
     Attributes:
@@ -99,27 +99,19 @@ class CIRRConfig:
         verify_images: Whether to check every image file before the run.
     """
 
-    root: str
-    annotations: str | None = None
-    images: str | None = None
-    labels: str = one_of(*_LABELS)
-    selection_metric: str = one_of("mean", *_SEVEN, *_MEANS_OF_SEVEN)
-    missing_images: str = one_of("error", "skip")
+    WHERE = "datasets.cirr.build_info"
+
+    root: Folder
+    annotations: Optional[Folder] = None
+    images: Optional[Folder] = None
+    labels: Annotated[str, one_of(_LABELS)] = "hard"
+    selection_metric: Annotated[str, one_of(("mean", *_SEVEN, *_MEANS_OF_SEVEN))] = "mean"
+    missing_images: Literal["error", "skip"] = "error"
     verify_images: bool = False
 
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> CIRRConfig:
-        """Build the config; raise ValueError that names every unknown key and impossible value."""
-        return config_from_mapping(cls, "cirr", mapping)
 
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading files.
-
-    Raises:
-        ValueError: If keys are unknown or values impossible. The message names all of them.
-    """
-    CIRRConfig.from_mapping(config)
+CONFIG = CIRRConfig
+"""Section ``build_info`` of the config."""
 
 
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:

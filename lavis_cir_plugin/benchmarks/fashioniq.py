@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 from lavis_cir_plugin.benchmarks.annotation_files import (
     find_annotation,
@@ -58,7 +58,7 @@ from lavis_cir_plugin.benchmarks.types import (
     without_missing,
 )
 from lavis_cir_plugin.core.error_messages import shown
-from lavis_cir_plugin.core.settings import config_from_mapping, is_text, list_of, one_of
+from lavis_cir_plugin.core.settings import Folder, Limits, Section, is_text, one_of
 from lavis_cir_plugin.ranking.metrics import HasRanks, recall_at
 
 if TYPE_CHECKING:
@@ -103,8 +103,11 @@ def metric_names(categories: Iterable[str] = _CATEGORIES, average: str = "per_qu
     return names + [name for prefix in means for name in (*(f"{prefix}R@{k}" for k in CUTOFFS), f"{prefix}mean")]
 
 
+_SELECTION_METRICS = ("mean", *(name for name in metric_names((*_CATEGORIES, _MERGED)) if name != "mean"))
+
+
 @dataclass(frozen=True)
-class FashionIQConfig:
+class FashionIQConfig(Section):
     """Keys of ``datasets.fashioniq.build_info``.
 
     Attributes:
@@ -129,24 +132,26 @@ class FashionIQConfig:
         verify_images: Whether to check every image file before the run.
     """
 
-    root: str
-    annotations: str | None = None
-    images: str | None = None
-    categories: tuple[str, ...] = list_of(*_CATEGORIES, others=[_MERGED])
-    protocol: str = one_of(*PROTOCOLS)
-    gallery: str = one_of("original", "val")
-    reference: str = one_of("kept", "removed")
-    captions: str = one_of(*_CAPTION_MODES)
-    average: str = one_of("per_category", "per_query")
-    selection_metric: str = one_of("mean", *(name for name in metric_names((*_CATEGORIES, _MERGED)) if name != "mean"))
-    training_text: str = one_of("random4", "and")
-    missing_images: str = one_of("error", "skip")
+    WHERE = "datasets.fashioniq.build_info"
+
+    root: Folder
+    annotations: Optional[Folder] = None
+    images: Optional[Folder] = None
+    categories: Annotated[tuple[str, ...], Limits(choices=(*_CATEGORIES, _MERGED), distinct=True)] = _CATEGORIES
+    protocol: Annotated[str, one_of(PROTOCOLS)] = "clip4cir"
+    gallery: Literal["original", "val"] = "original"
+    reference: Literal["kept", "removed"] = "kept"
+    captions: Annotated[str, one_of(_CAPTION_MODES)] = "and"
+    average: Literal["per_category", "per_query"] = "per_category"
+    selection_metric: Annotated[str, one_of(_SELECTION_METRICS)] = "mean"
+    training_text: Literal["random4", "and"] = "random4"
+    missing_images: Literal["error", "skip"] = "error"
     verify_images: bool = False
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> FashionIQConfig:
         """Build the config; raise ValueError that names every unknown key and impossible value."""
-        given = config_from_mapping(cls, "fashioniq", mapping)
+        given = super().from_mapping(mapping)
         chosen = dict(zip(_PROTOCOL_KEYS, PROTOCOLS[given.protocol]))
         free: dict[str, Any] = {key: value for key, value in chosen.items() if key not in mapping}
         settings = replace(given, **free)
@@ -175,13 +180,8 @@ class _Category:
     split: list[str]
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading files.
-
-    Raises:
-        ValueError: If keys are unknown or values impossible. The message names all of them.
-    """
-    FashionIQConfig.from_mapping(config)
+CONFIG = FashionIQConfig
+"""Section ``build_info`` of the config."""
 
 
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:

@@ -31,7 +31,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, Optional
 
 from lavis_cir_plugin.benchmarks.annotation_files import find_annotation, read_json, record_error
 from lavis_cir_plugin.benchmarks.images import find_images, image_folders
@@ -39,7 +39,7 @@ from lavis_cir_plugin.benchmarks.json_lines import Refusal, one_text
 from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, train_in_cirr_project
 from lavis_cir_plugin.benchmarks.types import Triplet, complete_triplets, first_or_drawn
 from lavis_cir_plugin.core.error_messages import listed, shown
-from lavis_cir_plugin.core.settings import at_least, config_from_mapping, is_text, one_of
+from lavis_cir_plugin.core.settings import File, Folder, NotNegative, Positive, Section, is_text
 
 SPLITS = ("train",)
 
@@ -48,7 +48,7 @@ _DIGITS = 7
 
 
 @dataclass(frozen=True)
-class LaionCIRConfig:
+class LaionCIRConfig(Section):
     """Keys of ``datasets.laion_cir.build_info``.
 
     Attributes:
@@ -64,29 +64,21 @@ class LaionCIRConfig:
         verify_images: Whether to check every image file before the run.
     """
 
-    root: str
-    annotations: str | None = None
-    images: str | None = None
-    variant: str = one_of("combined", "template", "llm")
-    reference_captions: str | None = None
-    max_triplets: int | None = at_least(1)
-    seed: int | None = at_least(0)
-    missing_images: str = one_of("error", "skip")
+    WHERE = "datasets.laion_cir.build_info"
+
+    root: Folder
+    annotations: Optional[Folder] = None
+    images: Optional[Folder] = None
+    variant: Literal["combined", "template", "llm"] = "combined"
+    reference_captions: Optional[File] = None
+    max_triplets: Optional[Positive] = None
+    seed: Optional[NotNegative] = None
+    missing_images: Literal["error", "skip"] = "error"
     verify_images: bool = False
 
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> LaionCIRConfig:
-        """Build the config; raise ValueError that names every unknown key and impossible value."""
-        return config_from_mapping(cls, "laion_cir", mapping)
 
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading files.
-
-    Raises:
-        ValueError: If keys are unknown or values impossible. The message names all of them.
-    """
-    LaionCIRConfig.from_mapping(config)
+CONFIG = LaionCIRConfig
+"""Section ``build_info`` of the config."""
 
 
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:

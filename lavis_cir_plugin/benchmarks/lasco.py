@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, Optional
 
 from lavis_cir_plugin.benchmarks.annotation_files import (
     find_annotation,
@@ -48,7 +48,7 @@ from lavis_cir_plugin.benchmarks.types import (
     without_missing,
 )
 from lavis_cir_plugin.core.error_messages import shown
-from lavis_cir_plugin.core.settings import at_least, config_from_mapping, one_of
+from lavis_cir_plugin.core.settings import Folder, NotNegative, Positive, Section
 from lavis_cir_plugin.ranking.metrics import HasRanks, recall_at
 
 SPLITS = ("train", "val")
@@ -61,7 +61,7 @@ _CORPUS = "lasco_val_corpus.json"
 
 
 @dataclass(frozen=True)
-class LaSCoConfig:
+class LaSCoConfig(Section):
     """Keys of ``datasets.lasco.build_info``.
 
     Attributes:
@@ -76,20 +76,17 @@ class LaSCoConfig:
         verify_images: Whether to check every image file before the run.
     """
 
-    root: str
-    annotations: str | None = None
-    images: str | None = None
-    reference: str = one_of("removed", "kept")
-    selection_metric: str = one_of("R@10", "R@1", "R@5", "R@50")
-    max_triplets: int | None = at_least(1)
-    seed: int | None = at_least(0)
-    missing_images: str = one_of("error", "skip")
-    verify_images: bool = False
+    WHERE = "datasets.lasco.build_info"
 
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> LaSCoConfig:
-        """Build the config; raise ValueError that names every unknown key and impossible value."""
-        return config_from_mapping(cls, "lasco", mapping)
+    root: Folder
+    annotations: Optional[Folder] = None
+    images: Optional[Folder] = None
+    reference: Literal["removed", "kept"] = "removed"
+    selection_metric: Literal["R@10", "R@1", "R@5", "R@50"] = "R@10"
+    max_triplets: Optional[Positive] = None
+    seed: Optional[NotNegative] = None
+    missing_images: Literal["error", "skip"] = "error"
+    verify_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,13 +97,8 @@ class _Record:
     target: str
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading files.
-
-    Raises:
-        ValueError: If keys are unknown or values impossible. The message names all of them.
-    """
-    LaSCoConfig.from_mapping(config)
+CONFIG = LaSCoConfig
+"""Section ``build_info`` of the config."""
 
 
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:

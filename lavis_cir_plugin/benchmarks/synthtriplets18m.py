@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, Optional
 
 from lavis_cir_plugin.benchmarks.annotation_files import read_json
 from lavis_cir_plugin.benchmarks.images import scan_images, select_images
@@ -29,7 +29,7 @@ from lavis_cir_plugin.benchmarks.json_lines import image_path, line_error, one_t
 from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, current_survey, scan_once, train_in_cirr_project
 from lavis_cir_plugin.benchmarks.types import Triplet, complete_triplets, first_or_drawn
 from lavis_cir_plugin.core.error_messages import shown
-from lavis_cir_plugin.core.settings import at_least, config_from_mapping, one_of
+from lavis_cir_plugin.core.settings import File, Folder, NotNegative, Positive, Section
 
 SPLITS = ("train",)
 
@@ -37,7 +37,7 @@ _SOURCE, _TARGET = ".source_image", ".target_image"
 
 
 @dataclass(frozen=True)
-class SynthTriplets18MConfig:
+class SynthTriplets18MConfig(Section):
     """Keys of ``datasets.synthtriplets18m.build_info``.
 
     Attributes:
@@ -52,26 +52,18 @@ class SynthTriplets18MConfig:
         verify_images: Whether to check every image file before the run.
     """
 
-    root: str
-    ids: str | None = None
-    max_triplets: int | None = at_least(1)
-    seed: int | None = at_least(0)
-    missing_images: str = one_of("error", "skip")
+    WHERE = "datasets.synthtriplets18m.build_info"
+
+    root: Folder
+    ids: Optional[File] = None
+    max_triplets: Optional[Positive] = None
+    seed: Optional[NotNegative] = None
+    missing_images: Literal["error", "skip"] = "error"
     verify_images: bool = False
 
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> SynthTriplets18MConfig:
-        """Build the config; raise ValueError that names every unknown key and impossible value."""
-        return config_from_mapping(cls, "synthtriplets18m", mapping)
 
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading files.
-
-    Raises:
-        ValueError: If keys are unknown or values impossible. The message names all of them.
-    """
-    SynthTriplets18MConfig.from_mapping(config)
+CONFIG = SynthTriplets18MConfig
+"""Section ``build_info`` of the config."""
 
 
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:

@@ -46,7 +46,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 from lavis_cir_plugin.benchmarks.images import Spelling, image_folders, scan_tree, select_images
 from lavis_cir_plugin.benchmarks.json_lines import (
@@ -77,7 +77,7 @@ from lavis_cir_plugin.benchmarks.types import (
     without_missing,
 )
 from lavis_cir_plugin.core.error_messages import shown
-from lavis_cir_plugin.core.settings import at_least, config_from_mapping, is_text, one_of
+from lavis_cir_plugin.core.settings import Folder, NotNegative, Positive, Section, is_text, one_of
 from lavis_cir_plugin.ranking.metrics import HasRanks, as_lists, average_precision_at, recall_at
 
 if TYPE_CHECKING:
@@ -100,10 +100,11 @@ _METRICS = (
     *(f"mAP@{k}" for k in PRECISION_CUTOFFS),
     *(f"R_subset@{k}" for k in SUBSET_CUTOFFS),
 )
+_SELECTION_METRICS = ("R@10", *(name for name in _METRICS if name != "R@10"))
 
 
 @dataclass(frozen=True)
-class TripletsConfig:
+class TripletsConfig(Section):
     """Keys of ``datasets.triplets.build_info``.
 
     Attributes:
@@ -117,19 +118,16 @@ class TripletsConfig:
         verify_images: Whether to check every image file before the run.
     """
 
-    root: str
-    images: str | None = None
-    reference: str = one_of("removed", "kept")
-    selection_metric: str = one_of("R@10", *(name for name in _METRICS if name != "R@10"))
-    max_triplets: int | None = at_least(1)
-    seed: int | None = at_least(0)
-    missing_images: str = one_of("error", "skip")
-    verify_images: bool = False
+    WHERE = "datasets.triplets.build_info"
 
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> TripletsConfig:
-        """Build the config; raise ValueError that names every unknown key and impossible value."""
-        return config_from_mapping(cls, "triplets", mapping)
+    root: Folder
+    images: Optional[Folder] = None
+    reference: Literal["removed", "kept"] = "removed"
+    selection_metric: Annotated[str, one_of(_SELECTION_METRICS)] = "R@10"
+    max_triplets: Optional[Positive] = None
+    seed: Optional[NotNegative] = None
+    missing_images: Literal["error", "skip"] = "error"
+    verify_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,13 +145,8 @@ class _Record:
         return (self.reference, *self.targets, *self.members)
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading files.
-
-    Raises:
-        ValueError: If keys are unknown or values impossible. The message names all of them.
-    """
-    TripletsConfig.from_mapping(config)
+CONFIG = TripletsConfig
+"""Section ``build_info`` of the config."""
 
 
 def image_folder(config: Mapping[str, Any]) -> Path:

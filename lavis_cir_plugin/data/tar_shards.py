@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Optional, Union
 
 import numpy as np
 from braceexpand import braceexpand
@@ -29,7 +29,7 @@ from lavis_cir_plugin.benchmarks.json_lines import one_or_more_texts, one_text
 from lavis_cir_plugin.benchmarks.types import first_or_drawn
 from lavis_cir_plugin.core.atomic_files import replacing
 from lavis_cir_plugin.core.error_messages import listed, shown
-from lavis_cir_plugin.core.settings import at_least, config_from_mapping
+from lavis_cir_plugin.core.settings import Folder, Limits, NotNegative, Positive, Section
 
 SPLITS = ("train",)
 
@@ -39,8 +39,13 @@ _CHUNK = 2**20
 logger = logging.getLogger(__name__)
 
 
+def _check_listed(patterns: str | tuple[str, ...]) -> None:
+    if not patterns:
+        raise ValueError("")
+
+
 @dataclass(frozen=True)
-class ShardsConfig:
+class ShardsConfig(Section):
     """Keys of ``datasets.caption_shards.build_info``.
 
     Attributes:
@@ -52,20 +57,15 @@ class ShardsConfig:
         seed: Seed of that draw. A smaller draw is part of every larger draw of the same seed.
     """
 
-    root: str
-    shards: str | tuple[str, ...] | None = None
+    WHERE = "datasets.caption_shards.build_info"
+
+    root: Folder
+    shards: Optional[
+        Annotated[Union[str, tuple[str, ...]], Limits(words="a path or a list of paths", check=_check_listed)]
+    ] = None
     skip_broken: bool = False
-    max_images: int | None = at_least(1)
-    seed: int | None = at_least(0)
-
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> ShardsConfig:
-        """Build the configuration.
-
-        Raises:
-            ValueError: If keys are unknown or values impossible; the message names all of them.
-        """
-        return config_from_mapping(cls, "caption_shards", mapping)
+    max_images: Optional[Positive] = None
+    seed: Optional[NotNegative] = None
 
     def paths(self) -> list[Path]:
         """Return the paths of the shards, in the order of the patterns.
@@ -112,13 +112,8 @@ class Member:
     size: int
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Check the keys and values of a ``build_info`` without reading any file.
-
-    Raises:
-        ValueError: If keys are unknown or values impossible; the message names all of them.
-    """
-    ShardsConfig.from_mapping(config)
+CONFIG = ShardsConfig
+"""Section ``build_info`` of the config."""
 
 
 class CaptionedShards:

@@ -19,10 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lavis_cir_plugin.core.settings import Positive, Section
+
 from .attributes import ATTRIBUTES, DISTINCT_CATEGORIES, VALUES, Garment, draw_new, edited, sample, sample_photo
 from .ground_truth import Gallery
 from .wording import Phrase, choose_phrases, phrases, predicate, shared_concept, tokens
-from .world import World, check_drawing, check_types, explain_full_disk, write_json, write_pictures
+from .world import Pixels, World, explain_full_disk, write_json, write_pictures
 
 GENERATOR_VERSION = 1
 """Version in the cache key. Raise it whenever the written files change."""
@@ -62,35 +64,38 @@ _ATTEMPTS_PER_QUERY = 200
 
 
 @dataclass(frozen=True)
-class CIRCOGarments:
+class CIRCOGarments(Section):
     """Sizes of a drawn world in CIRCO's files.
 
-    seed: determines everything. images: number of images in the gallery, more than the queries of either split.
-    val_queries, test_queries: >= 1; each query of a split has another reference. image_width, image_height: pixels,
-    >= 32.
+    Attributes:
+        seed: Seed of everything.
+        images: Number of images in the gallery, more than the queries of either split.
+        val_queries, test_queries: Number of queries of the split, each with another reference.
+        image_width, image_height: Pixels of a picture.
 
     CIRCO's own size is images=123403, val_queries=220, test_queries=800.
 
     Raises:
-        ValueError: If a value is outside these ranges.
+        ValueError: If a value is not allowed; the message has one line for each.
     """
 
-    seed: int = 0
-    images: int = 800
-    val_queries: int = 220
-    test_queries: int = 80
-    image_width: int = 96
-    image_height: int = 120
+    WHERE = "garments"
 
-    def __post_init__(self) -> None:
-        check_types(self)
+    seed: int = 0
+    images: Positive = 800
+    val_queries: Positive = 220
+    test_queries: Positive = 80
+    image_width: Pixels = 96
+    image_height: Pixels = 120
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield a sentence per split with more queries than images."""
         for split in SPLITS:
-            if not 1 <= self.queries(split) < self.images:
-                raise ValueError(
-                    f"garments: {split}_queries must be at least 1 and less than images = {self.images}, "
-                    f"got {self.queries(split)}."
+            if self.queries(split) >= self.images:
+                yield (
+                    f"garments.{split}_queries must be less than garments.images: {self.images}, got "
+                    f"{self.queries(split)}."
                 )
-        check_drawing(self.image_width, self.image_height)
 
     def queries(self, split: str) -> int:
         """Return the number of queries of a split."""

@@ -12,12 +12,14 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from lavis_cir_plugin.core.settings import Limits, Positive, Section
 
 from .attributes import DISTINCT_CATEGORIES, Garment, draw_new, edited, sample, sample_photo, varying_attributes
 from .ground_truth import Gallery, is_answer
 from .wording import Phrase, choose_phrases, edit_sentence, phrases
-from .world import World, check_drawing, check_types, explain_full_disk, write_json, write_pictures
+from .world import HeldOut, Pixels, World, explain_full_disk, write_json, write_pictures
 
 GENERATOR_VERSION = 1
 """Version in the cache key. Raise it whenever the written files change."""
@@ -39,38 +41,32 @@ _WORDINGS = 4
 
 
 @dataclass(frozen=True)
-class CIRRGarments:
+class CIRRGarments(Section):
     """Sizes of a drawn world in CIRR's files.
 
-    seed: determines everything. train_sets, val_sets, test_sets: number of image sets of six images each, >= 1.
-    queries_per_set: largest number of queries in a set, 1 to 9. image_width, image_height: pixels, >= 32. held_out:
-    expected share, in [0, 0.5], of the (colour, pattern, sleeve) combinations that training never shows.
+    Attributes:
+        seed: Seed of everything.
+        train_sets, val_sets, test_sets: Number of image sets of the split, of six images each.
+        queries_per_set: Largest number of queries of an image set.
+        image_width, image_height: Pixels of a picture.
+        held_out: Expected share of the (colour, pattern, sleeve) combinations that training never shows.
 
     CIRR's own size is about train_sets=2823, val_sets=383, test_sets=386 (by images), queries_per_set=9.
 
     Raises:
-        ValueError: If a value is outside these ranges.
+        ValueError: If a value is not allowed; the message has one line for each.
     """
 
-    seed: int = 0
-    train_sets: int = 450
-    val_sets: int = 60
-    test_sets: int = 20
-    queries_per_set: int = 7
-    image_width: int = 96
-    image_height: int = 120
-    held_out: float = 0.2
+    WHERE = "garments"
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("train_sets", "val_sets", "test_sets"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"garments: {name} must be at least 1, got {getattr(self, name)}.")
-        if not 1 <= self.queries_per_set <= MAX_QUERIES_PER_SET:
-            raise ValueError(
-                f"garments: queries_per_set must lie in 1..{MAX_QUERIES_PER_SET}, got {self.queries_per_set}."
-            )
-        check_drawing(self.image_width, self.image_height, self.held_out)
+    seed: int = 0
+    train_sets: Positive = 450
+    val_sets: Positive = 60
+    test_sets: Positive = 20
+    queries_per_set: Annotated[int, Limits(ge=1, le=MAX_QUERIES_PER_SET)] = 7
+    image_width: Pixels = 96
+    image_height: Pixels = 120
+    held_out: HeldOut = 0.2
 
     def sets(self, split: str) -> int:
         """Return the number of image sets of a split."""

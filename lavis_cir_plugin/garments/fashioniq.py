@@ -9,12 +9,16 @@ picture nor the text alone finds the target.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
+
+from lavis_cir_plugin.core.settings import Positive, Section
 
 from .attributes import CATEGORIES, Garment, draw_new, edited, sample, sample_photo, varying_attributes
 from .wording import captions, phrases
-from .world import World, check_drawing, check_types, explain_full_disk, write_json, write_pictures
+from .world import HeldOut, Pixels, World, explain_full_disk, write_json, write_pictures
 
 GENERATOR_VERSION = 1
 """Version in the cache key. Raise it whenever the written files change."""
@@ -27,44 +31,47 @@ _EDITS = {1: 3, 2: 5, 3: 2}
 
 
 @dataclass(frozen=True)
-class FashionIQGarments:
-    """Sizes of a drawn world in FashionIQ's files. All counts are per category (dress, shirt, toptee).
+class FashionIQGarments(Section):
+    """Sizes of a drawn world in FashionIQ's files; counts are per category.
 
-    seed: determines everything. train_triplets: less than train_images, and every target occurs once; val and test
-    follow the same rules. Images that are neither target nor reference are distractors. image_width, image_height:
-    pixels, >= 32. image_suffix: ".jpg" or ".png". held_out: expected share, in [0, 0.5], of the (colour, pattern,
-    sleeve) combinations that training never shows.
+    Attributes:
+        seed: Seed of everything.
+        train_triplets: Number of training triplets, less than ``train_images``; every target occurs once.
+        val_queries: Number of validation queries, less than ``val_images``.
+        test_queries: Number of test queries, less than ``test_images``.
+        train_images, val_images, test_images: Number of images of the split, among them distractors, which are neither
+            target nor reference.
+        image_width, image_height: Pixels of a picture.
+        image_suffix: Format of the image files.
+        held_out: Expected share of the (colour, pattern, sleeve) combinations that training never shows.
 
     FashionIQ's own size is about train_images=15537, train_triplets=6000, val_images=5179, val_queries=2005.
 
     Raises:
-        ValueError: If a value is outside these ranges.
+        ValueError: If a value is not allowed; the message has one line for each.
     """
 
-    seed: int = 0
-    train_triplets: int = 1000
-    train_images: int = 1040
-    val_queries: int = 275
-    val_images: int = 400
-    test_queries: int = 100
-    test_images: int = 120
-    image_width: int = 144
-    image_height: int = 180
-    image_suffix: str = ".jpg"
-    held_out: float = 0.2
+    WHERE = "garments"
 
-    def __post_init__(self) -> None:
-        check_types(self)
+    seed: int = 0
+    train_triplets: Positive = 1000
+    train_images: Positive = 1040
+    val_queries: Positive = 275
+    val_images: Positive = 400
+    test_queries: Positive = 100
+    test_images: Positive = 120
+    image_width: Pixels = 144
+    image_height: Pixels = 180
+    image_suffix: Literal[".jpg", ".png"] = ".jpg"
+    held_out: HeldOut = 0.2
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield a sentence per split with more queries than images."""
         for split in SPLITS:
             queries, images = self.counts(split)
-            if not 0 < queries < images:
+            if queries >= images:
                 name = "train_triplets" if split == "train" else f"{split}_queries"
-                raise ValueError(
-                    f"garments: {name} must be at least 1 and less than {split}_images = {images}, got {queries}."
-                )
-        check_drawing(self.image_width, self.image_height, self.held_out)
-        if self.image_suffix not in (".jpg", ".png"):
-            raise ValueError(f"garments: image_suffix must be '.jpg' or '.png', got {self.image_suffix!r}.")
+                yield f"garments.{name} must be less than garments.{split}_images: {images}, got {queries}."
 
     def counts(self, split: str) -> tuple[int, int]:
         """Return the numbers of queries (triplets in training) and of images of a split, per category."""

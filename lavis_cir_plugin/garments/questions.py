@@ -10,11 +10,13 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from lavis_cir_plugin.core.settings import Positive, Section, one_of
 
 from .attributes import CATEGORIES, COLOURS, Garment, attributes, is_held_out, sample
 from .wording import description, full_description, tokens
-from .world import World, check_types, explain_full_disk, write_json, write_pictures
+from .world import HeldOut, Pixels, World, explain_full_disk, write_json, write_pictures
 
 GENERATOR_VERSION = 1
 """Version in the cache key. Raise it whenever the written files change."""
@@ -30,37 +32,31 @@ _ANNOTATORS = 10
 
 
 @dataclass(frozen=True)
-class QuestionGarments:
+class QuestionGarments(Section):
     """Sizes of a drawn world with questions and captions.
 
-    seed: determines everything. train_images, val_images: number of pictures of all categories together, >= 1.
-    captions_per_image: >= 1. captions: "short" (`description`) or "full" (`full_description`). image_width,
-    image_height: pixels, >= 32. held_out: expected share, in [0, 0.5], of the (colour, pattern, sleeve) combinations
-    that training never shows.
+    Attributes:
+        seed: Seed of everything.
+        train_images, val_images: Number of pictures of the split, each of another garment.
+        captions_per_image: Number of descriptions of a picture.
+        captions: What a description says: colour, pattern and two details (``short``), or up to five (``full``).
+        image_width, image_height: Pixels of a picture.
+        held_out: Expected share of the (colour, pattern, sleeve) combinations that training never shows.
 
     Raises:
-        ValueError: If a value is outside these ranges.
+        ValueError: If a value is not allowed; the message has one line for each.
     """
 
-    seed: int = 0
-    train_images: int = 3000
-    val_images: int = 600
-    captions_per_image: int = 5
-    captions: str = "short"
-    image_width: int = 64
-    image_height: int = 80
-    held_out: float = 0.2
+    WHERE = "garments"
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        least = {"train_images": 1, "val_images": 1, "captions_per_image": 1, "image_width": 32, "image_height": 32}
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"garments: {name} must be at least {minimum}, got {getattr(self, name)}.")
-        if not 0 <= self.held_out <= 0.5:
-            raise ValueError(f"garments: held_out must lie in [0, 0.5], got {self.held_out}.")
-        if self.captions not in DESCRIPTIONS:
-            raise ValueError(f"garments: captions must be {' or '.join(DESCRIPTIONS)}, got {self.captions!r}.")
+    seed: int = 0
+    train_images: Positive = 3000
+    val_images: Positive = 600
+    captions_per_image: Positive = 5
+    captions: Annotated[str, one_of(DESCRIPTIONS)] = "short"
+    image_width: Pixels = 64
+    image_height: Pixels = 80
+    held_out: HeldOut = 0.2
 
 
 @dataclass(frozen=True)

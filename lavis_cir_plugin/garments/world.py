@@ -16,13 +16,14 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lavis_cir_plugin.core.locks import SYSTEM_HAS_LOCKS, hold_lock
+from lavis_cir_plugin.core.settings import Limits
 from lavis_cir_plugin.core.workers import worker_setup
 
 from .attributes import Garment
@@ -37,31 +38,8 @@ def digest(settings: object) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_types(config: Any) -> None:
-    """Check that every field of a config dataclass has the type of its default; a float field also takes integers.
-
-    Raises:
-        ValueError: If a field has another type.
-    """
-    words = {int: "a whole number", float: "a number", str: "text"}
-    for field in fields(config):
-        value, kind = getattr(config, field.name), type(field.default)
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-            raise ValueError(f"garments: {field.name} must be {words[kind]}, got {value!r}.")
-
-
-def check_drawing(image_width: int, image_height: int, held_out: float = 0.0) -> None:
-    """Check the settings that all worlds have: the size of the pictures and the held-out share of combinations.
-
-    Raises:
-        ValueError: If a side is below 32 pixels or the share is outside [0, 0.5].
-    """
-    if min(image_width, image_height) < 32:
-        raise ValueError(
-            f"garments: image_width and image_height must be at least 32 pixels, got {image_width} x {image_height}."
-        )
-    if not 0 <= held_out <= 0.5:
-        raise ValueError(f"garments: held_out must lie in [0, 0.5], got {held_out}.")
+Pixels = Annotated[int, Limits(ge=32)]
+HeldOut = Annotated[float, Limits(ge=0, le=0.5)]
 
 
 def write_json(path: Path, content: object) -> None:

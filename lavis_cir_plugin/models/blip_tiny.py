@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Optional
 
 from lavis.common.registry import registry
 from lavis.models.blip_models.blip import BertTokenizer
@@ -18,8 +18,8 @@ from lavis.models.vit import VisionTransformerEncoder
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
-from lavis_cir_plugin.core.error_messages import did_you_mean
-from lavis_cir_plugin.models.tokenizer import load_tokenizer
+from lavis_cir_plugin.core.settings import Limits, Positive, check_arguments, check_heads, check_overrides
+from lavis_cir_plugin.models.tokenizer import TOKENIZER, load_tokenizer
 
 _VIT = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
 # Settings that LAVIS's med_config.json adds to BERT's own.
@@ -56,19 +56,23 @@ class _BuiltFromConfig:
         """Check a ``model`` section without building the model.
 
         Raises:
-            ValueError: If a key is unknown or a size impossible; the message names the first one and what is allowed.
+            ValueError: If a key is unknown or a size impossible; the message says what is allowed.
         """
-        vit, bert = {**_VIT, **(cfg.get("vit_config") or {})}, {**_BERT, **(cfg.get("bert_config") or {})}
-        known = {
-            "vit_config": sorted(set(inspect.signature(VisionTransformerEncoder.__init__).parameters) - {"self"}),
-            "bert_config": [*BertConfig().to_dict(), *_BERT],
+        names = cls.__init__.__kwdefaults__ or {}
+        values: dict[str, Any] = {**names, **{name: cfg[name] for name in names if cfg.get(name) is not None}}
+        check_arguments(cls, "model", values)
+        tower = {
+            name: parameter.default
+            for name, parameter in inspect.signature(VisionTransformerEncoder).parameters.items()
         }
-        for key, given in (("vit_config", vit), ("bert_config", bert)):
-            for name in given:
-                if name not in known[key]:
-                    raise ValueError(f"model.{key}.{name} is not a known key{did_you_mean(name, known[key])}")
-        image_size = cfg.get("image_size", 64)
-        if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size % vit["patch_size"]:
+        check_overrides("model.vit_config", values["vit_config"], tower)
+        check_overrides("model.bert_config", values["bert_config"], {**BertConfig().to_dict(), **_BERT})
+        vit = {**_VIT, **(values["vit_config"] or {})}
+        check_heads("model.vit_config", vit, "embed_dim", "num_heads")
+        bert = {**BertConfig().to_dict(), **(values["bert_config"] or {})}
+        check_heads("model.bert_config", bert, "hidden_size", "num_attention_heads")
+        image_size = values["image_size"]
+        if image_size % vit["patch_size"]:
             raise ValueError(
                 f"model.image_size must be a multiple of model.vit_config.patch_size: {vit['patch_size']}, got "
                 f"{image_size!r}."
@@ -115,11 +119,11 @@ class BlipVqaTiny(_BuiltFromConfig, BlipVQA):
     def __init__(
         self,
         *,
-        tokenizer: str = "blip_tiny_vocab.txt",
-        image_size: int = 64,
-        vit_config: Mapping[str, Any] | None = None,
-        bert_config: Mapping[str, Any] | None = None,
-        max_txt_len: int = 35,
+        tokenizer: Annotated[str, TOKENIZER] = "blip_tiny_vocab.txt",
+        image_size: Positive = 64,
+        vit_config: Optional[Mapping[str, Any]] = None,
+        bert_config: Optional[Mapping[str, Any]] = None,
+        max_txt_len: Positive = 35,
     ) -> None:
         tower, config = self._tower_and_bert_config(tokenizer, image_size, vit_config, bert_config)
         question_encoder = XBertEncoder(config, add_pooling_layer=False)
@@ -141,12 +145,12 @@ class BlipCaptionTiny(_BuiltFromConfig, BlipCaption):
     def __init__(
         self,
         *,
-        tokenizer: str = "blip_tiny_vocab.txt",
-        image_size: int = 64,
-        vit_config: Mapping[str, Any] | None = None,
-        bert_config: Mapping[str, Any] | None = None,
-        prompt: str = "a picture of ",
-        max_txt_len: int = 40,
+        tokenizer: Annotated[str, TOKENIZER] = "blip_tiny_vocab.txt",
+        image_size: Positive = 64,
+        vit_config: Optional[Mapping[str, Any]] = None,
+        bert_config: Optional[Mapping[str, Any]] = None,
+        prompt: Annotated[str, Limits(may_be_empty=True)] = "a picture of ",
+        max_txt_len: Positive = 40,
     ) -> None:
         tower, config = self._tower_and_bert_config(tokenizer, image_size, vit_config, bert_config)
         super().__init__(tower, XBertLMHeadDecoder(config), prompt, max_txt_len)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal, Optional
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
-from lavis_cir_plugin.core.settings import check_choice, check_flag, check_whole
+from lavis_cir_plugin.core.settings import Folder, Limits, Positive, Weights, check_argument, check_arguments, one_of
 from lavis_cir_plugin.models.combiner import Combiner, read_combiner
 from lavis_cir_plugin.models.contrastive_losses import contrastive_loss, symmetric_contrastive_loss
 from lavis_cir_plugin.models.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
@@ -32,6 +32,8 @@ TYPES = {path.stem[len("clip_") :]: str(path) for path in sorted((CONFIGS / "mod
 """Config file by model type. A type is named after the open_clip model; all models on open_clip share these files."""
 
 _LARGEST_LOGIT_SCALE = 100.0
+ClipModel = Annotated[str, Limits(words="the name of a model of open_clip")]
+ClipWeights = Annotated[str, Limits(words="a tag of open_clip, a path")]
 
 
 @registry.register_model("clip_cir")
@@ -81,16 +83,16 @@ class ClipCir(BaseModel):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        clip_model: str = "ViT-L-14-quickgelu",
-        pretrained: str | None = None,
-        image_size: int | None = None,
-        tokenizer: str | None = None,
-        pixels: str = "auto",
+        clip_model: ClipModel = "ViT-L-14-quickgelu",
+        pretrained: Optional[ClipWeights] = None,
+        image_size: Optional[Positive] = None,
+        tokenizer: Optional[Folder] = None,
+        pixels: Annotated[str, one_of(("auto", *PIXELS))] = "auto",
         freeze_vit: bool = True,
         freeze_text: bool = False,
-        fusion: str = "sum",
+        fusion: Literal["sum", "text", "combiner"] = "sum",
         text_projection: bool = True,
-        combiner: str | None = None,
+        combiner: Optional[Weights] = None,
     ) -> None:
         super().__init__()
         self._build_towers(clip_model, pretrained, image_size, tokenizer, pixels, with_patches=False)
@@ -148,20 +150,13 @@ class ClipCir(BaseModel):  # type: ignore[misc]
             ValueError: If a value is unknown or impossible; the message names the first one and what is allowed.
         """
         values = cls._values(cfg)
+        check_arguments(cls, "model", values)
         check_clip_model(values["clip_model"])
-        check_choice("pixels", values["pixels"], ("auto", *PIXELS))
-        if values["image_size"] is not None:
-            check_whole("image_size", values["image_size"])
-        for key in ("freeze_vit", "freeze_text", "text_projection"):
-            if key in values:
-                check_flag(key, values[key])
-        if "fusion" in values:
-            check_choice("fusion", values["fusion"], ("sum", "text", "combiner"))
-            if values["combiner"] and values["fusion"] != "combiner":
-                raise ValueError(
-                    f"model.combiner: {values['combiner']} would not be read, because model.fusion is "
-                    f"{values['fusion']}; set model.fusion: combiner."
-                )
+        if values.get("combiner") and values["fusion"] != "combiner":
+            raise ValueError(
+                f"model.combiner: {values['combiner']} would not be read, because model.fusion is {values['fusion']}; "
+                "set model.fusion: combiner."
+            )
         is_frozen = values.get("freeze_vit", True) or values.get("freeze_text", True)
         if is_frozen and not values["pretrained"]:
             raise ValueError(
@@ -254,7 +249,7 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         Raises:
             ValueError: If the mode is unknown, or the samples are not such a batch.
         """
-        check_choice("mode", mode, ("multimodal", *self.baselines))
+        check_argument("model.mode", Annotated[str, one_of(("multimodal", *self.baselines))], mode)
         if mode == "image":
             return self._unit_image(read_pictures(samples))
         return self._unit_text(read_texts(samples)) if mode == "text" else self.query_features(samples)
@@ -273,7 +268,7 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         Raises:
             ValueError: If the mode is unknown.
         """
-        check_choice("mode", mode, ("multimodal", "text", "image"))
+        check_argument("model.mode", Literal["multimodal", "text", "image"], mode)
         tokens = self._tokens(read_pictures(samples)) if mode != "text" else None
         return BlipOutputFeatures(
             image_embeds=tokens,

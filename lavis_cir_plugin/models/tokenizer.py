@@ -9,6 +9,10 @@ from pathlib import Path
 from lavis.models.blip2_models.blip2 import BertTokenizer
 
 from lavis_cir_plugin import CONFIGS
+from lavis_cir_plugin.core.settings import Limits
+
+TOKENIZER = Limits(words="a folder, a vocabulary file, or a name on the hub")
+"""What the setting ``tokenizer`` of a model may be."""
 
 
 def load_tokenizer(name: str) -> BertTokenizer:

@@ -62,7 +62,7 @@ class PictureInfo(BaseModel):
     width: int
     height: int
     modified: float = Field(description="seconds since 1970")
-    columns: dict[str, Union[int, float, str, None]] = Field(description="the user's metadata")  # noqa: UP007 (evaluated)
+    columns: dict[str, Union[int, float, str, None]] = Field(description="the user's metadata")
 
 
 class HitInfo(PictureInfo):

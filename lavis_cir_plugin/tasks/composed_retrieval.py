@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any, Literal, Union
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query
 from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, share
+from lavis_cir_plugin.core.settings import Limits, Section
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, CirDataset, cache_root
 from lavis_cir_plugin.data.feature_cache import FeatureCache, check_tower, fingerprint
@@ -43,6 +44,29 @@ ATTENTION_ROWS = 6
 TRAINED, RANDOM = "trained model", "random (expected)"
 _DISPENSABLE_KEYS = {"image_id", "instance_id"}  # keys of samples that no model needs
 BASELINES = {"image": "image only", "text": "text only"}
+
+
+def _refuse_file(where: bool | str) -> None:
+    if isinstance(where, str) and Path(os.path.expanduser(where)).is_file():
+        raise ValueError("it is a file")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(Section):
+    """Keys of ``run`` that the task reads.
+
+    Attributes:
+        feature_cache: Whether a frozen image tower runs once per picture; a path says where its features are kept.
+        gallery_dtype: Type of the gallery's features during the ranking. They lie in a file in the run's folder that is
+            gone afterwards: CIRCO's 123,403 x 32 x 256 are 4 GB, or 2.
+    """
+
+    WHERE = "run"
+
+    feature_cache: Annotated[
+        Union[bool, str], Limits(words="true, false or the path of a folder", check=_refuse_file)
+    ] = False
+    gallery_dtype: Literal["float32", "float16"] = "float32"
 
 
 @registry.register_task("composed_retrieval")
@@ -75,7 +99,8 @@ class ComposedRetrievalTask(BaseTask):
       in the run's folder during the ranking.
     """
 
-    RUN_KEYS: tuple[str, ...] = ("feature_cache", "gallery_dtype")
+    RUN_SETTINGS: type[Section] = EvaluationSettings
+    """Section of the keys of ``run`` that the task reads beside LAVIS's."""
     evaluates_benchmarks = True
     """Whether the task evaluates benchmarks alone, each separately; see
     :func:`~lavis_cir_plugin.training.config.choose_splits`."""
@@ -92,18 +117,6 @@ class ComposedRetrievalTask(BaseTask):
         """Build the task from a config; LAVIS calls this method."""
         run = cfg.run_cfg
         return cls(DTYPES[run.get("gallery_dtype", "float32")], tuple(run.get("test_splits", ())))
-
-    @staticmethod
-    def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
-        """Yield one sentence per problem of ``run.feature_cache`` and ``run.gallery_dtype``."""
-        dtype = run.get("gallery_dtype", "float32")
-        if dtype not in DTYPES:
-            yield f"run.gallery_dtype must be {' or '.join(DTYPES)}, got {dtype!r}."
-        where = run.get("feature_cache", False)
-        if not isinstance(where, (bool, str)) or where == "":
-            yield f"run.feature_cache must be true, false or the path of a folder, got {where!r}."
-        elif isinstance(where, str) and Path(os.path.expanduser(where)).is_file():
-            yield f"run.feature_cache: {where} is a file; name a folder."
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
         """Build the splits that each section names; with a feature cache, pictures are not preloaded.

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from pycocoevalcap.cider.cider import Cider  # type: ignore[import-untyped]
 from torch import nn
 from torch.utils.data import Dataset
 
+from lavis_cir_plugin.core.settings import Positive, Section
+
 # These scripts have no blanks between words: Chinese, Japanese, and those of South-East Asia (Thai, Lao, Khmer,
 # Burmese). Unicode puts the latter into the line breaking class SA, because only a dictionary finds their words.
 _UNSPACED = r"[\p{Han}\p{scx=Hira}\p{scx=Kana}\p{lb=SA}]"
@@ -26,6 +29,23 @@ _CHARACTER = rf"[[\p{{L}}\p{{N}}]&&{_UNSPACED}]\p{{M}}*"
 # The two joiners (U+200C, U+200D) occur inside words of Persian and of Indian scripts.
 _WORD = rf"[[\p{{L}}\p{{N}}']--{_UNSPACED}][[\p{{L}}\p{{M}}\p{{N}}'\u200c\u200d]--{_UNSPACED}]*"
 _TOKEN = regex.compile(f"(?V1){_CHARACTER}|{_WORD}")  # V1: differences and intersections of sets
+
+
+@dataclass(frozen=True)
+class GenerationSettings(Section):
+    """Keys of ``run`` that LAVIS's task needs.
+
+    Attributes:
+        num_beams: Beams of the search for a caption.
+        max_len: Largest number of tokens of a caption.
+        min_len: Smallest number of tokens of a caption.
+    """
+
+    WHERE = "run"
+
+    num_beams: Positive
+    max_len: Positive
+    min_len: Positive
 
 
 @registry.register_task("local_captioning")
@@ -37,15 +57,7 @@ class LocalCaptionTask(CaptionTask):
     splits). It can score every captioning data set of LAVIS with such an annotation.
     """
 
-    RUN_KEYS = ()
-
-    @staticmethod
-    def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
-        """Yield one sentence per missing or impossible key that LAVIS's task needs."""
-        for key in ("num_beams", "max_len", "min_len"):
-            value = run.get(key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                yield f"run.{key} must be a whole number >= 1, got {value!r}."
+    RUN_SETTINGS = GenerationSettings
 
     def before_evaluation(self, model: nn.Module, dataset: Dataset, **kwargs: Any) -> None:
         """Remember the data set whose captions are the references.

@@ -5,11 +5,12 @@ LAVIS itself raises an error about NoneType for an unknown name, and it ignores 
 
 from __future__ import annotations
 
+import argparse
 import difflib
-import inspect
+import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +18,33 @@ import lavis.common.optims
 import lavis.runners  # noqa: F401 (registers LAVIS's own runners)
 import torch
 import yaml
-from lavis.common.config import Config, create_runner_config_validator
+from lavis.common.config import Config
 from lavis.common.registry import registry
+from lavis.runners.runner_iter import RunnerIter
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import lavis_cir_plugin
 from lavis_cir_plugin.benchmarks.images import refuse_output_inside
 from lavis_cir_plugin.core.error_messages import did_you_mean, unknown_key
-from lavis_cir_plugin.core.settings import as_plain, is_number
-from lavis_cir_plugin.report.run_record import flat
-from lavis_cir_plugin.training import lora
-from lavis_cir_plugin.training.resumable_runner import ResumableRunner
-
-# Defaults of ``run``, which a project file need not repeat.
-RUN_DEFAULTS: dict[str, Any] = {
-    "runner": "runner_base",
-    "lr_sched": "linear_warmup_cosine_lr",
-    "min_lr": 0,
-    "weight_decay": 0.05,
-    "batch_size_eval": 64,
-    "num_workers": 4,
-    "seed": 42,
-    "output_dir": "output",
-    "amp": False,
-    "resume_ckpt_path": None,
-    "evaluate": False,
-    "device": "cuda",
-    "world_size": 1,
-    "dist_url": "env://",
-    "train_splits": [],
-    "valid_splits": [],
-    "test_splits": [],
-}
-# Readers of ``run`` beside runners and tasks. A reader has RUN_KEYS and run_problems.
-_RUN_KEY_READERS: tuple[Any, ...] = (ResumableRunner, lora)
-_TRAINING_KEYS = ("init_lr", "max_epoch", "batch_size_train")
-
-# Keys that LAVIS's runners and tasks read and that its own (unused) validator lacks.
-_RUN_KEYS_OF_LAVIS = (
-    "amp",
-    "beta2",
-    "log_freq",
-    "resume_ckpt_path",
-    "train_dataset_ratios",
-    "prompt",
-    "load_gt_from_file",
+from lavis_cir_plugin.core.settings import (
+    Positive,
+    as_plain,
+    check_argument,
+    plain_value,
+    section_problems,
+    settings_of,
+    value_problems,
 )
-_MODEL_KEYS = ("arch", "model_type", "load_finetuned", "pretrained", "finetuned", "vit_pretrained")
-_DATASET_KEYS = ("type", "data_type", "splits", "preload", "build_info", "garments", "vis_processor", "text_processor")
+from lavis_cir_plugin.report.run_record import flat
+from lavis_cir_plugin.training.lora import LoraRun
+from lavis_cir_plugin.training.resumable_runner import ResumableRunner
+from lavis_cir_plugin.training.run_settings import RUN_DEFAULTS, DatasetSection, LavisModel, LavisRun
+
+_SECTIONS = ("model", "datasets", "run")
+_PROCESSORS = ("vis_processor", "text_processor")
+# What omegaconf raises where a key or value does not fit; 2.4 raises Python's own TypeError where `a.0=5` meets a list.
+_UNFIT = (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError)
 
 
 class ConfigError(ValueError):
@@ -91,32 +70,108 @@ def read_config(path: str, options: Sequence[str]) -> DictConfig:
         ConfigError: If names or keys are unknown, or values that the file leaves to the command line (``???``) are
             missing. The message names all of them, and the nearest known names.
     """
+    merged = _with_options(_load(path), path, options)
+    _leave_out_unread(merged)
+    problems = list(_structure(merged))
+    problems += [f"{key} has no value yet; give it by --options {key}=..." for key in OmegaConf.missing_keys(merged)]
+    if not problems:
+        absent = {key: value for key, value in RUN_DEFAULTS.items() if key not in merged.run}
+        merged = OmegaConf.merge({"run": absent}, merged)
+        _make_whole(merged.run)
+        problems = [*run_problems(as_plain(merged.run)), *_model_problems(as_plain(merged.model))]
+        problems += [*_dataset_problems(as_plain(merged.datasets)), *_all_processor_problems(merged.datasets)]
+    if problems:
+        raise ConfigError(str(path), list(dict.fromkeys(problems)))
+    return merged
+
+
+def _load(path: str) -> DictConfig:
     try:
         raw = OmegaConf.load(path)
+    except IsADirectoryError as error:
+        raise ConfigError(
+            str(path), ["is a folder; name a YAML file with the sections model, datasets and run."]
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"is not valid YAML ({' '.join(str(error).split())})."]) from error
+    except _UNFIT as error:
+        raise ConfigError(str(path), [f"{_key_of(error)}cannot be read ({_first_line(error)})."]) from error
     if not isinstance(raw, DictConfig):
         raise ConfigError(str(path), ["must hold the sections model, datasets and run."])
+    return raw
+
+
+def _with_options(raw: DictConfig, path: str, options: Sequence[str]) -> DictConfig:
+    """Return the config with options merged in and interpolations that resolve."""
     malformed = [option for option in options if "=" not in option]
     if malformed:
         raise ConfigError("--options", [f"{option!r} is not of the form key.path=value." for option in malformed])
-    try:
-        merged = OmegaConf.merge(raw, OmegaConf.from_dotlist(list(options)))
-    except OmegaConfBaseException as error:
-        raise ConfigError("--options", [f"cannot be merged into {path} ({str(error).splitlines()[0]})."]) from error
+    merged = raw
+    for option in options:
+        merged = _with_option(merged, path, option)
     try:
         OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(path), [f"cannot be resolved ({str(error).splitlines()[0]})."]) from error
-    _leave_out_unread(merged)
-    problems = list(_sections(merged))
-    problems += [f"{key} has no value yet; give it by --options {key}=..." for key in OmegaConf.missing_keys(merged)]
-    if not problems:
-        merged = OmegaConf.merge({"run": RUN_DEFAULTS}, merged)
-        problems = [*_run_names(merged.run), *_model_names(merged.model), *_dataset_names(merged.datasets)]
-    if problems:
-        raise ConfigError(str(path), problems)
+    except _UNFIT as error:
+        raise ConfigError(str(path), [f"{_key_of(error)}cannot be resolved ({_first_line(error)})."]) from error
     return merged
+
+
+def _with_option(config: DictConfig, path: str, option: str) -> DictConfig:
+    try:
+        merged: DictConfig = OmegaConf.merge(config, OmegaConf.from_dotlist([option]))
+    except _UNFIT as error:
+        problem = f"{option} does not fit {path} ({_first_line(error)}); give it the kind of value that stands there."
+        raise ConfigError("--options", [problem]) from error
+    return merged
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join((str(error).splitlines() or [type(error).__name__])[0].split())
+
+
+def _key_of(error: BaseException) -> str:
+    key = getattr(error, "full_key", None)
+    return f"{key} " if key else ""
+
+
+def _make_whole(run: DictConfig) -> None:
+    """Turn whole numbers that are written as floats, such as 2e4, into integers where ``run`` takes integers."""
+    for name, setting in settings_of(LavisRun).items():
+        value = run.get(name)
+        if isinstance(value, float) and value.is_integer() and setting.allowed.startswith("a whole number"):
+            run[name] = int(value)
+
+
+def with_lavis_defaults(merged: DictConfig) -> Config:
+    """Let LAVIS add the defaults of model and data sets, for which it reads the project from a file.
+
+    Raises:
+        ConfigError: If a value does not fit one of these defaults.
+    """
+    problems = [problem for default, given in _defaults_of_lavis(merged) for problem in _misfits(default, given, "")]
+    if problems:
+        raise ConfigError("config", problems)
+    # A file in memory needs no space on a disk, and no message can name a temporary file that is gone.
+    return Config(argparse.Namespace(cfg_path=io.StringIO(OmegaConf.to_yaml(merged)), options=[]))
+
+
+def _defaults_of_lavis(merged: DictConfig) -> Iterator[tuple[Any, Any]]:
+    """Yield the files of defaults that LAVIS merges a project into, each with its part of the project."""
+    path = registry.get_model_class(merged.model.arch).default_config_path(merged.model.model_type)
+    yield OmegaConf.to_container(OmegaConf.load(path)), {"model": as_plain(merged.model)}
+    for name, section in as_plain(merged.datasets).items():
+        path = registry.get_builder_class(name).default_config_path(section.get("type", "default"))
+        yield OmegaConf.to_container(OmegaConf.load(path)), {"datasets": {name: section}}
+
+
+def _misfits(default: Any, given: Any, key: str) -> Iterator[str]:
+    """Yield a sentence per mapping in the place of a list, or the reverse, which omegaconf cannot merge."""
+    if isinstance(default, dict) and isinstance(given, dict):
+        for name in default.keys() & given.keys():
+            yield from _misfits(default[name], given[name], f"{key}.{name}" if key else str(name))
+    elif {type(default), type(given)} == {dict, list}:
+        kind = "mapping" if isinstance(default, dict) else "list"
+        yield f"{key} must be a {kind}, as in the defaults of LAVIS, got {given!r}."
 
 
 def origins(source: str, project: DictConfig, options: Sequence[str], values: Mapping[str, Any]) -> dict[str, str]:
@@ -163,11 +218,12 @@ def check_values(cfg: Config, command: str) -> None:
         ConfigError: If values are impossible; the message names the key of each and what is allowed.
     """
     problems = [
-        *_run_values(cfg.run_cfg, command),
-        *_split_values(cfg, command),
+        *_run_conflicts(cfg.run_cfg, command),
+        *_all_processor_problems(cfg.datasets_cfg),  # of those that LAVIS's defaults name
+        *_split_conflicts(cfg, command),
         *_image_sizes(cfg),
         *_output_place(cfg),
-        *_model_values(cfg, command),
+        *_model_conflicts(cfg, command),
     ]
     if problems:
         raise ConfigError("config", problems)
@@ -245,22 +301,22 @@ def _leave_out_unread(merged: DictConfig) -> None:
             del datasets[name]
 
 
-def _sections(merged: DictConfig) -> Iterator[str]:
-    for section in ("model", "datasets", "run"):
-        if not isinstance(merged.get(section), DictConfig):
+def _structure(merged: DictConfig) -> Iterator[str]:
+    for section in _SECTIONS:
+        value = merged.get(section)
+        if value is None or (isinstance(value, DictConfig) and OmegaConf.is_missing(merged, section)):
             yield f"section '{section}' is missing or empty."
-    if isinstance(merged.get("datasets"), DictConfig) and not merged.datasets:
-        yield "section 'datasets' leaves no data set: name one whose splits are not []."
-    for name, section in (merged.get("datasets") or {}).items():
-        if not isinstance(section, DictConfig):
-            yield f"datasets.{name} must be a mapping, {{}} for its defaults, got {section!r}."
-            continue
-        for kind in ("vis_processor", "text_processor", "build_info"):
-            if not isinstance(section.get(kind, merged), DictConfig):
-                yield f"datasets.{name}.{kind} must be a mapping, got {section[kind]!r}."
+        elif not isinstance(value, DictConfig):
+            yield f"section '{section}' must be a mapping, got {plain_value(value)!r}."
     for name in merged:
-        if name not in ("model", "datasets", "run", "preprocess"):
-            yield f"'{name}' is not a section{did_you_mean(name, ('model', 'datasets', 'run'))}"
+        if name not in (*_SECTIONS, "preprocess"):
+            yield f"'{name}' is not a section{did_you_mean(name, _SECTIONS)}"
+    datasets = merged.get("datasets")
+    if isinstance(datasets, DictConfig) and not datasets:
+        yield "section 'datasets' leaves no data set: name one whose splits are not []."
+    for name, section in datasets.items() if isinstance(datasets, DictConfig) else ():
+        if not isinstance(section, DictConfig):
+            yield f"datasets.{name} must be a mapping, {{}} for its defaults, got {plain_value(section)!r}."
 
 
 def _registered(key: str, name: Any, known: Sequence[str]) -> Iterator[str]:
@@ -268,169 +324,174 @@ def _registered(key: str, name: Any, known: Sequence[str]) -> Iterator[str]:
         yield f"{key}: {name!r} is not registered{did_you_mean(name, known)} Registered: {', '.join(known)}."
 
 
-def _known_keys(where: str, given: Iterable[str], known: Iterable[str], is_complete: bool = True) -> Iterator[str]:
-    """Yield a sentence per unknown key. If the known keys are incomplete, only likely misspellings are reported."""
-    known = sorted(known)
-    for key in given:
-        is_slip = bool(difflib.get_close_matches(key, known, n=1, cutoff=0.9))
-        if key not in known and (is_complete or is_slip):
-            yield unknown_key(where, key, known)
-
-
 def _is_ours(entry: type) -> bool:
     return entry.__module__.partition(".")[0] == lavis_cir_plugin.__name__
 
 
-def _run_names(run: DictConfig) -> Iterator[str]:
-    yield from _registered("run.runner", run.runner, registry.list_runners())
-    yield from _registered("run.lr_sched", run.lr_sched, registry.list_lr_schedulers())
-    if "task" not in run:
+def _run_settings(entry: Any) -> tuple[str, ...]:
+    """Return the keys of ``run`` that a runner or task reads beside LAVIS's."""
+    section = getattr(entry, "RUN_SETTINGS", None)
+    return tuple(settings_of(section)) if section is not None else ()
+
+
+def run_sections(run: Mapping[str, Any]) -> list[type]:
+    """Return the classes whose settings ``run`` holds: LAVIS's own, and those of its runner, its task and LoRA."""
+    chosen = [_chosen(kind, run) for kind in ("runner", "task")]
+    sections = [entry.RUN_SETTINGS for entry in (*chosen, ResumableRunner) if hasattr(entry, "RUN_SETTINGS")]
+    return list(dict.fromkeys([LavisRun, LoraRun, *sections]))
+
+
+def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence per unknown key and per impossible value of ``run``, which has its defaults.
+
+    If another package's task is chosen, whose keys are unknown here, only likely misspellings are reported.
+    """
+    yield from _registered("run.runner", run["runner"], registry.list_runners())
+    yield from _registered("run.lr_sched", run["lr_sched"], registry.list_lr_schedulers())
+    if "task" in run:
+        yield from _registered("run.task", run["task"], registry.list_tasks())
+    else:
         yield f"run.task is missing. Registered: {', '.join(registry.list_tasks())}."
-        return
-    yield from _registered("run.task", run.task, registry.list_tasks())
-    task, runner = registry.get_task_class(run.task), registry.get_runner_class(run.runner)
-    yield from _foreign_run_keys(run, "runner", registry.mapping["runner_name_mapping"])
-    yield from _foreign_run_keys(run, "task", registry.mapping["task_name_mapping"])
-    readers = [entry for entry in (runner, task, *_RUN_KEY_READERS) if hasattr(entry, "RUN_KEYS")]
-    known = {*RUN_DEFAULTS, *create_runner_config_validator().arguments, *_RUN_KEYS_OF_LAVIS}
-    known.update(key for reader in readers for key in reader.RUN_KEYS)
-    foreign = {
-        key
-        for kind in ("runner", "task")
-        for entry in registry.mapping[f"{kind}_name_mapping"].values()
-        for key in getattr(entry, "RUN_KEYS", ())
-    }
-    yield from _known_keys("run", run, {*known, *foreign}, is_complete=task is not None and _is_ours(task))
-    for reader in readers:
-        yield from reader.run_problems(as_plain(run))
+    for kind in ("runner", "task"):
+        yield from _foreign_run_keys(run, kind)
+    read: set[str] = set()
+    for section in run_sections(run):
+        own = {key: value for key, value in run.items() if key in settings_of(section)}
+        yield from section_problems(section, "run", own)
+        read.update(settings_of(section))
+    entries = [entry for kind in ("runner", "task") for entry in registry.mapping[f"{kind}_name_mapping"].values()]
+    foreign = {key for entry in entries for key in _run_settings(entry)}
+    task = _chosen("task", run)
+    is_complete = task is not None and _is_ours(task)
+    for key in run:
+        known = sorted(read | foreign)
+        if key not in known and (is_complete or difflib.get_close_matches(str(key), known, n=1, cutoff=0.9)):
+            yield unknown_key("run", str(key), known)
 
 
-def _foreign_run_keys(run: DictConfig, kind: str, entries: Mapping[str, type]) -> Iterator[str]:
+def _chosen(kind: str, run: Mapping[str, Any]) -> type | None:
+    """Return the class of the runner or task that ``run`` names, or ``None`` if it is not registered."""
+    name = run.get(kind)
+    entry: type | None = registry.mapping[f"{kind}_name_mapping"].get(name) if isinstance(name, str) else None
+    return entry
+
+
+def _foreign_run_keys(run: Mapping[str, Any], kind: str) -> Iterator[str]:
     """Yield a sentence per key of ``run`` that only another runner (or task) than the chosen one reads."""
-    chosen = getattr(entries.get(run[kind]), "RUN_KEYS", ())
+    if _chosen(kind, run) is None:
+        return
+    chosen = _run_settings(_chosen(kind, run))
     owners: dict[str, str] = {}
-    for name, entry in entries.items():
-        for key in getattr(entry, "RUN_KEYS", ()):
+    for name, entry in registry.mapping[f"{kind}_name_mapping"].items():
+        for key in _run_settings(entry):
             owners.setdefault(key, name)
     for key in run:
-        if key in owners and key not in chosen:
+        if key in owners and key not in (*chosen, *settings_of(LavisRun)):
             yield f"run.{key} is read by {owners[key]} and has no effect under {run[kind]}."
 
 
-def _model_names(model: DictConfig) -> Iterator[str]:
+def _model_problems(model: Mapping[str, Any]) -> Iterator[str]:
     if "arch" not in model:
         yield f"model.arch is missing. Registered: {', '.join(registry.list_models())}."
         return
-    yield from _registered("model.arch", model.arch, registry.list_models())
-    model_class = registry.get_model_class(model.arch)
-    if model_class is None:
+    unknown = list(_registered("model.arch", model["arch"], registry.list_models()))
+    if unknown:
+        yield from unknown
         return
+    model_class, chosen = registry.get_model_class(model["arch"]), model.get("model_type")
     types = list(model_class.PRETRAINED_MODEL_CONFIG_DICT)
-    if model.get("model_type") not in types:
+    if chosen not in types:
         yield (
-            f"model.model_type: {model.get('model_type')!r} is no type of {model.arch}"
-            f"{did_you_mean(model.get('model_type'), types)} Types: {', '.join(types)}."
+            f"model.model_type: {chosen!r} is no type of {model['arch']}{did_you_mean(chosen, types)} Types: "
+            f"{', '.join(types)}."
         )
     if _is_ours(model_class):
-        yield from _known_keys("model", model, (*_MODEL_KEYS, *model_class.__init__.__kwdefaults__))
+        own = {key: value for key, value in model.items() if key in settings_of(LavisModel)}
+        yield from value_problems(LavisModel, "model", own)
+        others = {key: value for key, value in model.items() if key not in own}
+        yield from value_problems(model_class, "model", others, tuple(settings_of(LavisModel)))
         if model.get("finetuned") and not model.get("load_finetuned"):
             yield "model.finetuned is set and would not be read; set model.load_finetuned: true with it."
 
 
-def _dataset_names(datasets: DictConfig) -> Iterator[str]:
+def _dataset_problems(datasets: Mapping[str, Any]) -> Iterator[str]:
     for name, section in datasets.items():
-        yield from _registered("datasets", name, registry.list_datasets())
-        builder = registry.get_builder_class(name)
-        if builder is None:
+        unknown = list(_registered("datasets", name, registry.list_datasets()))
+        if unknown:
+            yield from unknown
             continue
+        builder, chosen = registry.get_builder_class(name), section.get("type", "default")
         types = list(builder.DATASET_CONFIG_DICT)
-        if section.get("type", "default") not in types:
-            yield (
-                f"datasets.{name}.type: {section.type!r} is not one of {', '.join(types)}"
-                f"{did_you_mean(section.type, types)}"
-            )
-        for kind in ("vis_processor", "text_processor"):
-            for stage, processor in (section.get(kind) or {}).items():
-                yield from _processor_problems(f"datasets.{name}.{kind}.{stage}", stage, processor)
-        if _is_ours(builder):
-            yield from _known_keys(f"datasets.{name}", section, _DATASET_KEYS)
-            yield from builder.section_problems(name, section)
+        if chosen not in types:
+            yield f"datasets.{name}.type: {chosen!r} is not one of {', '.join(types)}{did_you_mean(chosen, types)}"
+        if not _is_ours(builder):
+            splits = settings_of(DatasetSection)["splits"]
+            yield from splits.problems(f"datasets.{name}.splits", section.get("splits"))
+        if not isinstance(section.get("build_info", {}), Mapping):
+            yield f"datasets.{name}.build_info must be a mapping, got {section['build_info']!r}."
+        elif _is_ours(builder):
+            wrong = value_problems(DatasetSection, f"datasets.{name}", section)
+            yield from wrong or builder.section_problems(name, section)
+
+
+def _all_processor_problems(datasets: Any) -> Iterator[str]:
+    for name, section in as_plain(datasets).items():
+        for kind in _PROCESSORS:
+            stages = section.get(kind, {})
+            if isinstance(stages, Mapping):
+                for stage, processor in stages.items():
+                    yield from _processor_problems(f"datasets.{name}.{kind}.{stage}", stage, processor)
+            else:
+                yield f"datasets.{name}.{kind} must be a mapping, got {stages!r}."
 
 
 def _processor_problems(key: str, stage: str, processor: Any) -> Iterator[str]:
     if stage not in ("train", "eval"):
         yield f"{key} is not a known key{did_you_mean(stage, ('train', 'eval'))}"
-    elif processor is not None and not isinstance(processor, DictConfig):
+    elif processor is not None and not isinstance(processor, Mapping):
         yield f"{key} must be a mapping such as {{name: target_pad}}, got {processor!r}."
-    elif processor is not None and "name" in processor:
-        yield from _registered(f"{key}.name", processor.name, registry.list_processors())
-        processor_class = registry.get_processor_class(processor.name)
+    elif processor is not None:
+        if "name" in processor:
+            yield from _registered(f"{key}.name", processor["name"], registry.list_processors())
+        chosen = processor.get("name")
+        processor_class = registry.get_processor_class(chosen) if isinstance(chosen, str) else None
         if processor_class is not None and _is_ours(processor_class):
-            yield from _known_keys(key, processor, ("name", *inspect.signature(processor_class).parameters))
+            given = {name: value for name, value in processor.items() if name != "name"}
+            yield from value_problems(processor_class, key, given)
+        elif "image_size" in processor:
+            try:
+                check_argument(f"{key}.image_size", Positive, processor["image_size"])
+            except ValueError as error:
+                yield str(error)
 
 
-def _run_values(run: DictConfig, command: str) -> Iterator[str]:
-    if command == "train":
-        # Iteration-based runners count max_iters instead of max_epoch; LAVIS checks this pair of keys itself.
-        counted_by_iterations = run.get("max_iters") is not None
-        for key in _TRAINING_KEYS:
-            if run.get(key) is None and not (key == "max_epoch" and counted_by_iterations):
-                yield f"run.{key} is missing."
-    whole = {
-        "max_epoch": 1,
-        "batch_size_train": 1,
-        "batch_size_eval": 1,
-        "num_workers": 0,
-        "seed": 0,
-        "warmup_steps": 0,
-        "accum_grad_iters": 1,
-        "log_freq": 1,
-    }
-    for key, least in whole.items():
-        value = run.get(key)
-        if value is not None and not (is_number(value) and int(value) == value and value >= least):
-            yield f"run.{key} must be a whole number >= {least}, got {value!r}."
-    for key in ("evaluate", "amp"):
-        if not isinstance(run[key], bool):
-            yield f"run.{key} must be true or false, got {run[key]!r}."
-    if not isinstance(run.output_dir, str) or not run.output_dir:
-        yield f"run.output_dir must be the path of a folder, got {run.output_dir!r}."
+def _run_conflicts(run: DictConfig, command: str) -> Iterator[str]:
+    counts_iterations = issubclass(registry.get_runner_class(run.runner), RunnerIter)
+    required = ["init_lr", "batch_size_train"] if command == "train" else []
+    if counts_iterations:  # LAVIS's constructor reads these two in an evaluation too
+        required += ["max_iters", "iters_per_inner_epoch"]
+    elif command == "train" and run.get("max_iters") is None:
+        required.append("max_epoch")
+    yield from (f"run.{key} is missing." for key in required if run.get(key) is None)
     if run.lr_sched == "linear_warmup_step_lr" and not run.get("lr_decay_rate"):
         yield "run.lr_decay_rate must be a number > 0 under run.lr_sched: linear_warmup_step_lr."
-    for key, strict in {"init_lr": True, "lr_decay_rate": True, "min_lr": False, "weight_decay": False}.items():
-        value = run.get(key)
-        if value is not None and not (is_number(value) and (value > 0 if strict else value >= 0)):
-            yield f"run.{key} must be a number {'> 0' if strict else '>= 0'}, got {value!r}."
-    warmup_lr = run.get("warmup_lr", -1)
-    if not is_number(warmup_lr) or (warmup_lr < 0 and warmup_lr != -1):
-        yield f"run.warmup_lr must be a number >= 0, got {warmup_lr!r}."
-    beta2 = run.get("beta2", 0.999)
-    if not is_number(beta2) or not 0 <= beta2 < 1:
-        yield f"run.beta2 must be >= 0 and < 1, got {beta2!r}."
-    device = str(run.device)
-    if device not in ("cpu", "cuda"):
-        yield f"run.device: {device!r} is neither cpu nor cuda (one GPU of several: CUDA_VISIBLE_DEVICES)."
-    elif device == "cuda" and not torch.cuda.is_available():
-        yield f"run.device: {device!r} was asked for and torch sees no GPU; set run.device: cpu."
-    if run.amp is True and device == "cpu":
+    if run.device == "cuda" and not torch.cuda.is_available():
+        yield f"run.device: {run.device!r} was asked for and torch sees no GPU; set run.device: cpu."
+    if run.amp and run.device == "cpu":
         yield "run.amp: true needs a GPU; set run.amp: false on a CPU."
     asked = run.resume_ckpt_path
-    if asked is not None and (command == "evaluate" or run.evaluate is True):
+    if asked is not None and (command == "evaluate" or run.evaluate):
         yield (
             "run.resume_ckpt_path goes on with a training run; to evaluate one set model.load_finetuned=true and "
             "model.finetuned=<checkpoint_best.pth of the run>."
         )
-    if asked not in (None, "auto") and not os.path.exists(os.path.expanduser(str(asked))):
+    if asked not in (None, "auto") and not os.path.exists(os.path.expanduser(asked)):
         yield f"run.resume_ckpt_path: {asked} does not exist; name a checkpoint, a run's folder, or auto."
 
 
-def _split_values(cfg: Config, command: str) -> Iterator[str]:
+def _split_conflicts(cfg: Config, command: str) -> Iterator[str]:
     keys = ("train_splits", "valid_splits", "test_splits")
-    malformed = [key for key in keys if not isinstance(cfg.run_cfg[key], ListConfig)]
-    yield from (f"run.{key} must be a list such as [val], got {cfg.run_cfg[key]!r}." for key in malformed)
-    if malformed:
-        return
-    if command == "train" and cfg.run_cfg.evaluate is not True and "train" not in cfg.run_cfg.train_splits:
+    if command == "train" and not cfg.run_cfg.evaluate and "train" not in cfg.run_cfg.train_splits:
         yield f"run.train_splits must name train, got {list(cfg.run_cfg.train_splits)}."
     if command == "evaluate" and not cfg.run_cfg.test_splits:
         yield "run.test_splits is empty, so lavis.evaluate has nothing to do; set run.test_splits: [val]."
@@ -472,14 +533,14 @@ def _training_data(key: str, section: DictConfig, command: str) -> Iterator[str]
         yield f"{key}.vis_processor.train is missing; name one and its image_size, such as {{name: blip_image_train}}."
 
 
-def _model_values(cfg: Config, command: str) -> Iterator[str]:
+def _model_conflicts(cfg: Config, command: str) -> Iterator[str]:
     model_class = registry.get_model_class(cfg.model_cfg.arch)
     if not _is_ours(model_class):
         return
     try:
         model_class.check_config(cfg.model_cfg)
     except ValueError as error:
-        yield str(error)
+        yield from str(error).splitlines()
     if cfg.run_cfg.device == "cpu" and cfg.model_cfg.get("vit_precision") == "fp16":
         yield "model.vit_precision: 'fp16' needs a GPU; on a CPU set model.vit_precision: fp32."
     needs_finetuned = getattr(model_class, "needs_finetuned", False)
@@ -500,7 +561,7 @@ def _image_sizes(cfg: Config) -> Iterator[str]:
     size = cfg.model_cfg.get("image_size")
     for name, section in cfg.datasets_cfg.items():
         for stage, processor in (section.get("vis_processor") or {}).items():
-            given = processor.get("image_size") if processor is not None else None
+            given = processor.get("image_size") if isinstance(processor, DictConfig) else None
             if None not in (size, given) and size != given:
                 key = f"datasets.{name}.vis_processor.{stage}.image_size"
                 yield f"{key}: {given} differs from model.image_size: {size}."

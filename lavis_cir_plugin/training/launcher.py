@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import io
 import logging
 import os
 import random
@@ -79,7 +78,7 @@ def run(command: str, args: argparse.Namespace, announce: Callable[[Any], None] 
         announce: Function that is called with the runner before the runner starts.
     """
     project = _find_config(args.cfg_path)
-    cfg = with_lavis_defaults(config.read_config(str(project), args.options))
+    cfg = config.with_lavis_defaults(config.read_config(str(project), args.options))
     config.check_values(cfg, command)
     config.choose_splits(cfg, command)
     cfg.run_cfg.output_dir = str(_output_folder(cfg.run_cfg.output_dir))
@@ -118,12 +117,6 @@ def _record_start(command: str, args: argparse.Namespace, project: Path, cfg: Co
     run_record.begin(folder, words, values, origins, dist.get_world_size())
 
 
-def with_lavis_defaults(merged: DictConfig) -> Config:
-    """Let LAVIS add the defaults of model and data sets, for which it reads the project from a file."""
-    # A file in memory needs no space on a disk, and no message can name a temporary file that is gone.
-    return Config(argparse.Namespace(cfg_path=io.StringIO(OmegaConf.to_yaml(merged)), options=[]))
-
-
 def _kept_by_interrupted(command: str, runners: Sequence[Any]) -> str | None:
     """Return what an interrupted command has kept and how to go on; only the main process says so."""
     if int(os.environ.get("RANK", "0")) != 0:
@@ -144,6 +137,8 @@ def _find_config(path: str) -> Path:
     if shipped.is_file():
         return shipped
     available = ", ".join(sorted(f"projects/{found.relative_to(PROJECTS)}" for found in PROJECTS.rglob("*.yaml")))
+    if local.is_dir():
+        raise ValueError(f"--cfg-path {path} names a folder; name a YAML file. Shipped: {available}.")
     raise FileNotFoundError(f"--cfg-path {path} does not exist (looked from {os.getcwd()}). Shipped: {available}.")
 
 
@@ -201,7 +196,7 @@ def _build_model(task: Any, cfg: Any) -> nn.Module:
 
 def _seed(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)  # the largest seed and a rank exceed what NumPy takes
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any, Literal, Optional, Union
 from urllib.parse import urlparse
 
 import torch
@@ -23,25 +23,37 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lavis_cir_plugin.core.checkpoints import load_strictly, plain_numbers, verify_checkpoint
-from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.model_parts import recomputing_modules
-from lavis_cir_plugin.core.settings import is_number
-
-RUN_KEYS = ("lora",)
+from lavis_cir_plugin.core.settings import (
+    Limits,
+    Pattern,
+    Positive,
+    PositiveNumber,
+    Probability,
+    Section,
+    check_pattern,
+)
 
 _ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Embedding)
 _ADAPTER = "default"  # peft's own name of a model's first adapter
 # These settings matter in training alone, so they may differ from those of a checkpoint.
 _TRAINING_ONLY = ("lora_dropout", "init_lora_weights")
-_REFUSED = {
+_REFUSED: Mapping[str, str] = {
     "modules_to_save": "copies whole modules; name what is trained beside the adapters in run.lora.also_train",
     "bias": "is peft's; name the biases to train in run.lora.also_train",
     "use_dora": "makes a merged weight that is not W + scaling * B A, by which a perturbation is scaled; leave it out",
 }
 
 
+def _check_targets(targets: str | tuple[str, ...]) -> None:
+    if isinstance(targets, str):
+        check_pattern(targets)
+    elif not targets or not all(targets):
+        raise ValueError("")
+
+
 @dataclass(frozen=True)
-class LoraSettings:
+class LoraSettings(Section):
     r"""Settings under ``run.lora`` of the adapters, which turn a weight :math:`W` into :math:`W + s B A`.
 
     All fields but ``also_train`` have the name and meaning of a field of ``peft.LoraConfig``.
@@ -62,21 +74,28 @@ class LoraSettings:
         ValueError: If values are impossible; the message has one sentence for each.
     """
 
-    target_modules: str | tuple[str, ...] = ()
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    init_lora_weights: bool | str = True
-    also_train: str | None = None
+    WHERE = "run.lora"
+    EXAMPLE = " such as {target_modules: [query, value]}"
+    REFUSED = _REFUSED
 
-    def __post_init__(self) -> None:
-        """Refuse impossible values; a list of target modules becomes a tuple."""
-        if isinstance(self.target_modules, list):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        problems = list(self._problems())
-        if problems:
-            raise ValueError(" ".join(problems))
+    target_modules: Annotated[
+        Union[str, tuple[str, ...]],
+        Limits(
+            words="a regular expression of module names or a list of their last parts such as [query, value]",
+            check=_check_targets,
+        ),
+    ]
+    r: Positive = 8
+    lora_alpha: PositiveNumber = 8
+    lora_dropout: Probability = 0.0
+    use_rslora: bool = False
+    init_lora_weights: Annotated[
+        Union[bool, Literal["gaussian"]],
+        Limits(
+            words="true, false or gaussian (peft's others change the frozen weights, which a checkpoint leaves out)"
+        ),
+    ] = True
+    also_train: Optional[Pattern] = None
 
     def matches(self, module_name: str) -> bool:
         """Return whether the module of this name gets an adapter, by peft's rules."""
@@ -91,55 +110,18 @@ class LoraSettings:
         targets = self.target_modules
         return {**fields, "target_modules": targets if isinstance(targets, str) else list(targets)}
 
-    def _problems(self) -> Iterator[str]:
-        targets = self.target_modules
-        is_list = isinstance(targets, tuple) and all(isinstance(part, str) and part for part in targets)
-        if not targets or not (isinstance(targets, str) or is_list):
-            yield (
-                "run.lora.target_modules must be a regular expression of module names or a list of their last parts "
-                f"such as [query, value], got {list(targets) if isinstance(targets, tuple) else targets!r}."
-            )
-        for key, pattern in {"target_modules": targets, "also_train": self.also_train}.items():
-            if isinstance(pattern, str):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    yield f"run.lora.{key}: {pattern!r} is no regular expression ({error})."
-        if self.also_train is not None and not (isinstance(self.also_train, str) and self.also_train):
-            yield f"run.lora.also_train must be a regular expression of parameter names, got {self.also_train!r}."
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            yield f"run.lora.r must be a whole number >= 1, got {self.r!r}."
-        if not is_number(self.lora_alpha) or not self.lora_alpha > 0:
-            yield f"run.lora.lora_alpha must be a number > 0, got {self.lora_alpha!r}."
-        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            yield f"run.lora.lora_dropout must be a number >= 0 and < 1, got {self.lora_dropout!r}."
-        if not isinstance(self.use_rslora, bool):
-            yield f"run.lora.use_rslora must be true or false, got {self.use_rslora!r}."
-        if not (isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"):
-            yield (
-                f"run.lora.init_lora_weights must be true, false or gaussian, got {self.init_lora_weights!r}; peft's "
-                "others change the frozen weights, which a checkpoint leaves out."
-            )
 
+@dataclass(frozen=True)
+class LoraRun(Section):
+    """The key of ``run`` that this module reads.
 
-def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one sentence per problem of ``run.lora``, without importing peft."""
-    given = run.get("lora")
-    if given is None:
-        return
-    if not isinstance(given, Mapping):
-        yield f"run.lora must be a mapping such as {{target_modules: [query, value]}}, got {given!r}."
-        return
-    known = [field.name for field in dataclasses.fields(LoraSettings)]
-    for key in given:
-        if key in _REFUSED:
-            yield f"run.lora.{key} {_REFUSED[key]}."
-        elif key not in known:
-            yield f"run.lora.{key} is not a known key{did_you_mean(key, known)} Known: {', '.join(known)}."
-    try:
-        LoraSettings(**{key: value for key, value in given.items() if key in known})
-    except ValueError as error:
-        yield str(error)
+    Attributes:
+        lora: Adapters, which are trained in place of the whole model.
+    """
+
+    WHERE = "run"
+
+    lora: Optional[LoraSettings] = None
 
 
 def build_model(task: Any, cfg: Any) -> nn.Module:

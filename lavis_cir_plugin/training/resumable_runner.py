@@ -10,9 +10,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Optional
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from lavis_cir_plugin.core.checkpoints import (
 from lavis_cir_plugin.core.locks import FileLock, holder_of
 from lavis_cir_plugin.core.model_parts import frozen_names, momentum_copies
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
+from lavis_cir_plugin.core.settings import Positive, Section
 from lavis_cir_plugin.data.resumable_loader import EpochLoader
 from lavis_cir_plugin.report.run_log import RunLog, progress
 from lavis_cir_plugin.training.portable_runner import PortableRunner
@@ -48,6 +50,19 @@ _MAY_DIFFER = ("resume_ckpt_path", "output_dir", "num_workers", "log_freq", "sav
                "world_size", "dist_url", "dist_backend", "device")  # fmt: skip
 
 
+@dataclass(frozen=True)
+class CheckpointSettings(Section):
+    """The key of ``run`` that every runner reads here.
+
+    Attributes:
+        save_every: Batches of an epoch between two ``checkpoint_last.pth``, besides those at the end of the epoch.
+    """
+
+    WHERE = "run"
+
+    save_every: Optional[Positive] = None
+
+
 class ResumableRunner(PortableRunner):
     """Mix-in before an epoch-based or iteration-based runner of LAVIS; it copies no loop of theirs.
 
@@ -62,16 +77,10 @@ class ResumableRunner(PortableRunner):
     * ``steps.csv``, ``epochs.csv`` and TensorBoard's files are written beside LAVIS's ``log.txt``.
     """
 
-    RUN_KEYS: tuple[str, ...] = ("save_every",)
+    RUN_SETTINGS: type[Section] = CheckpointSettings
+    """Section of the keys of ``run`` that the runner reads beside LAVIS's."""
     LOG_COLUMNS: ClassVar[Mapping[str, str]] = {}
     """Numbers that a method measures in each step: the tag in TensorBoard by the column of ``steps.csv``."""
-
-    @staticmethod
-    def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
-        """Yield a sentence if ``run.save_every`` is impossible."""
-        every = run.get("save_every")
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            yield f"run.save_every must be a whole number of batches >= 1, or null, got {every!r}."
 
     def __init__(self, cfg: Any, task: Any, model: Any, datasets: Any, job_id: str) -> None:
         super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)

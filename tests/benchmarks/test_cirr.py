@@ -603,7 +603,7 @@ def test_configuration():
     assert CIRRConfig.from_mapping({"root": "x"}) == CIRRConfig(root="x")
     with pytest.raises(ValueError, match=r"datasets.cirr.build_info.gallery is not a known key") as error:
         CIRRConfig.from_mapping({"root": "x", "gallery": "val", "missing_images": "ignore"})
-    assert 'missing_images must be one of error, skip, got "ignore"' in str(error.value)
+    assert "missing_images must be one of error, skip, got 'ignore'" in str(error.value)
     with pytest.raises(
         ValueError, match=r"selection_metric must be one of mean, R@1, .*; did you mean 'harmonic_mean'\?"
     ):

@@ -23,7 +23,7 @@ from lavis_cir_plugin.commands.check import report, survey
 from lavis_cir_plugin.commands.triplets import _check
 from lavis_cir_plugin.data.tar_shards import CaptionedShards, ShardsConfig
 from lavis_cir_plugin.training import launcher
-from lavis_cir_plugin.training.config import ConfigError, check_values, read_config
+from lavis_cir_plugin.training.config import ConfigError, check_values, read_config, with_lavis_defaults
 
 FOREIGN = (
     ".ipynb_checkpoints/a-checkpoint.jpg",
@@ -134,7 +134,7 @@ def test_an_output_folder_elsewhere_is_taken(shop: Path, output: str):
 
 def resolved(shop: Path, *options: str) -> Any:
     path = lavis_cir_plugin.PROJECTS / "wrf4cir" / "triplets_tiny.yaml"
-    return launcher.with_lavis_defaults(read_config(str(path), [f"datasets.triplets.build_info.root={shop}", *options]))
+    return with_lavis_defaults(read_config(str(path), [f"datasets.triplets.build_info.root={shop}", *options]))
 
 
 def test_a_run_with_such_an_output_folder_does_not_start(shop: Path):

@@ -328,19 +328,19 @@ def test_missing_images_are_an_error_or_left_out(training_set, tmp_path, caplog)
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("max_triplets", 0, r"max_triplets must be a whole number >= 1 or null, got 0"),
-        ("max_triplets", True, r"max_triplets must be a whole number >= 1 or null, got true"),
-        ("max_triplets", "10", r"max_triplets must be a whole number >= 1 or null"),
-        ("seed", -1, r"seed must be a whole number >= 0 or null, got -1"),
+        ("max_triplets", 0, r"max_triplets must be a whole number >= 1, or null, got 0"),
+        ("max_triplets", True, r"max_triplets must be a whole number >= 1, or null, got true"),
+        ("max_triplets", "10", r"max_triplets must be a whole number >= 1, or null"),
+        ("seed", -1, r"seed must be a whole number >= 0, or null, got -1"),
         ("max_tripletts", 5, r"max_tripletts is not a known key; did you mean 'max_triplets'\?"),
         ("missing_images", "no", r"missing_images must be one of error, skip"),
     ],
 )
 def test_wrong_configurations_are_refused(training_set, key, value, message):
     name, module, config = training_set
-    module.check_config({**config, "max_triplets": None, "seed": 5})
+    module.CONFIG.from_mapping({**config, "max_triplets": None, "seed": 5})
     with pytest.raises(ValueError, match=rf"datasets\.{name}\.build_info\.{message}"):
-        module.check_config({**config, key: value})
+        module.CONFIG.from_mapping({**config, key: value})
 
 
 def test_they_are_builders_of_their_splits(training_set, tmp_path):

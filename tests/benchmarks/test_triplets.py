@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lavis_cir_plugin.benchmarks import triplets
-from lavis_cir_plugin.benchmarks.triplets import TripletsConfig, check_config, read_benchmark, read_train, training_text
+from lavis_cir_plugin.benchmarks.triplets import TripletsConfig, read_benchmark, read_train, training_text
 from lavis_cir_plugin.ranking.ranks import Ranking, rank
 from lavis_cir_plugin.report.chance import expected_random
 
@@ -428,14 +428,14 @@ def test_defaults():
     ("mapping", "message"),
     [
         ({"rot": "x"}, r"datasets.triplets.build_info.rot is not a known key; did you mean 'root'\?"),
-        ({"reference": "gone"}, 'reference must be one of removed, kept, got "gone"'),
-        ({"selection_metric": "R@2"}, r"selection_metric must be one of R@10, R@1, .*, got \"R@2\""),
-        ({"images": 3}, "images must be the path of a folder, got 3"),
+        ({"reference": "gone"}, "reference must be one of removed, kept, got 'gone'"),
+        ({"selection_metric": "R@2"}, r"selection_metric must be one of R@10, R@1, .*, got 'R@2'"),
+        ({"images": 3}, "images must be the path of a folder, or null, got 3"),
     ],
 )
 def test_wrong_configurations_are_refused(mapping: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        check_config({"root": "x", **mapping})
+        TripletsConfig.from_mapping({"root": "x", **mapping})
 
 
 @pytest.mark.parametrize(("metric", "needed"), [("mAP@10", "queries with several targets"), ("R_subset@1", "members")])

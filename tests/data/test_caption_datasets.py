@@ -21,7 +21,7 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_cir_plugin.benchmarks.captions import CaptionedImage, caption_records, check_config, read_captions
+from lavis_cir_plugin.benchmarks.captions import CaptionedImage, CaptionsConfig, caption_records, read_captions
 from lavis_cir_plugin.data.builders.captions import CaptionDataset, ShardDataset
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 from lavis_cir_plugin.data.tar_shards import CaptionedShards
@@ -119,8 +119,8 @@ def test_files_that_are_absent_or_cut_are_named(tmp_path: Path):
         (tmp_path / "captions.jsonl").write_bytes(content)
         with pytest.raises(ValueError, match=rf"captions\.jsonl {message}"):
             read_captions(config)
-    with pytest.raises(ValueError, match=r"max_images must be a whole number >= 1 or null, got 0"):
-        check_config({"root": "x", "max_images": 0})
+    with pytest.raises(ValueError, match=r"max_images must be a whole number >= 1, or null, got 0"):
+        CaptionsConfig.from_mapping({"root": "x", "max_images": 0})
 
 
 def test_missing_and_broken_images_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -396,7 +396,7 @@ def test_a_shard_without_pairs_or_that_is_missing_is_told(tmp_path: Path):
     with pytest.raises(ValueError, match=r'shards: "\{0\.\.1\.tar" has unbalanced braces'):
         CaptionedShards({"root": str(tmp_path), "shards": "{0..1.tar"})
     for value in ([], "", 5, ["a", 5]):
-        with pytest.raises(ValueError, match=r"build_info\.shards must be a path or a list of paths, got"):
+        with pytest.raises(ValueError, match=r"build_info\.shards must be a path or a list of paths, or null, got"):
             CaptionedShards({"root": str(tmp_path), "shards": value})
 
 

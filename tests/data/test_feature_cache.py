@@ -27,11 +27,12 @@ from torch.utils.data import DataLoader
 
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.benchmarks.images import open_rgb
+from lavis_cir_plugin.core.settings import section_problems
 from lavis_cir_plugin.data.feature_cache import FeatureCache, check_tower, fingerprint
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.processors import TargetPadProcessor
-from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask
+from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask, EvaluationSettings
 from lavis_cir_plugin.training import launcher
 from lavis_cir_plugin.training.config import ConfigError
 
@@ -476,9 +477,11 @@ def test_pictures_are_not_preloaded_and_the_config_stays_as_it_was(project):
 
 def test_impossible_values_are_named():
     for value in (3, "", [1], __file__):
-        (problem,) = ComposedRetrievalTask.run_problems({"feature_cache": value})
+        (problem,) = section_problems(EvaluationSettings, "run", {"feature_cache": value})
         assert problem.startswith("run.feature_cache")
-    assert not [p for v in (True, False, "here") for p in ComposedRetrievalTask.run_problems({"feature_cache": v})]
+    assert not [
+        p for v in (True, False, "here") for p in section_problems(EvaluationSettings, "run", {"feature_cache": v})
+    ]
 
 
 # --- lavis.train and lavis.evaluate ------------------------------------------------------------------------------

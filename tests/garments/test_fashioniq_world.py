@@ -273,11 +273,11 @@ def test_placeholders_depend_on_name_and_category_only():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"val_queries": 400}, "val_queries must be at least 1 and less than val_images = 400, got 400"),
-        ({"train_triplets": 0}, "train_triplets must be at least 1"),
-        ({"image_width": 20}, "at least 32 pixels, got 20 x 180"),
-        ({"image_suffix": "jpg"}, "image_suffix must be '.jpg' or '.png', got 'jpg'"),
-        ({"held_out": 0.7}, r"held_out must lie in \[0, 0.5\], got 0.7"),
+        ({"val_queries": 400}, "val_queries must be less than garments.val_images: 400, got 400"),
+        ({"train_triplets": 0}, "train_triplets must be a whole number >= 1, got 0"),
+        ({"image_width": 20}, "image_width must be a whole number >= 32, got 20"),
+        ({"image_suffix": "jpg"}, "image_suffix must be one of .jpg, .png, got 'jpg'"),
+        ({"held_out": 0.7}, r"held_out must be a number >= 0 and <= 0.5, got 0.7"),
     ],
 )
 def test_impossible_values_are_refused(values, message):

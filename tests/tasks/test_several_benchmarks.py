@@ -74,7 +74,7 @@ def project(tmp_path, datasets=None, model=None, **run):
 
 
 def completed(path, command="train"):
-    cfg = launcher.with_lavis_defaults(config.read_config(path, []))
+    cfg = config.with_lavis_defaults(config.read_config(path, []))
     config.check_values(cfg, command)
     config.choose_splits(cfg, command)
     return cfg
@@ -140,7 +140,11 @@ def test_of_a_finished_run_the_training_split_alone_can_be_chosen(tmp_path):
             {},
             r"garments_caption\.splits: benchmarks al",
         ),
-        ({"coco_caption": {"splits": "train"}}, {}, r"coco_caption\.splits: .* set \[train\], got 'train'"),
+        (
+            {"coco_caption": {"splits": "train"}},
+            {},
+            r"coco_caption\.splits must be a list such as .*, or null, got 'train'",
+        ),
         ({"coco_caption": {}}, {}, r"coco_caption\.vis_processor\.train is missing; name one and its image_size"),
         (
             {"garments_vqa": {}, "garments_caption": {}},

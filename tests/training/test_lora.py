@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, default_collate
 
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.commands import main
+from lavis_cir_plugin.core.settings import section_problems
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
@@ -24,12 +25,12 @@ from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir
 from lavis_cir_plugin.training import config, launcher
 from lavis_cir_plugin.training.lora import (
+    LoraRun,
     LoraSettings,
     add_adapters,
     build_model,
     lora_pairs,
     merged_state,
-    run_problems,
 )
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -232,25 +233,31 @@ def test_checking_a_config_does_not_import_peft(monkeypatch, tmp_path):
     ("lora", "sentence"),
     [
         ([1], r"run.lora must be a mapping such as \{target_modules: \[query, value\]\}, got \[1\]"),
-        ({}, r"run.lora.target_modules must be a regular expression .*got \[\]"),
+        ({}, r"run.lora.target_modules is required; set it to a regular expression"),
         ({"target_modules": ["q"], "rank": 4}, r"run.lora.rank is not a known key\. Known: target_modules, r, lora_al"),
         ({"target_modules": ["q"], "lora_alph": 4}, r"did you mean 'lora_alpha'\?"),
         ({"target_modules": ["q"], "modules_to_save": ["x"]}, r"modules_to_save copies .* run.lora.also_train"),
         ({"target_modules": ["q"], "use_dora": True}, r"use_dora makes a merged weight that is not W \+ scaling"),
-        ({"target_modules": "(q"}, r"run.lora.target_modules: '\(q' is no regular expression"),
-        ({"target_modules": [""]}, r"target_modules must be .* got \[''\]"),
-        ({"target_modules": ["q"], "also_train": "["}, r"run.lora.also_train: '\[' is no regular expression"),
+        ({"target_modules": "(q"}, r"target_modules must be a regular expression .*, got '\(q' \(missing \)"),
+        ({"target_modules": [""]}, r"target_modules must be .* got \[\"\"\]"),
+        (
+            {"target_modules": ["q"], "also_train": "["},
+            r"also_train must be .*, got '\[' \(unterminated",
+        ),
         ({"target_modules": ["q"], "also_train": ["x"]}, r"also_train must be a regular expression"),
         ({"target_modules": ["q"], "r": 0}, r"run.lora.r must be a whole number >= 1, got 0"),
         ({"target_modules": ["q"], "lora_alpha": "8"}, r"run.lora.lora_alpha must be a number > 0, got '8'"),
-        ({"target_modules": ["q"], "lora_alpha": float("inf")}, r"run.lora.lora_alpha must be a number > 0, got inf"),
+        (
+            {"target_modules": ["q"], "lora_alpha": float("inf")},
+            r"lora_alpha must be a number > 0, got Infinity",
+        ),
         ({"target_modules": ["q"], "lora_dropout": 1}, r"run.lora.lora_dropout must be a number >= 0 and < 1, got 1"),
         ({"target_modules": ["q"], "use_rslora": 1}, r"run.lora.use_rslora must be true or false, got 1"),
-        ({"target_modules": ["q"], "init_lora_weights": "pissa"}, r"got 'pissa'; peft's others change the frozen"),
+        ({"target_modules": ["q"], "init_lora_weights": "pissa"}, r"peft's others change the frozen .*, got 'pissa'"),
     ],
 )
 def test_impossible_settings_are_refused_with_the_config(lora, sentence, tmp_path):
-    (problem, *more) = run_problems({"lora": lora})
+    (problem, *more) = section_problems(LoraRun, "run", {"lora": lora})
     assert not more
     project = OmegaConf.load(PROJECTS / "wrf4cir/demo.yaml")
     project.run.lora = lora

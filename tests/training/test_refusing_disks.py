@@ -116,7 +116,7 @@ def test_a_refusal_in_any_library_is_one_sentence(tmp_path):
 
 def test_a_config_needs_no_room_on_a_disk(monkeypatch):
     monkeypatch.setattr(tempfile, "mkdtemp", refuse(errno.ENOSPC))
-    cfg = launcher.with_lavis_defaults(config.read_config(str(PROJECTS / "wrf4cir/demo.yaml"), ["run.seed=7"]))
+    cfg = config.with_lavis_defaults(config.read_config(str(PROJECTS / "wrf4cir/demo.yaml"), ["run.seed=7"]))
     assert cfg.run_cfg.seed == 7
     assert "fashioniq" in cfg.datasets_cfg
 

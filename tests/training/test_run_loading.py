@@ -20,7 +20,7 @@ from lavis_cir_plugin.core.model_parts import frozen_names
 from lavis_cir_plugin.methods.tscir.composing import TscirComposing
 from lavis_cir_plugin.methods.tscir.mapping import TscirMapping
 from lavis_cir_plugin.ranking.scoring import similarity
-from lavis_cir_plugin.training import config, launcher, lora
+from lavis_cir_plugin.training import config, lora
 from lavis_cir_plugin.training.lora import lora_pairs
 
 BLIP2 = {"arch": "blip2_cir", **SMALL}
@@ -72,7 +72,7 @@ def write_run(folder, model, **run):
     settings = {"task": "composed_retrieval", "device": "cpu", "train_splits": ["train"], "seed": 3, **run}
     content = {"model": {"model_type": "tiny", **model}, "datasets": {"cirr": section}, "run": settings}
     OmegaConf.save(OmegaConf.create(content), folder / "project.yaml")
-    cfg = launcher.with_lavis_defaults(config.read_config(str(folder / "project.yaml"), []))
+    cfg = config.with_lavis_defaults(config.read_config(str(folder / "project.yaml"), []))
     torch.manual_seed(int(cfg.run_cfg.seed))
     built = randomise(lora.build_model(BaseTask(), cfg)).eval()
     left_out = frozen_names(built)

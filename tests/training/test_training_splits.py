@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask
-from lavis_cir_plugin.training import config, launcher
+from lavis_cir_plugin.training import config
 from lavis_cir_plugin.training.training_history import trained_on
 
 FASHIONIQ, CIRR, CAPTIONS = {"fashioniq": ["train"]}, {"cirr": ["train"]}, {"garments_caption": ["train"]}
@@ -63,7 +63,7 @@ OWN = "; not zero-shot: trained on fashioniq's own training split"
 
 
 def completed(path, options, command):
-    cfg = launcher.with_lavis_defaults(config.read_config(str(path), options))
+    cfg = config.with_lavis_defaults(config.read_config(str(path), options))
     config.choose_splits(cfg, command)
     return cfg
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,10 +13,20 @@ from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from torch.utils.data import Dataset
 
 from lavis_cir_plugin import CONFIGS, benchmarks, garments
-from lavis_cir_plugin.core.error_messages import did_you_mean
-from lavis_cir_plugin.core.settings import as_plain
+from lavis_cir_plugin.core.settings import as_plain, config_from_mapping, section_problems
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, Processor, TripletDataset, cache_root
 from lavis_cir_plugin.garments.world import World
+
+
+def split_problems(name: str, splits: Sequence[str] | None, known: Sequence[str]) -> Iterator[str]:
+    """Yield a sentence if a data set does not have a split that its section names."""
+    if not set(splits or ()) <= set(known):
+        yield f"datasets.{name}.splits must be a list of {', '.join(known)}, got {list(splits or ())}."
+
+
+def world_problems(name: str, settings: type, given: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one sentence per problem of ``datasets.<name>.garments``."""
+    yield from (f"datasets.{name}.{problem}" for problem in section_problems(settings, "garments", given))
 
 
 class BenchmarkBuilder(BaseDatasetBuilder):
@@ -43,31 +52,16 @@ class BenchmarkBuilder(BaseDatasetBuilder):
     @classmethod
     def section_problems(cls, name: str, section: Mapping[str, Any]) -> Iterator[str]:
         """Yield one sentence per wrong value of a config section, before anything is drawn or read."""
-        if not isinstance(section.get("preload", False), bool):
-            yield f"datasets.{name}.preload must be true or false, got {section['preload']!r}."
-        splits = section.get("splits")
-        if splits is not None and (isinstance(splits, str) or not set(splits) <= set(cls.known_splits())):
-            yield f"datasets.{name}.splits must be a list of {', '.join(cls.known_splits())}, got {splits!r}."
-        if section.get("garments") is not None:
-            yield from cls._world_problems(name, as_plain(section.garments))
+        yield from split_problems(name, section.get("splits"), cls.known_splits())
+        if section.get("garments") is not None and cls.world is None:
+            yield f"datasets.{name}.garments has no effect: no world is drawn in {name}'s files."
+        elif section.get("garments") is not None:
+            yield from world_problems(name, cls.world.settings, section["garments"])
         try:
             # The section may lack a root, which then comes from the defaults or from the drawn world.
-            cls.benchmark_module.check_config({"root": "any", **as_plain(section.get("build_info"))})
+            config_from_mapping(cls.benchmark_module.CONFIG, name, {"root": "any", **(section.get("build_info") or {})})
         except ValueError as error:
-            yield str(error)
-
-    @classmethod
-    def _world_problems(cls, name: str, settings: Mapping[str, Any]) -> Iterator[str]:
-        if cls.world is None:
-            yield f"datasets.{name}.garments has no effect: no world is drawn in {name}'s files."
-            return
-        known = [field.name for field in dataclasses.fields(cls.world.settings)]
-        unknown = [key for key in settings if key not in known]
-        yield from (f"datasets.{name}.garments.{key} is not a known key{did_you_mean(key, known)}" for key in unknown)
-        try:
-            cls.world.settings(**{key: value for key, value in settings.items() if key in known})
-        except (ValueError, TypeError) as error:
-            yield f"datasets.{name}.{error}"  # it begins with "garments: "
+            yield from str(error).splitlines()
 
     def _download_data(self) -> None:
         """Draw the world if the config asks for one; real data sets are never downloaded."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from torch.utils.data import Dataset
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.benchmarks.images import check_format
-from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.settings import as_plain
 from lavis_cir_plugin.data.benchmark_datasets import cache_root
+from lavis_cir_plugin.data.builders.benchmarks import split_problems, world_problems
 from lavis_cir_plugin.garments.questions import SPLITS, WORLD, QuestionGarments
 
 
@@ -69,17 +68,8 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
         for key in ("build_info", "preload"):
             if section.get(key):
                 yield f"datasets.{name}.{key} is not read: {name} draws its own files; set datasets.{name}.garments."
-        splits = section.get("splits")
-        if splits is not None and (isinstance(splits, str) or not set(splits) <= set(SPLITS)):
-            yield f"datasets.{name}.splits must be a list of {' and '.join(SPLITS)}, got {splits!r}."
-        garments = as_plain(section.get("garments"))
-        known = [field.name for field in dataclasses.fields(QuestionGarments)]
-        unknown = [key for key in garments if key not in known]
-        yield from (f"datasets.{name}.garments.{key} is not a known key{did_you_mean(key, known)}" for key in unknown)
-        try:
-            QuestionGarments(**{key: value for key, value in garments.items() if key in known})
-        except (ValueError, TypeError) as error:
-            yield f"datasets.{name}.{error}"  # it begins with "garments: "
+        yield from split_problems(name, section.get("splits"), SPLITS)
+        yield from world_problems(name, QuestionGarments, section.get("garments") or {})
 
     def _download_data(self) -> None:
         """Draw the world, in the place where LAVIS's builders download."""

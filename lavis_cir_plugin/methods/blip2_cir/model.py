@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal, Optional
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
@@ -20,22 +20,26 @@ from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import count_blocks_in, load_strictly, read_state
-from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.model_parts import keep_as_buffers
-from lavis_cir_plugin.core.settings import check_choice, check_flag, check_whole
+from lavis_cir_plugin.core.settings import (
+    Limits,
+    NotNegativeNumber,
+    Positive,
+    Probability,
+    check_argument,
+    check_arguments,
+    check_heads,
+    check_overrides,
+)
 from lavis_cir_plugin.methods.blip2_cir.hub_weights import check_hub_config, read_blip2_weights
 from lavis_cir_plugin.methods.blip2_cir.losses import LOSSES, TrainingOutputs
 from lavis_cir_plugin.models.fused_attention import fuse_attention
 from lavis_cir_plugin.models.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
-from lavis_cir_plugin.models.tokenizer import load_tokenizer
+from lavis_cir_plugin.models.tokenizer import TOKENIZER, load_tokenizer
 
-_CHOICES = {
-    "fusion": ("joint", "sentence_prompt"),
-    "pooling": ("text_cls", "mean_queries"),
-    "vit_model": ("eva_clip_g", "clip_L"),
-    "vit_precision": ("fp16", "fp32"),
-}
 DEFAULT_LOSS_WEIGHTS = {"joint": {"itc": 1.0}, "sentence_prompt": {"itc": 1.0, "rtc": 1.0, "align": 1.0}}
+
+Mode = Literal["multimodal", "text", "image"]
 
 # BLIP-2's checkpoints hold EVA's and CLIP's published towers without their last block. LAVIS's CLIP tower builds one
 # block less than `layers`; LAVIS 1.0.2 sets `layers` to 22, so that its tower lacks two blocks of the checkpoints.
@@ -103,22 +107,22 @@ class Blip2Cir(Blip2Base):
     def __init__(
         self,
         *,
-        vit_model: str = "eva_clip_g",
-        image_size: int = 224,
-        vit_config: Mapping[str, Any] | None = None,
-        vit_precision: str = "fp16",
+        vit_model: Literal["eva_clip_g", "clip_L"] = "eva_clip_g",
+        image_size: Positive = 224,
+        vit_config: Optional[Mapping[str, Any]] = None,
+        vit_precision: Literal["fp16", "fp32"] = "fp16",
         freeze_vit: bool = True,
         use_grad_checkpoint: bool = False,
-        drop_path_rate: float = 0.0,
-        tokenizer: str = "bert-base-uncased",
-        num_query_token: int = 32,
-        cross_attention_freq: int = 2,
-        qformer_config: Mapping[str, Any] | None = None,
-        embed_dim: int = 256,
-        max_txt_len: int = 32,
-        fusion: str = "joint",
-        pooling: str = "text_cls",
-        loss_weights: Mapping[str, float] | None = None,
+        drop_path_rate: Probability = 0.0,
+        tokenizer: Annotated[str, TOKENIZER] = "bert-base-uncased",
+        num_query_token: Positive = 32,
+        cross_attention_freq: Positive = 2,
+        qformer_config: Optional[Mapping[str, Any]] = None,
+        embed_dim: Positive = 256,
+        max_txt_len: Annotated[int, Limits(ge=2)] = 32,
+        fusion: Literal["joint", "sentence_prompt"] = "joint",
+        pooling: Literal["text_cls", "mean_queries"] = "text_cls",
+        loss_weights: Optional[Mapping[str, NotNegativeNumber]] = None,
     ) -> None:
         super().__init__()
         given = locals()
@@ -180,19 +184,20 @@ class Blip2Cir(Blip2Base):
             ValueError: If a value is unknown or impossible; the message names the first one and what is allowed.
         """
         values = {**cls._arguments(), **{name: cfg[name] for name in cls._arguments() if cfg.get(name) is not None}}
-        for key, allowed in _CHOICES.items():
-            check_choice(key, values[key], allowed)
-        for key in ("image_size", "num_query_token", "cross_attention_freq", "embed_dim", "max_txt_len"):
-            check_whole(key, values[key])
-        for key in ("freeze_vit", "use_grad_checkpoint"):
-            check_flag(key, values[key])
+        check_arguments(cls, "model", values)
         if values["vit_precision"] == "fp16" and not values["freeze_vit"]:
             raise ValueError(
                 "model.vit_precision: 'fp16' stores the image tower in half precision, which cannot be trained; set "
                 "model.vit_precision: fp32 or model.freeze_vit: true."
             )
-        _check_keys("vit_config", values["vit_config"], _CLIP_L if values["vit_model"] == "clip_L" else _EVA_G)
-        _check_keys("qformer_config", values["qformer_config"], BertConfig().to_dict())
+        is_clip = values["vit_model"] == "clip_L"
+        tower, bert = (_CLIP_L if is_clip else _EVA_G), BertConfig().to_dict()
+        check_overrides("model.vit_config", values["vit_config"], tower)
+        check_overrides("model.qformer_config", values["qformer_config"], bert)
+        widths = ("width", "heads") if is_clip else ("embed_dim", "num_heads")
+        check_heads("model.vit_config", {**tower, **(values["vit_config"] or {})}, *widths)
+        sizes = {**bert, **(values["qformer_config"] or {})}
+        check_heads("model.qformer_config", sizes, "hidden_size", "num_attention_heads")
         _checked_loss_weights(values["fusion"], values["loss_weights"])
 
     @classmethod
@@ -327,7 +332,7 @@ class Blip2Cir(Blip2Base):
         Raises:
             ValueError: If the mode is unknown, or the samples are not such a batch.
         """
-        check_choice("mode", mode, ("multimodal", "text", "image"))
+        check_argument("model.mode", Mode, mode)
         if mode == "image":
             return F.normalize(self.encode_target(read_pictures(samples)).mean(dim=1), dim=-1)
         if mode == "text":
@@ -366,7 +371,7 @@ class Blip2Cir(Blip2Base):
         Raises:
             ValueError: If the mode is unknown.
         """
-        check_choice("mode", mode, ("multimodal", "text", "image"))
+        check_argument("model.mode", Mode, mode)
         image_embeds = self._query_outputs(self._embed_images(read_pictures(samples))) if mode != "text" else None
         return BlipOutputFeatures(
             image_embeds=image_embeds,
@@ -498,26 +503,11 @@ def _build_tower(
 
 
 def _checked_loss_weights(fusion: str, weights: Mapping[str, float] | None) -> dict[str, float]:
-    given = _mapping("loss_weights", weights)
+    given = weights or {}
     unknown = [name for name in given if name not in LOSSES]
     if unknown:
         raise ValueError(f"model.loss_weights: {', '.join(unknown)} is no loss; known: {', '.join(LOSSES)}.")
     prompted = [name for name in given if name in ("rtc", "align")]
     if fusion == "joint" and prompted:
         raise ValueError(f"model.loss_weights: {', '.join(prompted)} needs model.fusion: sentence_prompt.")
-    refused = {n: w for n, w in given.items() if isinstance(w, bool) or not isinstance(w, (int, float)) or not w >= 0}
-    if refused:
-        raise ValueError(f"model.loss_weights must be numbers >= 0, got {refused}.")
     return {**DEFAULT_LOSS_WEIGHTS[fusion], **{name: float(weight) for name, weight in given.items()}}
-
-
-def _mapping(key: str, value: Any) -> dict[str, Any]:
-    if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"model.{key} must be a mapping, got {value!r}.")
-    return dict(value or {})
-
-
-def _check_keys(key: str, value: Any, known: Mapping[str, Any]) -> None:
-    for name in _mapping(key, value):
-        if name not in known:
-            raise ValueError(f"model.{key}.{name} is not a known key{did_you_mean(name, known)}")

@@ -13,15 +13,14 @@ Source: DPO (arXiv 2305.18290); the sources of the variants stand beside them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
-from lavis_cir_plugin.core.error_messages import did_you_mean
-from lavis_cir_plugin.core.settings import is_number
+from lavis_cir_plugin.core.settings import Limits, NotNegativeNumber, PositiveNumber, Section, one_of
 
 VARIANTS = ("sigmoid", "label_smoothed", "robust", "hinge", "ipo", "sdpo", "listwise")
 REFERENCES = ("start", "mined", "none")
@@ -29,13 +28,13 @@ POSITIVES = ("target", "image")
 
 
 @dataclass(frozen=True)
-class PreferenceSettings:
+class PreferenceSettings(Section):
     r"""Settings under ``run.dpo`` of Retrieval-DPO's loss :math:`L = L_\mathrm{DPO} + a L_\mathrm{InfoNCE}`.
 
     Attributes:
         variant: Variant of :func:`preference_losses`.
-        beta: Slope per cosine, > 0: DPO's :math:`\beta` divided by the temperature. The seed paper's 0.1 at CLIP's
-            logit scale of 100 is 10 here.
+        beta: Slope per cosine, DPO's :math:`\beta` divided by the temperature; 10 to 20 is usual. The seed paper's
+            0.1 at CLIP's logit scale of 100 is 10 here.
         epsilon: Assumed share of wrong preferences, >= 0 and < 0.5, for ``label_smoothed`` and ``robust``.
         anchor: Weight a >= 0 of the in-batch contrastive loss, which has the role of DPO's supervised fine-tuning term.
             "ITC plus 0.4 DPO" is 2.5.
@@ -48,30 +47,14 @@ class PreferenceSettings:
         ValueError: If values are impossible; the message has one sentence for each.
     """
 
-    variant: str = "sigmoid"
-    beta: float = 10.0
-    epsilon: float = 0.1
-    anchor: float = 2.5
-    reference: str = "start"
-    positive: str = "target"
+    WHERE = "run.dpo"
 
-    def __post_init__(self) -> None:
-        """Refuse impossible values."""
-        problems = list(self._problems())
-        if problems:
-            raise ValueError(" ".join(problems))
-
-    def _problems(self) -> Iterator[str]:
-        for key, allowed in {"variant": VARIANTS, "reference": REFERENCES, "positive": POSITIVES}.items():
-            value = getattr(self, key)
-            if value not in allowed:
-                yield f"run.dpo.{key} must be one of {', '.join(allowed)}, got {value!r}{did_you_mean(value, allowed)}"
-        if not is_number(self.beta) or self.beta <= 0:
-            yield f"run.dpo.beta must be a number > 0 (slope per cosine; 10 to 20 is usual), got {self.beta!r}."
-        if not is_number(self.epsilon) or not 0 <= self.epsilon < 0.5:
-            yield f"run.dpo.epsilon must be a number >= 0 and < 0.5, got {self.epsilon!r}."
-        if not is_number(self.anchor) or self.anchor < 0:
-            yield f"run.dpo.anchor must be a number >= 0, got {self.anchor!r}."
+    variant: Annotated[str, one_of(VARIANTS)] = "sigmoid"
+    beta: PositiveNumber = 10.0
+    epsilon: Annotated[float, Limits(ge=0, lt=0.5)] = 0.1
+    anchor: NotNegativeNumber = 2.5
+    reference: Annotated[str, one_of(REFERENCES)] = "start"
+    positive: Annotated[str, one_of(POSITIVES)] = "target"
 
 
 def reward_margins(scores: Tensor, reference_scores: Tensor | None = None) -> Tensor:

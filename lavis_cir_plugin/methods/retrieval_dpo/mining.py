@@ -6,15 +6,14 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
 from lavis_cir_plugin.benchmarks.types import Triplet
-from lavis_cir_plugin.core.error_messages import did_you_mean
-from lavis_cir_plugin.core.settings import is_number
+from lavis_cir_plugin.core.settings import File, Limits, NotNegative, Positive, Section, one_of
 from lavis_cir_plugin.ranking import scoring
 from lavis_cir_plugin.ranking.index import KINDS, VECTORS_PER_LIST, Index, build_index
 from lavis_cir_plugin.ranking.ranks import padded, rerank
@@ -34,8 +33,13 @@ _PROBES = 4
 _STEEP_LEAST = 4
 
 
+def _check_window(window: tuple[int, int]) -> None:
+    if window[0] >= window[1]:
+        raise ValueError("")
+
+
 @dataclass(frozen=True)
-class MiningSettings:
+class MiningSettings(Section):
     """Settings under ``run.negatives``: the rules by which training images become negatives of a triplet.
 
     Images are ranked for each triplet. Images that may not be negatives (:func:`forbidden_images`, and twins of the
@@ -69,23 +73,22 @@ class MiningSettings:
         ValueError: If values are impossible; the message has one sentence for each.
     """
 
-    source: str = "query"
-    count: int = 1
-    window: Sequence[int] = (0, 50)
-    within_category: bool = True
-    cap: float | None = 0.95
-    margin: float | None = None
-    steep_drop: bool = False
-    warmup_epochs: int = 0
-    refresh: int = 1
-    index: str = "auto"
-    file: str | None = None
+    WHERE = "run.negatives"
 
-    def __post_init__(self) -> None:
-        """Refuse impossible values."""
-        problems = list(self._problems())
-        if problems:
-            raise ValueError(" ".join(problems))
+    source: Annotated[str, one_of(SOURCES)] = "query"
+    count: Positive = 1
+    window: Annotated[
+        tuple[NotNegative, Positive],
+        Limits(words="two ranks [first, last] with 0 <= first < last", check=_check_window),
+    ] = (0, 50)
+    within_category: bool = True
+    cap: Optional[Annotated[float, Limits(gt=0, le=1)]] = 0.95
+    margin: Optional[Annotated[float, Limits(ge=0, le=2)]] = None
+    steep_drop: bool = False
+    warmup_epochs: NotNegative = 0
+    refresh: NotNegative = 1
+    index: Annotated[str, one_of(("auto", *KINDS))] = "auto"
+    file: Optional[File] = None
 
     @property
     def width(self) -> int:
@@ -98,47 +101,22 @@ class MiningSettings:
             return 0
         return epoch - (epoch - self.warmup_epochs) % self.refresh if self.refresh else self.warmup_epochs
 
-    def _problems(self) -> Iterator[str]:
-        kinds = ("auto", *KINDS)
-        for key, allowed in {"source": SOURCES, "index": kinds}.items():
-            value = getattr(self, key)
-            if value not in allowed:
-                yield f"run.negatives.{key} must be one of {', '.join(allowed)}, got {value!r}" + did_you_mean(
-                    value, allowed
-                )
-        for key, least in {"count": 1, "warmup_epochs": 0, "refresh": 0}.items():
-            if not _is_whole(getattr(self, key), least):
-                yield f"run.negatives.{key} must be a whole number >= {least}, got {getattr(self, key)!r}."
-        window = self.window
-        is_pair = isinstance(window, Sequence) and not isinstance(window, str) and len(window) == 2
-        if not (is_pair and _is_whole(window[0], 0) and _is_whole(window[1], 1) and window[0] < window[1]):
-            shown = window if isinstance(window, str) or not isinstance(window, Sequence) else list(window)
-            yield f"run.negatives.window must be two ranks [first, last] with 0 <= first < last, got {shown!r}."
-        elif self.width > DEEPEST:
-            yield f"run.negatives.window must span at most {DEEPEST:,} ranks, got {list(window)}."
-        elif self.steep_drop is True and self.width < _STEEP_LEAST:
+    def conflicts(self) -> Iterator[str]:
+        """Yield a sentence per combination of values that is impossible."""
+        window = list(self.window)
+        if self.width > DEEPEST:
+            yield f"run.negatives.window must span at most {DEEPEST:,} ranks, got {window}."
+        elif self.steep_drop and self.width < _STEEP_LEAST:
             yield (
-                f"run.negatives.window: {list(window)} has no image between two drops for run.negatives.steep_drop; it "
+                f"run.negatives.window: {window} has no image between two drops for run.negatives.steep_drop; it "
                 f"needs at least {_STEEP_LEAST} ranks."
             )
-        elif _is_whole(self.count, 1) and self.count > self.width and self.file is None:
+        elif self.count > self.width and self.file is None:
             yield (
-                f"run.negatives.count: {self.count} is more than run.negatives.window: {list(window)} has "
-                f"({self.width}); widen the window or lower count."
+                f"run.negatives.count: {self.count} is more than run.negatives.window: {window} has ({self.width}); "
+                "widen the window or lower count."
             )
-        for key, most in {"cap": 1.0, "margin": 2.0}.items():
-            value = getattr(self, key)
-            if value is not None and not (
-                is_number(value) and (value > 0 if key == "cap" else value >= 0) and value <= most
-            ):
-                bound = "> 0" if key == "cap" else ">= 0"
-                yield f"run.negatives.{key} must be a number {bound} and <= {most:g}, or null, got {value!r}."
-        for key in ("within_category", "steep_drop"):
-            if not isinstance(getattr(self, key), bool):
-                yield f"run.negatives.{key} must be true or false, got {getattr(self, key)!r}."
-        if self.file is not None and not (isinstance(self.file, str) and self.file):
-            yield f"run.negatives.file must be the path of a file, or null, got {self.file!r}."
-        elif self.file is not None and (self.refresh or self.warmup_epochs):
+        if self.file is not None and (self.refresh or self.warmup_epochs):
             yield "run.negatives.file serves all epochs; set run.negatives.refresh and .warmup_epochs to 0."
 
 
@@ -383,7 +361,3 @@ def random_negatives(targets: Tensor, banned: Tensor, size: int, width: int, see
     drawn = padded(rows, width).int()
     unknown, nan = torch.full_like(drawn, -1), torch.full(drawn.shape, torch.nan)
     return MinedNegatives(drawn, nan, nan[:, 0], unknown, unknown[:, 0])
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

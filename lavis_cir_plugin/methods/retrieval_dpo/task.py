@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from lavis_cir_plugin.core.processes import fail_in_all_processes, gather
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
-from lavis_cir_plugin.core.settings import as_plain, setting_problems
+from lavis_cir_plugin.core.settings import as_plain
 from lavis_cir_plugin.data.benchmark_datasets import TripletDataset
 from lavis_cir_plugin.data.negatives import NegativeSets, load_negatives, negatives_path
 from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
@@ -33,11 +34,38 @@ from lavis_cir_plugin.methods.retrieval_dpo.preference_model import (
 )
 from lavis_cir_plugin.report.curves import Panel
 from lavis_cir_plugin.report.sheet_layout import BLUE, GREY, ORANGE
-from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask
+from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask, EvaluationSettings
 
 _LARGEST_DIFFERENCE = 0.01
 """Largest difference of two scores of one policy, which half precision or another device can cause."""
 _COMPARED = 64
+
+
+@dataclass(frozen=True)
+class DpoRun(EvaluationSettings):
+    """Keys of ``run`` that the task reads.
+
+    Attributes:
+        dpo: The loss of preferences.
+        negatives: The rules by which negatives are mined.
+    """
+
+    dpo: Optional[PreferenceSettings] = None
+    negatives: Optional[MiningSettings] = None
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield a sentence per combination of values that is impossible."""
+        preference, mining = self.dpo or PreferenceSettings(), self.negatives or MiningSettings()
+        if preference.reference == "mined" and mining.file is None:
+            yield (
+                "run.dpo.reference: mined are the scores in run.negatives.file, which is empty; name the file of a run "
+                "that started from the same weights, or set run.dpo.reference: start."
+            )
+        if preference.reference == "mined" and preference.positive != "target":
+            yield (
+                f"run.dpo.positive: {preference.positive} has no scores in run.negatives.file, which holds those of "
+                "targets; set it to target, or set run.dpo.reference: start."
+            )
 
 
 @registry.register_task("retrieval_dpo")
@@ -56,7 +84,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
     step, for both policy and reference policy.
     """
 
-    RUN_KEYS = (*ComposedRetrievalTask.RUN_KEYS, "dpo", "negatives")
+    RUN_SETTINGS = DpoRun
     CURVE_PANELS = (
         Panel(
             "share",
@@ -81,29 +109,6 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         task.preference = PreferenceSettings(**as_plain(cfg.run_cfg.get("dpo")))
         task.mining = MiningSettings(**as_plain(cfg.run_cfg.get("negatives")))
         return task
-
-    @staticmethod
-    def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
-        """Yield one sentence per problem of the keys of ``run`` that this task reads."""
-        yield from ComposedRetrievalTask.run_problems(run)
-        problems = list(_setting_problems(run))
-        yield from problems
-        if problems:
-            return
-        preference, mining = (
-            PreferenceSettings(**(run.get("dpo") or {})),
-            MiningSettings(**(run.get("negatives") or {})),
-        )
-        if preference.reference == "mined" and mining.file is None:
-            yield (
-                "run.dpo.reference: mined are the scores in run.negatives.file, which is empty; name the file of a run "
-                "that started from the same weights, or set run.dpo.reference: start."
-            )
-        if preference.reference == "mined" and preference.positive != "target":
-            yield (
-                f"run.dpo.positive: {preference.positive} has no scores in run.negatives.file, which holds those of "
-                "targets; set it to target, or set run.dpo.reference: start."
-            )
 
     def prepare(self, model: nn.Module, datasets: Mapping[str, Mapping[str, Any]], cfg: Any) -> None:
         """Cache features, and for a training give the model Retrieval-DPO's loss and a reference policy.
@@ -305,12 +310,6 @@ class RetrievalDpoTask(ComposedRetrievalTask):
     @torch.no_grad()
     def _policy_scores(self, samples: Mapping[str, Any]) -> Tensor:
         return paired_scores(self.model.query_features(samples), candidate_features(self.model, samples))
-
-
-def _setting_problems(run: Mapping[str, Any]) -> Iterator[str]:
-    for key, settings in {"dpo": PreferenceSettings, "negatives": MiningSettings}.items():
-        if run.get(key) is not None:
-            yield from setting_problems(f"run.{key}", settings, run[key])
 
 
 def _check_data(training: Mapping[str, Any], mining: MiningSettings) -> None:

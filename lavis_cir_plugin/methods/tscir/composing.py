@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Optional
 
 import torch
 from lavis.common.registry import registry
@@ -11,14 +11,23 @@ from torch import Tensor, nn
 
 from lavis_cir_plugin.core.checkpoints import read_checkpoint, state_in
 from lavis_cir_plugin.core.model_parts import keep_as_buffers
-from lavis_cir_plugin.core.settings import check_flag, check_whole
+from lavis_cir_plugin.core.settings import (
+    Folder,
+    NotNegative,
+    NotNegativeNumber,
+    Positive,
+    PositiveNumber,
+    Probability,
+    Weights,
+    one_of,
+)
 from lavis_cir_plugin.methods.tscir.layers import ComposingAdapter
 from lavis_cir_plugin.methods.tscir.losses import mixed_negatives_loss, soft_text_alignment_loss
-from lavis_cir_plugin.methods.tscir.mapping import PLAIN_SENTENCE, TscirMapping, check_blocks
-from lavis_cir_plugin.models.clip_cir import image_ids
+from lavis_cir_plugin.methods.tscir.mapping import PLAIN_SENTENCE, Blocks, Template, TscirMapping, check_blocks
+from lavis_cir_plugin.models.clip_cir import ClipModel, ClipWeights, image_ids
 from lavis_cir_plugin.models.contrastive_losses import symmetric_contrastive_loss
 from lavis_cir_plugin.models.model_inputs import read_pairs, read_pictures, read_texts
-from lavis_cir_plugin.models.open_clip_towers import HiddenStateEdit, count_blocks
+from lavis_cir_plugin.models.open_clip_towers import PIXELS, HiddenStateEdit, count_blocks
 
 
 @registry.register_model("tscir_composing")
@@ -67,24 +76,24 @@ class TscirComposing(TscirMapping):
     def __init__(
         self,
         *,
-        clip_model: str = "ViT-L-14-quickgelu",
-        pretrained: str | None = None,
-        image_size: int | None = None,
-        tokenizer: str | None = None,
-        pixels: str = "auto",
-        template: str = "a photo of * that {}",
-        hidden_width: int = 512,
-        dropout: float = 0.1,
-        injection_blocks: Sequence[int] = (3, 7, 9),
-        injection_width: int = 128,
-        injection_heads: int = 8,
-        injection_layers: int = 2,
-        temperature: float = 0.01,
-        loss_weights: Mapping[str, float] | None = None,
-        mapping_checkpoint: str | None = None,
-        adapter_blocks: Sequence[int] = (1, 3, 5, 7, 9, 11),
-        adapter_rank: int = 128,
-        mixed_negatives: int = 10,
+        clip_model: ClipModel = "ViT-L-14-quickgelu",
+        pretrained: Optional[ClipWeights] = None,
+        image_size: Optional[Positive] = None,
+        tokenizer: Optional[Folder] = None,
+        pixels: Annotated[str, one_of(("auto", *PIXELS))] = "auto",
+        template: Template = "a photo of * that {}",
+        hidden_width: Positive = 512,
+        dropout: Probability = 0.1,
+        injection_blocks: Blocks = (3, 7, 9),
+        injection_width: Positive = 128,
+        injection_heads: Positive = 8,
+        injection_layers: Positive = 2,
+        temperature: PositiveNumber = 0.01,
+        loss_weights: Optional[Mapping[str, NotNegativeNumber]] = None,
+        mapping_checkpoint: Optional[Weights] = None,
+        adapter_blocks: Blocks = (1, 3, 5, 7, 9, 11),
+        adapter_rank: Positive = 128,
+        mixed_negatives: NotNegative = 10,
         mixed_negatives_scaled: bool = True,
         alignment_with_target: bool = False,
     ) -> None:
@@ -151,10 +160,6 @@ class TscirComposing(TscirMapping):
         """
         super().check_config(cfg)
         values = cls._values(cfg)
-        check_whole("adapter_rank", values["adapter_rank"])
-        check_whole("mixed_negatives", values["mixed_negatives"], least=0)
-        for key in ("mixed_negatives_scaled", "alignment_with_target"):
-            check_flag(key, values[key])
         blocks = check_blocks("adapter_blocks", values["adapter_blocks"], count_blocks(values["clip_model"]))
         if not blocks:
             raise ValueError("model.adapter_blocks is empty, so that nothing would be trained.")

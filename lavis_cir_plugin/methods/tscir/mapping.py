@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Optional
 
 import numpy as np
 import torch
@@ -16,11 +16,22 @@ from torch import Tensor, nn
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint, state_in
 from lavis_cir_plugin.core.error_messages import did_you_mean
-from lavis_cir_plugin.core.settings import check_choice, check_whole, is_number
+from lavis_cir_plugin.core.settings import (
+    Folder,
+    Limits,
+    NotNegative,
+    NotNegativeNumber,
+    Positive,
+    PositiveNumber,
+    Probability,
+    Weights,
+    check_argument,
+    one_of,
+)
 from lavis_cir_plugin.methods.tscir.layers import MappingNetwork, VisualInjection
 from lavis_cir_plugin.methods.tscir.losses import soft_text_alignment_loss
 from lavis_cir_plugin.methods.tscir.phi_weights import check_same_clip, load_phi, read_phi
-from lavis_cir_plugin.models.clip_cir import ClipCir, image_ids
+from lavis_cir_plugin.models.clip_cir import ClipCir, ClipModel, ClipWeights, image_ids
 from lavis_cir_plugin.models.contrastive_losses import symmetric_contrastive_loss
 from lavis_cir_plugin.models.model_inputs import check_counts, read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.open_clip_towers import (
@@ -35,6 +46,22 @@ PLAIN_SENTENCE = f"a photo of {PSEUDO_WORD}"
 """Sentence whose feature is trained to equal that of the image alone."""
 
 _TOWERS = ("image_tower.", "text_tower.")
+
+
+def _check_template(template: str) -> None:
+    if re.findall(rf"{re.escape(PSEUDO_WORD)}|{{}}", template) != [PSEUDO_WORD, "{}"]:
+        raise ValueError("")
+
+
+Template = Annotated[
+    str,
+    Limits(
+        words=f"a text with one {PSEUDO_WORD} for the image and after it one {{}} for the text, such as 'a photo of "
+        f"{PSEUDO_WORD} that {{}}'",
+        check=_check_template,
+    ),
+]
+Blocks = Annotated[tuple[NotNegative, ...], Limits(words="distinct numbers of text blocks from 0")]
 
 
 @registry.register_model("tscir_mapping")
@@ -94,21 +121,21 @@ class TscirMapping(ClipCir):
     def __init__(
         self,
         *,
-        clip_model: str = "ViT-L-14-quickgelu",
-        pretrained: str | None = None,
-        image_size: int | None = None,
-        tokenizer: str | None = None,
-        pixels: str = "auto",
-        template: str = "a photo of * that {}",
-        phi: str | None = None,
-        hidden_width: int = 512,
-        dropout: float = 0.1,
-        injection_blocks: Sequence[int] = (3, 7, 9),
-        injection_width: int = 128,
-        injection_heads: int = 8,
-        injection_layers: int = 2,
-        temperature: float = 0.07,
-        loss_weights: Mapping[str, float] | None = None,
+        clip_model: ClipModel = "ViT-L-14-quickgelu",
+        pretrained: Optional[ClipWeights] = None,
+        image_size: Optional[Positive] = None,
+        tokenizer: Optional[Folder] = None,
+        pixels: Annotated[str, one_of(("auto", *PIXELS))] = "auto",
+        template: Template = "a photo of * that {}",
+        phi: Optional[Weights] = None,
+        hidden_width: Positive = 512,
+        dropout: Probability = 0.1,
+        injection_blocks: Blocks = (3, 7, 9),
+        injection_width: Positive = 128,
+        injection_heads: Positive = 8,
+        injection_layers: Positive = 2,
+        temperature: PositiveNumber = 0.07,
+        loss_weights: Optional[Mapping[str, NotNegativeNumber]] = None,
     ) -> None:
         super(ClipCir, self).__init__()
         self._build_towers(clip_model, pretrained, image_size, tokenizer, pixels, with_patches=bool(injection_blocks))
@@ -154,29 +181,16 @@ class TscirMapping(ClipCir):
         """
         super().check_config(cfg)
         values = cls._values(cfg)
-        template = values["template"]
-        marks = re.findall(rf"{re.escape(PSEUDO_WORD)}|{{}}", template) if isinstance(template, str) else []
-        if marks != [PSEUDO_WORD, "{}"]:
-            raise ValueError(
-                f"model.template must hold one {PSEUDO_WORD} for the image and after it one {{}} for the text, such as "
-                f"'a photo of {PSEUDO_WORD} that {{}}', got {template!r}."
-            )
         if values.get("phi") and list(values["injection_blocks"]):
             raise ValueError(
                 f"model.phi: {values['phi']} is a network without injection, and model.injection_blocks are "
                 f"{list(values['injection_blocks'])}; set model.injection_blocks: []."
             )
-        for key in ("hidden_width", "injection_width", "injection_heads", "injection_layers"):
-            check_whole(key, values[key])
         if values["injection_width"] % values["injection_heads"]:
             raise ValueError(
                 f"model.injection_heads: {values['injection_heads']} does not divide model.injection_width: "
                 f"{values['injection_width']}."
             )
-        if not is_number(values["dropout"]) or not 0 <= values["dropout"] < 1:
-            raise ValueError(f"model.dropout must be a number >= 0 and < 1, got {values['dropout']!r}.")
-        if not is_number(values["temperature"]) or not values["temperature"] > 0:
-            raise ValueError(f"model.temperature must be a number > 0, got {values['temperature']!r}.")
         blocks = count_blocks(values["clip_model"])
         check_blocks("injection_blocks", values["injection_blocks"], blocks - 1)
         cls._check_loss_weights(values["loss_weights"])
@@ -188,15 +202,11 @@ class TscirMapping(ClipCir):
 
     @classmethod
     def _check_loss_weights(cls, weights: Any) -> None:
-        if weights is not None and not isinstance(weights, Mapping):
-            raise ValueError(f"model.loss_weights must be a mapping such as {{sta: 0.2}}, got {weights!r}.")
-        for name, weight in (weights or {}).items():
+        for name in weights or {}:
             if name not in cls.DEFAULT_LOSS_WEIGHTS:
                 raise ValueError(
                     f"model.loss_weights.{name} is no loss of this model{did_you_mean(name, cls.DEFAULT_LOSS_WEIGHTS)}"
                 )
-            if not is_number(weight) or weight < 0:
-                raise ValueError(f"model.loss_weights.{name} must be a number >= 0, got {weight!r}.")
         if not any({**cls.DEFAULT_LOSS_WEIGHTS, **(weights or {})}.values()):
             raise ValueError("model.loss_weights are all 0, so that nothing would be trained.")
 
@@ -315,7 +325,7 @@ class TscirMapping(ClipCir):
         Raises:
             ValueError: If the mode is unknown, or the samples are not such a batch.
         """
-        check_choice("mode", mode, ("multimodal", *self.baselines))
+        check_argument("model.mode", Annotated[str, one_of(("multimodal", *self.baselines))], mode)
         return super().query_features(samples) if mode == "sum" else super().encode_query(samples, mode)
 
     @property
@@ -392,17 +402,16 @@ def weights_fingerprint(*modules: nn.Module) -> Tensor:
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
-def check_blocks(key: str, blocks: Any, count: int) -> tuple[int, ...]:
+def check_blocks(key: str, blocks: Sequence[int], count: int) -> tuple[int, ...]:
     """Return block numbers in ascending order.
 
     Raises:
         ValueError: If they are not distinct numbers in ``range(count)``.
     """
-    given = blocks if isinstance(blocks, Sequence) and not isinstance(blocks, str) else [None]
-    are_numbers = all(isinstance(block, int) and not isinstance(block, bool) for block in given)
-    if not are_numbers or len(set(given)) < len(given) or not set(given) <= set(range(count)):
+    given = list(blocks)
+    if len(set(given)) < len(given) or not set(given) <= set(range(count)):
         why = " (an injection after the last block reaches no position that is read)" * key.startswith("injection")
         raise ValueError(
-            f"model.{key} must be distinct numbers of text blocks from 0 to {count - 1}{why}, got {list(given)}."
+            f"model.{key} must be distinct numbers of text blocks from 0 to {count - 1}{why}, got {given}."
         )
     return tuple(sorted(int(block) for block in given))

@@ -32,8 +32,8 @@ from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.report.curves import Curve, best_epoch, draw_curves, save_figure, shade_gap
 from lavis_cir_plugin.report.run_log import EPOCHS, progress, read_epochs
 from lavis_cir_plugin.report.sheet_layout import BLUE, GREEN, GREY, ORANGE
-from lavis_cir_plugin.training import launcher, lora
-from lavis_cir_plugin.training.config import choose_splits
+from lavis_cir_plugin.training import lora
+from lavis_cir_plugin.training.config import choose_splits, with_lavis_defaults
 from lavis_cir_plugin.training.portable_runner import join_single_process
 from lavis_cir_plugin.training.resumable_runner import LAST
 
@@ -192,7 +192,7 @@ def _rebuild(saved: Mapping[str, Any], path: str, batches: int) -> tuple[nn.Modu
         section.update({"preload": False} if "preload" in section else {})
         if "verify_images" in (section.get("build_info") or {}):
             section.build_info.verify_images = False
-    cfg = launcher.with_lavis_defaults(config)
+    cfg = with_lavis_defaults(config)
     choose_splits(cfg, "train")
     seed_all(int(cfg.run_cfg.seed))  # frozen tensors without a file are drawn again from the run's seed
     task = tasks.setup_task(cfg)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Optional
 
 import torch
 from torch import Tensor
+
+from lavis_cir_plugin.core.settings import (
+    Limits,
+    NotNegative,
+    NotNegativeNumber,
+    Positive,
+    PositiveNumber,
+    Section,
+    check_pattern,
+    one_of,
+)
 
 DIRECTIONS = ("gradient", "random", "momentum")
 RADII = ("relative", "absolute", "elementwise")
@@ -18,7 +28,7 @@ EMBEDDINGS = ("exclude", "row", "tensor")
 
 
 @dataclass(frozen=True)
-class WeightPerturbation:
+class WeightPerturbation(Section):
     r"""Settings of the perturbation under ``run.wrf``.
 
     Attributes:
@@ -42,26 +52,21 @@ class WeightPerturbation:
         eps: Number > 0 that is added to the norm of the direction.
     """
 
-    gamma: float = 0.001
-    direction: str = "gradient"
-    radius: str = "relative"
-    scope: str = "tensor"
-    every: int = 1
-    warmup_epochs: int = 0
-    last_epochs: int | None = None
-    tensors: str = "no_1d"
-    embeddings: str = "exclude"
-    eps: float = 1e-12
+    WHERE = "run.wrf"
+    EXAMPLE = " such as {gamma: 0.001}"
 
-    def __post_init__(self) -> None:
-        """Refuse impossible values and combinations.
-
-        Raises:
-            ValueError: If there is a problem; the message has one sentence for each.
-        """
-        problems = [*self._impossible_values(), *self._impossible_combinations()]
-        if problems:
-            raise ValueError("; ".join(problems) + ".")
+    gamma: NotNegativeNumber = 0.001
+    direction: Annotated[str, one_of(DIRECTIONS)] = "gradient"
+    radius: Annotated[str, one_of(RADII)] = "relative"
+    scope: Annotated[str, one_of(SCOPES)] = "tensor"
+    every: Positive = 1
+    warmup_epochs: NotNegative = 0
+    last_epochs: Optional[Positive] = None
+    tensors: Annotated[
+        str, Limits(words=f"one of {', '.join(TENSORS)}, or a regular expression", check=check_pattern)
+    ] = "no_1d"
+    embeddings: Annotated[str, one_of(EMBEDDINGS)] = "exclude"
+    eps: PositiveNumber = 1e-12
 
     def is_active(self, epoch: int, total_epochs: int | None) -> bool:
         """Return whether ``epoch`` (from 0) of ``total_epochs`` is perturbed.
@@ -76,43 +81,12 @@ class WeightPerturbation:
             first = max(first, total_epochs - self.last_epochs)
         return self.gamma > 0 and epoch >= first
 
-    def _impossible_values(self) -> list[str]:
-        problems = [
-            f"run.wrf.{field}: {getattr(self, field)!r} is not one of {', '.join(allowed)}"
-            for field, allowed in (
-                ("direction", DIRECTIONS),
-                ("radius", RADII),
-                ("scope", SCOPES),
-                ("embeddings", EMBEDDINGS),
-            )
-            if getattr(self, field) not in allowed
-        ]
-        most = 1.0 if self.radius == "relative" else math.inf
-        numbers = {
-            "gamma": (float, lambda value: 0 <= value < most, ">= 0 and < 1" if most == 1 else ">= 0"),
-            "every": (int, lambda value: value >= 1, "a whole number >= 1"),
-            "warmup_epochs": (int, lambda value: value >= 0, "a whole number >= 0"),
-            "last_epochs": (int, lambda value: value >= 1, "a whole number >= 1, or null"),
-            "eps": (float, lambda value: value > 0, "> 0"),
-        }
-        for field, (kind, is_allowed, wording) in numbers.items():
-            value = getattr(self, field)
-            if field == "last_epochs" and value is None:
-                continue
-            is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            if not is_number or not is_allowed(value):
-                problems.append(f"run.wrf.{field} must be {wording}, got {value!r}")
-        if self.tensors not in TENSORS:
-            try:
-                re.compile(self.tensors)
-            except (re.error, TypeError):
-                problems.append(
-                    f"run.wrf.tensors: {self.tensors!r} is neither one of {', '.join(TENSORS)} nor a regular expression"
-                )
-        return problems
-
-    def _impossible_combinations(self) -> list[str]:
+    def conflicts(self) -> Iterator[str]:
+        """Yield a sentence per combination of values that is impossible."""
         combinations = {
+            f"run.wrf.gamma must be >= 0 and < 1 under run.wrf.radius: relative, got {self.gamma}": (
+                self.radius == "relative" and self.gamma >= 1
+            ),
             "run.wrf.radius: elementwise is defined for direction: gradient": self.radius == "elementwise"
             and self.direction != "gradient",
             f"run.wrf.every: {self.every} spares passes of direction: gradient; {self.direction} needs none, set 1": (
@@ -122,7 +96,7 @@ class WeightPerturbation:
                 self.embeddings == "row" and self.radius != "relative"
             ),
         }
-        return [sentence for sentence, is_problem in combinations.items() if is_problem]
+        yield from (f"{sentence}." for sentence, is_problem in combinations.items() if is_problem)
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Optional
 
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 from lavis.runners.runner_iter import RunnerIter
 
-from lavis_cir_plugin.core.settings import is_number, setting_problems
+from lavis_cir_plugin.core.settings import PositiveNumber, Section
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.report.curves import Panel
 from lavis_cir_plugin.report.sheet_layout import GREY
 from lavis_cir_plugin.training.resumable_runner import ResumableRunner
+
+
+@dataclass(frozen=True)
+class PerturbationRun(Section):
+    """Keys of ``run`` that the two perturbing runners read.
+
+    Attributes:
+        wrf: The perturbation of the weights.
+        adam_eps: AdamW's epsilon, which is 1e-8 in LAVIS.
+        max_grad_norm: Norm to which longer gradients are shortened before each step.
+    """
+
+    WHERE = "run"
+
+    wrf: WeightPerturbation = field(default_factory=WeightPerturbation)
+    adam_eps: Optional[PositiveNumber] = None
+    max_grad_norm: Optional[PositiveNumber] = None
 
 
 class PerturbingRunner(ResumableRunner):
@@ -32,7 +50,7 @@ class PerturbingRunner(ResumableRunner):
     Source: WRF4CIR (arXiv 2604.05583).
     """
 
-    RUN_KEYS = ("wrf", "adam_eps", "max_grad_norm")
+    RUN_SETTINGS = PerturbationRun
     LOG_COLUMNS: ClassVar[dict[str, str]] = {
         "perturbation_norm": "wrf/perturbation_norm",
         "cosine": "wrf/cosine",
@@ -41,15 +59,6 @@ class PerturbingRunner(ResumableRunner):
         Panel("‖δ‖", (("perturbation_norm", "", GREY),), by_batch=True),
         Panel("cos(g, g')", (("cosine", "", GREY),), by_batch=True),
     )
-
-    @staticmethod
-    def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
-        """Yield one sentence per problem of ``run.wrf``, ``run.adam_eps`` and ``run.max_grad_norm``."""
-        yield from setting_problems("run.wrf", WeightPerturbation, run.get("wrf", {}), " such as {gamma: 0.001}")
-        for key in ("adam_eps", "max_grad_norm"):
-            value = run.get(key)
-            if value is not None and not (is_number(value) and value > 0):
-                yield f"run.{key} must be a number > 0, got {value!r}."
 
     @property
     def optimizer(self) -> PerturbingOptimizer:

@@ -258,18 +258,18 @@ def test_the_right_image_rises_and_the_wrong_ones_fall(variant):
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"beta": 0}, r"run\.dpo\.beta must be a number > 0 \(slope per cosine; 10 to 20 is usual\), got 0\."),
+        ({"beta": 0}, r"run\.dpo\.beta must be a number > 0, got 0\."),
         ({"beta": -1.0}, "got -1.0"),
         ({"beta": float("inf")}, "beta must be a number > 0"),
-        ({"beta": None}, "got None"),
-        ({"beta": True}, "got True"),
+        ({"beta": None}, "got null"),
+        ({"beta": True}, "got true"),
         ({"epsilon": 0.5}, r"run\.dpo\.epsilon must be a number >= 0 and < 0\.5, got 0\.5\."),
         ({"epsilon": -0.1}, "got -0.1"),
         ({"epsilon": "0.1"}, "got '0.1'"),
         ({"anchor": -1}, r"run\.dpo\.anchor must be a number >= 0, got -1\."),
-        ({"anchor": float("nan")}, "anchor must be a number >= 0, got nan"),
+        ({"anchor": float("nan")}, "anchor must be a number >= 0, got NaN"),
         ({"variant": "sigmod"}, r"variant must be one of sigmoid, .*listwise, got 'sigmod'; did you mean 'sigmoid'\?"),
-        ({"reference": False}, r"reference must be one of start, mined, none, got False\."),
+        ({"reference": False}, r"reference must be one of start, mined, none, got false\."),
         ({"positive": "images"}, r"positive must be one of target, image, got 'images'; did you mean 'image'\?"),
     ],
 )
@@ -279,5 +279,5 @@ def test_impossible_values_are_refused(settings, problem):
 
 
 def test_all_problems_are_told_at_once():
-    with pytest.raises(ValueError, match=r"variant.*beta.*epsilon.*anchor"):
+    with pytest.raises(ValueError, match=r"(?s)variant.*beta.*epsilon.*anchor"):
         PreferenceSettings(variant="dpo", beta=0, epsilon=1, anchor=-1)

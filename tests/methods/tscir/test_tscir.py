@@ -416,7 +416,7 @@ def test_every_reported_mode_gives_unit_vectors_and_others_are_refused(make, mod
     for mode in ("multimodal", *model.baselines):
         query = model.encode_query({"image": pictures(), "text_input": TEXTS}, mode)
         torch.testing.assert_close(query.norm(dim=1), torch.ones(3))
-    with pytest.raises(ValueError, match=r"model\.mode: 'both' is not one of multimodal, image, text"):
+    with pytest.raises(ValueError, match=r"model\.mode must be one of multimodal, image, text"):
         model.encode_query({}, "both")
 
 
@@ -455,14 +455,18 @@ BASE = {"clip_model": "small_clip", "pretrained": "x.pt", "injection_blocks": [1
     ("model_class", "change", "problem"),
     [
         (ClipCir, {"clip_model": "ViT-L-41"}, "model.clip_model: 'ViT-L-41' is no model of open_clip"),
-        (ClipCir, {"pixels": "half"}, "model.pixels: 'half' is not one of auto, clip, inception"),
-        (ClipCir, {"image_size": 0}, "model.image_size must be a whole number >= 1, got 0"),
+        (ClipCir, {"pixels": "half"}, "model.pixels must be one of auto, clip, inception, got 'half'"),
+        (ClipCir, {"image_size": 0}, "model.image_size must be a whole number >= 1, or null, got 0"),
         (ClipCir, {"freeze_vit": "yes"}, "model.freeze_vit must be true or false, got 'yes'"),
         (ClipCir, {"pretrained": None}, "model.pretrained is empty, so frozen towers would keep random weights"),
         (TscirMapping, {"pretrained": None}, "model.pretrained is empty, so frozen towers would keep random weights"),
-        (TscirMapping, {"template": "a photo"}, "model.template must hold one * for the image and after it"),
-        (TscirMapping, {"template": "* and * {}"}, "model.template must hold one * for the image"),
-        (TscirMapping, {"template": "{} than *"}, "model.template must hold one * for the image and after it one {}"),
+        (TscirMapping, {"template": "a photo"}, "model.template must be a text with one * for the image and after it"),
+        (TscirMapping, {"template": "* and * {}"}, "model.template must be a text with one * for the image"),
+        (
+            TscirMapping,
+            {"template": "{} than *"},
+            "model.template must be a text with one * for the image and after",
+        ),
         (TscirMapping, {"injection_blocks": [1, 2]}, "distinct numbers of text blocks from 0 to 1 (an injection after"),
         (TscirMapping, {"injection_blocks": [1, 1]}, "distinct numbers of text blocks from 0 to 1"),
         (TscirMapping, {"injection_blocks": 1}, "model.injection_blocks must be distinct numbers"),
