@@ -45,7 +45,7 @@ format: $(TESTABLE)
 
 docs: $(TESTABLE)
 	PYTHONPATH=docs NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "The site is in output/site/: open index.html."
+	@echo "The site is in output/site/: open index.html; its search needs python -m http.server -d output/site."
 
 # It builds dist/, installs it in empty environments, and runs the tests on the Pythons that CI leaves out.
 release:

@@ -1,8 +1,9 @@
 """Markdown that GitHub and docstrings have and Python-Markdown lacks: formulas, as MathML, and Sphinx's roles.
 
-A formula stands in a fenced block called ``math``, or within a line between ``$`` with backticks inside. It becomes
-MathML, which browsers draw without a script or a font from anywhere. A role such as ``:func:`name``` becomes code, and
-a link where the site has that name.
+A formula stands in a fenced block called ``math``, or within a line between ``$`` with backticks inside; in a docstring
+in the directive or the role ``math``. It becomes MathML, which browsers draw without a script or a font from anywhere.
+A role such as ``:func:`name``` becomes code, and a link where the site has that name. A table between lines of ``=``
+becomes one of Markdown.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from markdown.inlinepatterns import InlineProcessor
 from markdown.preprocessors import Preprocessor
 
 _BLOCK = re.compile(r"^```math\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-_INLINE = r"\$`([^`]+)`\$"
+_DIRECTIVE = re.compile(r"^\.\. math::[ ]?(.*(?:\n(?:[ ]+\S.*|(?=\n[ ]+\S)))*)", re.MULTILINE)
+_TABLE = re.compile(r"^(=+(?: +=+)+)\n((?:[^=].*\n)+?)(?:\1\n((?:[^=].*\n)+))?\1$", re.MULTILINE)
+_INLINE = r"\$`([^`]+)`\$|:math:`([^`]+)`"
 _ROLE = r":(?:attr|class|data|func|meth|mod):`~?([\w.]+)`"
 
 
@@ -29,8 +32,11 @@ def _mathml(formula: str, display: str) -> str:
     Raises:
         ValueError: A command that the converter does not know is left over in the MathML.
     """
+    if "&" in formula or r"\\" in formula:
+        formula = rf"\begin{{aligned}}{formula}\end{{aligned}}"
     # Browsers slant an identifier of one letter, and draw a prime too small unless it is an operator.
     upright = re.sub(r"\\mathrm\{(\w)\}", r"\\text{\1}", formula)
+    upright = re.sub(r"\\[Bb]igg?(?=\\)", "", upright)  # the bars of a norm grow by themselves
     drawn = convert(upright, display=display).replace("<mi>&#x02032;</mi>", "<mo>&#x02032;</mo>")
     if "\\" in drawn:
         raise ValueError(
@@ -47,13 +53,28 @@ class _Blocks(Preprocessor):
             drawn = _mathml(block[1], "block")
             return "\n\n" + self.md.htmlStash.store(f'<div class="formula">{drawn}</div>') + "\n\n"
 
-        return _BLOCK.sub(stashed, "\n".join(lines)).split("\n")
+        text = _TABLE.sub(_as_markdown, "\n".join(lines))
+        return _DIRECTIVE.sub(stashed, _BLOCK.sub(stashed, text)).split("\n")
+
+
+def _as_markdown(table: re.Match[str]) -> str:
+    """Return a simple table as Markdown's. A line whose first column is empty goes on with the row before it."""
+    starts = [rule.start() for rule in re.finditer("=+", table[1])]
+    rows: list[list[str]] = [] if table[3] else [[""] * len(starts)]  # Markdown has no table without a head
+    for line in [*table[2].splitlines(), *(table[3] or "").splitlines()]:
+        cells = [line[start:end].strip() for start, end in zip(starts, [*starts[1:], None])]
+        if cells[0]:
+            rows.append(cells)
+        else:
+            rows[-1] = [f"{above} {cell}".strip() for above, cell in zip(rows[-1], cells)]
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in rows]
+    return "\n".join([lines[0], "|---" * len(starts) + "|", *lines[1:]])
 
 
 class _Inline(InlineProcessor):
     def handleMatch(self, m: re.Match[str], data: str) -> tuple[str, int, int]:  # noqa: N802
         """Return the MathML of a formula within a line."""
-        return self.md.htmlStash.store(_mathml(m[1], "inline")), m.start(0), m.end(0)
+        return self.md.htmlStash.store(_mathml(m[1] or m[2], "inline")), m.start(0), m.end(0)
 
 
 class _Roles(InlineProcessor):

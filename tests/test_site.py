@@ -79,7 +79,7 @@ def test_no_page_asks_another_host_for_anything(site):
     assert re.findall(r"(?:@import\s+|url\()[\"']?(?:https?:)?//[^\"')]*", styles) == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "api"], ids=lambda page: page.stem)
 def test_every_formula_is_drawn(site, page):
     text = page.read_text(encoding="utf-8")
     written = len(re.findall(r"^```math$", text, re.MULTILINE)) + len(re.findall(r"\$`[^`]+`\$", text))
@@ -92,4 +92,6 @@ def test_the_reference_has_the_docstrings(site):
     built = (site / "api.html").read_text(encoding="utf-8")
     for name in ("training.run_loading.load_run", "search.engine.open_index", "ranking.metrics.recall_at"):
         assert f'id="lavis_cir_plugin.{name}"' in built
-    assert ":func:" not in built
+    assert re.findall(r":func:|:math:|\.\. math::|={9}", built) == []
+    losses = built.partition('id="lavis_cir_plugin.methods.retrieval_dpo.losses.preference_losses"')[2]
+    assert re.search(r"<td><code>sdpo</code></td>\s*<td>.*<math", losses)
