@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lavis_cir_plugin.search.engine import Answer
+    from lavis_cir_plugin.search.questions import Answer
 
 _EXAMPLE = """examples:
   lavis-cir search my_index --image shirt.jpg --text "with longer sleeves"

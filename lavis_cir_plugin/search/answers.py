@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lavis_cir_plugin.search.catalogue import Picture
-from lavis_cir_plugin.search.engine import Answer, Hit
+from lavis_cir_plugin.search.questions import Answer, Hit
 
 
 def as_json(answer: Answer) -> dict[str, Any]:
