@@ -446,4 +446,4 @@ class ReadableCatalogue:
             f"WHERE {where}{also} ORDER BY pictures.id",
             [*values, *more],
         )
-        return [Record(*row[:9], tuple(row[9:])) for row in found]
+        return [Record._make((*row[:9], tuple(row[9:]))) for row in found]

@@ -355,20 +355,7 @@ def keep_in(collection: Collection, path: str | Path, quiet: bool = False) -> Ke
         folder = _Folder(index)
         known = _prepared(collection, wanted, folder.columns)
         digests = collection.digests()
-        added = changed = 0
-        with tqdm(
-            total=folder.contents, desc="copying", unit=" contents", disable=quiet, mininterval=_interval()
-        ) as bar:
-            for batch in folder.batches():
-                new = {id_: point for id_, point in batch.items() if id_ not in digests}
-                if new:
-                    collection.put(new)
-                for id_, (payload, _) in batch.items():
-                    if digests.pop(id_, payload["digest"]) != payload["digest"]:
-                        collection.change(id_, payload)
-                        changed += 1
-                added += len(new)
-                bar.update(len(batch))
+        added, changed = _copy(collection, folder, digests, quiet)
         collection.remove(list(digests))
         known = replace(known, is_complete=True, pictures=manifest.pictures)
         collection.describe(known)
@@ -376,6 +363,24 @@ def keep_in(collection: Collection, path: str | Path, quiet: bool = False) -> Ke
         return Kept(manifest.pictures, added, changed, len(digests), known.recall)
     finally:
         lock.release()
+
+
+def _copy(collection: Collection, folder: _Folder, digests: dict[str, str], quiet: bool) -> tuple[int, int]:
+    """Write what is new or differs, take its ids out of the digests, and return how many were new and how many not."""
+    interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file keeps every line
+    added = changed = 0
+    with tqdm(total=folder.contents, desc="copying", unit=" contents", disable=quiet, mininterval=interval) as progress:
+        for batch in folder.batches():
+            new = {id_: point for id_, point in batch.items() if id_ not in digests}
+            if new:
+                collection.put(new)
+            for id_, (payload, _) in batch.items():
+                if digests.pop(id_, payload["digest"]) != payload["digest"]:
+                    collection.change(id_, payload)
+                    changed += 1
+            added += len(new)
+            progress.update(len(batch))
+    return added, changed
 
 
 class _Folder:
@@ -533,7 +538,3 @@ def _point(item: Any, columns: int) -> Point:
     features = None if item.vector is None else np.array(item.vector, dtype=np.float16)
     look = np.frombuffer(base64.b64decode(payload["look"]), np.uint8).reshape(LOOK)
     return Point(payload["row"], float(getattr(item, "score", 0.0)), records, features, look)
-
-
-def _interval() -> float:
-    return 0.5 if sys.stderr.isatty() else 30  # seconds; a log file keeps every line

@@ -148,11 +148,10 @@ class _Translation:
         database = sqlite3.connect(":memory:")
         try:
             statement = f"SELECT ? {operator} ?"
-            chosen = [
-                value for value in known if database.execute(statement, (text(value), *node.values)).fetchone()[0]
-            ]
+            met = [database.execute(statement, (text(value), *node.values)).fetchone()[0] for value in known]
         finally:
             database.close()
+        chosen = [value for value, is_met in zip(known, met) if is_met]
         return self._field(key, match=self.models.MatchAny(any=chosen)) if chosen else self._range(key, **_NOTHING)
 
 
