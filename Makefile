@@ -69,7 +69,7 @@ bench: $(INSTALLED)
 	else echo "benchmarks/fashioniq_full_size.py was left out: no fashionIQ_dataset/captions in $(CIR_DATA); set CIR_DATA."; fi
 
 $(INSTALLED): EXTRAS := cpu,serve
-$(TESTABLE): EXTRAS := cpu,serve,test,docs
+$(TESTABLE): EXTRAS := cpu,serve,qdrant,test,docs
 
 $(INSTALLED) $(TESTABLE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9) and "Python >= 3.9 is needed, $(PYTHON) is older; set PYTHON=")'

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lavis_cir_plugin.search.build import Built
+    from lavis_cir_plugin.search.qdrant import Collection
 
 _EXAMPLE = """examples:
   lavis-cir index photos --out my_index --model ViT-B-32-quickgelu:openai
   lavis-cir index photos --out my_index                       # again: new, changed and removed pictures only
+  lavis-cir index --out my_index --to http://localhost:6333/photos
   torchrun --nproc_per_node 8 -m lavis_cir_plugin.commands.main index photos --out my_index --model RUN --device cuda
 """
 
@@ -38,6 +40,9 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument(
         "--forget", action="append", default=[], metavar="FOLDER", help="take a folder out of the index"
     )
+    parser.add_argument(
+        "--to", metavar="URL", help="also keep the index in a collection of Qdrant: http://HOST:6333/COLLECTION"
+    )
     parser.add_argument("--device", help="cpu or cuda; by default a GPU where torch sees one")
     parser.add_argument("--batch", type=int, default=64, help="pictures that are encoded at once (%(default)s)")
     parser.add_argument("--workers", type=int, help="processes that read pictures (as many as processors, at most 8)")
@@ -53,6 +58,8 @@ def add_command(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.verify and args.to:
+        raise ValueError("--verify compares the files of the index's folder; leave out --to.")
     try:
         _verify(args.out) if args.verify else _index(args)
     except sqlite3.Error as error:
@@ -72,6 +79,7 @@ def _index(args: argparse.Namespace) -> None:
         if value is not None and value < (1 if name == "batch" else 0):
             raise ValueError(f"--{name} must be a whole number >= {1 if name == 'batch' else 0}, got {value}.")
     check_folders(args.folders)  # before the seconds that the model takes
+    collection = _collection(args.to) if args.to else None
     device = _join_processes(args.device)
     encoder = load_encoder(args.model or _known_model(args.out), device)
     built = build_index_folder(
@@ -87,6 +95,29 @@ def _index(args: argparse.Namespace) -> None:
     )
     if rank_and_world()[0] == 0:
         print("\n".join(_report(built, args.out)))
+        if collection is not None:
+            _keep(collection, args.out)
+
+
+def _collection(url: str) -> Collection:
+    """Return the collection of a URL, whose server answers."""
+    from lavis_cir_plugin.search.qdrant import connect
+
+    collection = connect(url)
+    if collection.exists:
+        collection.state()
+    return collection
+
+
+def _keep(collection: Collection, out: str) -> None:
+    from lavis_cir_plugin.search.qdrant import keep_in
+
+    kept = keep_in(collection, out)
+    found = "" if kept.recall == 1 else f" Its graph finds {100 * kept.recall:.1f} % of the exact 50 best."
+    print(
+        f"{collection.url}: {kept.pictures:,} pictures. Added {kept.added:,} contents, changed {kept.changed:,}, "
+        f"removed {kept.removed:,}.{found}"
+    )
 
 
 def _join_processes(device: str | None) -> str:

@@ -8,11 +8,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lavis_cir_plugin.search.engine import Answer
+    from lavis_cir_plugin.search.questions import Answer
 
 _EXAMPLE = """examples:
   lavis-cir search my_index --image shirt.jpg --text "with longer sleeves"
   lavis-cir search my_index --text "a red dress" --where "price < 50 and brand = 'x'" --sheet out.png
+  lavis-cir search http://localhost:6333/photos --text "a red dress"
   lavis-cir search my_index --image a.jpg --paths -k 100 | xargs -d '\\n' cp -t found/
 """
 
@@ -26,7 +27,7 @@ def add_command(subparsers: Any) -> None:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("index", metavar="INDEX", help="the folder that lavis-cir index made")
+    parser.add_argument("index", metavar="INDEX", help="the folder that lavis-cir index made, or the URL of its --to")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="reference; may be given again")
     parser.add_argument("--text", help="what to change, or what to look for where there is no picture")
     parser.add_argument("-k", type=int, default=10, help="how many results (%(default)s)")
@@ -57,9 +58,11 @@ def _run(args: argparse.Namespace) -> None:
 
     from lavis_cir_plugin.search.encoder import load_encoder
     from lavis_cir_plugin.search.engine import open_index
+    from lavis_cir_plugin.search.qdrant_index import open_collection
 
     encoder = load_encoder(args.model, args.device) if args.model else None
-    index = open_index(args.index, encoder, args.device)
+    opens = open_collection if "://" in args.index else open_index
+    index = opens(args.index, encoder, args.device)
     answer = index.search(
         args.image,
         args.text,

@@ -6,6 +6,7 @@ The whole public interface, which everything above this folder uses::
                        batch_size=64, workers=None, quiet=False) -> Built
     load_encoder(name, device="cpu") -> Encoder       # a run, NAME:WEIGHTS of open_clip, or blip2:TYPE
     open_index(path, encoder=None, device="cpu") -> SearchIndex   # encoder: an Encoder, or what load_run returned
+    open_collection(url, encoder=None, device="cpu") -> QdrantIndex  # search, columns, picture, len: the same
 
     len(index), index.columns, index.manifest, index.encoder
     index.search(images=(), text=None, k=10, *, image_weight=0.5, weights=None, without=None, without_weight=0.5,
@@ -33,10 +34,17 @@ if TYPE_CHECKING:
     from lavis_cir_plugin.search.build import build_index_folder
     from lavis_cir_plugin.search.encoder import Encoder, load_encoder
     from lavis_cir_plugin.search.engine import open_index
+    from lavis_cir_plugin.search.qdrant_index import open_collection
 
-__all__ = ["Encoder", "build_index_folder", "load_encoder", "open_index"]
+__all__ = ["Encoder", "build_index_folder", "load_encoder", "open_collection", "open_index"]
 
-_HOMES = {"Encoder": "encoder", "build_index_folder": "build", "load_encoder": "encoder", "open_index": "engine"}
+_HOMES = {
+    "Encoder": "encoder",
+    "build_index_folder": "build",
+    "load_encoder": "encoder",
+    "open_collection": "qdrant_index",
+    "open_index": "engine",
+}
 
 
 def __getattr__(name: str) -> Any:

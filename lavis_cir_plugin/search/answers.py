@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lavis_cir_plugin.search.catalogue import Picture
-from lavis_cir_plugin.search.engine import Answer, Hit
+from lavis_cir_plugin.search.questions import Answer, Hit
 
 
 def as_json(answer: Answer) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _notes(answer: Answer) -> list[str]:
         notes.append(f"The {who} left out ({', '.join(answer.left_out[:3])}); --keep-reference shows it.")
     if not answer.is_exact:
         notes.append(
-            f"Candidates by FAISS: {100 * answer.recall:.1f} % of the exact 50 best were found for drawn queries; "
+            f"Candidates by an index: {100 * answer.recall:.1f} % of the exact 50 best were found for drawn queries; "
             "--exact scans everything."
         )
     return notes

@@ -10,7 +10,7 @@ import shutil
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def build_index_folder(
             writer.close()
 
 
-def _locked(index: Path) -> FileLock:
+def locked(index: Path) -> FileLock:
     """Make an index's folder and take its writer's lock, which the system gives back when this process ends."""
     path = index / WRITER / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ class _Writer:
         self.index, self.encoder = index, encoder
         if index.is_dir() and any(index.iterdir()) and not is_index(index):
             raise ValueError(f"{index} holds other files and is no index; choose an empty or a new folder.")
-        self._lock = _locked(index)
+        self._lock = locked(index)
         try:
             self.published = read_manifest(index) if (index / MANIFEST).exists() else None
             self.catalogue = WritableCatalogue(index / WRITER / "catalogue.sqlite")
@@ -385,7 +385,7 @@ class _Writer:
         return Built(pictures, encoded, len(self.todo), self.forgotten, not_indexed, 0.0, notes)
 
 
-def refuse_another_model(index: Path, known: dict[str, str], encoder: Encoder) -> None:
+def refuse_another_model(index: str | Path, known: Mapping[str, str], encoder: Encoder) -> None:
     """Refuse an encoder whose features cannot be compared with those of an index.
 
     Raises:
@@ -399,7 +399,7 @@ def refuse_another_model(index: Path, known: dict[str, str], encoder: Encoder) -
         )
         raise ValueError(
             f"{index} was made by another model or transform ({what}); name the model it was made by, or make a new "
-            "index in another folder."
+            "index elsewhere."
         )
 
 

@@ -105,6 +105,39 @@ class Picture:
     columns: dict[str, Any]
 
 
+def condition_columns(own: Mapping[str, str]) -> dict[str, Column]:
+    """Return what a condition may name: the user's own columns, by kinds of which they are given, and the files'."""
+    names = {name: Column(f"metadata.c{place}", kind == NUMBER) for place, (name, kind) in enumerate(own.items())}
+    return {**names, **FILE_COLUMNS}
+
+
+class Record(NamedTuple):
+    """A picture as the catalogue holds it.
+
+    Attributes:
+        id: A number that no other picture of this index has or had.
+        path: Absolute path, as it was found.
+        row: Row of its features.
+        sha256: Hash of the file's bytes.
+        bytes: Size of the file.
+        width, height: Size of the upright picture in pixels.
+        modified_ns: Nanoseconds from 1970 to the file's last change.
+        added: Seconds from 1970 to its indexing.
+        own: Values of the user's own columns.
+    """
+
+    id: int
+    path: str
+    row: int
+    sha256: bytes
+    bytes: int
+    width: int
+    height: int
+    modified_ns: int
+    added: int
+    own: tuple[Any, ...]
+
+
 class WritableCatalogue:
     """The writer's own catalogue; every method that changes it does so whole or not at all."""
 
@@ -257,21 +290,7 @@ class WritableCatalogue:
 
     def set_metadata(self, metadata: Metadata) -> None:
         """Replace the user's columns."""
-        self._database.execute("DELETE FROM columns")
-        self._database.execute("DROP TABLE metadata")
-        kinds = "".join(
-            f", c{place} {'NUMERIC' if kind == NUMBER else 'TEXT'}"
-            for place, kind in enumerate(metadata.columns.values())
-        )
-        self._database.execute(f"CREATE TABLE metadata (path TEXT PRIMARY KEY{kinds}) WITHOUT ROWID")
-        self._database.executemany(
-            "INSERT INTO columns VALUES (?, ?, ?)",
-            ((place, name, kind) for place, (name, kind) in enumerate(metadata.columns.items())),
-        )
-        marks = ", ".join("?" * (1 + len(metadata.columns)))
-        self._database.executemany(
-            f"INSERT INTO metadata VALUES ({marks})", ([path, *values] for path, values in metadata.rows.items())
-        )
+        _set_metadata(self._database, metadata.columns, metadata.rows)
 
     def pictures_by_row(self) -> np.ndarray[Any, Any]:
         """Return row and id of every picture, ``(P, 2)`` int64, sorted."""
@@ -302,25 +321,58 @@ class WritableCatalogue:
             os.fsync(file.fileno())
 
 
+def _set_metadata(database: sqlite3.Connection, columns: Mapping[str, str], rows: Mapping[str, Sequence[Any]]) -> None:
+    database.execute("DELETE FROM columns")
+    database.execute("DROP TABLE metadata")
+    kinds = [f", c{place} {'NUMERIC' if kind == NUMBER else 'TEXT'}" for place, kind in enumerate(columns.values())]
+    database.execute(f"CREATE TABLE metadata (path TEXT PRIMARY KEY{''.join(kinds)}) WITHOUT ROWID")
+    places = [(place, name, kind) for place, (name, kind) in enumerate(columns.items())]
+    database.executemany("INSERT INTO columns VALUES (?, ?, ?)", places)
+    marks = ", ".join("?" * (1 + len(columns)))
+    database.executemany(f"INSERT INTO metadata VALUES ({marks})", ([path, *values] for path, values in rows.items()))
+
+
 class ReadableCatalogue:
     """The catalogue of one state of an index, which nobody changes; may be asked by several threads."""
 
     def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
         # Nobody writes to this file any more, so that no lock is needed, and a folder without write permission is read.
-        self._database = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
+        uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+        self._use(sqlite3.connect(uri, uri=True, check_same_thread=False), path)
+
+    @classmethod
+    def of_records(cls, columns: Mapping[str, str], records: Iterable[Record]) -> ReadableCatalogue:
+        """Return a catalogue in memory of some pictures, which may come from elsewhere.
+
+        Args:
+            columns: Kinds of the user's own columns, by name.
+            records: The pictures; of two of one path the later one counts.
+        """
+        database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        for statement in _SCHEMA.strip().split(";"):
+            database.execute(statement)
+        by_path = {record.path: record for record in records}
+        database.executemany(
+            "INSERT INTO pictures VALUES (?, ?, ?, ?, ?, 0, 0, ?, ?, ?, ?, ?)",
+            (
+                (id_, path, os.path.basename(path), size, modified_ns, sha256, row, width, height, added)
+                for id_, path, row, sha256, size, width, height, modified_ns, added, _ in by_path.values()
+            ),
         )
+        _set_metadata(database, columns, {path: record.own for path, record in by_path.items()})
+        found = cls.__new__(cls)
+        found._use(database, ":memory:")
+        return found
+
+    def _use(self, database: sqlite3.Connection, path: str | Path) -> None:
+        self._lock, self._database = threading.Lock(), database
         try:
             kinds = self._all("SELECT place, name, kind FROM columns ORDER BY place")
             self.own_columns = {name: kind for _, name, kind in kinds}
         except sqlite3.DatabaseError as error:
             self._database.close()
             raise ValueError(f"{path} is no catalogue of an index ({error}); build the index again.") from None
-        self.columns: dict[str, Column] = {
-            **{name: Column(f"metadata.c{place}", kind == NUMBER) for place, name, kind in kinds},
-            **FILE_COLUMNS,
-        }
+        self.columns = condition_columns(self.own_columns)
 
     def close(self) -> None:
         """Close the file."""
@@ -364,7 +416,28 @@ class ReadableCatalogue:
         """Return path and reason of every file that is not indexed, sorted by path."""
         return [tuple(item) for item in self._all("SELECT path, reason FROM not_indexed ORDER BY path")]
 
+    def records(self, rows: Sequence[int]) -> list[Record]:
+        """Return the pictures of some rows, in order of rows and ids."""
+        found: list[Record] = []
+        for start in range(0, len(rows), _AT_ONCE):
+            some = list(rows[start : start + _AT_ONCE])
+            found += self._records(f"pictures.row IN ({', '.join('?' * len(some))})", some)
+        return sorted(found, key=lambda record: (record.row, record.id))
+
     def _pictures(self, where: str, values: list[Any], condition: Condition | None = None) -> list[Picture]:
+        return [
+            Picture(
+                *record[:3],
+                record.sha256.hex(),
+                *record[4:7],
+                record.modified_ns / 1e9,
+                record.added,
+                dict(zip(self.own_columns, record.own)),
+            )
+            for record in self._records(where, values, condition)
+        ]
+
+    def _records(self, where: str, values: list[Any], condition: Condition | None = None) -> list[Record]:
         own = "".join(f", metadata.c{place}" for place in range(len(self.own_columns)))
         also, more = (f" AND {condition.sql}", condition.values) if condition else ("", [])
         found = self._all(
@@ -373,18 +446,4 @@ class ReadableCatalogue:
             f"WHERE {where}{also} ORDER BY pictures.id",
             [*values, *more],
         )
-        return [
-            Picture(
-                number,
-                path,
-                row,
-                sha256.hex(),
-                size,
-                width,
-                height,
-                modified / 1e9,
-                added,
-                dict(zip(self.own_columns, own)),
-            )
-            for number, path, row, sha256, size, width, height, modified, added, *own in found
-        ]
+        return [Record._make((*row[:9], tuple(row[9:]))) for row in found]

@@ -1,11 +1,11 @@
-"""Conditions on pictures, such as ``price < 50 and brand = 'x'``, parsed into SQL with parameters."""
+"""Conditions on pictures, such as ``price < 50 and brand = 'x'``, parsed into a tree and SQL with parameters."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Union
 
 from lavis_cir_plugin.core.error_messages import did_you_mean
 
@@ -45,16 +45,50 @@ class Column(NamedTuple):
     is_number: bool
 
 
-class Condition(NamedTuple):
-    """A condition as SQLite takes it.
+class Comparison(NamedTuple):
+    """A comparison of a column with values.
 
     Attributes:
-        sql: An expression with ``?`` for every value.
+        column: The column.
+        operator: SQL's operator in capitals: one of the values of `COMPARISONS`, IN, LIKE, BETWEEN or IS NULL.
+        values: Numbers or texts, as many as the operator takes.
+        is_negated: Whether NOT stands before the operator.
+    """
+
+    column: Column
+    operator: str
+    values: tuple[Any, ...] = ()
+    is_negated: bool = False
+
+
+class Not(NamedTuple):
+    """The negation of a part."""
+
+    part: Node
+
+
+class Junction(NamedTuple):
+    """Parts that must all hold (AND), or of which one must (OR)."""
+
+    operator: str
+    parts: tuple[Node, ...]
+
+
+Node = Union[Comparison, Not, Junction]
+
+
+class Condition(NamedTuple):
+    """A condition.
+
+    Attributes:
+        sql: An expression as SQLite takes it, with ``?`` for every value.
         values: The values, in order.
+        tree: The same for other engines.
     """
 
     sql: str
     values: list[Any]
+    tree: Node
 
 
 class _Token(NamedTuple):
@@ -94,10 +128,10 @@ class _Parser:
         self.tokens = self._tokens()
 
     def whole(self) -> Condition:
-        sql = self._or()
+        tree = self._or()
         if self._next.kind != "end":
             self._refuse("'and', 'or' or the end was expected")
-        return Condition(sql, self.values)
+        return Condition(_sql(tree), self.values, tree)
 
     def _tokens(self) -> list[_Token]:
         tokens, position, end = [], 0, len(self.text.rstrip())
@@ -136,53 +170,54 @@ class _Parser:
         place = f"before {found[:30]!r}" if found else "at the end"
         raise ValueError(f"the condition {self.text.strip()[:80]!r} cannot be read: {problem} {place}.")
 
-    def _or(self) -> str:
+    def _or(self) -> Node:
         parts = [self._and()]
         while self._takes("or"):
             parts.append(self._and())
-        return parts[0] if len(parts) == 1 else f"({' OR '.join(parts)})"
+        return parts[0] if len(parts) == 1 else Junction("OR", tuple(parts))
 
-    def _and(self) -> str:
+    def _and(self) -> Node:
         parts = [self._not()]
         while self._takes("and"):
             parts.append(self._not())
-        return parts[0] if len(parts) == 1 else f"({' AND '.join(parts)})"
+        return parts[0] if len(parts) == 1 else Junction("AND", tuple(parts))
 
-    def _not(self) -> str:
+    def _not(self) -> Node:
         self.depth += 1
         if self.depth > DEEPEST:
             self._refuse(f"at most {DEEPEST} parentheses and 'not' may stand inside one another")
+        node: Node
         if self._takes("not"):
-            sql = f"(NOT {self._not()})"
+            node = Not(self._not())
         elif self._takes("("):
-            sql = self._or()
+            node = self._or()
             self._expect(")")
         else:
-            sql = self._comparison()
+            node = self._comparison()
         self.depth -= 1
-        return sql
+        return node
 
-    def _comparison(self) -> str:
+    def _comparison(self) -> Comparison:
         column = self._column()
         if self._takes("is"):
-            negation = "NOT " if self._takes("not") else ""
+            is_negated = self._takes("not")
             self._expect("null")
-            return f"({column.sql} IS {negation}NULL)"
-        negation = "NOT " if self._takes("not") else ""
+            return Comparison(column, "IS NULL", (), is_negated)
+        is_negated = self._takes("not")
         if self._takes("in"):
-            return f"({column.sql} {negation}IN ({self._list(column)}))"
+            return Comparison(column, "IN", self._list(column), is_negated)
         if self._takes("like"):
             if column.is_number:
                 self._refuse("'like' compares texts, and the column holds numbers,")
-            return f"({column.sql} {negation}LIKE {self._value(column)})"
+            return Comparison(column, "LIKE", (self._value(column),), is_negated)
         if self._takes("between"):
             least = self._value(column)
             self._expect("and")
-            return f"({column.sql} {negation}BETWEEN {least} AND {self._value(column)})"
-        if negation or self._next.kind != "sign" or self._next.value not in COMPARISONS:
+            return Comparison(column, "BETWEEN", (least, self._value(column)), is_negated)
+        if is_negated or self._next.kind != "sign" or self._next.value not in COMPARISONS:
             self._refuse(f"one of {' '.join(COMPARISONS)}, in, like, between or is was expected")
         sign = COMPARISONS[self.tokens.pop().value]
-        return f"({column.sql} {sign} {self._value(column)})"
+        return Comparison(column, sign, (self._value(column),))
 
     def _column(self) -> Column:
         if self._next.kind not in ("word", "quoted"):
@@ -198,15 +233,15 @@ class _Parser:
             f"(columns: {', '.join(self.columns)})."
         )
 
-    def _list(self, column: Column) -> str:
+    def _list(self, column: Column) -> tuple[Any, ...]:
         self._expect("(")
-        marks = [self._value(column)]
+        values = [self._value(column)]
         while self._takes(","):
-            marks.append(self._value(column))
+            values.append(self._value(column))
         self._expect(")")
-        return ", ".join(marks)
+        return tuple(values)
 
-    def _value(self, column: Column) -> str:
+    def _value(self, column: Column) -> Any:
         token = self._next
         is_number = token.kind == "number" or (token.kind == "keyword" and token.value in ("true", "false"))
         if not is_number and token.kind != "text":
@@ -218,7 +253,22 @@ class _Parser:
             self._refuse(f"at most {MOST_VALUES} numbers and texts may be compared with")
         self.tokens.pop()
         self.values.append(_literal(token))
-        return "?"
+        return self.values[-1]
+
+
+def _sql(node: Node) -> str:
+    if isinstance(node, Not):
+        return f"(NOT {_sql(node.part)})"
+    if isinstance(node, Junction):
+        return f"({f' {node.operator} '.join(map(_sql, node.parts))})"
+    name, negation = node.column.sql, "NOT " if node.is_negated else ""
+    if node.operator == "IS NULL":
+        return f"({name} IS {negation}NULL)"
+    if node.operator == "IN":
+        return f"({name} {negation}IN ({', '.join('?' * len(node.values))}))"
+    if node.operator == "BETWEEN":
+        return f"({name} {negation}BETWEEN ? AND ?)"
+    return f"({name} {negation}{node.operator} ?)"
 
 
 def _literal(token: _Token) -> Any:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.report.sheet_layout import BLUE, GREY, Cell, Column, Picture, Words, draw_sheet, font
-from lavis_cir_plugin.search.engine import Answer, Hit
+from lavis_cir_plugin.search.questions import Answer, Hit
 
 BOX = (180, 200)
 """Width and height of a picture's box, in pixels."""

@@ -16,7 +16,7 @@ from starlette.formparsers import MultiPartParser
 
 from lavis_cir_plugin import __version__
 from lavis_cir_plugin.search.answers import as_json, picture_as_json
-from lavis_cir_plugin.search.engine import WITHOUT_WEIGHT
+from lavis_cir_plugin.search.questions import WITHOUT_WEIGHT
 from lavis_cir_plugin.serving import schemas
 from lavis_cir_plugin.serving.guard import COOKIE, Guard, cookie_of, is_same
 from lavis_cir_plugin.serving.limits import Limits
