@@ -1,4 +1,4 @@
-"""A copy in Qdrant answers as the folder does: run in process, where the engine scans."""
+"""A copy in Qdrant answers as the folder does: in its client's local mode, and in the engine itself, run in process."""
 
 from __future__ import annotations
 
@@ -27,8 +27,15 @@ def collection():
     return Collection(QdrantClient(":memory:"), "photos", URL)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def engine(folder):
+    pytest.importorskip("qdrant_edge")
+    from engine_in_process import EngineInProcess
+
+    return Collection(EngineInProcess(folder), "photos", URL)
+
+
+@pytest.fixture(scope="module", params=["local mode", "engine"])
+def world(request, tmp_path_factory):
     """Pictures with copies, near-duplicates and columns, some without a value, in a folder and in the engine."""
     folder = tmp_path_factory.mktemp("world")
     paths = draw_some(folder / "p", COUNT)
@@ -44,7 +51,7 @@ def world(tmp_path_factory):
     (folder / "m.csv").write_text("\n".join(["path,price,brand,in stock", *rows]))
     encoder = make_encoder()
     index(folder / "p", folder / "i", encoder, metadata=folder / "m.csv")
-    there = collection()
+    there = collection() if request.param == "local mode" else engine(folder / "engine")
     keep_in(there, folder / "i", quiet=True)
     return paths, open_index(folder / "i", encoder), QdrantIndex(there, encoder)
 
@@ -163,11 +170,12 @@ def columns(folder, rows):
     return folder / "m.csv"
 
 
-def test_only_what_differs_is_written(tmp_path):
+@pytest.mark.parametrize("is_engine", [False, True])
+def test_only_what_differs_is_written(tmp_path, is_engine):
     paths = draw_some(tmp_path / "p", 8)
     encoder = make_encoder()
     index(tmp_path / "p", tmp_path / "i", encoder, metadata=columns(tmp_path, ["000.png,1", "001.png,4"]))
-    there = collection()
+    there = engine(tmp_path / "engine") if is_engine else collection()
     kept = keep_in(there, tmp_path / "i", quiet=True)
     assert (kept.pictures, kept.added, kept.changed, kept.removed, kept.recall) == (8, 8, 0, 0, 1.0)
     opened = QdrantIndex(there, encoder)
