@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -17,16 +16,8 @@ from omegaconf import OmegaConf
 from search_world import draw_some, make_encoder
 from search_world import index as index_pictures
 
-from lavis_cir_plugin import garments
 from lavis_cir_plugin.benchmarks import cirr, fashioniq
-from lavis_cir_plugin.benchmarks.captions import CaptionsConfig
-from lavis_cir_plugin.benchmarks.circo import CIRCOConfig
-from lavis_cir_plugin.benchmarks.cirr import CIRRConfig
-from lavis_cir_plugin.benchmarks.fashioniq import FashionIQConfig
-from lavis_cir_plugin.benchmarks.laion_cir import LaionCIRConfig
-from lavis_cir_plugin.benchmarks.lasco import LaSCoConfig
-from lavis_cir_plugin.benchmarks.synthtriplets18m import SynthTriplets18MConfig
-from lavis_cir_plugin.benchmarks.triplets import TripletsConfig, read_train
+from lavis_cir_plugin.benchmarks.triplets import read_train
 from lavis_cir_plugin.commands import (
     check,
     export,
@@ -41,22 +32,14 @@ from lavis_cir_plugin.commands import (
     submission,
     triplets,
 )
-from lavis_cir_plugin.core.settings import settings_of
-from lavis_cir_plugin.data.tar_shards import ShardsConfig
-from lavis_cir_plugin.garments.questions import QuestionGarments
+from lavis_cir_plugin.commands import config as config_command
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
-from lavis_cir_plugin.methods.retrieval_dpo.losses import PreferenceSettings
-from lavis_cir_plugin.methods.retrieval_dpo.mining import MiningSettings
-from lavis_cir_plugin.methods.tscir.composing import TscirComposing
-from lavis_cir_plugin.methods.tscir.mapping import TscirMapping
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
-from lavis_cir_plugin.models.clip_cir import ClipCir
 from lavis_cir_plugin.report.run_log import EPOCHS, STEPS
 from lavis_cir_plugin.search.engine import SearchIndex
-from lavis_cir_plugin.training import config
-from lavis_cir_plugin.training.lora import LoraSettings
+from lavis_cir_plugin.training import config, reference
 from lavis_cir_plugin.training.resumable_runner import LAST, PREVIOUS
-from lavis_cir_plugin.training.run_settings import RUN_DEFAULTS, DatasetSection, LavisModel, LavisRun
+from lavis_cir_plugin.training.run_settings import RUN_DEFAULTS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -105,56 +88,8 @@ def table(heading: str) -> dict[str, str]:
     return dict(keys)
 
 
-def field_defaults(cls: type) -> dict[str, object]:
-    return {
-        field.name: list(field.default) if isinstance(field.default, tuple) else field.default
-        for field in dataclasses.fields(cls)
-        if field.default is not dataclasses.MISSING
-    }
-
-
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^ *```{language}\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)
-
-
-@pytest.mark.parametrize(
-    ("heading", "cls"),
-    [
-        ("`datasets.fashioniq.build_info`", FashionIQConfig),
-        ("`datasets.cirr.build_info`", CIRRConfig),
-        ("`datasets.circo.build_info`", CIRCOConfig),
-        ("`datasets.triplets.build_info`", TripletsConfig),
-        ("`datasets.laion_cir.build_info`", LaionCIRConfig),
-        ("`datasets.synthtriplets18m.build_info`", SynthTriplets18MConfig),
-        ("`datasets.lasco.build_info`", LaSCoConfig),
-        ("`datasets.image_captions.build_info`", CaptionsConfig),
-        ("`datasets.caption_shards.build_info`", ShardsConfig),
-        ("`datasets.fashioniq.garments`", garments.fashioniq.FashionIQGarments),
-        ("`datasets.cirr.garments`", garments.cirr.CIRRGarments),
-        ("`datasets.circo.garments`", garments.circo.CIRCOGarments),
-        ("`datasets.garments_vqa.garments` and `datasets.garments_caption.garments`", QuestionGarments),
-        ("`run.wrf`", WeightPerturbation),
-        ("`run.lora`", LoraSettings),
-        ("`run.dpo`", PreferenceSettings),
-        ("`run.negatives`", MiningSettings),
-    ],
-)
-def test_a_table_has_every_field_and_its_default(heading, cls):
-    written = table(heading)
-    assert set(written) == {field.name for field in dataclasses.fields(cls)}
-    required = {key for key, default in written.items() if default == "required"}
-    defaults = {key: default for key, default in field_defaults(cls).items() if key not in required}
-    assert {key: yaml.safe_load(written[key]) for key in set(written) - required} == defaults
-    for key in required:
-        with pytest.raises((TypeError, ValueError), match=key):
-            cls()
-
-
-def test_the_model_table_has_every_keyword_and_its_default():
-    written = table("`model` (arch `blip2_cir`)")
-    defaults = Blip2Cir.__init__.__kwdefaults__
-    assert set(written) == {*settings_of(LavisModel), *defaults}
-    assert {key: yaml.safe_load(written[key]) for key in defaults} == defaults
 
 
 def test_the_card_of_blip2_cir_names_its_types_and_the_defaults_of_the_keys_it_explains():
@@ -165,40 +100,12 @@ def test_the_card_of_blip2_cir_names_its_types_and_the_defaults_of_the_keys_it_e
     assert set(table("Types of `blip2_cir`")) == set(Blip2Cir.PRETRAINED_MODEL_CONFIG_DICT)
 
 
-def test_the_table_of_models_on_open_clip_has_every_keyword_and_its_default():
-    written = table("`model` (archs `clip_cir`, `tscir_mapping`, `tscir_composing`)")
-    defaults: dict[str, object] = {}
-    for model in (TscirComposing, TscirMapping, ClipCir):
-        defaults.update(model.__init__.__kwdefaults__)
-    assert set(written) == {*settings_of(LavisModel), *defaults} - {"vit_pretrained"}
-    stated = {key for key, default in written.items() if default != "by type" and key in defaults}
-    # Of the two whose defaults differ between the stages, the cell has both.
-    plain = stated - {"temperature", "loss_weights", "template"}
-    assert {key: yaml.safe_load(written[key]) for key in plain} == {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in ((key, defaults[key]) for key in plain)
-    }
-    assert written["template"] == defaults["template"]
-    for model in (TscirMapping, TscirComposing):
-        assert f"`{model.__init__.__kwdefaults__['temperature']}" in f"`{written['temperature']}`"
-        assert all(
-            f"`{name}` {weight:g}" in written["loss_weights"].join("``")
-            for name, weight in model.DEFAULT_LOSS_WEIGHTS.items()
-        )
-
-
-def test_the_data_set_table_has_every_key():
-    assert set(table("`datasets.<name>`")) == set(settings_of(DatasetSection))
-
-
-def test_the_run_table_has_every_default_and_no_unknown_key():
-    written = table("`run`")
-    sections = config.run_sections({"runner": "runner_wrf4cir", "task": "retrieval_dpo"})
-    read = {name for section in sections[1:] for name in settings_of(section)}
-    assert set(written) >= {*RUN_DEFAULTS, *read, "init_lr", "max_epoch", "batch_size_train"}
-    assert set(written) <= {*settings_of(LavisRun), *read}
-    stated = {key: default for key, default in RUN_DEFAULTS.items() if written[key] != "set"}
-    assert {key: yaml.safe_load(written[key]) for key in stated} == stated
+def test_the_tables_of_settings_are_those_of_the_code():
+    """`python docs/settings_tables.py` writes them; every section of this package has one."""
+    page = PAGES[ROOT / "docs" / "configuration.md"]
+    assert reference.with_tables(page) == page
+    told = set(re.findall(r"^<!-- settings: (.*) -->$", page, re.MULTILINE))
+    assert told == set(reference.sections()) - {"datasets.garments_caption.garments"}  # it is that of garments_vqa
 
 
 @pytest.mark.parametrize(
@@ -253,6 +160,7 @@ def test_every_lavis_cir_command_is_understood(monkeypatch):
     monkeypatch.setattr(report, "_report", understood.append)
     monkeypatch.setattr(lora, "_export", understood.append)
     monkeypatch.setattr(check, "_check", understood.append)
+    monkeypatch.setattr(config_command, "_show", understood.append)
     monkeypatch.setattr(submission, "_check", understood.append)
     monkeypatch.setattr(triplets, "_run", understood.append)
     monkeypatch.setattr(negatives, "_show", understood.append)

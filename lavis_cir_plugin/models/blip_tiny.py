@@ -135,7 +135,10 @@ class BlipCaptionTiny(_BuiltFromConfig, BlipCaption):
     """LAVIS's BLIP for captioning, in the size of its config.
 
     Args:
-        tokenizer, image_size, vit_config, bert_config: See :class:`BlipVqaTiny`.
+        tokenizer: Folder or file of a WordPiece vocabulary, name of a vocabulary in this package, or a hub name.
+        image_size: Pixels per side, a multiple of the patch size.
+        vit_config: Values that replace ViT-B/16's dimensions, by the argument names of LAVIS's image tower.
+        bert_config: Values that replace BERT-base's dimensions, in the decoder.
         prompt: Beginning of every caption; it does not count as generated text.
         max_txt_len: Largest number of tokens of a training caption, with the prompt.
     """

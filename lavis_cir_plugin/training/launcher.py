@@ -77,7 +77,7 @@ def run(command: str, args: argparse.Namespace, announce: Callable[[Any], None] 
         args: Parsed arguments with ``cfg_path`` and ``options``.
         announce: Function that is called with the runner before the runner starts.
     """
-    project = _find_config(args.cfg_path)
+    project = find_config(args.cfg_path)
     cfg = config.with_lavis_defaults(config.read_config(str(project), args.options))
     config.check_values(cfg, command)
     config.choose_splits(cfg, command)
@@ -128,7 +128,7 @@ def _kept_by_interrupted(command: str, runners: Sequence[Any]) -> str | None:
     return str(runners[0].what_is_kept())
 
 
-def _find_config(path: str) -> Path:
+def find_config(path: str) -> Path:
     """Return the path of the config file; a relative ``projects/...`` may also be one of the shipped projects."""
     local = Path(os.path.expanduser(path))
     if local.is_file():

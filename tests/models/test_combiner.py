@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from lavis_cir_plugin.models.clip_cir import ClipCir
 from lavis_cir_plugin.models.combiner import Combiner, read_combiner
 from lavis_cir_plugin.models.open_clip_towers import load_clip
-from lavis_cir_plugin.training.config import _model_values
+from lavis_cir_plugin.training.config import _model_conflicts
 
 
 def published_state(width: int, projection: int = 5, hidden: int = 7) -> dict[str, torch.Tensor]:
@@ -127,7 +127,7 @@ def test_a_combiner_that_would_not_be_read_or_is_random_is_refused(files):
     section = {**files.settings, "arch": "clip_cir"}
     for combiner, expected in ((section["combiner"], 0), (None, 1)):
         cfg = OmegaConf.create({"model": {**section, "combiner": combiner}, "run": {"device": "cpu"}})
-        problems = list(_model_values(SimpleNamespace(model_cfg=cfg.model, run_cfg=cfg.run), "evaluate"))
+        problems = list(_model_conflicts(SimpleNamespace(model_cfg=cfg.model, run_cfg=cfg.run), "evaluate"))
         assert len(problems) == expected
         assert all("would score random weights" in problem for problem in problems)
 

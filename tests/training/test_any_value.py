@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.core.settings import as_plain, settings_of
 from lavis_cir_plugin.training import config
-from lavis_cir_plugin.training.launcher import _find_config
+from lavis_cir_plugin.training.launcher import find_config
 
 FILES = sorted(PROJECTS.rglob("*.yaml"))
 VALUES: list[Any] = [
@@ -152,7 +152,7 @@ def test_values_that_once_ended_in_a_traceback_or_later(option: str, sentence: s
 
 def test_a_folder_is_called_a_folder():
     with pytest.raises(ValueError, match=r"--cfg-path .* names a folder; name a YAML file"):
-        _find_config(str(PROJECTS))
+        find_config(str(PROJECTS))
 
 
 def test_whole_numbers_may_be_written_as_floats():

@@ -174,11 +174,11 @@ def blip_tokenizer():
 def test_projects_are_found_without_a_checkout(monkeypatch, tmp_path):
     """``projects/...`` works from any folder; a local file of that name wins."""
     monkeypatch.chdir(tmp_path)
-    assert launcher._find_config("projects/wrf4cir/demo.yaml") == PROJECTS / "wrf4cir/demo.yaml"
+    assert launcher.find_config("projects/wrf4cir/demo.yaml") == PROJECTS / "wrf4cir/demo.yaml"
     local = tmp_path / "projects/wrf4cir/demo.yaml"
     local.parent.mkdir(parents=True)
     local.write_text("run: {}")
-    assert launcher._find_config("projects/wrf4cir/demo.yaml").samefile(local)
+    assert launcher.find_config("projects/wrf4cir/demo.yaml").samefile(local)
 
 
 def refused(arguments):

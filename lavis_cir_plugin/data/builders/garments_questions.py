@@ -54,6 +54,7 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
     * ``garments``: the fields of :class:`~lavis_cir_plugin.garments.questions.QuestionGarments`.
     """
 
+    world = WORLD
     section: str
     annotation_files: Mapping[str, tuple[str, ...]]
 
@@ -69,7 +70,7 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
             if section.get(key):
                 yield f"datasets.{name}.{key} is not read: {name} draws its own files; set datasets.{name}.garments."
         yield from split_problems(name, section.get("splits"), SPLITS)
-        yield from world_problems(name, QuestionGarments, section.get("garments") or {})
+        yield from world_problems(name, cls.world.settings, section.get("garments") or {})
 
     def _download_data(self) -> None:
         """Draw the world, in the place where LAVIS's builders download."""

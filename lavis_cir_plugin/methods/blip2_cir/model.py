@@ -78,12 +78,13 @@ class Blip2Cir(Blip2Base):
 
     Args:
         vit_model: Image tower, ``eva_clip_g`` or ``clip_L``.
-        image_size: Pixels per side.
+        image_size: Pixels per side; the data set's ``vis_processor`` must have the same.
         vit_config: Values that replace the tower's published dimensions (``tiny`` uses them). ``layers`` of ``clip_L``
             is one more than the number of blocks.
         vit_precision: Storage type of the tower, ``fp16`` or ``fp32``; fp16 needs a GPU and a frozen tower.
         freeze_vit: Whether the image tower keeps its loaded weights and stays in evaluation mode.
-        use_grad_checkpoint: Whether the tower's activations are recomputed in the backward pass.
+        use_grad_checkpoint: Whether the tower's activations are recomputed in the backward pass, which weight
+            perturbation refuses on a trained tower.
         drop_path_rate: Stochastic depth of the ViT-g tower.
         tokenizer: Folder or file of a WordPiece vocabulary, name of a vocabulary in this package, or a hub name.
         num_query_token: Number K of query tokens.
@@ -91,9 +92,9 @@ class Blip2Cir(Blip2Base):
         qformer_config: Values that replace BERT-base's dimensions (``tiny`` uses them).
         embed_dim: Width of q and v.
         max_txt_len: Largest number of text tokens with [CLS] and [SEP]; longer texts are cut.
-        fusion: ``joint`` or ``sentence_prompt``.
+        fusion: One pass over [queries; text] (``joint``), or SPRC's two passes (``sentence_prompt``).
         pooling: Output of the joint fusion that becomes the query, ``text_cls`` or ``mean_queries``.
-        loss_weights: Weights >= 0 by name in `LOSSES`, merged over the defaults of the fusion.
+        loss_weights: Weights by loss, 1 by default: ``itc``, and with ``sentence_prompt`` also ``rtc`` and ``align``.
 
     Raises:
         ValueError: If a choice is unknown or impossible; the message says what is allowed.

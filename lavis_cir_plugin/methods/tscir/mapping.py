@@ -85,7 +85,7 @@ class TscirMapping(ClipCir):
     ``phi`` loads the published networks of Pic2Word, SEARLE and LinCIR.
 
     Args:
-        clip_model, pretrained, image_size, tokenizer, pixels: Settings of CLIP, see ``clip_cir``.
+        clip_model, pretrained, image_size, tokenizer, pixels: See ``clip_cir``.
         template: Sentence of a query, in which ``*``, a separate word, stands for the image and a later ``{}`` for the
             modification text.
         phi: Published file of Pic2Word, SEARLE or LinCIR, which replaces a random mapping network and requires

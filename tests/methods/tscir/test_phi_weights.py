@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from lavis_cir_plugin.methods.tscir.mapping import TscirMapping
 from lavis_cir_plugin.methods.tscir.phi_weights import read_phi
 from lavis_cir_plugin.models.open_clip_towers import load_clip
-from lavis_cir_plugin.training.config import _model_values
+from lavis_cir_plugin.training.config import _model_conflicts
 
 HIDDEN = 9
 LAYERS = {"pic2word": ("layers.0.0", "layers.1.0", "fc_out"), "searle": ("layers.0", "layers.3", "layers.6")}
@@ -161,9 +161,9 @@ def test_pic2words_file_names_another_clip(world):
 def test_phi_stands_in_for_finetuned_and_refuses_injection(world):
     section = OmegaConf.create({**world.settings, "arch": "tscir_mapping", "phi": save(world, "searle", "Phi")})
     run = OmegaConf.create({"device": "cpu"})
-    assert list(_model_values(SimpleNamespace(model_cfg=section, run_cfg=run), "evaluate")) == []
+    assert list(_model_conflicts(SimpleNamespace(model_cfg=section, run_cfg=run), "evaluate")) == []
     section.phi = None
-    (problem,) = _model_values(SimpleNamespace(model_cfg=section, run_cfg=run), "evaluate")
+    (problem,) = _model_conflicts(SimpleNamespace(model_cfg=section, run_cfg=run), "evaluate")
     assert "would score random weights" in problem
     with pytest.raises(ValueError, match=r"network without injection, and model\.injection_blocks are \[0\]"):
         TscirMapping.check_config({**world.settings, "phi": "x.pt", "injection_blocks": [0]})
