@@ -68,7 +68,7 @@ def _notes(answer: Answer) -> list[str]:
         notes.append(f"The {who} left out ({', '.join(answer.left_out[:3])}); --keep-reference shows it.")
     if not answer.is_exact:
         notes.append(
-            f"Candidates by an index: {100 * answer.recall:.1f} % of the exact 50 best were found for drawn queries; "
+            f"Candidates, not a scan: {100 * answer.recall:.1f} % of the exact 50 best were found for drawn queries; "
             "--exact scans everything."
         )
     return notes
