@@ -168,7 +168,8 @@ class DatasetSection(Section):
     Attributes:
         type: File below ``configs/datasets/<name>/`` with the defaults.
         data_type: LAVIS's key.
-        splits: Splits that the run may read of the data set; by default all; ``[]`` turns it off. ``seen`` has training queries.
+        splits: Splits that the run may read of the data set; by default all; ``[]`` turns it off. ``seen`` has training
+            queries.
         preload: Whether to keep every preprocessed image in memory, at 12 bytes per pixel.
         build_info: Where the data are, and by which protocol they are read.
         garments: Settings of a drawn world in the data set's files; if it is absent, files are read.
