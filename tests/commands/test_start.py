@@ -21,6 +21,7 @@ HEAVY = {
     "PIL.Image",
     "matplotlib",
     "omegaconf",
+    "pydantic",
     "tqdm",
     "transformers",
     "open_clip",

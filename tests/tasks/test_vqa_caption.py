@@ -132,9 +132,9 @@ def test_too_few_pictures_for_any_question_are_refused(pictures):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"train_images": 0}, "train_images must be at least 1, got 0"),
-        ({"image_width": 8}, "image_width must be at least 32, got 8"),
-        ({"held_out": 0.9}, r"held_out must lie in \[0, 0\.5\], got 0\.9"),
+        ({"train_images": 0}, "train_images must be a whole number >= 1, got 0"),
+        ({"image_width": 8}, "image_width must be a whole number >= 32, got 8"),
+        ({"held_out": 0.9}, r"held_out must be a number >= 0 and <= 0\.5, got 0\.9"),
     ],
 )
 def test_impossible_sizes_are_refused(values, message):
@@ -273,8 +273,8 @@ def test_the_world_is_drawn_once_and_does_not_depend_on_the_number_of_processes(
     ("section", "message"),
     [
         ({"garments": {"sead": 1}}, r"garments\.sead is not a known key; did you mean 'seed'\?"),
-        ({"garments": {"val_images": 0}}, r"val_images must be at least 1, got 0"),
-        ({"splits": ["test"]}, r"splits must be a list of train and val, got"),
+        ({"garments": {"val_images": 0}}, r"val_images must be a whole number >= 1, got 0"),
+        ({"splits": ["test"]}, r"splits must be a list of train, val, got"),
         ({"preload": True}, r"preload is not read"),
         ({"build_info": {"root": "x"}}, r"build_info is not read: garments_vqa draws its own files"),
     ],
@@ -465,7 +465,7 @@ def test_a_split_without_captions_is_refused_before_anything_is_generated(build)
 
 
 def test_missing_lengths_are_told_by_the_config():
-    with pytest.raises(config.ConfigError, match=r"run\.max_len must be a whole number >= 1, got None"):
+    with pytest.raises(config.ConfigError, match=r"run\.max_len must be a whole number >= 1, got null"):
         config.read_config(str(PROJECTS / "wrf4cir/caption_demo.yaml"), ["run.max_len=null"])
 
 

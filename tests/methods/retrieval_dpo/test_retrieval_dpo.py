@@ -407,7 +407,7 @@ def refused(project, folder, message, **changes):
     ("changes", "message"),
     [
         ({"dpo": {"bta": 1}}, r"run\.dpo\.bta is not a known key; did you mean 'beta'\?"),
-        ({"dpo": {"beta": -3}}, r"run\.dpo\.beta must be a number > 0 .*got -3"),
+        ({"dpo": {"beta": -3}}, r"run\.dpo\.beta must be a number > 0, got -3"),
         ({"dpo": {"epsilon": 0.5}}, r"run\.dpo\.epsilon must be a number >= 0 and < 0\.5, got 0\.5"),
         ({"dpo": {"variant": "orpo"}}, r"run\.dpo\.variant must be one of sigmoid, .*, got 'orpo'"),
         ({"dpo": "sigmoid"}, r"run\.dpo must be a mapping, got 'sigmoid'"),
