@@ -68,7 +68,9 @@ class ClipTwoViewsProcessor(BlipImageBaseProcessor):
     def __init__(self, image_size: Positive = 224, weak_scale: Scale = (0.8, 1.0), scale: Scale = (0.9, 1.0)) -> None:
         super().__init__()
         check_arguments(
-            type(self), "vis_processor", {"image_size": image_size, "weak_scale": weak_scale, "scale": scale}
+            type(self),
+            "datasets.<name>.vis_processor",
+            {"image_size": image_size, "weak_scale": weak_scale, "scale": scale},
         )
         end = [transforms.ToTensor(), self.normalize]
         weak, nearly_all = (
@@ -120,7 +122,9 @@ class TargetPadProcessor(BlipImageBaseProcessor):
 
     def __init__(self, image_size: Positive = 224, target_ratio: Annotated[float, Limits(ge=1)] = 1.25) -> None:
         super().__init__()
-        check_arguments(type(self), "vis_processor", {"image_size": image_size, "target_ratio": target_ratio})
+        check_arguments(
+            type(self), "datasets.<name>.vis_processor", {"image_size": image_size, "target_ratio": target_ratio}
+        )
         self.target_ratio = target_ratio
         self.transform = transforms.Compose(
             [

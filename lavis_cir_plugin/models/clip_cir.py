@@ -147,7 +147,7 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         """Check a ``model`` section without building the model.
 
         Raises:
-            ValueError: If a value is unknown or impossible; the message names the first one and what is allowed.
+            ValueError: If a value is unknown or impossible; the message says what is allowed.
         """
         values = cls._values(cfg)
         check_arguments(cls, "model", values)

@@ -245,12 +245,12 @@ def test_two_views_of_one_seed_are_the_same_and_cannot_be_preloaded(tmp_path, mo
     ("changes", "message"),
     [
         ({"weak_scale": [0, 1]}, r"weak_scale must be two numbers \[least, largest\] with 0 < least .*got \[0, 1\]"),
-        ({"scale": [0.9, 0.8]}, r"clip_two_views: scale must be two numbers"),
+        ({"scale": [0.9, 0.8]}, r"vis_processor.scale must be two numbers"),
         ({"scale": [0.9, 1.1]}, r"scale must be two numbers"),
-        ({"scale": 0.9}, r"scale must be two numbers .*got 0\.9; change it under datasets"),
+        ({"scale": 0.9}, r"scale must be two numbers .*got 0\.9"),
         ({"scale": [True, 1]}, r"scale must be two numbers"),
         ({"scale": "ab"}, r"scale must be two numbers"),
-        ({"image_size": 0}, r"image_size must be >= 1, got 0"),
+        ({"image_size": 0}, r"image_size must be a whole number >= 1, got 0"),
     ],
 )
 def test_impossible_views_are_refused(changes, message):
@@ -259,5 +259,7 @@ def test_impossible_views_are_refused(changes, message):
 
 
 def test_an_impossible_padding_is_refused():
-    with pytest.raises(ValueError, match=r"target_ratio must be >= 1 and image_size >= 1, got 0\.5 and 224"):
+    with pytest.raises(
+        ValueError, match=r"datasets\.<name>\.vis_processor\.target_ratio must be a number >= 1, got 0\.5"
+    ):
         TargetPadProcessor(target_ratio=0.5)

@@ -153,11 +153,6 @@ class Blip2Cir(Blip2Base):
             query_length=num_query_token,
             **dict(qformer_config or {}),
         )
-        if config.max_position_embeddings < num_query_token + max_txt_len:
-            raise ValueError(
-                f"model.max_txt_len: {max_txt_len} text and {num_query_token} query tokens exceed the "
-                f"{config.max_position_embeddings} positions of model.qformer_config.max_position_embeddings."
-            )
         # A ModuleDict gives the published names, Qformer.bert.*, without BLIP-2's language-model head.
         self.Qformer = nn.ModuleDict({"bert": BertModel(config, add_pooling_layer=False)})
         self.query_tokens = nn.Parameter(torch.randn(1, num_query_token, config.hidden_size) * config.initializer_range)
@@ -182,7 +177,7 @@ class Blip2Cir(Blip2Base):
         """Check a ``model`` section without building the model; absent keys have the constructor's defaults.
 
         Raises:
-            ValueError: If a value is unknown or impossible; the message names the first one and what is allowed.
+            ValueError: If a value is unknown or impossible; the message says what is allowed.
         """
         values = {**cls._arguments(), **{name: cfg[name] for name in cls._arguments() if cfg.get(name) is not None}}
         check_arguments(cls, "model", values)
@@ -199,6 +194,12 @@ class Blip2Cir(Blip2Base):
         check_heads("model.vit_config", {**tower, **(values["vit_config"] or {})}, *widths)
         sizes = {**bert, **(values["qformer_config"] or {})}
         check_heads("model.qformer_config", sizes, "hidden_size", "num_attention_heads")
+        texts, queries, places = (values["max_txt_len"], values["num_query_token"], sizes["max_position_embeddings"])
+        if places < queries + texts:
+            raise ValueError(
+                f"model.max_txt_len: {texts} text and {queries} query tokens exceed the {places} positions of "
+                "model.qformer_config.max_position_embeddings."
+            )
         _checked_loss_weights(values["fusion"], values["loss_weights"])
 
     @classmethod

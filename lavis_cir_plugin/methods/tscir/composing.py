@@ -156,7 +156,7 @@ class TscirComposing(TscirMapping):
         """Check a ``model`` section without building the model.
 
         Raises:
-            ValueError: If a value is unknown or impossible; the message names the first one and what is allowed.
+            ValueError: If a value is unknown or impossible; the message says what is allowed.
         """
         super().check_config(cfg)
         values = cls._values(cfg)
