@@ -39,7 +39,8 @@ def filled(path: Path) -> list[str]:
 
 def check(path: Path, options: list[str]) -> None:
     merged = config.read_config(str(path), options)
-    config.check_values(config.with_lavis_defaults(merged), "train" if merged.run.train_splits else "evaluate")
+    command = "evaluate" if path.stem.startswith("eval_") else "train"
+    config.check_values(config.with_lavis_defaults(merged), command)
 
 
 def keys_below(value: Any, place: str = "") -> Iterator[str]:
@@ -73,7 +74,7 @@ def answer(path: Path, key: str, value: Any, folder: Path) -> list[str]:
         raw = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(filled(path)))
         if not any(part.isdigit() for part in key.split(".")):
             OmegaConf.update(raw, key, value, merge=False, force_add=True)
-            path, options = folder / "project.yaml", []
+            path, options = folder / path.name, []
             OmegaConf.save(raw, path)
         else:
             options = [f"{key}={text}"]

@@ -508,7 +508,7 @@ def _checked_loss_weights(fusion: str, weights: Mapping[str, float] | None) -> d
     given = weights or {}
     unknown = [name for name in given if name not in LOSSES]
     if unknown:
-        raise ValueError(f"model.loss_weights: {', '.join(unknown)} is no loss; known: {', '.join(LOSSES)}.")
+        raise ValueError(f"model.loss_weights: {', '.join(map(str, unknown))} is no loss; known: {', '.join(LOSSES)}.")
     prompted = [name for name in given if name in ("rtc", "align")]
     if fusion == "joint" and prompted:
         raise ValueError(f"model.loss_weights: {', '.join(prompted)} needs model.fusion: sentence_prompt.")
