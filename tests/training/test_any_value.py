@@ -37,9 +37,12 @@ def filled(path: Path) -> list[str]:
     return [f"{key}=given" for key in OmegaConf.missing_keys(OmegaConf.load(path))]
 
 
-def check(path: Path, options: list[str]) -> None:
+def command_of(path: Path) -> str:
+    return "train" if OmegaConf.load(path).run.get("train_splits") else "evaluate"
+
+
+def check(path: Path, options: list[str], command: str = "train") -> None:
     merged = config.read_config(str(path), options)
-    command = "evaluate" if path.stem.startswith("eval_") else "train"
     config.check_values(config.with_lavis_defaults(merged), command)
 
 
@@ -70,18 +73,19 @@ def keys_of(path: Path) -> list[str]:
 def answer(path: Path, key: str, value: Any, folder: Path) -> list[str]:
     """Return the sentences of the check of a project with one value replaced, and [] if it passes."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+    command = command_of(path)
     if isinstance(value, (dict, list)):  # an option would be merged with what the project has; a file replaces it
         raw = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(filled(path)))
         if not any(part.isdigit() for part in key.split(".")):
             OmegaConf.update(raw, key, value, merge=False, force_add=True)
-            path, options = folder / path.name, []
+            path, options = folder / "project.yaml", []
             OmegaConf.save(raw, path)
         else:
             options = [f"{key}={text}"]
     else:
         options = [*filled(path), f"{key}={text}"]
     try:
-        check(path, options)
+        check(path, options, command)
     except config.ConfigError as error:
         first, *others = str(error).splitlines()
         return [line.strip() for line in others] or [first.removeprefix(f"{path}: ")]

@@ -197,8 +197,8 @@ class Blip2Cir(Blip2Base):
         texts, queries, places = (values["max_txt_len"], values["num_query_token"], sizes["max_position_embeddings"])
         if places < queries + texts:
             raise ValueError(
-                f"model.max_txt_len: {texts} text and {queries} query tokens exceed the {places} positions of "
-                "model.qformer_config.max_position_embeddings."
+                f"model.max_txt_len: {texts} and model.num_query_token: {queries} exceed the {places} positions "
+                "of model.qformer_config.max_position_embeddings."
             )
         _checked_loss_weights(values["fusion"], values["loss_weights"])
 

@@ -421,7 +421,7 @@ def test_without_a_network_the_local_way_is_named(monkeypatch, small_model):
         ({"loss_weights": {"rtc": 1.0}}, r"rtc needs model\.fusion: sentence_prompt"),
         ({"loss_weights": {"itc": -1.0}}, r"model\.loss_weights\.itc must be a number >= 0, got -1\.0"),
         ({"vit_precision": "fp16"}, r"stores the image tower in half precision, which cannot be trained"),
-        ({"max_txt_len": 64}, r"64 text and 3 query tokens exceed the 40 positions"),
+        ({"max_txt_len": 64}, r"max_txt_len: 64 and model\.num_query_token: 3 exceed the 40 positions"),
     ],
 )
 def test_impossible_choices_are_refused(changes, message, small_model):
