@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from lavis_cir_plugin.benchmarks.images import decode_rgb
+from lavis_cir_plugin.benchmarks.images import FORMATS, decode_rgb
 from lavis_cir_plugin.search.catalogue import Picture
 from lavis_cir_plugin.serving.refusals import refusal
 
@@ -77,7 +77,7 @@ def chunks(file: BinaryIO) -> Iterator[bytes]:
 def mime_type(file: BinaryIO) -> str:
     """Return the type of a picture's content, whatever its name ends in."""
     try:
-        with Image.open(file, formats=tuple(name for name in MIME if name != "MPO")) as picture:
+        with Image.open(file, formats=FORMATS) as picture:
             kind = picture.format or ""
     except Exception:  # Pillow's decoders raise a dozen types on broken files
         kind = ""

@@ -178,7 +178,7 @@ def test_a_drawn_world_s_message_names_the_section_in_use(name: str, tmp_path: P
 def test_a_wrong_setting_of_a_drawn_world_names_its_section(name: str):
     section = OmegaConf.create({"garments": {"seed": "x"}})
     problems = list(registry.get_builder_class(name).section_problems(name, section))
-    assert [problem for problem in problems if problem.startswith(f"datasets.{name}.garments: seed must be")]
+    assert [problem for problem in problems if problem.startswith(f"datasets.{name}.garments.seed must be")]
 
 
 def test_features_that_are_not_finite_send_nobody_to_a_checkpoint_that_is_not_there():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launched import in_two_processes
 from PIL import Image
 from search_world import draw, draw_some, index, make_encoder
 
@@ -331,7 +331,7 @@ def distributed_build(rank, folder):
 def test_processes_share_the_encoding(tmp_path):
     draw_some(tmp_path / "p", 7)
     (tmp_path / "p" / "bad.png").touch()
-    mp.start_processes(distributed_build, (str(tmp_path),), nprocs=2, start_method="fork")
+    in_two_processes(distributed_build, str(tmp_path))
     own, total = zip(*(torch.load(tmp_path / f"{rank}.pt")[:2] for rank in range(2)))
     assert sorted(own) == [3, 4]
     assert total[0] == 7
