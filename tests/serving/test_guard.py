@@ -85,6 +85,7 @@ def test_the_page_signs_in_once(make_client):
     assert "samesite=strict" in cookie.lower()
     assert client.get("/api/v1/session").json() == {"open": False, "signed_in": True}
     assert client.get("/api/v1/indexes/toys/pictures/1/thumbnail").status_code == 200
+    client.cookies.clear()
     client.cookies.set(COOKIE, "0" * 64)
     assert client.get("/api/v1/indexes/toys/pictures/1/thumbnail").status_code == 401
 
