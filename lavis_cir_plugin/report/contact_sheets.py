@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +16,7 @@ from lavis_cir_plugin.benchmarks.types import Benchmark, Group
 from lavis_cir_plugin.core.atomic_files import replace_file
 from lavis_cir_plugin.core.normalisation import CLIP_MEAN_AND_STD
 from lavis_cir_plugin.ranking.ranks import Ranking
+from lavis_cir_plugin.report.query_results import QueryResult, query_result
 from lavis_cir_plugin.report.sheet_layout import (
     FRAME,
     GREEN,
@@ -81,7 +82,8 @@ def contact_sheet(
         *[Column()] * (columns - 1),
         Column("right answer" if benchmark.has_targets else "", space=SECTION_GAP),
     ]
-    lines = [_line(benchmark, group, index, top[index, :columns].tolist(), int(ranks[index])) for index in chosen]
+    results = [query_result(group, index, ranking, columns) for index in chosen]
+    lines = [query_cells(result, benchmark.image_paths, columns, benchmark.upright) for result in results]
     colours = {GREEN: f"right answer among the first {columns}", ORANGE: "right answer ranked lower"}
     notes = _protocol(benchmark, group, len(chosen), seed)
     title = title_of(benchmark, group)
@@ -89,26 +91,31 @@ def contact_sheet(
     return replace_file(Path(path), content)
 
 
-def _line(benchmark: Benchmark, group: Group, index: int, top: Sequence[int], rank: int) -> list[Cell]:
-    """Return the cells of one query: reference, text, retrieved pictures, and the right answer if it is not shown."""
-    query, columns = group.queries[index], len(top)
-    labelled = {query.target, *(name for name, weight in query.relevance if weight == 1)}
-    answers = labelled - {None, query.reference}  # CIRR's soft labels mark some references as right
+def query_cells(
+    result: QueryResult, images: Mapping[str, str | Path], columns: int, upright: bool = False
+) -> list[Cell]:
+    """Return the cells of one query: reference, text, retrieved pictures, and the right answer if it is not shown.
+
+    Args:
+        result: The query and what was found.
+        images: Path of the file by the name of the image.
+        columns: Number of retrieved pictures; places of a shorter ranking stay empty.
+        upright: Whether pictures are turned as their EXIF orientation says.
+    """
 
     def picture(name: str, label: str = "", frame: str = "") -> Picture:
-        return Picture(benchmark.image_paths[name], label, frame, benchmark.upright)
+        return Picture(Path(images[name]), label, frame, upright)
 
-    # A ranking with fewer than k candidates ends in -1. As an index, -1 would be the last image of the gallery.
-    shown = [group.gallery[image] for image in top if image >= 0]
+    shown = result.top[:columns]
     retrieved: list[Cell] = [None] * columns
     for column, name in enumerate(shown):
-        label = f"{column + 1} (reference)" if name == query.reference else str(column + 1)
-        retrieved[column] = picture(name, label, GREEN if name in answers else "")
-    verdict, colour = _verdict(rank, columns, len(answers), len(answers.intersection(shown)))
-    text = Words(" / ".join(query.texts), foot=verdict, foot_colour=colour)
-    lower = query.target is not None and rank >= columns
-    answer = picture(str(query.target), f"rank {rank + 1:,}", ORANGE) if lower else None
-    return [picture(query.reference), text, *retrieved, answer]
+        label = f"{column + 1} (reference)" if name == result.reference else str(column + 1)
+        retrieved[column] = picture(name, label, GREEN if name in result.answers else "")
+    verdict, colour = _verdict(result.rank, columns, len(result.answers), len({*result.answers}.intersection(shown)))
+    text = Words(" / ".join(result.texts), foot=verdict, foot_colour=colour)
+    lower = bool(result.answers) and result.rank >= columns
+    answer = picture(result.answers[0], f"rank {result.rank + 1:,}", ORANGE) if lower else None
+    return [picture(result.reference), text, *retrieved, answer]
 
 
 def drawn_queries(group: Group, rows: int, seed: int = 0) -> list[int]:

@@ -51,32 +51,33 @@ def data_url(content: bytes, kind: str) -> str:
 
 
 class Thumbnails:
-    """Small copies of pictures as addresses of themselves, each file read once.
+    """Small copies of pictures as addresses of themselves, each file read once."""
 
-    Args:
-        upright: Whether pictures are turned as their EXIF orientation says.
-    """
-
-    def __init__(self, upright: bool = False) -> None:
-        self.upright = upright
+    def __init__(self) -> None:
         self.missing: dict[str, str] = {}
-        self._known: dict[str, str] = {}
+        self._known: dict[tuple[str, bool], str] = {}
 
-    def image(self, path: str, name: str) -> str:
-        """Return the picture as HTML, or a box that says that its file cannot be read; `missing` then says why."""
-        if path not in self._known:
+    def image(self, path: str, name: str, upright: bool = False) -> str:
+        """Return the picture as HTML, or a box that says that its file cannot be read; `missing` then says why.
+
+        Args:
+            path: Path of the file.
+            name: Name of the image.
+            upright: Whether the picture is turned as its EXIF orientation says.
+        """
+        if (path, upright) not in self._known:
             try:
-                self._known[path] = self._address(Path(path))
+                self._known[path, upright] = self._address(Path(path), upright)
             except (OSError, ValueError) as error:
-                self._known[path] = ""
+                self._known[path, upright] = ""
                 self.missing[name] = str(error)
-        address = self._known[path]
+        address = self._known[path, upright]
         if not address:
             return f'<span class="gone" title="{escaped(path)}">no file<br>{escaped(name)}</span>'
         return f'<img src="{address}" alt="{escaped(name)}" title="{escaped(path)}" loading="lazy">'
 
-    def _address(self, path: Path) -> str:
-        picture = open_rgb(path, self.upright)
+    def _address(self, path: Path, upright: bool) -> str:
+        picture = open_rgb(path, upright)
         picture.thumbnail(THUMBNAIL)
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=JPEG_QUALITY)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lavis_cir_plugin.benchmarks.types import Benchmark
+from lavis_cir_plugin.benchmarks.types import Benchmark, Group
 from lavis_cir_plugin.core.atomic_files import replace_file
 from lavis_cir_plugin.ranking.ranks import Ranking
 
@@ -26,7 +26,7 @@ class QueryResult:
         texts: Modification texts of the query.
         answers: Names of the right answers, the target first; empty where they are not public.
         rank: Rank of the target, counted from 0; -1 where the target is not public or no candidate.
-        top: Names of the first `TOP` images, best first.
+        top: Names of the first images, best first.
     """
 
     reference: str
@@ -51,6 +51,24 @@ class Results:
     upright: bool
 
 
+def query_result(group: Group, index: int, ranking: Ranking, count: int) -> QueryResult:
+    """Return a query of a group with what was found.
+
+    Args:
+        group: The group.
+        index: Position of the query.
+        ranking: Ranking of the group, with ``top``.
+        count: Number of first images, at most the width of ``top``; a ranking with fewer candidates has fewer.
+    """
+    query = group.queries[index]
+    labelled = (query.target, *(name for name, weight in query.relevance if weight == 1))
+    # CIRR's soft labels mark some references as right.
+    answers = tuple(name for name in dict.fromkeys(labelled) if name is not None and name != query.reference)
+    # A ranking with fewer than k candidates ends in -1. As an index, -1 would be the last image of the gallery.
+    top = tuple(group.gallery[image] for image in ranking.top[index, :count].tolist() if image >= 0)
+    return QueryResult(query.reference, query.texts, answers, int(ranking.ranks[index]), top)
+
+
 def write_queries(path: Path, benchmark: Benchmark, rankings: Mapping[str, Ranking]) -> Path:
     """Write the queries of a split with what was found, as JSON, and return ``path``.
 
@@ -64,16 +82,13 @@ def write_queries(path: Path, benchmark: Benchmark, rankings: Mapping[str, Ranki
     def number(name: str) -> int:
         return numbers.setdefault(name, len(numbers))
 
-    groups = {}
+    groups: dict[str, list[list[object]]] = {}
     for group in benchmark.groups:
-        ranking = rankings[group.name]
-        rows = []
-        for query, rank, top in zip(group.queries, ranking.ranks.tolist(), ranking.top[:, :TOP].tolist()):
-            labelled = [query.target, *(name for name, weight in query.relevance if weight == 1)]
-            answers = [name for name in dict.fromkeys(labelled) if name is not None and name != query.reference]
-            found = [number(group.gallery[index]) for index in top if index >= 0]
-            rows.append([number(query.reference), list(query.texts), [number(name) for name in answers], rank, found])
-        groups[group.name] = rows
+        found = (query_result(group, index, rankings[group.name], TOP) for index in range(len(group.queries)))
+        groups[group.name] = [
+            [number(one.reference), list(one.texts), [*map(number, one.answers)], one.rank, [*map(number, one.top)]]
+            for one in found
+        ]
     images = {name: str(Path(benchmark.image_paths[name]).absolute()) for name in numbers}
     content = {"upright": benchmark.upright, "images": images, "groups": groups}
     return replace_file(path, json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode())

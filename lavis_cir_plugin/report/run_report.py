@@ -350,7 +350,6 @@ def _query_groups(
     runs: Sequence[Run], folder: str, members: Sequence[int], count: int, images: int, embed: Thumbnails
 ) -> str:
     results = [runs[index].queries[folder] for index in members]
-    embed.upright = results[0].upright
     parts: list[str] = []
     for name in results[0].groups:
         queries = [result.groups[name] for result in results]
@@ -385,13 +384,13 @@ def _query(
 ) -> str:
     """Return one query: its reference and text, then the first images of each run's ranking."""
     query = found[0]
-    reference = embed.image(results[0].images[query.reference], query.reference)
+    reference = embed.image(results[0].images[query.reference], query.reference, results[0].upright)
     strips = []
     for index, result, own in zip(members, results, found):
         cells = [_found(result, own, place, embed) for place in range(min(images, len(own.top)))]
         target = own.answers[0] if own.answers else None
         if own.rank >= images and target is not None:
-            picture = embed.image(result.images[target], target)
+            picture = embed.image(result.images[target], target, result.upright)
             cells.append(f'<li class="lower">{picture}<span>rank {own.rank + 1:,}</span></li>')
         verdict = f"<small>{escaped(_verdict(own))}</small>"
         label = f'<p class="who">{_chip(runs, index)}{verdict}</p>' if len(runs) > 1 else ""
@@ -408,7 +407,8 @@ def _found(result: Results, query: QueryResult, place: int, embed: Thumbnails) -
     name = query.top[place]
     right = name in query.answers
     label = f"{place + 1} ✓ right" if right else f"{place + 1}" + (" reference" if name == query.reference else "")
-    return f'<li class="{"right" if right else ""}">{embed.image(result.images[name], name)}<span>{label}</span></li>'
+    picture = embed.image(result.images[name], name, result.upright)
+    return f'<li class="{"right" if right else ""}">{picture}<span>{label}</span></li>'
 
 
 def _verdict(query: QueryResult) -> str:

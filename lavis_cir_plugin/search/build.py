@@ -49,6 +49,9 @@ NOT_INDEXED = "not_indexed.tsv"
 DEAD_SHARE, FEWEST_DEAD = 0.5, 1000
 """From this share and number of features that no picture has any more on, the file of features is written anew."""
 
+LONGEST = 1.001
+"""Bound on the length of every feature: unit vectors, rounded to half precision."""
+
 BATCH = 64
 
 
@@ -337,7 +340,7 @@ class _Writer:
             pictures=len(by_row),
             not_indexed=self.catalogue.count("not_indexed"),
             shape=self.features.shape,  # type: ignore[arg-type]
-            longest=self._longest(),
+            longest=LONGEST,
             files=files,
             candidates=found,
         )
@@ -346,10 +349,6 @@ class _Writer:
         manifest.write(self.index)
         self._remove_older(files)
         return notes
-
-    def _longest(self) -> float:
-        """Return a bound on the length of every feature: unit vectors, rounded to half precision."""
-        return 1.001
 
     def _candidates(self, wanted: str) -> tuple[dict[str, Any], list[str]]:
         """Build candidates, or keep those that still cover enough; return what the manifest says of them."""

@@ -220,7 +220,8 @@ class Searcher(ABC):
     ) -> Answer:
         r"""Return the best pictures for reference pictures, a text, or both.
 
-        .. math:: q = \Big\lVert \sum_i w_i \, q(x_i, text) \Big\rVert^{-1} \dots - w_{without} \, t(without)
+        .. math:: q = n\left(n\left(\sum_i w_i \, q(x_i, text)\right) - w_{without} \, t(without)\right), \quad
+                  n(v) = v / \lVert v \rVert
 
         The queries of several pictures are added, each with its weight; then the text to avoid is taken away.
 
