@@ -307,3 +307,12 @@ def test_every_value_has_an_origin(tmp_path):
         "datasets.fashioniq.splits": "set at the start",
     }
     assert {key: found[key] for key in expected} == expected
+
+
+def test_a_metric_that_no_chosen_category_has_is_refused_with_the_config():
+    """Each value is allowed by itself; FashionIQ's own check of both together is made before anything is built."""
+    section = {"build_info": {"categories": ["shirt"], "selection_metric": "dress_R@10"}}
+    (problem,) = registry.get_builder_class("fashioniq").section_problems("fashioniq", section)
+    assert problem.startswith(
+        "datasets.fashioniq.build_info.selection_metric: dress_R@10 is not computed with categories shirt"
+    )
