@@ -88,6 +88,24 @@ def make_triplets(size: int, seed: int = 1) -> dict[str, Any]:
     }
 
 
+class TripletsInMemory:
+    """A batch of triplets with the interface that a runner expects of a LAVIS data set."""
+
+    def __init__(self, batch: dict[str, Any]) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return len(self.batch["text_input"])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {key: values[index] for key, values in self.batch.items()}
+
+    def collater(self, samples: list[dict[str, Any]]) -> Any:
+        from torch.utils.data import default_collate
+
+        return default_collate(samples)
+
+
 SMALL_CLIP = {"clip_model": "small_clip"}
 SMALL_TSCIR = {**SMALL_CLIP, "hidden_width": 10, "injection_width": 8, "injection_heads": 2, "injection_blocks": [0, 1]}
 SCORING_MODELS: dict[str, tuple[str, dict[str, Any]]] = {

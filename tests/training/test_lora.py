@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TripletsInMemory
 from lavis.models.eva_vit import Attention
 from lavis.models.med import BertConfig, XBertLMHeadDecoder
 from lavis.tasks.base_task import BaseTask
 from omegaconf import OmegaConf
 from torch import nn
-from torch.utils.data import Dataset, default_collate
 
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.commands import main
@@ -162,22 +162,6 @@ def test_adapters_of_half_precision_weights_are_float32(small_model):
     assert layer.weight.dtype == torch.bfloat16
 
 
-class Triplets(Dataset):
-    """Random triplets in the form of a LAVIS data set."""
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def __len__(self):
-        return len(self.batch["text_input"])
-
-    def __getitem__(self, index):
-        return {key: values[index] for key, values in self.batch.items()}
-
-    def collater(self, samples):
-        return default_collate(samples)
-
-
 def test_training_moves_adapters_and_also_train_only_and_only_they_are_saved(tmp_path, small_model, triplets):
     """LAVIS's loop trains and saves under the perturbing runner."""
     model = small_model(freeze_vit=True)
@@ -191,7 +175,7 @@ def test_training_moves_adapters_and_also_train_only_and_only_they_are_saved(tmp
     }  # fmt: skip
     cfg = OmegaConf.create({"run": run})
     cfg = SimpleNamespace(run_cfg=cfg.run, to_dict=lambda: {"run": run, "model": {}, "datasets": {}})
-    data = {"triplets": {"train": Triplets(triplets(8))}}
+    data = {"triplets": {"train": TripletsInMemory(triplets(8))}}
     runner = RunnerWrf4Cir(cfg=cfg, task=BaseTask(), model=model, datasets=data, job_id="job")
     runner.train()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}

@@ -11,35 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_triplets
+from conftest import TripletsInMemory, make_triplets
 from lavis.common.optims import LinearWarmupCosineLRScheduler
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 from lavis.runners.runner_iter import RunnerIter
 from lavis.tasks.base_task import BaseTask
 from omegaconf import OmegaConf
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir
 from lavis_cir_plugin.training.resumable_runner import ResumableRunner, resumable
-
-
-class Triplets(Dataset):
-    """Random triplets in memory, with the interface that a runner expects of a LAVIS data set."""
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def __len__(self):
-        return len(self.batch["text_input"])
-
-    def __getitem__(self, index):
-        return {key: values[index] for key, values in self.batch.items()}
-
-    def collater(self, samples):
-        return default_collate(samples)
 
 
 class Scored(BaseTask):
@@ -64,8 +48,8 @@ def make_runner(tmp_path, small_model, triplets):
     """Return a factory of runners that train the small model for two epochs of three steps."""
 
     def make(runner=RunnerWrf4Cir, task=None, model=None, splits=(), **run):
-        data = {"train": Triplets(triplets(12))}
-        data.update({split: Triplets(triplets(4)) for split in splits})
+        data = {"train": TripletsInMemory(triplets(12))}
+        data.update({split: TripletsInMemory(triplets(4)) for split in splits})
         torch.manual_seed(7)
         model = model or small_model()
         cfg = OmegaConf.create(
@@ -118,7 +102,7 @@ def test_gamma_zero_equals_lavis_task_loop_without_any_runner(make_runner, small
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.999))
     schedule = LinearWarmupCosineLRScheduler(optimizer, max_epoch=2, min_lr=1e-3, init_lr=1e-2)
-    data = Triplets(triplets(12))
+    data = TripletsInMemory(triplets(12))
     torch.manual_seed(11)
     loader = EpochLoader(training_loader(data, seed=42, batch_size=4, drop_last=True, collate_fn=data.collater))
     for epoch in range(2):
@@ -234,12 +218,12 @@ def test_no_space_left_keeps_the_earlier_checkpoint(make_runner, tmp_path, monke
 @pytest.mark.parametrize("kind", [RunnerWrf4Cir, resumable(RunnerIter)])
 def test_the_log_says_what_a_split_holds(kind, make_runner, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(Triplets, "contents", "what the data set says", raising=False)
+    monkeypatch.setattr(TripletsInMemory, "contents", "what the data set says", raising=False)
     iterations = {"max_iters": 4, "iters_per_inner_epoch": 2} if kind is not RunnerWrf4Cir else {}
     assert make_runner(kind, splits=("val",), **iterations).dataloaders["train"]
     assert {"train: what the data set says", "val: what the data set says"} <= set(caplog.messages)
     caplog.clear()
-    monkeypatch.delattr(Triplets, "contents")
+    monkeypatch.delattr(TripletsInMemory, "contents")
     assert make_runner(kind, splits=("val",), **iterations).dataloaders["val"]
     assert {"train: 12 samples", "val: 4 samples"} <= set(caplog.messages)
     assert "records" not in caplog.text
@@ -293,7 +277,7 @@ def test_an_evaluation_writes_no_checkpoint(make_runner, tmp_path):
 def test_batches_do_not_depend_on_workers_or_on_where_a_run_began(num_workers, make_runner):
     """This includes augmentation: each sample draws a number while it is loaded."""
 
-    class Drawing(Triplets):
+    class Drawing(TripletsInMemory):
         def __getitem__(self, index):
             return {**super().__getitem__(index), "draw": torch.rand(1) + random.random() + np.random.rand()}
 
