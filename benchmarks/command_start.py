@@ -97,8 +97,7 @@ def medians(commands: Mapping[str, tuple[Sequence[str], Path]], rounds: int) -> 
     for _ in range(rounds):
         for label, (words, root) in commands.items():
             lines: list[str] = []
-            env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-            usage = measure.run([sys.executable, "-W", "ignore", *words], lines.append, env)
+            usage = measure.run([sys.executable, "-W", "ignore", *words], lines.append, measure.environment(root))
             seconds[label].append(usage.cpu_seconds)
     return {label: statistics.median(values) for label, values in seconds.items()}
 

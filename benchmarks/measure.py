@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -20,6 +21,11 @@ class Usage:
     seconds: float
     cpu_seconds: float
     peak_bytes: int
+
+
+def environment(build: Path) -> dict[str, str]:
+    """Return the environment in which an interpreter imports the package of a checkout and computes on one core."""
+    return {**os.environ, "PYTHONPATH": str(build), "OMP_NUM_THREADS": "1"}
 
 
 def run(command: Sequence[str], on_line: Callable[[str], None], env: Mapping[str, str] | None = None) -> Usage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Optional
 
@@ -17,7 +18,7 @@ from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
 from lavis_cir_plugin.core.settings import Folder, Limits, Positive, Weights, check_argument, check_arguments, one_of
 from lavis_cir_plugin.models.combiner import Combiner, read_combiner
-from lavis_cir_plugin.models.contrastive_losses import contrastive_loss, symmetric_contrastive_loss
+from lavis_cir_plugin.models.contrastive_losses import contrastive_loss, symmetric_contrastive_loss, with_gradient_of
 from lavis_cir_plugin.models.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.open_clip_towers import (
     PIXELS,
@@ -212,12 +213,39 @@ class ClipCir(BaseModel):  # type: ignore[misc]
                 ``target``, shaped like ``image``, and optionally ``target_id`` ``(B,)``, equal for the same image. In a
                 batch without ``target`` the texts are captions, and ``image_id`` ``(B,)`` is optional.
         """
+        return self.loss_of_share(samples, 1.0)
+
+    def loss_of_share(self, samples: Mapping[str, Any], share: float) -> dict[str, Tensor]:
+        """Return the loss of a share of the batch, its first rows, for which all B rows are negatives.
+
+        Pictures and captions that are only negatives get no gradient.
+
+        Args:
+            samples: A batch as :meth:`forward` takes it.
+            share: Share > 0 of the B rows, rounded up to a whole row; 1 gives the loss of the batch.
+        """
+        rows = math.ceil(share * len(read_texts(samples)))
         if "target" not in samples:
-            pictures, captions = read_pairs(samples, self.image_tower.tokens_shape)
-            images, texts = self._unit_image(pictures), self._unit_text(captions)
-            return {"loss": symmetric_contrastive_loss(images, texts, self.temperature, image_ids(samples))}
-        query, targets = self.query_features(samples), self.target_features(read_pictures(samples, "target"))
-        return {"loss": contrastive_loss(query, targets, self.temperature, samples.get("target_id"))}
+            pictures, texts = read_pairs(samples, self.image_tower.tokens_shape)
+            images = with_gradient_of(rows, self._unit_image, self._of_frozen_tower(pictures))
+            captions = with_gradient_of(rows, self._unit_text, texts)
+            ids = image_ids(samples)
+            return {"loss": symmetric_contrastive_loss(images, captions, self.temperature, ids, rows)}
+        query = self.query_features(samples if share == 1 else self._first(rows, samples))
+        targets = self._of_frozen_tower(read_pictures(samples, "target"))
+        found = with_gradient_of(rows, self.target_features, targets)
+        return {"loss": contrastive_loss(query, found, self.temperature, samples.get("target_id"))}
+
+    def _first(self, rows: int, samples: Mapping[str, Any]) -> dict[str, Any]:
+        first = {"text_input": read_texts(samples)[:rows]}
+        if self.fusion == "text":
+            return first
+        return {**first, "image": self._of_frozen_tower(read_pictures(samples))[:rows]}
+
+    def _of_frozen_tower(self, pictures: Tensor) -> Tensor:
+        """Return the tokens of all pictures if the tower is frozen; a second pass over the batch finds them again."""
+        is_trained = any(weight.requires_grad for weight in self.image_tower.parameters())
+        return pictures if is_trained else self._tokens(pictures)
 
     @property
     def temperature(self) -> Tensor:

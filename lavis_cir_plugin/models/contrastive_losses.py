@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_with_grad
@@ -42,8 +45,9 @@ def contrastive_loss(
     to nine times; if a repetition counted as a negative, the loss would push the right answer away.
 
     Args:
-        query: Unit-length queries, ``(B, D)``.
-        targets: Unit-length targets, ``(B, K, D)`` or ``(B, D)``; row i is the target of query i.
+        query: Unit-length queries, ``(R, D)`` with R <= B; the mean of the loss is over them.
+        targets: Unit-length targets, ``(B, K, D)`` or ``(B, D)``; row i is the target of query i, and rows from R on
+            are negatives alone.
         temperature: :math:`\tau > 0`, by which scores are divided.
         target_ids: ``(B,)`` int64, equal for the same image. Without ids all targets count as different images.
 
@@ -68,8 +72,24 @@ def contrastive_loss(
     with torch.autocast(query.device.type, enabled=False):
         logits = similarity(query.float(), all_targets.float()) / temperature
     if repeated is not None:
-        logits = logits.masked_fill(repeated, -torch.inf)
-    return F.cross_entropy(logits, positives)
+        logits = logits.masked_fill(repeated[: len(query)], -torch.inf)
+    return F.cross_entropy(logits, positives[: len(query)])
+
+
+def with_gradient_of(rows: int, function: Callable[[Any], Tensor], batch: Any) -> Tensor:
+    """Return ``function`` of a batch, computed without a gradient for all rows but the first ``rows``.
+
+    Args:
+        rows: Number of rows with a gradient, at least 1.
+        function: Function of a batch that treats each row by itself.
+        batch: Tensor or list of B rows.
+    """
+    trained = function(batch[:rows])
+    if rows >= len(batch):
+        return trained
+    with torch.no_grad():
+        others = function(batch[rows:])
+    return torch.cat([trained, others])
 
 
 def features_of_all_processes(targets: Tensor, target_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -90,7 +110,7 @@ def features_of_all_processes(targets: Tensor, target_ids: Tensor | None) -> tup
 
 
 def symmetric_contrastive_loss(
-    first: Tensor, second: Tensor, temperature: Tensor | float, ids: Tensor | None = None
+    first: Tensor, second: Tensor, temperature: Tensor | float, ids: Tensor | None = None, rows: int | None = None
 ) -> Tensor:
     r"""CLIP's contrastive loss: the mean of both directions of :func:`contrastive_loss`.
 
@@ -101,6 +121,7 @@ def symmetric_contrastive_loss(
         second: Unit-length features, ``(B, D)``; row i belongs to row i of ``first``.
         temperature: Number > 0 by which scores are divided.
         ids: ``(B,)`` int64; rows with equal ids are not negatives of each other.
+        rows: Number of first rows whose loss counts, against all B rows of the other side; all by default.
 
     Examples:
         >>> first, second = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
@@ -110,5 +131,5 @@ def symmetric_contrastive_loss(
 
     Source: CLIP (arXiv 2103.00020).
     """
-    there = contrastive_loss(first, second, temperature, ids)
-    return (there + contrastive_loss(second, first, temperature, ids)) / 2
+    there = contrastive_loss(first[:rows], second, temperature, ids)
+    return (there + contrastive_loss(second[:rows], first, temperature, ids)) / 2

@@ -471,8 +471,8 @@ def test_the_perturbation_takes_the_radius_of_the_merged_weights(scope, directio
         WeightPerturbation(gamma=0.1, scope=scope, direction=direction),
     )
     steps = []
-    stock = optimizer.perturbations
-    optimizer.perturbations = lambda d: steps.append(stock(d)) or steps[0]
+    stock = optimizer.ascent
+    optimizer.ascent = lambda d: steps.append(stock(d).steps()) or stock(d)
     clean = model(dict(triplets(3)))["loss"]
     perturbed = optimizer.perturb(model)({**triplets(3), "epoch": 0})["loss"]
     assert perturbed != clean

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -33,6 +34,7 @@ from lavis_cir_plugin.core.settings import (
 )
 from lavis_cir_plugin.methods.blip2_cir.hub_weights import check_hub_config, read_blip2_weights
 from lavis_cir_plugin.methods.blip2_cir.losses import LOSSES, TrainingOutputs
+from lavis_cir_plugin.methods.blip2_cir.qformer import ImageTokens, Sequences, encode
 from lavis_cir_plugin.models.fused_attention import fuse_attention
 from lavis_cir_plugin.models.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
 from lavis_cir_plugin.models.tokenizer import TOKENIZER, load_tokenizer
@@ -200,6 +202,11 @@ class Blip2Cir(Blip2Base):
                 f"model.max_txt_len: {texts} and model.num_query_token: {queries} exceed the {places} positions "
                 "of model.qformer_config.max_position_embeddings."
             )
+        if sizes.get("position_embedding_type", "absolute") != "absolute":
+            raise ValueError(
+                f"model.qformer_config.position_embedding_type: {sizes['position_embedding_type']!r} is not available, "
+                "because BLIP-2's Q-Former has absolute positions; leave the key out."
+            )
         _checked_loss_weights(values["fusion"], values["loss_weights"])
 
     @classmethod
@@ -302,19 +309,43 @@ class Blip2Cir(Blip2Base):
         Returns:
             ``loss``, the weighted sum, and ``loss_<name>`` for each loss of the fusion.
         """
+        return self.loss_of_share(samples, 1.0)
+
+    def loss_of_share(self, samples: Mapping[str, Any], share: float) -> dict[str, Tensor]:
+        """Return the losses of a share of the batch, its first rows, for which all B targets are negatives.
+
+        Targets that are only negatives get no gradient.
+
+        Args:
+            samples: A batch as :meth:`forward` takes it.
+            share: Share > 0 of the B triplets, rounded up to a whole triplet; 1 gives the losses of the batch.
+        """
         pictures, texts = read_pairs(samples, self._tokens_shape)
-        reference, target = self._embed_images(torch.cat([pictures, read_pictures(samples, "target")])).chunk(2)
-        ids, mask = self._tokenize(texts)
-        sentence = self._fuse(reference, ids, mask)
-        targets = self._project_target(target)
+        both = torch.cat([pictures, read_pictures(samples, "target")])
+        if not self._is_tower_trained:  # a second pass over the batch finds the outputs for all pictures again
+            both = self._tower_tokens(both)
+        both = both.unflatten(0, (2, -1))
+        rows = math.ceil(share * len(texts))
+        reference, target = self._tower_tokens(both[:, :rows].flatten(0, 1)).chunk(2)
+        words, mask = self._embed_words(texts[:rows])
+        fused, found = encode(self._encoder, [self._fused_kind(reference, words, mask), self._picture_kind(target)])
+        targets = F.normalize(self.vision_proj(found), dim=-1)
+        if rows < len(texts):
+            targets = torch.cat([targets, self.encode_target(both[1, rows:])])
         has_prompt = self.fusion == "sentence_prompt"
+        if has_prompt:
+            query, text_query = self._read_texts(
+                [self._sentence_states(fused, words), self._prompted_states(words)], mask
+            )
+        else:
+            query, text_query = self._project_fused(fused), None
         outputs = TrainingOutputs(
-            query=self._project_query(sentence, ids, mask),
+            query=query,
             targets=targets,
             temperature=self.temp,
             target_ids=samples.get("target_id"),
-            text_query=self._project_text(ids, mask) if has_prompt else None,
-            sentence_prompt=sentence[:, : self.query_tokens.shape[1]] if has_prompt else None,
+            text_query=text_query,
+            sentence_prompt=fused if has_prompt else None,
             prompt_tokens=self.prompt_tokens if has_prompt else None,
         )
         losses = {name: LOSSES[name](outputs) for name in self.loss_weights}
@@ -338,7 +369,7 @@ class Blip2Cir(Blip2Base):
         if mode == "image":
             return F.normalize(self.encode_target(read_pictures(samples)).mean(dim=1), dim=-1)
         if mode == "text":
-            return self._project_text(*self._tokenize(read_texts(samples)))
+            return self._text_features(read_texts(samples))
         return self.query_features(samples)
 
     @torch.no_grad()
@@ -354,12 +385,15 @@ class Blip2Cir(Blip2Base):
     def query_features(self, samples: Mapping[str, Any]) -> Tensor:
         """Return :meth:`encode_query` of ``image`` and ``text_input``, with gradients."""
         pictures, texts = read_pairs(samples, self._tokens_shape)
-        ids, mask = self._tokenize(texts)
-        return self._project_query(self._fuse(self._embed_images(pictures), ids, mask), ids, mask)
+        words, mask = self._embed_words(texts)
+        fused = encode(self._encoder, [self._fused_kind(self._tower_tokens(pictures), words, mask)])[0]
+        if self.fusion == "joint":
+            return self._project_fused(fused)
+        return self._read_texts([self._sentence_states(fused, words)], mask)[0]
 
     def target_features(self, image: Tensor) -> Tensor:
         """Return :meth:`encode_target`, with gradients."""
-        return self._project_target(self._embed_images(image))
+        return F.normalize(self.vision_proj(self._query_outputs(image)), dim=-1)
 
     @torch.no_grad()
     def extract_features(self, samples: Mapping[str, Any], mode: str = "multimodal") -> BlipOutputFeatures:
@@ -374,7 +408,7 @@ class Blip2Cir(Blip2Base):
             ValueError: If the mode is unknown.
         """
         check_argument("model.mode", Mode, mode)
-        image_embeds = self._query_outputs(self._embed_images(read_pictures(samples))) if mode != "text" else None
+        image_embeds = self._query_outputs(read_pictures(samples)) if mode != "text" else None
         return BlipOutputFeatures(
             image_embeds=image_embeds,
             image_embeds_proj=None if image_embeds is None else F.normalize(self.vision_proj(image_embeds), dim=-1),
@@ -399,10 +433,8 @@ class Blip2Cir(Blip2Base):
         is_half = any(weight.dtype == torch.float16 for weight in self.visual_encoder.parameters())
         if is_half and images.device.type == "cpu":
             raise ValueError("model.vit_precision: 'fp16' needs a GPU; on a CPU set model.vit_precision: fp32.")
-        # freeze_vit would be the wrong test, because adapters can be trained inside a frozen tower.
-        is_trained = any(weight.requires_grad for weight in self.visual_encoder.parameters())
         precision = torch.autocast(images.device.type, dtype=torch.float16) if is_half else nullcontext()
-        with precision, torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
+        with precision, torch.set_grad_enabled(torch.is_grad_enabled() and self._is_tower_trained):
             tokens = self.visual_encoder(images)
         return tokens.half() if is_half else tokens
 
@@ -413,12 +445,19 @@ class Blip2Cir(Blip2Base):
         patches = tower if isinstance(tower, ClipVisionTransformer) else tower.patch_embed
         return int(patches.num_patches) + 1, int(tower.num_features)
 
-    def _embed_images(self, image: Tensor) -> Tensor:
-        """Return layer-normalised float32 tokens of pictures ``(B, 3, H, W)`` or of tokens ``(B, P, vit width)``."""
+    @property
+    def _is_tower_trained(self) -> bool:
+        # freeze_vit would be the wrong test, because adapters can be trained inside a frozen tower.
+        return any(weight.requires_grad for weight in self.visual_encoder.parameters())
+
+    @property
+    def _encoder(self) -> Any:
+        return self.Qformer["bert"].encoder
+
+    def _tower_tokens(self, image: Tensor) -> Tensor:
+        """Return tokens ``(B, P, vit width)`` of pictures ``(B, 3, H, W)``, or of such tokens themselves."""
         image = check_pictures(image, self._tokens_shape)
-        tokens = image if image.ndim == 3 else self.image_features(image)
-        # LAVIS's layer takes any type, but a half-precision gradient into it would underflow.
-        return self.ln_vision(tokens.float())
+        return image if image.ndim == 3 else self.image_features(image)
 
     def _tokenize(self, text: Sequence[str]) -> tuple[Tensor, Tensor]:
         # Padded positions are masked everywhere, so padding to max_txt_len would not change the outputs.
@@ -427,62 +466,76 @@ class Blip2Cir(Blip2Base):
         ).to(self.device)
         return tokens.input_ids, tokens.attention_mask
 
-    def _fuse(self, image_embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the outputs ``(B, K + T, hidden)`` of the Q-Former over [queries; text] with cross-attention."""
-        queries = self.query_tokens.expand(ids.shape[0], -1, -1)
-        hidden = self.Qformer["bert"].embeddings(input_ids=ids, query_embeds=queries)
-        return self._attend(hidden, mask, image_embeds, query_length=queries.shape[1])
+    def _embed_words(self, text: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return word embeddings ``(B, T, hidden)`` without positions, and the mask ``(B, T)`` of the padding.
 
-    def _query_outputs(self, image_embeds: Tensor) -> Tensor:
-        """Return the outputs ``(B, K, hidden)`` of the Q-Former over the queries alone."""
-        queries = self.query_tokens.expand(image_embeds.shape[0], -1, -1)
-        hidden = self.Qformer["bert"].embeddings(query_embeds=queries)
-        no_text = hidden.new_ones(hidden.shape[0], 0)
-        return self._attend(hidden, no_text, image_embeds, query_length=queries.shape[1])
+        All passes share one look-up, because each look-up gives the whole table a dense gradient.
+        """
+        ids, mask = self._tokenize(text)
+        return self.Qformer["bert"].embeddings.word_embeddings(ids), mask
 
-    def _project_target(self, image_embeds: Tensor) -> Tensor:
-        return F.normalize(self.vision_proj(self._query_outputs(image_embeds)), dim=-1)
+    def _placed(self, words: Tensor) -> Tensor:
+        """Add the positions 0, 1, … to ``(B, L, hidden)``."""
+        positions = torch.arange(words.shape[1], device=words.device)
+        return words + self.Qformer["bert"].embeddings.position_embeddings(positions)
 
-    def _project_query(self, fused: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        num_queries = self.query_tokens.shape[1]
-        if self.fusion == "sentence_prompt":
-            # With a query length LAVIS's layer requires an image. Without one it treats every position as text, which
-            # is what SPRC's modified layer does in this pass.
-            hidden = self.Qformer["bert"].embeddings(input_ids=ids, query_embeds=fused[:, :num_queries])
-            fused = self._attend(hidden, mask)
-        if self.pooling == "mean_queries" and self.fusion == "joint":
-            return F.normalize(self.text_proj(fused[:, :num_queries].mean(dim=1)), dim=-1)
-        return F.normalize(self.text_proj(fused[:, num_queries]), dim=-1)
+    def _as_input(self, embeddings: Tensor) -> Tensor:
+        """Return the layers' input of embeddings ``(B, L, hidden)``: their layer norm and dropout."""
+        return self.Qformer["bert"].embeddings(query_embeds=embeddings)
 
-    def _project_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        bert = self.Qformer["bert"]
-        if self.fusion == "joint":
-            hidden = bert.embeddings(input_ids=ids)
-        else:
-            # SPRC inserts the prompt after [CLS] *before* it adds positions, so the prompt takes positions 1..K.
-            words = bert.embeddings.word_embeddings(ids)
-            prompt = self.prompt_tokens.expand(ids.shape[0], -1, -1)
-            sequence = torch.cat([words[:, :1], prompt, words[:, 1:]], dim=1)
-            positions = torch.arange(sequence.shape[1], device=ids.device)
-            hidden = bert.embeddings(query_embeds=sequence + bert.embeddings.position_embeddings(positions))
-        return F.normalize(self.text_proj(self._attend(hidden, mask)[:, 0]), dim=-1)
+    def _picture_kind(self, tokens: Tensor) -> Sequences:
+        """Return the queries alone, in front of B pictures; the query outputs are read."""
+        queries = self._as_input(self.query_tokens.expand(len(tokens), -1, -1))
+        return Sequences(queries, queries[:, :0], "queries", ImageTokens(tokens, self.ln_vision))
 
-    def _attend(
-        self, hidden: Tensor, text_mask: Tensor, image_embeds: Tensor | None = None, query_length: int = 0
-    ) -> Tensor:
-        """Run the layers; ``text_mask`` ``(B, T)`` masks the last T positions, and all others are always visible."""
-        always = text_mask.new_ones(hidden.shape[0], hidden.shape[1] - text_mask.shape[1])
-        seen = torch.cat([always, text_mask], dim=1).to(hidden.dtype)
-        return (
-            self.Qformer["bert"]
-            .encoder(
-                hidden,
-                attention_mask=(1.0 - seen[:, None, None, :]) * -10000.0,
-                encoder_hidden_states=image_embeds,
-                query_length=query_length,
-            )
-            .last_hidden_state
+    def _fused_kind(self, tokens: Tensor, words: Tensor, mask: Tensor) -> Sequences:
+        """Return [queries; text] in front of B pictures; the query outputs are read, or the text's [CLS]."""
+        reads_queries = self.fusion == "sentence_prompt" or self.pooling == "mean_queries"
+        return Sequences(
+            queries=self._as_input(self.query_tokens.expand(len(tokens), -1, -1)),
+            text=self._as_input(self._placed(words)),
+            read="queries" if reads_queries else mask.new_zeros(len(tokens)),
+            images=ImageTokens(tokens, self.ln_vision),
+            text_mask=mask,
         )
+
+    def _sentence_states(self, fused: Tensor, words: Tensor) -> tuple[Tensor, int]:
+        """Return the input [Z; text] of SPRC's second pass, and the position of [CLS], which is read."""
+        return self._as_input(torch.cat([fused, self._placed(words)], dim=1)), fused.shape[1]
+
+    def _prompted_states(self, words: Tensor) -> tuple[Tensor, int]:
+        """Return the input of a text without an image, and the position of [CLS], which is read."""
+        if self.fusion == "joint":
+            return self._as_input(self._placed(words)), 0
+        # SPRC inserts the prompt after [CLS] *before* it adds positions, so the prompt takes positions 1..K.
+        prompt = self.prompt_tokens.expand(len(words), -1, -1)
+        return self._as_input(self._placed(torch.cat([words[:, :1], prompt, words[:, 1:]], dim=1))), 0
+
+    def _read_texts(self, passes: Sequence[tuple[Tensor, int]], mask: Tensor) -> tuple[Tensor, ...]:
+        """Return the unit-length projection ``(B, embed_dim)`` of the read position for each of some passes.
+
+        The passes see no image and treat every position as text. Each has states ``(B, L, hidden)`` whose last
+        positions ``mask`` ``(B, T)`` masks.
+        """
+        states = torch.cat([own for own, _ in passes])
+        seen = mask.new_ones(len(mask), states.shape[1])
+        seen[:, -mask.shape[1] :] = mask
+        read = torch.cat([mask.new_full((len(own),), position) for own, position in passes])
+        kind = Sequences(states[:, :0], states, read, text_mask=seen.repeat(len(passes), 1))
+        return F.normalize(self.text_proj(encode(self._encoder, [kind])[0]), dim=-1).chunk(len(passes))
+
+    def _project_fused(self, fused: Tensor) -> Tensor:
+        """Return the joint fusion's query from its [CLS] ``(B, hidden)`` or its query outputs ``(B, K, hidden)``."""
+        pooled = fused if fused.ndim == 2 else fused.mean(dim=1)
+        return F.normalize(self.text_proj(pooled), dim=-1)
+
+    def _text_features(self, texts: Sequence[str]) -> Tensor:
+        words, mask = self._embed_words(texts)
+        return self._read_texts([self._prompted_states(words)], mask)[0]
+
+    def _query_outputs(self, image: Tensor) -> Tensor:
+        """Return the outputs ``(B, K, hidden)`` of the Q-Former over the queries alone."""
+        return encode(self._encoder, [self._picture_kind(self._tower_tokens(image))])[0]
 
 
 def _build_tower(

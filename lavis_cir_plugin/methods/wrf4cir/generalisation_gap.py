@@ -247,7 +247,7 @@ def loss_along(
     weights = list(perturbation.weights.values())
     device = weights[0].device
     generator = torch.Generator().manual_seed(SEED)
-    random_steps = perturbation.perturbations([torch.randn(w.shape, generator=generator).to(device) for w in weights])
+    random_steps = perturbation.ascent([torch.randn(w.shape, generator=generator).to(device) for w in weights]).steps()
     losses = {direction: dict.fromkeys(MULTIPLES, 0.0) for direction in ("gradient", "random")}
 
     memo = FrozenMemo(model, device)
@@ -271,7 +271,7 @@ def loss_along(
                 loss = model(dict(batch))["loss"]
             scale = 2.0**10 if is_mixed else 1.0  # small fp16 gradients would underflow, and only the direction matters
             gradients = torch.autograd.grad(scale * loss, weights, allow_unused=True, materialize_grads=True)
-            steps = {"gradient": perturbation.perturbations(list(gradients)), "random": random_steps}
+            steps = {"gradient": perturbation.ascent(list(gradients)).steps(), "random": random_steps}
             with torch.no_grad(), memo.replaying():
                 for direction, multiple in ((d, m) for d in losses for m in MULTIPLES):
                     new = {id(w): w + multiple * step for w, step in zip(weights, steps[direction])}

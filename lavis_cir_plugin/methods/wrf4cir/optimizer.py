@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lavis_cir_plugin.core.model_parts import momentum_copies, recomputing_modules, tensor_places, without_ddp
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
 from lavis_cir_plugin.methods.wrf4cir.frozen_memo import FrozenMemo
-from lavis_cir_plugin.methods.wrf4cir.perturbation import TENSORS, LowRank, WeightPerturbation, ascent_step
+from lavis_cir_plugin.methods.wrf4cir.perturbation import TENSORS, Ascent, LowRank, WeightPerturbation, ascent
 from lavis_cir_plugin.training.lora import lora_pairs
 
 
@@ -136,6 +136,11 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         tables = _embedding_tables(bare)
         self.by_row = [settings.embeddings == "row" and id(weight) in tables for weight in self.weights.values()]
         self.pairs = _pairs(bare, self.weights, settings) if self.weights else []
+        if self.weights and settings.direction_share < 1 and not hasattr(bare, "loss_of_share"):
+            raise ValueError(
+                f"run.wrf.direction_share: {settings.direction_share:g} needs a model that offers loss_of_share, as "
+                f"blip2_cir and clip_cir do, and {type(bare).__name__} does not; set 1."
+            )
         if self.weights and copies and (settings.direction != "gradient" or settings.every > 1):
             raise ValueError(
                 f"run.wrf: {type(bare).__name__} keeps momentum copies of its weights, and with direction: "
@@ -270,11 +275,10 @@ class PerturbingOptimizer(torch.optim.Optimizer):
             directions.append(torch.randn(weight.shape, device=weight.device, generator=generators[weight.device]))
         return directions
 
-    def perturbations(self, direction: list[Tensor]) -> list[Tensor]:
-        """Return the perturbation of each chosen tensor along ``direction``, computed by :func:`ascent_step`."""
+    def ascent(self, direction: list[Tensor]) -> Ascent:
+        """Return the perturbation of each chosen tensor along ``direction``, computed by :func:`ascent`."""
         settings = self.settings
-        low_rank = [LowRank(a, b, pair.scaling, pair.merged_norm()) for a, b, pair in self.pairs]
-        steps = ascent_step(
+        return ascent(
             list(self.weights.values()),
             direction,
             settings.gamma,
@@ -282,22 +286,24 @@ class PerturbingOptimizer(torch.optim.Optimizer):
             scope=settings.scope,
             eps=settings.eps,
             by_row=self.by_row,
-            low_rank=low_rank,
+            low_rank=[LowRank(a, b, pair.scaling, pair.merged_norm()) for a, b, pair in self.pairs],
         )
-        if self.is_measuring:
-            norms = torch.stack([step.detach().float().norm() for step in steps])
-            self.measured["perturbation_norm"] = float(norms.norm())
-            so_far = self._pending or [torch.zeros_like(d) for d in direction]  # accumulated over micro-batches
-            self._pending = [total + d for total, d in zip(so_far, direction)]
-        return steps
+
+    def measure(self, step: Ascent, direction: list[Tensor]) -> None:
+        """Note the length of the perturbation, and the direction for the cosine with the gradient that comes."""
+        norms = torch.stack([step.float().norm() for step in step.steps()])
+        self.measured["perturbation_norm"] = float(norms.norm().detach())
+        so_far = self._pending or [torch.zeros_like(d) for d in direction]  # accumulated over micro-batches
+        self._pending = [total + d for total, d in zip(so_far, direction)]
 
 
 class PerturbedModel:
     r"""Calls a model at perturbed weights, :math:`L(\theta + \delta)`, with gradients for the clean weights.
 
     1. The direction is :math:`g = \nabla L(\theta; B)`, from a separate pass that does not write ``.grad``; or it is
-       known without a pass (random, momentum, the gradient of an earlier step).
-    2. :func:`ascent_step` gives :math:`\delta`.
+       known without a pass (random, momentum, the gradient of an earlier step). With ``direction_share`` below 1, L is
+       the model's ``loss_of_share`` in this pass.
+    2. :func:`ascent` gives :math:`\delta`.
     3. The call returns the model's output at :math:`\theta + \delta` on the same batch. Its backward pass gives
        :math:`\nabla L(\theta + \delta; B)`, which the optimizer applies to :math:`\theta`.
 
@@ -368,21 +374,32 @@ class PerturbedModel:
             return functional_call(self.model, self._in_places(new), (samples,), tie_weights=False)
 
     def _perturbed(self, direction: list[Tensor]) -> dict[int, Tensor]:
-        """Return the perturbed tensors by the ``id`` of the clean ones; none if the direction is not finite."""
-        is_finite = bool(torch.stack(torch._foreach_norm(direction)).isfinite().all())
-        self.optimizer.steps["perturbed" if is_finite else "skipped"] += 1
+        """Return the perturbed tensors by the ``id`` of the clean ones; none if the direction is not finite.
+
+        The list is emptied unless the optimizer keeps it, so that a gradient's memory is free as soon as it was used.
+        """
+        optimizer = self.optimizer
+        step = optimizer.ascent(direction)
+        is_finite = bool(step.is_finite())
+        optimizer.steps["perturbed" if is_finite else "skipped"] += 1
         if not is_finite:
-            self.optimizer.direction = None
+            optimizer.direction = None
             return {}
-        steps = self.optimizer.perturbations(direction)
-        return {id(weight): weight + step for weight, step in zip(self.optimizer.weights.values(), steps)}
+        if optimizer.is_measuring:
+            optimizer.measure(step, direction)
+        if direction is not optimizer.direction:
+            direction.clear()
+        return {id(weight): new for weight, new in zip(optimizer.weights.values(), step.perturbed())}
 
     def _in_places(self, new: Mapping[int, Tensor]) -> dict[str, Tensor]:
         return {name: new[id(holder[key])] for name, holder, key in self.places if id(holder[key]) in new}
 
     def _gradient(self, samples: dict[str, Any]) -> list[Tensor]:
         # The call goes to the bare module, because DistributedDataParallel would wait for a backward pass.
-        loss = without_ddp(self.model)(samples)["loss"] * self.loss_scale()
+        model: Any = without_ddp(self.model)
+        share = self.optimizer.settings.direction_share
+        output = model(samples) if share == 1 else model.loss_of_share(samples, share)
+        loss = output["loss"] * self.loss_scale()
         weights = list(self.optimizer.weights.values())
         gradients = list(torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True))
         if isinstance(self.model, DistributedDataParallel):

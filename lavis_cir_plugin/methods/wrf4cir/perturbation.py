@@ -42,6 +42,9 @@ class WeightPerturbation(Section):
         scope: ``tensor`` (each tensor has its own ratio, as in AWP's code) or ``global`` (one ratio for all).
         every: Number of batches, >= 1, that use one computed gradient as their direction. A step then costs
             1 + 1 / every passes on average.
+        direction_share: Share of the batch, > 0 and <= 1, whose loss gives the gradient of the direction: that of its
+            first rows, with the targets of the whole batch as negatives. Below 1 the direction is an approximation,
+            and the model must offer ``loss_of_share``, as ``blip2_cir`` and ``clip_cir`` do.
         warmup_epochs: Number of epochs at the start without perturbation, >= 0.
         last_epochs: Number of epochs at the end with perturbation, >= 1; ``None`` perturbs all after the warm-up.
         tensors: Trainable tensors that are perturbed: ``no_1d`` (no biases, norms or scalars), ``all``, ``norm`` (only
@@ -60,6 +63,7 @@ class WeightPerturbation(Section):
     radius: Annotated[str, one_of(RADII)] = "relative"
     scope: Annotated[str, one_of(SCOPES)] = "tensor"
     every: Positive = 1
+    direction_share: Annotated[float, Limits(gt=0, le=1)] = 1.0
     warmup_epochs: NotNegative = 0
     last_epochs: Optional[Positive] = None
     tensors: Annotated[
@@ -92,6 +96,8 @@ class WeightPerturbation(Section):
             f"run.wrf.every: {self.every} spares passes of direction: gradient; {self.direction} needs none, set 1": (
                 self.direction != "gradient" and self.every != 1
             ),
+            f"run.wrf.direction_share: {self.direction_share:g} spares work of direction: gradient; {self.direction} "
+            "needs none, set 1": self.direction != "gradient" and self.direction_share < 1,
             f"run.wrf.embeddings: row is relative to the row's norm and does not go with radius: {self.radius}": (
                 self.embeddings == "row" and self.radius != "relative"
             ),
@@ -167,6 +173,62 @@ def ascent_step(
     Source: relative: WRF4CIR (arXiv 2604.05583), perturbation step, norms per tensor as AWP (arXiv 2004.05884);
     absolute, global: SAM (arXiv 2010.01412, equation 2); elementwise, global: ASAM (arXiv 2102.11600, equation 8).
     """
+    return ascent(
+        weights, directions, gamma, radius=radius, scope=scope, eps=eps, by_row=by_row, low_rank=low_rank
+    ).steps()
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """The perturbation of each weight as a factor times a move, before the product is computed.
+
+    Attributes:
+        weights: The weights.
+        moves: A tensor of each weight's shape, which may be the direction itself.
+        factors: A scalar for each weight, or one number per row.
+        lengths: The norms by which the moves are divided.
+    """
+
+    weights: Sequence[Tensor]
+    moves: list[Tensor]
+    factors: Sequence[Tensor]
+    lengths: Sequence[Tensor]
+
+    def is_finite(self) -> Tensor:
+        """Return whether all directions are finite, a bool scalar on the device of the first weight."""
+        device = self.lengths[0].device
+        return torch.stack([length.isfinite().all().to(device) for length in self.lengths]).all()
+
+    def steps(self) -> list[Tensor]:
+        """Return the perturbations, as :func:`ascent_step` does."""
+        return [
+            (factor * move).to(weight.dtype) for weight, factor, move in zip(self.weights, self.factors, self.moves)
+        ]
+
+    def perturbed(self) -> list[Tensor]:
+        """Return the perturbed weights, whose gradients flow to the weights, and drop each move after its use.
+
+        Thus the memory of moves and perturbed weights together is little more than that of one of them.
+        """
+        perturbed = []
+        for weight, factor in zip(self.weights, self.factors):
+            move = self.moves.pop(0).to(weight.dtype)
+            perturbed.append(torch.addcmul(weight, move, factor.to(weight.dtype)))
+        return perturbed
+
+
+def ascent(
+    weights: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    gamma: float,
+    *,
+    radius: str = "relative",
+    scope: str = "tensor",
+    eps: float = 1e-12,
+    by_row: Sequence[bool] = (),
+    low_rank: Sequence[LowRank] = (),
+) -> Ascent:
+    """Return the perturbation that :func:`ascent_step` describes, as factors and moves."""
     rows = list(by_row) or [False] * len(weights)
     paired = {position for pair in low_rank for position in (pair.a, pair.b)}
     single = [i for i, row in enumerate(rows) if not row and i not in paired]
@@ -187,8 +249,9 @@ def ascent_step(
     ratios.update({pair.b: ratios[pair.a] for pair in low_rank})
     for i, row in enumerate(rows):
         if row:
-            ratios[i] = gamma * _row_norms(weights[i]) / (_row_norms(moves[i]) + eps)
-    return [(ratios[i] * move).to(weight.dtype) for i, (weight, move) in enumerate(zip(weights, moves))]
+            lengths[i] = _row_norms(moves[i])
+            ratios[i] = gamma * _row_norms(weights[i]) / (lengths[i] + eps)
+    return Ascent(weights, moves, [ratios[i] for i in range(len(weights))], list(lengths.values()))
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:

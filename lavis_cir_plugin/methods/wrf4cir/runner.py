@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
 
+import torch
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 from lavis.runners.runner_iter import RunnerIter
 
+from lavis_cir_plugin.core.checkpoints import first_line
 from lavis_cir_plugin.core.settings import PositiveNumber, Section
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
@@ -28,6 +30,9 @@ class PerturbationRun(Section):
         wrf: The perturbation of the weights.
         adam_eps: AdamW's epsilon, which is 1e-8 in LAVIS.
         max_grad_norm: Norm to which longer gradients are shortened before each step.
+        fused_adamw: Whether torch's fused AdamW replaces LAVIS's, which computes the same in several passes over the
+            weights; results differ by rounding. By default it does if torch has it for the weights' device and types.
+            A resumed run keeps the kind that it began with.
     """
 
     WHERE = "run"
@@ -35,6 +40,7 @@ class PerturbationRun(Section):
     wrf: WeightPerturbation = field(default_factory=WeightPerturbation)
     adam_eps: Optional[PositiveNumber] = None
     max_grad_norm: Optional[PositiveNumber] = None
+    fused_adamw: Optional[bool] = None
 
 
 class PerturbingRunner(ResumableRunner):
@@ -43,9 +49,9 @@ class PerturbingRunner(ResumableRunner):
     .. math:: \min_\theta \max_{\lVert\delta\rVert \le \gamma \lVert\theta\rVert} L(\theta + \delta)
 
     ``run.wrf`` holds the fields of :class:`~lavis_cir_plugin.methods.wrf4cir.perturbation.WeightPerturbation`. LAVIS's
-    loop is not copied: the task gets a callable that perturbs in place of the model. With ``run.wrf.gamma: 0`` the
-    training is LAVIS's own, bit for bit. ``run.adam_eps`` sets AdamW's epsilon, which is 1e-8 in LAVIS.
-    ``run.max_grad_norm`` limits the gradients' norm before each step, which LAVIS does not limit.
+    loop is not copied: the task gets a callable that perturbs in place of the model. With ``run.wrf.gamma: 0`` and
+    ``run.fused_adamw: false`` the training is LAVIS's own, bit for bit. ``run.adam_eps`` sets AdamW's epsilon, which is
+    1e-8 in LAVIS. ``run.max_grad_norm`` limits the gradients' norm before each step, which LAVIS does not limit.
 
     Source: WRF4CIR (arXiv 2604.05583).
     """
@@ -69,6 +75,7 @@ class PerturbingRunner(ResumableRunner):
             self._optimizer = None  # if the wrapper's constructor fails, the bare optimizer must not stay here
             for group in stock.param_groups if run.get("adam_eps") is not None else ():
                 group["eps"] = float(run.adam_eps)
+            stock = _fused(stock, run.get("fused_adamw"))
             settings = WeightPerturbation(**run.get("wrf", {}))
             # LAVIS completes the last inner epoch, even beyond max_iters.
             epochs = (
@@ -91,6 +98,24 @@ class PerturbingRunner(ResumableRunner):
     def training_model(self, model: Any, scaler: Any) -> Callable[[dict[str, Any]], Any]:
         """Return the callable that runs the model at perturbed weights."""
         return self.optimizer.perturb(model, scaler.get_scale if scaler is not None else lambda: 1.0)
+
+
+def _fused(stock: torch.optim.AdamW, is_wanted: bool | None) -> torch.optim.AdamW:
+    """Return torch's fused AdamW with the groups of LAVIS's, or LAVIS's own if that is wanted or nothing else exists.
+
+    Raises:
+        ValueError: If the fused kind is demanded and torch lacks it for some weight.
+    """
+    if is_wanted is False:
+        return stock
+    try:
+        return torch.optim.AdamW([dict(group, fused=True, foreach=None) for group in stock.param_groups], fused=True)
+    except RuntimeError as error:
+        if is_wanted:
+            raise ValueError(
+                f"run.fused_adamw: true is not available for these weights ({first_line(error)}); set false."
+            ) from error
+        return stock
 
 
 @registry.register_runner("runner_wrf4cir")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,6 +20,7 @@ from torch import nn
 
 from lavis_cir_plugin.core.checkpoints import count_blocks_in
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
+from lavis_cir_plugin.methods.blip2_cir.qformer import encode
 from lavis_cir_plugin.models.tokenizer import load_tokenizer
 from lavis_cir_plugin.ranking.scoring import similarity
 
@@ -122,19 +124,22 @@ def test_joint_passes_equal_lavis_own_qformer(small_model, triplets):
     bert = model.Qformer["bert"]
     ids, mask = model._tokenize(batch["text_input"])
     with torch.no_grad():
-        image = model._embed_images(batch["image"])
-        queries = model.query_tokens.expand(2, -1, -1)
+        image = model.ln_vision(model.visual_encoder(batch["image"]))
         stock = bert(
             ids,
-            query_embeds=queries,
+            query_embeds=model.query_tokens.expand(2, -1, -1),
             attention_mask=torch.cat([torch.ones(2, 3), mask], dim=1),
             encoder_hidden_states=image,
             encoder_attention_mask=torch.ones(image.shape[:2]),
             return_dict=True,
         ).last_hidden_state
-        torch.testing.assert_close(model._fuse(image, ids, mask), stock)
+        kind = model._fused_kind(model.image_features(batch["image"]), *model._embed_words(batch["text_input"]))
+        text, queries = encode(bert.encoder, [kind, replace(kind, read="queries")])
+        torch.testing.assert_close(queries, stock[:, :3])
+        torch.testing.assert_close(text, stock[:, 3])
         text = bert(ids, attention_mask=mask, return_dict=True).last_hidden_state[:, 0]
-        torch.testing.assert_close(model._project_text(ids, mask), F.normalize(model.text_proj(text), dim=-1))
+        found = model.encode_query(batch, "text")
+        torch.testing.assert_close(found, F.normalize(model.text_proj(text), dim=-1))
 
 
 @pytest.mark.parametrize("changes", [{"fusion": "joint"}, {"pooling": "mean_queries"}, {"fusion": "sentence_prompt"}])
@@ -167,6 +172,26 @@ def test_the_loss_is_the_weighted_sum(small_model, triplets):
     out = small_model(fusion="sentence_prompt", loss_weights=weights)(triplets(4))
     expected = sum(weights[name] * out[f"loss_{name}"] for name in weights)
     torch.testing.assert_close(out["loss"], expected)
+
+
+@pytest.mark.parametrize("is_frozen", [True, False])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_loss_of_a_share_is_that_of_its_rows_among_all_targets(fusion, is_frozen, small_model, triplets):
+    """The share 0.3 of 4 rows is 2 rows; the targets of the others are constants."""
+    model = small_model(fusion=fusion, freeze_vit=is_frozen).train()
+    batch = triplets(4)
+    assert torch.equal(model.loss_of_share(batch, 1.0)["loss"], model(batch)["loss"])
+    loss = model.loss_of_share(batch, 0.3)["loss_itc"]
+    first = {key: value[:2] for key, value in batch.items()}
+    targets = torch.cat([model.target_features(batch["target"][:2]), model.encode_target(batch["target"][2:])])
+    expected = F.cross_entropy(similarity(model.query_features(first), targets) / model.temp, torch.arange(2))
+    torch.testing.assert_close(loss, expected)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    ours, theirs = (
+        torch.autograd.grad(x, weights, materialize_grads=True, allow_unused=True) for x in (loss, expected)
+    )
+    for own, other in zip(ours, theirs):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-3)
 
 
 def test_a_repeated_target_does_not_count_as_negative(small_model, triplets):
@@ -416,6 +441,10 @@ def test_without_a_network_the_local_way_is_named(monkeypatch, small_model):
     ("changes", "message"),
     [
         ({"fusion": "late"}, r"model\.fusion must be one of joint, sentence_prompt, got 'late'"),
+        (
+            {"qformer_config": {**SMALL["qformer_config"], "position_embedding_type": "relative_key"}},
+            r"position_embedding_type: 'relative_key' is not available.*leave the key out",
+        ),
         ({"pooling": "max"}, r"model\.pooling must be one of .*, got 'max'"),
         ({"vit_model": "resnet"}, r"model\.vit_model must be one of eva_clip_g, clip_L, got 'resnet'"),
         ({"loss_weights": {"rtc": 1.0}}, r"rtc needs model\.fusion: sentence_prompt"),

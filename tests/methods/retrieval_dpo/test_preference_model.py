@@ -361,7 +361,7 @@ def test_weights_are_perturbed_and_the_reference_is_not(name):
     moved = {key: moved[key] for key in optimizer.weights}
     gradients = torch.autograd.grad(twin(batch)["loss"], list(moved.values()))
     with torch.no_grad():
-        for weight, step in zip(moved.values(), optimizer.perturbations(list(gradients))):
+        for weight, step in zip(moved.values(), optimizer.ascent(list(gradients)).steps()):
             weight += step
     expected = twin(batch)
     torch.testing.assert_close(out["loss"], expected["loss"])

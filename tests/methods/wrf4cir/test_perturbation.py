@@ -393,8 +393,8 @@ def test_autocast_to_bfloat16_sees_the_perturbed_weights(direction, batch):
     net, optimizer = make(WeightPerturbation(gamma=0.3, direction=direction))
     net.eval()
     steps = []
-    stock = optimizer.perturbations
-    optimizer.perturbations = lambda d: steps.append(stock(d)) or steps[0]
+    stock = optimizer.ascent
+    optimizer.ascent = lambda d: steps.append(stock(d).steps()) or stock(d)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = optimizer.perturb(net)(batch)["loss"]
     loss.backward()

@@ -81,7 +81,7 @@ def assert_same(left, right):
 
 def test_gamma_zero_equals_lavis_runner_bit_for_bit(make_runner, tmp_path):
     """Weights, optimizer state and checkpoint equal those of LAVIS's epoch loop, apart from the key "wrf"."""
-    ours, stock = make_runner(wrf={"gamma": 0}), make_runner(resumable(RunnerBase))
+    ours, stock = make_runner(wrf={"gamma": 0}, fused_adamw=False), make_runner(resumable(RunnerBase))
     assert_same(train(ours), train(stock))
     saved = ours.optimizer.state_dict()
     assert saved.pop("wrf")["steps"] == {"perturbed": 0, "skipped": 0}
@@ -93,7 +93,7 @@ def test_gamma_zero_equals_lavis_runner_bit_for_bit(make_runner, tmp_path):
 
 def test_gamma_zero_equals_lavis_task_loop_without_any_runner(make_runner, small_model, triplets):
     """The reference trains two epochs through BaseTask.train_epoch with a bare AdamW."""
-    weights = train(make_runner(wrf={"gamma": 0}))
+    weights = train(make_runner(wrf={"gamma": 0}, fused_adamw=False))
     torch.manual_seed(7)
     model = small_model().train()
     decayed, plain = [], []
@@ -118,9 +118,51 @@ def test_a_perturbed_run_differs_and_counts_its_steps(make_runner):
     assert perturbed.optimizer.steps == {"perturbed": 3, "skipped": 0}
 
 
+def test_the_fused_optimizer_is_the_default_and_differs_by_rounding_alone(make_runner):
+    fused, stock = make_runner(wrf={"gamma": 0.01}), make_runner(wrf={"gamma": 0.01}, fused_adamw=False)
+    for (name, left), right in zip(train(fused).items(), train(stock).values()):
+        # The gradient of a key's bias is rounding alone, which Adam makes as large as any other.
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(left, right, atol=2e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+    assert [group.get("fused") for group in fused.optimizer.param_groups] == [True, True]
+    assert [group.get("fused") for group in stock.optimizer.param_groups] == [None, None]
+    for own, other in zip(fused.optimizer.param_groups, stock.optimizer.param_groups):
+        kept = ("lr", "betas", "eps", "weight_decay")
+        assert [own[key] for key in kept] == [other[key] for key in kept]
+
+
+@pytest.mark.parametrize("began_fused", [True, False])
+def test_a_resumed_run_keeps_the_kind_of_optimizer(began_fused, make_runner):
+    """The next step of the resumed run is that of the run that goes on, bit for bit, whatever the config says now."""
+    first = make_runner(wrf={"gamma": 0}, fused_adamw=began_fused)
+    train(first)
+    second = make_runner(wrf={"gamma": 0}, fused_adamw=not began_fused)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    for runner in (first, second):
+        for weight in runner.model.parameters():
+            weight.grad = torch.linspace(-1, 1, weight.numel()).view_as(weight)
+        runner.optimizer.step()
+    assert_same(second.model.state_dict(), first.model.state_dict())
+
+
+def test_a_fused_optimizer_that_torch_lacks_is_refused_or_left_out(make_runner, monkeypatch):
+    stock = torch.optim.AdamW
+
+    def lacking(groups, fused=None, **options):
+        if fused:
+            raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of supported devices")
+        return stock(groups, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", lacking)
+    assert not make_runner().optimizer.param_groups[0].get("fused")
+    with pytest.raises(ValueError, match=r"run\.fused_adamw: true is not available .*supported devices\); set false"):
+        _ = make_runner(fused_adamw=True).optimizer
+
+
 def test_accumulated_gradients_are_stepped_every_second_batch(make_runner):
     """LAVIS's loop decides when to step; gamma 0 stays bit-equal under accumulation, and perturbed steps all count."""
-    ours = make_runner(wrf={"gamma": 0}, accum_grad_iters=3)
+    ours = make_runner(wrf={"gamma": 0}, fused_adamw=False, accum_grad_iters=3)
     stock = make_runner(resumable(RunnerBase), accum_grad_iters=3)
     assert_same(train(ours), train(stock))
     perturbed = make_runner(wrf={"gamma": 0.05}, accum_grad_iters=3)

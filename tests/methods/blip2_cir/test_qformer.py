@@ -1,0 +1,139 @@
+"""The packed Q-Former equals LAVIS's own encoder on each kind of sequences, in values and in gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lavis.models.blip2_models.blip2 import LayerNorm
+from lavis.models.blip2_models.Qformer import BertConfig, BertModel
+from torch import nn
+
+from lavis_cir_plugin.methods.blip2_cir.qformer import ImageTokens, Sequences, encode
+
+QUERIES, WIDTH, HIDDEN = 3, 10, 8
+
+
+def make_encoder(cross_every=2, **changes):
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=7, hidden_size=HIDDEN, num_hidden_layers=3, num_attention_heads=2, intermediate_size=12,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, encoder_width=WIDTH, add_cross_attention=True,
+        cross_attention_freq=cross_every, query_length=QUERIES, initializer_range=0.5, **changes,
+    )  # fmt: skip
+    encoder = BertModel(config, add_pooling_layer=False).encoder.train()
+    norm = LayerNorm(WIDTH)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return encoder, norm
+
+
+def make_kinds(norm):
+    """Return two pictures alone, three with a padded text, and two texts that are read at different positions."""
+    generator = torch.Generator().manual_seed(5)
+
+    def states(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    return [
+        Sequences(states(2, QUERIES, HIDDEN), states(2, 0, HIDDEN), "queries", ImageTokens(states(2, 6, WIDTH), norm)),
+        Sequences(states(3, QUERIES, HIDDEN), states(3, 4, HIDDEN), torch.tensor([0, 1, 2]),
+                  ImageTokens(states(3, 6, WIDTH), norm), mask),
+        Sequences(states(2, 0, HIDDEN), states(2, 4, HIDDEN), torch.tensor([3, 0]), None, mask[[0, 2]]),
+    ]  # fmt: skip
+
+
+def stock(encoder, kind):
+    """Run LAVIS's encoder on one kind and return what is read."""
+    count = kind.queries.shape[1]
+    seen = kind.states.new_ones(kind.states.shape[:2])
+    if kind.text_mask is not None:
+        seen[:, count:] = kind.text_mask
+    images = kind.images and kind.images.norm(kind.images.tokens)
+    mask = (1 - seen[:, None, None, :]) * -10000.0
+    out = encoder(kind.states, mask, encoder_hidden_states=images, query_length=count).last_hidden_state
+    return out[:, :count] if isinstance(kind.read, str) else out[torch.arange(len(out)), count + kind.read]
+
+
+def gradients(outputs, weights):
+    loss = sum((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() for out in outputs)
+    return torch.autograd.grad(loss, weights, allow_unused=True)
+
+
+@pytest.mark.parametrize("cross_every", [1, 2])
+def test_values_and_gradients_equal_those_of_lavis_encoder_on_each_kind(cross_every):
+    encoder, norm = make_encoder(cross_every)
+    weights = {**dict(encoder.named_parameters()), "gain": norm.weight, "bias": norm.bias}
+    kinds = make_kinds(norm)
+    ours, theirs = encode(encoder, kinds), [stock(encoder, kind) for kind in kinds]
+    for own, expected in zip(ours, theirs):
+        torch.testing.assert_close(own, expected)
+    both = zip(weights, gradients(ours, [*weights.values()]), gradients(theirs, [*weights.values()]))
+    for name, own, expected in both:
+        if name.endswith("key.bias"):  # it adds the same to all scores of a query, so that its gradient is rounding
+            assert expected is None or expected.abs().max() < 1e-4
+        elif expected is None:  # LAVIS computes the last layer's outputs that nobody reads
+            assert own is None or not own.any(), name
+        else:
+            torch.testing.assert_close(
+                own, expected, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def test_recomputed_activations_change_nothing():
+    """A Q-Former with gradient_checkpointing gives the same gradients."""
+    results = []
+    for is_recomputing in (False, True):
+        encoder, norm = make_encoder()
+        encoder.config.gradient_checkpointing = is_recomputing
+        results.append(gradients(encode(encoder, make_kinds(norm)), [norm.weight, *encoder.layer[0].parameters()]))
+    for plain, recomputed in zip(*results):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_dropout_is_drawn_in_training_alone():
+    encoder, norm = make_encoder()
+    for part in encoder.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.5
+    kinds = make_kinds(norm)
+    assert not torch.equal(encode(encoder, kinds)[0], encode(encoder, kinds)[0])
+    encoder.eval()
+    assert torch.equal(encode(encoder, kinds)[0], encode(encoder, kinds)[0])
+
+
+class Doubled(nn.Linear):
+    """A layer that does more than its product, as one with an adapter does."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("case", ["folded", "replaced layer", "hooked layer", "trained tower", "frozen norm"])
+def test_a_projection_equals_norm_and_layer_in_a_row(case):
+    torch.manual_seed(0)
+    norm, linear = LayerNorm(WIDTH), (Doubled if case == "replaced layer" else nn.Linear)(WIDTH, 4)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    norm.requires_grad_(case != "frozen norm")
+    if case == "hooked layer":
+        linear.register_forward_hook(lambda module, inputs, output: 2 * output)
+    tokens = torch.randn(2, 6, WIDTH, requires_grad=case == "trained tower")
+    wanted = [weight for weight in (norm.weight, norm.bias, linear.weight, linear.bias, tokens) if weight.requires_grad]
+    ours, expected = ImageTokens(tokens, norm).project(linear), linear(norm(tokens))
+    torch.testing.assert_close(ours, expected)
+    for own, other in zip(gradients([ours], wanted), gradients([expected], wanted)):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4)
+
+
+def test_folding_spares_the_gradient_of_the_tokens():
+    """Of the three products of a projection, the one that gives the tokens' gradient is not computed."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    norm, linear, tokens = LayerNorm(WIDTH), nn.Linear(WIDTH, 4), torch.randn(2, 6, WIDTH)
+    counts = []
+    for output in (lambda: ImageTokens(tokens, norm).project(linear), lambda: linear(norm(tokens))):
+        with FlopCounterMode(display=False) as counter:
+            output().sum().backward()
+        counts.append(counter.get_total_flops())
+    assert 3 * counts[0] == 2 * counts[1]
