@@ -332,7 +332,9 @@ def image_ids(samples: Mapping[str, Any]) -> Tensor | None:
     process and absent on another. Some of LAVIS's caption data sets have texts under this key.
     """
     ids = samples.get("image_id")
-    has_ids = torch.tensor(isinstance(ids, Tensor), dtype=torch.uint8, device=samples["image"].device)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(has_ids, dist.ReduceOp.MIN)
+    ids = ids if isinstance(ids, Tensor) else None
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return ids
+    has_ids = torch.tensor(ids is not None, dtype=torch.uint8, device=samples["image"].device)
+    dist.all_reduce(has_ids, dist.ReduceOp.MIN)
     return ids if has_ids else None

@@ -249,7 +249,7 @@ class TextTower(nn.Module):
         self._text.register_buffer("text_projection", identity, persistent=False)
 
     def tokenize(self, sentences: Sequence[str]) -> Tensor:
-        """Return token ids ``(B, L)``; ``*`` becomes the pseudo-word's placeholder, and longer sentences are cut.
+        """Return token ids ``(B, L)`` on the CPU; ``*`` becomes the pseudo-word's placeholder, longer sentences are cut.
 
         A warning names the first sentence without padding, because it may have been cut.
         """
@@ -262,7 +262,7 @@ class TextTower(nn.Module):
                 ids.shape[1],
                 sentences[int(is_full.int().argmax())],
             )
-        return ids.to(self._text.token_embedding.weight.device)
+        return ids
 
     def positions_read(self, ids: Tensor) -> Tensor:
         """Return the position ``(B,)`` whose hidden state becomes the sentence's feature (CLIP: end of text)."""
@@ -274,14 +274,19 @@ class TextTower(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return open_clip's un-normalised text features ``(B, D)`` for token ids ``(B, L)``."""
-        features: Tensor = self.clip.encode_text(ids)
+        features: Tensor = self.clip.encode_text(self._on_device(ids))
         return features
+
+    def _on_device(self, ids: Tensor) -> Tensor:
+        # A copy that blocks would wait until a GPU has done everything queued before it.
+        return ids.to(self._text.token_embedding.weight.device, non_blocking=True)
 
     def compose(self, ids: Tensor, words: Tensor, edits: Sequence[tuple[int, HiddenStateEdit]] = ()) -> Tensor:
         """Return the features of sentences in which a vector replaces a word and hidden states are edited.
 
         Args:
-            ids: Token ids ``(B, L)``, of which the first placeholder of each sentence is replaced.
+            ids: Token ids ``(B, L)``, of which the first placeholder of each sentence is replaced. On a GPU they are
+                better on the CPU, where :meth:`tokenize` leaves them, because their check reads them.
             words: Vectors ``(B, W)`` that replace the embedding of that token, before positions are added.
             edits: Pairs of a block's number and an edit of the block's output. Edits of one block run in order.
 
@@ -295,7 +300,8 @@ class TextTower(nn.Module):
         is_word = ids.eq(self.placeholder_id)
         if not bool(is_word.any(dim=1).all()):
             raise ValueError(f"every sentence to compose needs a {PSEUDO_WORD!r} for the image; see model.template.")
-        place = is_word.int().argmax(dim=1)
+        place = self._on_device(is_word.int().argmax(dim=1))
+        ids = self._on_device(ids)
         read = self.positions_read(ids)
 
         def put(_: nn.Module, __: Any, embeddings: Tensor) -> Tensor:

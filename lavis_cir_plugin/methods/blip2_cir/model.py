@@ -463,8 +463,10 @@ class Blip2Cir(Blip2Base):
         # Padded positions are masked everywhere, so padding to max_txt_len would not change the outputs.
         tokens = self.tokenizer(
             list(text), padding="longest", truncation=True, max_length=self.max_txt_len, return_tensors="pt"
-        ).to(self.device)
-        return tokens.input_ids, tokens.attention_mask
+        )
+        # A copy that blocks would wait until a GPU has done everything queued before it.
+        ids, mask = (tokens[key].to(self.device, non_blocking=True) for key in ("input_ids", "attention_mask"))
+        return ids, mask
 
     def _embed_words(self, text: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return word embeddings ``(B, T, hidden)`` without positions, and the mask ``(B, T)`` of the padding.

@@ -121,8 +121,8 @@ class PreferenceModel(nn.Module):
             found["itc"] = contrastive_loss(query, features[:, 0], self.temperature, ids)  # type: ignore[arg-type]
             loss = loss + settings.anchor * found["itc"]
         measured = {
-            "reward_accuracy": (margins > 0)[present].float().mean(),
-            "reward_margin": margins[present].mean(),
+            "reward_accuracy": _mean_of(present, (margins > 0).float()),
+            "reward_margin": _mean_of(present, margins),
             "without_negative": 1 - present.any(dim=1).float().mean(),
         }
         if before is not None:
@@ -172,6 +172,11 @@ def keep_unread_as_buffers(model: nn.Module, samples: Mapping[str, Any]) -> None
                 module.register_buffer(name, weight.detach())
     if unread:
         logging.info("not trained, because no score depends on them: %s", ", ".join(unread.values()))
+
+
+def _mean_of(present: Tensor, values: Tensor) -> Tensor:
+    # An index by a mask would wait for a GPU, because the shape of its result depends on values.
+    return values.masked_fill(~present, 0).sum() / present.sum()
 
 
 def _mean_over_all(values: Tensor, counted: Tensor) -> Tensor:

@@ -395,11 +395,12 @@ class PerturbedModel:
         return {name: new[id(holder[key])] for name, holder, key in self.places if id(holder[key]) in new}
 
     def _gradient(self, samples: dict[str, Any]) -> list[Tensor]:
+        scale = self.loss_scale()  # read first: on a GPU the reading waits for all that is queued
         # The call goes to the bare module, because DistributedDataParallel would wait for a backward pass.
         model: Any = without_ddp(self.model)
         share = self.optimizer.settings.direction_share
         output = model(samples) if share == 1 else model.loss_of_share(samples, share)
-        loss = output["loss"] * self.loss_scale()
+        loss = output["loss"] * scale
         weights = list(self.optimizer.weights.values())
         gradients = list(torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True))
         if isinstance(self.model, DistributedDataParallel):

@@ -1,0 +1,330 @@
+"""A rehearsal of a GPU without one: tensors that torch takes for CUDA's, whose numbers are on the CPU.
+
+Every operation runs twice. Torch's fake tensors on "cuda" give the device of its result, and raise where devices differ;
+then the numbers are computed on the CPU, so that rankings, losses and whole training steps have values. Autocast acts as
+on a GPU, because to torch the tensors are CUDA's. Torch's autograd engine needs the driver, so a loop in this file calls
+the nodes of the graph in its place. Every wait for the GPU is noted with the function of the package that asked for it.
+
+A rehearsal shows where a tensor lies, which type it has and who waits for it. It shows no speed, no memory, no kernel
+of CUDA and none of its rounding.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lavis_cir_plugin.core.model_parts import tensor_places
+
+PACKAGE = Path(__file__).parents[1] / "lavis_cir_plugin"
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+class CudaTensor(Tensor):
+    """A tensor on "cuda" for torch, whose ``numbers`` are a tensor on the CPU."""
+
+    numbers: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, numbers: Tensor) -> CudaTensor:
+        made: CudaTensor = Tensor._make_subclass(cls, numbers, False, dispatch_device=True, device_for_backend_keys=CUDA)
+        made.numbers = numbers
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return CUDA
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def numpy(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy.")
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return CUDA
+        raise RuntimeError(f"{func} meets a rehearsed tensor outside of the rehearsal.")
+
+
+class Rehearsal(TorchDispatchMode):
+    """Answers every operation while it lasts.
+
+    Attributes:
+        waits: How often each function of the package, ``methods/x/y.py:name``, waited for the GPU: it read a value, copied
+            a tensor from or to the CPU, or asked for a result whose shape depends on values.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode()
+        self.waits: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return CUDA
+        if func is torch.ops.aten._fused_sdp_choice.default:
+            return 0  # the kernel that is written out in plain operations
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        devices = self._devices(func, args, kwargs, given)
+        if torch.Tag.inplace_view in func.tags:
+            raise NotImplementedError(f"{func} changes the shape of a tensor in place.")
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": CPU}
+        found = _OF_CUDA_ALONE.get(func, func)(*_numbers(args), **_numbers(kwargs))
+        owners = {id(_numbers(tensor)): tensor for tensor in given}
+        outputs = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+        named = {id(tensor): device for tensor, device in zip(outputs, devices)}
+
+        def on_device(tensor: Tensor) -> Tensor:
+            if id(tensor) in owners:  # the operation wrote into it
+                return owners[id(tensor)]
+            return CudaTensor(tensor) if named[id(tensor)].type == "cuda" else tensor
+
+        return tree_map_only(Tensor, on_device, found)
+
+    def _devices(self, func: Any, args: Any, kwargs: Any, given: Sequence[Tensor]) -> list[torch.device]:
+        """Return the devices of an operation's results as fake tensors have them; note a wait for the GPU."""
+        is_on_cuda = any(isinstance(tensor, CudaTensor) for tensor in given)
+        with self.fake:
+            fakes = {
+                id(tensor): torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CUDA if type(tensor) is CudaTensor else CPU
+                )
+                for tensor in given
+            }
+
+            def fake(values: Any) -> Any:
+                return tree_map_only(Tensor, lambda tensor: fakes[id(tensor)], values)
+
+            try:
+                found = func(*fake(args), **fake(kwargs))
+            except (DataDependentOutputException, DynamicOutputShapeException):
+                if is_on_cuda:
+                    self.waits[_place()] += 1
+                return [CUDA if is_on_cuda else CPU] * 8
+        devices = [tensor.device for tensor in tree_leaves(found) if isinstance(tensor, Tensor)]
+        is_copy = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        # An operation takes a number from the CPU as an argument, and a tensor by a copy.
+        sides = {tensor.device.type for tensor in given if tensor.dim() or is_copy} | {own.type for own in devices}
+        is_queued = True in (kwargs.get("non_blocking"), *args[2:3])
+        if sides == {"cpu", "cuda"} and not (is_copy and is_queued):
+            self.waits[_place()] += 1
+        return devices
+
+
+def _softmax_to_float(func: Any) -> Any:
+    return lambda values, dim, to_float: func(values.float() if to_float else values, dim, False)
+
+
+def _softmax_from_float(func: Any) -> Any:
+    return lambda grad, output, dim, dtype: func(grad, output, dim, output.dtype).to(dtype)
+
+
+# Autocast's softmax reads half precision and writes float32 in one kernel, which the CPU lacks.
+_OF_CUDA_ALONE = {
+    torch.ops.aten._softmax.default: _softmax_to_float(torch.ops.aten._softmax),
+    torch.ops.aten._log_softmax.default: _softmax_to_float(torch.ops.aten._log_softmax),
+    torch.ops.aten._softmax_backward_data.default: _softmax_from_float(torch.ops.aten._softmax_backward_data),
+    torch.ops.aten._log_softmax_backward_data.default: _softmax_from_float(torch.ops.aten._log_softmax_backward_data),
+}
+
+
+def _numbers(values: Any) -> Any:
+    return tree_map_only(CudaTensor, lambda tensor: tensor.numbers, values)
+
+
+def _place() -> str:
+    """Return the innermost running function of the package, or else of another file than torch's and this one."""
+    frames, frame = [], sys._getframe(1)
+    while frame is not None:
+        frames.append((Path(frame.f_code.co_filename), frame.f_code.co_name))
+        frame = frame.f_back  # type: ignore[assignment]
+    for path, name in frames:
+        if PACKAGE in path.parents:
+            return f"{path.relative_to(PACKAGE).as_posix()}:{name}"
+    torch_folder = Path(torch.__file__).parent
+    path, name = next((path, name) for path, name in frames if torch_folder not in path.parents and str(path) != __file__)
+    return f"{path.name}:{name}"
+
+
+class _Generator(torch.Generator):
+    """A generator of a device; the numbers of the rehearsal are drawn on the CPU."""
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        made = super().__new__(cls)
+        made.claimed = torch.device(device)
+        return made
+
+
+class _GeneratorsFit(TorchFunctionMode):
+    """Refuses a generator of another device than that of the tensor it draws."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        generator = kwargs.get("generator")
+        if isinstance(generator, _Generator):
+            drawn = args[0].device if isinstance(args[0], Tensor) else torch.device(kwargs.get("device") or CPU)
+            if generator.claimed.type != drawn.type:
+                raise RuntimeError(f"a generator on {generator.claimed.type} draws a tensor on {drawn.type}.")
+        return func(*args, **kwargs)
+
+
+def to_cuda(module: nn.Module) -> nn.Module:
+    """Move a module's parameters and buffers, in place; what several modules share stays shared."""
+    moved: dict[int, Any] = {}
+    for _, holder, key in list(tensor_places(module)):
+        tensor = holder[key]
+        if tensor is None or isinstance(tensor, CudaTensor):
+            continue
+        if id(tensor) not in moved:
+            copy = tensor.detach().to(CUDA)
+            is_weight = isinstance(tensor, nn.Parameter)
+            moved[id(tensor)] = tensor, nn.Parameter(copy, tensor.requires_grad) if is_weight else copy
+        holder[key] = moved[id(tensor)][1]
+    return module
+
+
+def _move(stock: Any) -> Any:
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        return to_cuda(module) if device is not None and device.type == "cuda" else stock(module, *args, **kwargs)
+
+    return to
+
+
+@contextmanager
+def rehearsal() -> Iterator[Rehearsal]:
+    """Let "cuda" be a rehearsed GPU while the context lasts."""
+    torch._C._ensureCUDADeviceGuardSet()  # without it torch asks the driver for a stream; a real GPU keeps its own
+    mode = Rehearsal()
+    with pytest.MonkeyPatch.context() as patch, torch.backends.cudnn.flags(enabled=False):
+        answers = {
+            "is_available": lambda: True,
+            "_lazy_init": lambda: None,
+            "device_count": lambda: 1,
+            "current_device": lambda: 0,
+            "get_device_name": lambda *_: "rehearsed GPU",
+            "get_rng_state": lambda *_: torch.get_rng_state(),
+            "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+            "synchronize": lambda *_: None,
+            "memory_allocated": lambda *_: 0,
+            "max_memory_allocated": lambda *_: 0,
+            "reset_peak_memory_stats": lambda *_: None,
+        }
+        for name, answer in answers.items():
+            patch.setattr(torch.cuda, name, answer)
+        stream = SimpleNamespace(is_capturing=lambda: False)
+        patch.setattr(torch.accelerator, "current_stream", lambda *_: stream)
+        patch.setattr(torch, "Generator", _Generator)
+        patch.setattr(nn.Module, "to", _move(nn.Module.to))
+        patch.setattr(torch.autograd, "backward", _backward)
+        patch.setattr(torch.autograd, "grad", _grad)
+        was_lifting = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") asks for a copy, which is rehearsed
+        try:
+            with _GeneratorsFit(), mode:
+                yield mode
+        finally:
+            torch._C._set_only_lift_cpu_tensors(was_lifting)
+
+
+def on_cuda(values: Any) -> Any:
+    """Return the values with every tensor on "cuda"."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(CUDA), values)
+
+
+def off_cuda(values: Any) -> Any:
+    """Return the values with the numbers of every tensor, which must be on "cuda"."""
+
+    def numbers(tensor: Tensor) -> Tensor:
+        assert isinstance(tensor, CudaTensor), f"a tensor of shape {tuple(tensor.shape)} is on {tensor.device}"
+        return tensor.numbers
+
+    return tree_map_only(Tensor, numbers, values)
+
+
+def _backward(tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any) -> None:
+    """Do what ``torch.autograd.backward`` does to leaves: add each one's gradient to its ``.grad``."""
+    root = tensors[0] if isinstance(tensors, (tuple, list)) else tensors
+    for node, (gradient, *_rest) in _gradients(root, grad_tensors).items():
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and gradient is not None:
+            with torch.no_grad():
+                leaf.grad = gradient.detach() if leaf.grad is None else leaf.grad + gradient
+
+
+def _grad(
+    outputs: Any,
+    inputs: Sequence[Tensor],
+    grad_outputs: Any = None,
+    allow_unused: bool = False,
+    materialize_grads: bool = False,
+    **_: Any,
+) -> tuple[Any, ...]:
+    """Do what ``torch.autograd.grad`` does for one output."""
+    root = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+    reached = _gradients(root, grad_outputs)
+    edges = [torch.autograd.graph.get_gradient_edge(tensor) for tensor in inputs]
+    found = [reached[edge.node][edge.output_nr] if edge.node in reached else None for edge in edges]
+    assert allow_unused or all(gradient is not None for gradient in found)
+    if materialize_grads:
+        found = [torch.zeros_like(own) if gradient is None else gradient for own, gradient in zip(inputs, found)]
+    return tuple(found)
+
+
+def _gradients(root: Tensor, seed: Tensor | None) -> dict[Any, list[Any]]:
+    """Return the gradients that arrive at each node of the graph below ``root``, one per output of its operation."""
+    arrivals: dict[Any, int] = defaultdict(int)
+    seen, stack = {root.grad_fn}, [root.grad_fn]
+    while stack:
+        for node, _ in stack.pop().next_functions:  # type: ignore[union-attr]
+            if node is not None:
+                arrivals[node] += 1
+                if node not in seen:
+                    seen.add(node)
+                    stack.append(node)
+    found: dict[Any, list[Any]] = {node: [None] * len(node._input_metadata) for node in seen}  # type: ignore[union-attr]
+    found[root.grad_fn][root.output_nr] = torch.ones_like(root) if seed is None else seed
+    ready = [root.grad_fn]
+    with torch.no_grad():
+        while ready:
+            node = ready.pop()
+            if hasattr(node, "variable"):
+                continue
+            is_reached = any(gradient is not None for gradient in found[node])
+            results = (node if callable(node) else node.apply)(*found[node]) if is_reached else None  # type: ignore[union-attr]
+            results = results if isinstance(results, tuple) else (results,) * len(node.next_functions)  # type: ignore[union-attr]
+            for (below, place), result in zip(node.next_functions, results):  # type: ignore[union-attr]
+                if below is None:
+                    continue
+                if result is not None:
+                    # The engine sums over dimensions that were expanded, and casts.
+                    wanted = below._input_metadata[place]
+                    result = result.sum_to_size(wanted.shape).to(wanted.dtype)
+                    so_far = found[below][place]
+                    found[below][place] = result if so_far is None else so_far + result
+                arrivals[below] -= 1
+                if arrivals[below] == 0:
+                    ready.append(below)
+    return found
