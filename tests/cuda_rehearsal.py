@@ -1,9 +1,9 @@
 """A rehearsal of a GPU without one: tensors that torch takes for CUDA's, whose numbers are on the CPU.
 
-Every operation runs twice. Torch's fake tensors on "cuda" give the device of its result, and raise where devices differ;
-then the numbers are computed on the CPU, so that rankings, losses and whole training steps have values. Autocast acts as
-on a GPU, because to torch the tensors are CUDA's. Torch's autograd engine needs the driver, so a loop in this file calls
-the nodes of the graph in its place. Every wait for the GPU is noted with the function of the package that asked for it.
+Torch's fake tensors on "cuda" give the device of each operation's result, and raise where devices differ. Then the
+numbers are computed on the CPU, so that rankings, losses and whole training steps have values. Autocast acts as on a
+GPU, because to torch the tensors are CUDA's. Torch's autograd engine needs the driver, so a loop in this file calls the
+nodes of the graph in its place. Every wait for the GPU is noted with the function of the package that asked for it.
 
 A rehearsal shows where a tensor lies, which type it has and who waits for it. It shows no speed, no memory, no kernel
 of CUDA and none of its rounding.
@@ -35,6 +35,7 @@ from lavis_cir_plugin.core.model_parts import tensor_places
 
 PACKAGE = Path(__file__).parents[1] / "lavis_cir_plugin"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+_RESULTS: dict[Any, frozenset[torch.device] | None] = {}
 
 
 class CudaTensor(Tensor):
@@ -45,7 +46,8 @@ class CudaTensor(Tensor):
 
     @staticmethod
     def __new__(cls, numbers: Tensor) -> CudaTensor:
-        made: CudaTensor = Tensor._make_subclass(cls, numbers, False, dispatch_device=True, device_for_backend_keys=CUDA)
+        on_cuda = {"dispatch_device": True, "device_for_backend_keys": CUDA}
+        made: CudaTensor = Tensor._make_subclass(cls, numbers, False, **on_cuda)
         made.numbers = numbers
         return made
 
@@ -70,8 +72,9 @@ class Rehearsal(TorchDispatchMode):
     """Answers every operation while it lasts.
 
     Attributes:
-        waits: How often each function of the package, ``methods/x/y.py:name``, waited for the GPU: it read a value, copied
-            a tensor from or to the CPU, or asked for a result whose shape depends on values.
+        waits: How often each function of the package, ``methods/x/y.py:name``, waited for the GPU: it read a value,
+            copied a tensor from or to the CPU, or asked for a result whose shape depends on values. What waits outside
+            of the package stands under ``y.py:name``.
     """
 
     def __init__(self) -> None:
@@ -86,51 +89,64 @@ class Rehearsal(TorchDispatchMode):
         if func is torch.ops.aten._fused_sdp_choice.default:
             return 0  # the kernel that is written out in plain operations
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        devices = self._devices(func, args, kwargs, given)
+        device = kwargs.get("device")
+        is_on_cuda = any(isinstance(tensor, CudaTensor) for tensor in given)
+        if not is_on_cuda and (device is None or device.type == "cpu"):
+            return func(*args, **kwargs)
         if torch.Tag.inplace_view in func.tags:
             raise NotImplementedError(f"{func} changes the shape of a tensor in place.")
-        if kwargs.get("device") is not None:
+        # The devices of results follow from those of the arguments, whatever the sizes; numbers may lie elsewhere.
+        kind = func, tuple((tensor.device, tensor.dtype, tensor.dim() == 0) for tensor in given), device
+        if kind not in _RESULTS:
+            _RESULTS[kind] = self._devices(func, args, kwargs, given)
+        devices = _RESULTS[kind]
+        if self._is_wait(func, args, kwargs, given, devices):
+            self.waits[_place()] += 1
+        if device is not None:
             kwargs = {**kwargs, "device": CPU}
         found = _OF_CUDA_ALONE.get(func, func)(*_numbers(args), **_numbers(kwargs))
         owners = {id(_numbers(tensor)): tensor for tensor in given}
-        outputs = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
-        named = {id(tensor): device for tensor, device in zip(outputs, devices)}
 
         def on_device(tensor: Tensor) -> Tensor:
             if id(tensor) in owners:  # the operation wrote into it
                 return owners[id(tensor)]
-            return CudaTensor(tensor) if named[id(tensor)].type == "cuda" else tensor
+            return CudaTensor(tensor) if CUDA in (devices or {CUDA}) else tensor
 
         return tree_map_only(Tensor, on_device, found)
 
-    def _devices(self, func: Any, args: Any, kwargs: Any, given: Sequence[Tensor]) -> list[torch.device]:
-        """Return the devices of an operation's results as fake tensors have them; note a wait for the GPU."""
-        is_on_cuda = any(isinstance(tensor, CudaTensor) for tensor in given)
+    def _devices(self, func: Any, args: Any, kwargs: Any, given: Sequence[Tensor]) -> frozenset[torch.device] | None:
+        """Return the device of an operation's results as fake tensors have it, and ``None`` if they need the numbers.
+
+        The result is empty if no tensor results.
+        """
         with self.fake:
             fakes = {
-                id(tensor): torch.empty_strided(
-                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CUDA if type(tensor) is CudaTensor else CPU
-                )
+                id(tensor): torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
                 for tensor in given
             }
-
-            def fake(values: Any) -> Any:
-                return tree_map_only(Tensor, lambda tensor: fakes[id(tensor)], values)
-
+            own = tree_map_only(Tensor, lambda tensor: fakes[id(tensor)], (args, kwargs))
             try:
-                found = func(*fake(args), **fake(kwargs))
+                found = func(*own[0], **own[1])
             except (DataDependentOutputException, DynamicOutputShapeException):
-                if is_on_cuda:
-                    self.waits[_place()] += 1
-                return [CUDA if is_on_cuda else CPU] * 8
-        devices = [tensor.device for tensor in tree_leaves(found) if isinstance(tensor, Tensor)]
-        is_copy = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-        # An operation takes a number from the CPU as an argument, and a tensor by a copy.
-        sides = {tensor.device.type for tensor in given if tensor.dim() or is_copy} | {own.type for own in devices}
-        is_queued = True in (kwargs.get("non_blocking"), *args[2:3])
-        if sides == {"cpu", "cuda"} and not (is_copy and is_queued):
-            self.waits[_place()] += 1
+                return None
+        devices = frozenset(tensor.device for tensor in tree_leaves(found) if isinstance(tensor, Tensor))
+        assert len(devices) < 2, f"{func} has results on two devices"
         return devices
+
+    def waiting(self) -> set[str]:
+        """Return the functions of the package that waited."""
+        return {place for place in self.waits if "/" in place}
+
+    @staticmethod
+    def _is_wait(func: Any, args: Any, kwargs: Any, given: Sequence[Tensor], devices: Any) -> bool:
+        if devices is None:
+            return True
+        is_copy = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if is_copy and any(value is True for value in (kwargs.get("non_blocking"), *args[2:3])):
+            return False
+        # An operation takes a number from the CPU as an argument, and a tensor by a copy.
+        sides = {tensor.device for tensor in given if tensor.dim() or is_copy} | devices
+        return {device.type for device in sides} == {"cpu", "cuda"}
 
 
 def _softmax_to_float(func: Any) -> Any:
@@ -163,9 +179,8 @@ def _place() -> str:
     for path, name in frames:
         if PACKAGE in path.parents:
             return f"{path.relative_to(PACKAGE).as_posix()}:{name}"
-    torch_folder = Path(torch.__file__).parent
-    path, name = next((path, name) for path, name in frames if torch_folder not in path.parents and str(path) != __file__)
-    return f"{path.name}:{name}"
+    inside = {Path(torch.__file__).parent, Path(__file__)}
+    return next(f"{path.name}:{name}" for path, name in frames if not inside & {path, *path.parents})
 
 
 class _Generator(torch.Generator):
@@ -186,7 +201,7 @@ class _GeneratorsFit(TorchFunctionMode):
         if isinstance(generator, _Generator):
             drawn = args[0].device if isinstance(args[0], Tensor) else torch.device(kwargs.get("device") or CPU)
             if generator.claimed.type != drawn.type:
-                raise RuntimeError(f"a generator on {generator.claimed.type} draws a tensor on {drawn.type}.")
+                raise RuntimeError(f"a generator on the device {generator.claimed} draws a tensor on {drawn}.")
         return func(*args, **kwargs)
 
 
@@ -238,10 +253,11 @@ def rehearsal() -> Iterator[Rehearsal]:
         patch.setattr(torch.accelerator, "current_stream", lambda *_: stream)
         patch.setattr(torch, "Generator", _Generator)
         patch.setattr(nn.Module, "to", _move(nn.Module.to))
+        patch.setattr(nn.Module, "cuda", lambda module, device=None: to_cuda(module))
         patch.setattr(torch.autograd, "backward", _backward)
         patch.setattr(torch.autograd, "grad", _grad)
         was_lifting = torch._C._only_lift_cpu_tensors()
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") asks for a copy, which is rehearsed
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") asks for a copy then
         try:
             with _GeneratorsFit(), mode:
                 yield mode
