@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from lavis_cir_plugin.core.model_parts import tensor_places
 
@@ -88,7 +88,8 @@ class Rehearsal(TorchDispatchMode):
             return CUDA
         if func is torch.ops.aten._fused_sdp_choice.default:
             return 0  # the kernel that is written out in plain operations
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given: list[Tensor] = []
+        _mapped(given.append, (args, kwargs))
         device = kwargs.get("device")
         is_on_cuda = any(isinstance(tensor, CudaTensor) for tensor in given)
         if not is_on_cuda and (device is None or device.type == "cpu"):
@@ -112,7 +113,7 @@ class Rehearsal(TorchDispatchMode):
                 return owners[id(tensor)]
             return CudaTensor(tensor) if CUDA in (devices or {CUDA}) else tensor
 
-        return tree_map_only(Tensor, on_device, found)
+        return _mapped(on_device, found)
 
     def _devices(self, func: Any, args: Any, kwargs: Any, given: Sequence[Tensor]) -> frozenset[torch.device] | None:
         """Return the device of an operation's results as fake tensors have it, and ``None`` if they need the numbers.
@@ -124,14 +125,15 @@ class Rehearsal(TorchDispatchMode):
                 id(tensor): torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
                 for tensor in given
             }
-            own = tree_map_only(Tensor, lambda tensor: fakes[id(tensor)], (args, kwargs))
+            own = _mapped(lambda tensor: fakes[id(tensor)], (args, kwargs))
             try:
                 found = func(*own[0], **own[1])
             except (DataDependentOutputException, DynamicOutputShapeException):
                 return None
-        devices = frozenset(tensor.device for tensor in tree_leaves(found) if isinstance(tensor, Tensor))
+        devices = set()
+        _mapped(lambda tensor: devices.add(tensor.device), found)
         assert len(devices) < 2, f"{func} has results on two devices"
-        return devices
+        return frozenset(devices)
 
     def waiting(self) -> set[str]:
         """Return the functions of the package that waited."""
@@ -166,8 +168,17 @@ _OF_CUDA_ALONE = {
 }
 
 
+def _mapped(change: Callable[[Tensor], Any], values: Any) -> Any:
+    """Return the arguments or results of an operation with each tensor changed."""
+    if isinstance(values, Tensor):
+        return change(values)
+    if isinstance(values, (list, tuple)):
+        return type(values)(_mapped(change, value) for value in values)
+    return {name: _mapped(change, value) for name, value in values.items()} if isinstance(values, dict) else values
+
+
 def _numbers(values: Any) -> Any:
-    return tree_map_only(CudaTensor, lambda tensor: tensor.numbers, values)
+    return _mapped(lambda tensor: tensor.numbers if isinstance(tensor, CudaTensor) else tensor, values)
 
 
 def _place() -> str:

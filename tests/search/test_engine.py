@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
+from cuda_rehearsal import rehearsal
 from PIL import Image
 from search_world import draw, draw_some, index, make_encoder
 
@@ -268,11 +269,14 @@ def test_threads_get_the_answers_of_one(world):
     assert found == expected
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_answers(world):
+    """A rehearsed one, with the numbers of the CPU."""
     paths, _, opened = world
-    on_gpu = make_encoder()
-    on_gpu.model.cuda()
-    on_gpu.device = torch.device("cuda")
-    answer = open_index(opened.path, on_gpu, "cuda").search(paths[3], "is red", 5)
-    assert [hit.path for hit in answer.hits] == [hit.path for hit in opened.search(paths[3], "is red", 5).hits]
+    expected = opened.search(paths[3], "is red", 5)
+    with rehearsal():
+        on_gpu = make_encoder()
+        on_gpu.model.cuda()
+        on_gpu.device = torch.device("cuda")
+        answer = open_index(opened.path, on_gpu, "cuda").search(paths[3], "is red", 5)
+    assert [hit.path for hit in answer.hits] == [hit.path for hit in expected.hits]
+    assert [hit.score for hit in answer.hits] == pytest.approx([hit.score for hit in expected.hits], abs=1e-5)

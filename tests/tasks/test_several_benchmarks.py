@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from types import SimpleNamespace
 from unittest import mock
@@ -9,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from cuda_rehearsal import rehearsal, to_cuda
 from launched import finish, start_launcher
 from lavis.common.registry import registry
 from lavis.datasets.builders import base_dataset_builder
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader
 from lavis_cir_plugin.benchmarks import fashioniq
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset
+from lavis_cir_plugin.data.feature_cache import FeatureCache
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.processors import TargetPadProcessor
@@ -280,6 +283,28 @@ def final_evaluation(model, dataset, run):
     loader = DataLoader(dataset, batch_size=4, collate_fn=dataset.collater)
     task.after_evaluation(task.evaluation(model, loader, cuda_enabled=False), "fashioniq.val", "best")
     return run / "fashioniq_val"
+
+
+def test_a_gpu_gives_the_metrics_and_the_features_of_the_cpu(dataset, tmp_path, small_model):
+    """A rehearsed one: the model is on the GPU, the features that are kept on the CPU."""
+    registry.mapping["paths"]["output_dir"] = str(tmp_path)
+    model, found = small_model(image_size=32, freeze_vit=True).eval(), []
+    loader = DataLoader(dataset, batch_size=4, collate_fn=dataset.collater)
+    cached = DataLoader(copy.copy(dataset), batch_size=4, collate_fn=dataset.collater)
+
+    def metrics(loader, on_gpu):
+        task = ComposedRetrievalTask()
+        found.append(task.after_evaluation(task.evaluation(model, loader, cuda_enabled=on_gpu), "val", 0))
+
+    metrics(loader, False)
+    with rehearsal():
+        to_cuda(model)
+        metrics(loader, True)
+        cache = FeatureCache(tmp_path / "features", model, dataset.vis_processor)
+        cache.fill(model, dataset.image_paths.values(), batch_size=4)
+        cached.dataset.use_features(cache)
+        metrics(cached, True)
+    assert found[0] == found[1] == found[2]
 
 
 def test_the_rows_and_the_attention_are_those_that_the_model_names(dataset, tmp_path, capsys):
