@@ -14,13 +14,13 @@ from __future__ import annotations
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -58,6 +58,9 @@ class CudaTensor(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def record_stream(self, stream: Any) -> None:
+        pass
+
     def numpy(self, *_: Any, **__: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy.")
 
@@ -88,6 +91,8 @@ class Rehearsal(TorchDispatchMode):
             return CUDA
         if func is torch.ops.aten._fused_sdp_choice.default:
             return 0  # the kernel that is written out in plain operations
+        if func is torch.ops.aten._pin_memory.default:
+            return args[0]
         given: list[Tensor] = []
         _mapped(given.append, (args, kwargs))
         device = kwargs.get("device")
@@ -120,6 +125,8 @@ class Rehearsal(TorchDispatchMode):
 
         The result is empty if no tensor results.
         """
+        if func.namespace == "c10d":  # an exchange between processes, which fake tensors do not know
+            return frozenset({CUDA})
         with self.fake:
             fakes = {
                 id(tensor): torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
@@ -194,6 +201,19 @@ def _place() -> str:
     return next(f"{path.name}:{name}" for path, name in frames if not inside & {path, *path.parents})
 
 
+class _Stream:
+    """A queue of a GPU, in which nothing ever waits."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    def is_capturing(self) -> bool:
+        return False
+
+
 class _Generator(torch.Generator):
     """A generator of a device; the numbers of the rehearsal are drawn on the CPU."""
 
@@ -257,11 +277,15 @@ def rehearsal() -> Iterator[Rehearsal]:
             "memory_allocated": lambda *_: 0,
             "max_memory_allocated": lambda *_: 0,
             "reset_peak_memory_stats": lambda *_: None,
+            "Stream": _Stream,
+            "current_stream": _Stream,
+            "stream": lambda stream: nullcontext(),
         }
         for name, answer in answers.items():
             patch.setattr(torch.cuda, name, answer)
-        stream = SimpleNamespace(is_capturing=lambda: False)
-        patch.setattr(torch.accelerator, "current_stream", lambda *_: stream)
+        patch.setattr(torch.accelerator, "current_stream", _Stream)
+        join = dist.init_process_group
+        patch.setattr(dist, "init_process_group", lambda backend, **options: join("gloo", **options))
         patch.setattr(torch, "Generator", _Generator)
         patch.setattr(nn.Module, "to", _move(nn.Module.to))
         patch.setattr(nn.Module, "cuda", lambda module, device=None: to_cuda(module))

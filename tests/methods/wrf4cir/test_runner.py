@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import TripletsInMemory, make_triplets
+from cuda_rehearsal import off_cuda, rehearsal
 from lavis.common.optims import LinearWarmupCosineLRScheduler
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
@@ -66,6 +68,32 @@ def make_runner(tmp_path, small_model, triplets):
         return runner(cfg=config, task=task or BaseTask(), model=model, datasets={"triplets": data}, job_id="job")
 
     return make
+
+
+@pytest.fixture
+def no_group():
+    """Let the runner open a process group of its own, as a run does."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_run_with_amp_on_a_gpu_trains_perturbed_in_half_precision(make_runner, small_model, no_group):
+    """``run.amp`` on a rehearsed GPU: LAVIS's loop, its prefetching loader and its GradScaler."""
+    model, seen = small_model(freeze_vit=True), []
+    model.text_proj.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    start = copy.deepcopy(model.state_dict())
+    with rehearsal():
+        runner = make_runner(model=model, device="cuda", amp=True)
+        # With its first factor, 65,536, the gradients of a model this small overflow for more than three steps.
+        runner.scaler.load_state_dict({**runner.scaler.state_dict(), "scale": 2.0**8})
+        runner.train_epoch(0)
+        assert runner.optimizer.steps == {"perturbed": 3, "skipped": 0}
+        trained = off_cuda({name: weight.detach() for name, weight in model.named_parameters()})
+    assert seen == [torch.float16] * 6
+    moved = {name for name, weight in trained.items() if not torch.equal(weight, start[name])}
+    assert moved == {name for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def train(runner):
