@@ -58,6 +58,9 @@ class CudaTensor(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.numbers.__reduce_ex__(protocol)  # a checkpoint is read to the CPU first
+
     def record_stream(self, stream: Any) -> None:
         pass
 

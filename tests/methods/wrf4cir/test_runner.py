@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TripletsInMemory, make_triplets
+from conftest import SMALL, TripletsInMemory, make_triplets
 from cuda_rehearsal import off_cuda, rehearsal
 from lavis.common.optims import LinearWarmupCosineLRScheduler
 from lavis.common.registry import registry
@@ -79,21 +79,34 @@ def no_group():
     dist.destroy_process_group()
 
 
-def test_a_run_with_amp_on_a_gpu_trains_perturbed_in_half_precision(make_runner, small_model, no_group):
-    """``run.amp`` on a rehearsed GPU: LAVIS's loop, its prefetching loader and its GradScaler."""
-    model, seen = small_model(freeze_vit=True), []
-    model.text_proj.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    start = copy.deepcopy(model.state_dict())
-    with rehearsal():
-        runner = make_runner(model=model, device="cuda", amp=True)
-        # With its first factor, 65,536, the gradients of a model this small overflow for more than three steps.
-        runner.scaler.load_state_dict({**runner.scaler.state_dict(), "scale": 2.0**8})
-        runner.train_epoch(0)
-        assert runner.optimizer.steps == {"perturbed": 3, "skipped": 0}
-        trained = off_cuda({name: weight.detach() for name, weight in model.named_parameters()})
-    assert seen == [torch.float16] * 6
-    moved = {name for name, weight in trained.items() if not torch.equal(weight, start[name])}
-    assert moved == {name for name, weight in model.named_parameters() if weight.requires_grad}
+def test_a_run_with_amp_on_a_gpu_computes_in_half_precision_and_goes_on_as_if_never_stopped(
+    make_runner, small_model, no_group, tmp_path
+):
+    """``run.amp`` on a rehearsed GPU: LAVIS's loop, its prefetching loader and GradScaler, checkpoints and a resume."""
+    seen, small = [], {"freeze_vit": True, "qformer_config": {**SMALL["qformer_config"], "num_hidden_layers": 1}}
+
+    def trained(**run):
+        model = small_model(**small)
+        model.text_proj.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        with rehearsal():
+            runner = make_runner(model=model, device="cuda", amp=True, **run)
+            # With its first factor, 65,536, the gradients of a model this small overflow for more than three steps.
+            runner.scaler.load_state_dict({**runner.scaler.state_dict(), "scale": 2.0**8})
+            torch.manual_seed(11)
+            runner.train()
+            return off_cuda(
+                {name: weight.detach() for name, weight in model.named_parameters()}
+            ), runner.optimizer.steps
+
+    start = dict(small_model(**small).named_parameters())
+    whole, steps = trained()
+    assert steps == {"perturbed": 6, "skipped": 0}
+    assert seen == [torch.float16] * 12
+    moved = {name for name, weight in whole.items() if not torch.equal(weight, start[name])}
+    assert moved == {name for name, weight in start.items() if weight.requires_grad}
+    trained(max_epoch=1)
+    last = next((tmp_path / "out").rglob("checkpoint_last.pth"))
+    assert_same(trained(resume_ckpt_path=str(last))[0], whole)
 
 
 def train(runner):
