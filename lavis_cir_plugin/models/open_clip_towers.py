@@ -249,7 +249,7 @@ class TextTower(nn.Module):
         self._text.register_buffer("text_projection", identity, persistent=False)
 
     def tokenize(self, sentences: Sequence[str]) -> Tensor:
-        """Return token ids ``(B, L)`` on the CPU; ``*`` becomes the pseudo-word's placeholder, longer sentences are cut.
+        """Return token ids ``(B, L)`` on the CPU; ``*`` becomes its placeholder, and longer sentences are cut.
 
         A warning names the first sentence without padding, because it may have been cut.
         """
