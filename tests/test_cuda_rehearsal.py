@@ -33,7 +33,7 @@ WAITS = {
     "methods/wrf4cir/optimizer.py:_perturbed": "whether the direction is finite decides what the second pass computes",
     "methods/wrf4cir/optimizer.py:_gradient": "GradScaler's factor is read before anything of the step is queued",
     "methods/wrf4cir/frozen_memo.py:_is_equal": "an output is used again only if the inputs are equal",
-    "methods/wrf4cir/optimizer.py:perturbations": "a number for the log, in measured steps alone",
+    "methods/wrf4cir/optimizer.py:measure": "a number for the log, in measured steps alone",
     "methods/wrf4cir/optimizer.py:_cosine": "a number for the log, in measured steps alone",
     "models/open_clip_towers.py:forward": "open_clip 2 counts the rows of a batch on the CPU",
     "models/open_clip_towers.py:compose": "the sentences' check, on the CPU; inside it open_clip 2 counts rows there",
@@ -166,6 +166,7 @@ PERTURBATIONS = {
     "elementwise": {"radius": "elementwise", "gamma": 0.05},
     "rows of embeddings": {"embeddings": "row"},
     "every": {"every": 2},
+    "share": {"direction_share": 0.5},
     "random": {"direction": "random"},
     "momentum": {"direction": "momentum"},
     "adapters": {},
@@ -351,7 +352,8 @@ def test_a_tower_in_half_precision_computes_in_it_with_and_without_autocast_arou
     """The tower's own layers see float16, and what is trained behind it float32 unless ``run.amp`` is set."""
     model = make_scoring_model("frozen tower", vit_precision="fp16")
     exact = make_scoring_model("frozen tower")
-    batch, entered = make_triplets(2), []
+    batch, entered, projected = make_triplets(2), [], []
+    model.vision_proj.register_forward_hook(lambda module, inputs, output: projected.append(output.dtype))
     expected = exact.encode_target(batch["image"])
     stock = torch.autocast
 
@@ -366,10 +368,8 @@ def test_a_tower_in_half_precision_computes_in_it_with_and_without_autocast_arou
             tokens = model.image_features(on_cuda(batch["image"]))
             assert entered == [("cuda", torch.float16)]
             assert tokens.dtype == torch.float16
-            embedded = model._embed_images(tokens)
-            assert embedded.dtype == torch.float32
-            projected = model.vision_proj(model._query_outputs(embedded))
-        assert projected.dtype == (torch.float16 if is_mixed else torch.float32)
+            model.encode_target(tokens)
+        assert projected == [torch.float16 if is_mixed else torch.float32]
         torch.testing.assert_close(off_cuda(model.encode_target(on_cuda(batch["image"]))), expected, rtol=0, atol=0.02)
 
 
