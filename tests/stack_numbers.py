@@ -58,16 +58,24 @@ _CIR = {
 
 
 def formula(name: str, shape: torch.Size) -> Tensor:
-    """Return numbers in [-1, 1) that follow from a name alone, in float32: no random generator, no rounding."""
-    count = shape.numel()
-    mixed = (torch.arange(count, dtype=torch.int64) * 40503 + zlib.crc32(name.encode()) % 65521) * 9176 % 65521
+    """Return numbers in [-1, 1) that follow from a name alone, in float32: no random generator, no rounding.
+
+    They are quadratic in the position, because rows that differ by a constant are one to a layer norm.
+    """
+    place = torch.arange(shape.numel(), dtype=torch.int64) + zlib.crc32(name.encode()) % 65521
+    mixed = (place * place % 65521 * 9176 + place * 40503) % 65521
     return (mixed.double() / 32760.5 - 1).float().reshape(shape)
 
 
 def set_weights(model: nn.Module) -> None:
-    """Give every parameter of its own its formula; of parameters that are one, the first name counts."""
+    """Give every parameter of its own its formula; of parameters that are one, the first name counts.
+
+    Temperatures stay as they are, because one near zero would enlarge rounding to the size of the gradients.
+    """
     with torch.no_grad():
         for name, weight in model.named_parameters():
+            if weight.dim() == 0:
+                continue
             is_scale = weight.dim() == 1 and name.endswith("weight")
             weight.copy_(1 + 0.2 * formula(name, weight.shape) if is_scale else 0.4 * formula(name, weight.shape))
 
