@@ -347,7 +347,7 @@ def test_negatives_are_in_force_from_the_refresh_on(num_workers, run, monkeypatc
 
 def test_without_a_radius_perturbation_is_the_stock_runner(run, fused):
     wrf = {"gamma": 0.0, "warmup_epochs": 0}
-    plain, zero = fused[0], run("zero", runner="runner_wrf4cir", wrf=wrf)
+    plain, zero = fused[0], run("zero", runner="runner_wrf4cir", wrf=wrf, fused_adamw=False)
     assert_equal_states(state_of(plain), state_of(zero))
     perturbed = run("perturbed", runner="runner_wrf4cir", wrf={**wrf, "gamma": 0.05})
     saved = read_checkpoint(str(perturbed / "checkpoint_last.pth"))
