@@ -21,7 +21,7 @@ from lavis_cir_plugin.core.locks import FileLock, hold_lock, holder_of
 from lavis_cir_plugin.data.feature_cache import FeatureCache
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 from lavis_cir_plugin.garments import world
-from lavis_cir_plugin.tasks.composed_retrieval import Evaluation
+from lavis_cir_plugin.tasks.evaluation import Evaluation
 from lavis_cir_plugin.training import resumable_runner
 
 FORK = multiprocessing.get_context("fork")

@@ -28,7 +28,7 @@ from lavis_cir_plugin.methods.retrieval_dpo.mining import (
     random_negatives,
 )
 from lavis_cir_plugin.ranking.ranks import padded
-from lavis_cir_plugin.tasks.composed_retrieval import Evaluation
+from lavis_cir_plugin.tasks.evaluation import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
