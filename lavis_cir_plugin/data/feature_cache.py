@@ -29,7 +29,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
-from typing import Any, Callable, Protocol
+from typing import Any, Callable, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ NameOf = Callable[[Any], str]
 """A function that names a class or function in a hash."""
 
 
+@runtime_checkable
 class HasImageTower(Protocol):
     """Interface of a model whose image features can be cached.
 

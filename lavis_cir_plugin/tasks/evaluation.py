@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,18 @@ from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lavis_cir_plugin.benchmarks.types import Group, Query
 from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, share
 from lavis_cir_plugin.core.workers import worker_setup
-from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, CirDataset
+from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset
+from lavis_cir_plugin.data.feature_cache import HasImageTower
 from lavis_cir_plugin.ranking.gallery_features import shared_rows
 from lavis_cir_plugin.ranking.ranks import Ranking, padded, rank
 from lavis_cir_plugin.report import contact_sheets
+from lavis_cir_plugin.tasks.reference_features import DistinctPictures, ReferenceFeatures
 
 TOP = 50
 """Number of ranked images that a submission or a contact sheet can show per query."""
@@ -33,13 +36,18 @@ ATTENTION_ROWS = 6
 
 @dataclass
 class Evaluation:
-    """Ranks the galleries of one benchmark with one model; it encodes the gallery once and the queries per mode."""
+    """Ranks the galleries of one benchmark with one model; it encodes the gallery once and the queries per mode.
+
+    The image tower of a :class:`~lavis_cir_plugin.data.feature_cache.HasImageTower` runs once per picture, for the
+    gallery and the queries of all modes together.
+    """
 
     model: nn.Module
     loader: DataLoader
     cuda_enabled: bool
     gallery_dtype: torch.dtype = torch.float32
     gallery: Tensor | None = None
+    references: ReferenceFeatures | None = None
 
     @property
     def dataset(self) -> BenchmarkDataset:
@@ -95,20 +103,55 @@ class Evaluation:
             rows = rows[count:]
         return own
 
-    def encode_gallery(self) -> Tensor:
-        """Return the features of all G images, ``(G, ...)``; each process encodes its share."""
-        place = Path(registry.get_path("output_dir")) / GALLERY_FILE
-        batches = self._encode(
-            self.dataset,
-            share(len(self.dataset)),
-            lambda samples: self.model.encode_target(samples["image"]),
-            "encode gallery",
+    def encode_gallery(self, keeps_references: bool = True) -> Tensor:
+        """Return the features of all G images, ``(G, ...)``; each process encodes its share.
+
+        Args:
+            keeps_references: Whether queries with pictures are encoded afterwards. A model that is a
+                :class:`~lavis_cir_plugin.data.feature_cache.HasImageTower` then runs its tower once per picture, and
+                the features of the references stay on the disk for as long as this object lives.
+        """
+        folder = Path(registry.get_path("output_dir"))
+        pictures = DistinctPictures(self.dataset)
+        runs_once = (
+            keeps_references
+            and bool(pictures.references)
+            and self.dataset.features is None  # cached features are read as fast again
+            and isinstance(self.model, HasImageTower)
         )
-        return shared_rows(place, len(self.dataset), batches, self.gallery_dtype)
+        with ReferenceFeatures(folder, pictures.references) if runs_once else nullcontext() as references:
+            batches = self._encode_pictures(pictures, references)
+            gallery = shared_rows(folder / GALLERY_FILE, len(self.dataset), batches, self.gallery_dtype)
+            if references is not None and references.complete():
+                self.references = references
+        return gallery
+
+    def _encode_pictures(self, pictures: DistinctPictures, references: ReferenceFeatures | None) -> Iterator[Tensor]:
+        """Yield the features of this process's share of the gallery, batch by batch, and write those of references."""
+        count = len(self.dataset)
+        batches = self._batches(share(count))
+        if references is not None:
+            outside = share(len(pictures) - count)
+            batches += self._batches(range(count + outside.start, count + outside.stop))
+        size = 0
+        for batch, samples in self._loaded(pictures, batches, "encode gallery"):
+            if batch[0] >= count and (references is None or not references.is_writable):
+                return
+            images = prepare_sample(samples, self.cuda_enabled)["image"]
+            if references is not None:
+                with torch.no_grad():
+                    images = self.model.image_features(images)
+            if batch[0] < count:
+                features = self.model.encode_target(images).float().cpu()
+                size = count * features[0].numel() * self.gallery_dtype.itemsize
+                yield features
+            if references is not None:
+                references.write([pictures.names[index] for index in batch], images, size)
 
     def encode_queries(self, mode: str, parts: Iterable[Iterable[Query]]) -> Tensor:
         """Return one query vector per text of these parts of the groups: ``(R, D)``, float32."""
-        rows = self.dataset.texts if mode == "text" else self.dataset.queries
+        references = self.references if mode != "text" else None
+        rows = self.dataset.texts if mode == "text" or references is not None else self.dataset.queries
         indices: list[int] = []
         start = 0
         for group, part in zip(self.dataset.benchmark.groups, parts):
@@ -116,27 +159,30 @@ class Evaluation:
             first = start + sum(texts[: share(len(texts)).start])
             indices += range(first, first + sum(len(query.texts) for query in part))
             start += sum(texts)
-        label = f"encode queries ({mode})"
-        encoded = list(self._encode(rows, indices, lambda samples: self.model.encode_query(samples, mode), label))
+        encoded = []
+        for batch, samples in self._loaded(rows, self._batches(indices), f"encode queries ({mode})"):
+            if references is not None:
+                samples["image"] = references.of([rows.rows[index][0] for index in batch])
+            encoded.append(self.model.encode_query(prepare_sample(samples, self.cuda_enabled), mode).float().cpu())
         return torch.cat(encoded) if encoded else torch.empty(0, 0)
 
-    def _encode(
-        self,
-        dataset: CirDataset,
-        indices: Sequence[int],
-        function: Callable[[dict[str, Any]], Tensor],
-        label: str,
-    ) -> Iterator[Tensor]:
-        """Yield the results of ``function`` on batches of these rows of a data set, as float32 on the CPU."""
+    def _batches(self, indices: Sequence[int]) -> list[Sequence[int]]:
+        size = self.loader.batch_size or 1
+        return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+    def _loaded(
+        self, dataset: Dataset, batches: Sequence[Sequence[int]], label: str
+    ) -> Iterator[tuple[Sequence[int], dict[str, Any]]]:
+        """Yield these batches of a data set's rows: their numbers and the samples, on the CPU."""
         loader = DataLoader(
-            Subset(dataset, indices),
-            batch_size=self.loader.batch_size,
-            num_workers=self.loader.num_workers if indices else 0,
-            collate_fn=dataset.collater,
+            dataset,
+            batch_sampler=batches,
+            num_workers=self.loader.num_workers if batches else 0,
+            collate_fn=self.dataset.collater,
             worker_init_fn=worker_setup(),
         )
-        for samples in tqdm(loader, desc=label, disable=None if is_main_process() else True, leave=False):
-            yield function(prepare_sample(samples, self.cuda_enabled)).float().cpu()
+        bar = tqdm(loader, desc=label, disable=None if is_main_process() else True, leave=False)
+        yield from zip(batches, bar)
 
 
 def rank_queries(

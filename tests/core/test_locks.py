@@ -92,10 +92,9 @@ def encode(folder):
     """Encode as evaluation and mining do."""
     dataset = Slow(folder)
     dataset.collater = list
-    evaluation = Evaluation.__new__(Evaluation)
-    evaluation.loader = SimpleNamespace(batch_size=2, num_workers=2)
+    evaluation = Evaluation(None, SimpleNamespace(dataset=dataset, batch_size=2, num_workers=2), cuda_enabled=False)
     with resumable_runner.lock_run(folder):
-        list(evaluation._encode(dataset, range(8), None, ""))
+        list(evaluation._loaded(dataset, [[0, 1], [2, 3], [4, 5], [6, 7]], ""))
 
 
 LOCKS = {
