@@ -82,6 +82,9 @@ class ComposedRetrievalTask(BaseTask):
     * ``attention_maps(samples)``: maps ``(B, maps, height, width)`` of where it looks in the reference images, and
       ``attention_labels``, a name per map. Sheets of these maps are drawn beside the contact sheets.
 
+    An evaluation runs the image tower once per picture if the model is a
+    :class:`~lavis_cir_plugin.data.feature_cache.HasImageTower`.
+
     Training data may also come from other data sets of LAVIS, such as captions; only benchmarks are evaluated.
 
     * ``run.feature_cache`` (``false``, ``true`` or a folder) lets a frozen image tower run once per picture, for any
