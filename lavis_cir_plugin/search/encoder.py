@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lavis_cir_plugin.core.error_messages import did_you_mean
-from lavis_cir_plugin.data.feature_cache import HasImageTower
+from lavis_cir_plugin.data.feature_cache import has_image_tower
 
 BLIP2 = "blip2"
 """What a model's name begins with that is BLIP-2's own weights, such as ``blip2:pretrain``."""
@@ -85,7 +85,7 @@ class Encoder:
                 return both
             mixed = 2 * image_weight * both + (1 - 2 * image_weight) * self._mode("text", text=text)
         else:
-            if isinstance(self.model, HasImageTower):
+            if has_image_tower(self.model):
                 images = self.model.image_features(images)  # once for both queries
             both = self._both(images, text)
             mixed = 2 * (1 - image_weight) * both + (2 * image_weight - 1) * self._mode("image", images)

@@ -21,7 +21,7 @@ from lavis_cir_plugin.benchmarks.types import Group, Query
 from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, share
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset
-from lavis_cir_plugin.data.feature_cache import HasImageTower
+from lavis_cir_plugin.data.feature_cache import has_image_tower
 from lavis_cir_plugin.ranking.gallery_features import shared_rows
 from lavis_cir_plugin.ranking.ranks import Ranking, padded, rank
 from lavis_cir_plugin.report import contact_sheets
@@ -117,7 +117,7 @@ class Evaluation:
             keeps_references
             and bool(pictures.references)
             and self.dataset.features is None  # cached features are read as fast again
-            and isinstance(self.model, HasImageTower)
+            and has_image_tower(self.model)
         )
         with ReferenceFeatures(folder, pictures.references) if runs_once else nullcontext() as references:
             batches = self._encode_pictures(pictures, references)
