@@ -54,6 +54,7 @@ class ReferenceFeatures:
     """
 
     def __init__(self, folder: Path, references: Sequence[str]) -> None:
+        self._folder = folder
         self._row = {name: row for row, name in enumerate(references)}
         self._failure = ""
         self._is_announced = False
@@ -120,7 +121,7 @@ class ReferenceFeatures:
             "each picture is encoded once: the image features of %s references take %s in %s until the evaluation ends",
             f"{len(self._row):,}",
             size_text(len(self._row) * row.nbytes),
-            self._file.path.parent,
+            self._folder,
         )
 
     def _close(self) -> None:
