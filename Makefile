@@ -61,6 +61,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/negatives_full_size.py
 	$(BIN)/python benchmarks/check_full_size.py
 	$(BIN)/python benchmarks/command_start.py
+	$(BIN)/python benchmarks/evaluation_cost.py
 	$(BIN)/python benchmarks/busy_cores.py
 	$(BIN)/python benchmarks/search_full_size.py
 	$(BIN)/python benchmarks/serve_load.py

@@ -72,19 +72,24 @@ class HasImageTower(Protocol):
         """Return one row of features for each picture of ``(B, 3, H, W)``, such as ``(B, P, width)``."""
 
 
+def has_image_tower(model: Any) -> bool:
+    """Return whether a model is a :class:`HasImageTower`."""
+    # Python 3.12's isinstance would not find a submodule, because nn.Module looks it up in __getattr__.
+    return isinstance(getattr(model, "image_tower", None), nn.Module) and hasattr(model, "image_features")
+
+
 def check_tower(model: Any) -> None:
     """Refuse a model whose image features may change during training.
 
     Raises:
         ValueError: If the model is not a :class:`HasImageTower`, or its tower is trained.
     """
-    tower = getattr(model, "image_tower", None)
-    if not isinstance(tower, nn.Module) or not hasattr(model, "image_features"):
+    if not has_image_tower(model):
         raise ValueError(
             f"run.feature_cache: {type(model).__name__} offers no image_tower and image_features to cache; set "
             "run.feature_cache: false."
         )
-    trained = [name for name, weight in tower.named_parameters() if weight.requires_grad]
+    trained = [name for name, weight in model.image_tower.named_parameters() if weight.requires_grad]
     if trained:
         raise ValueError(
             f"run.feature_cache: {len(trained)} tensors of the image tower are trained (first: {trained[0]}), so its "

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lavis_cir_plugin.core.error_messages import did_you_mean
+from lavis_cir_plugin.data.feature_cache import has_image_tower
 
 BLIP2 = "blip2"
 """What a model's name begins with that is BLIP-2's own weights, such as ``blip2:pretrain``."""
@@ -73,30 +74,34 @@ class Encoder:
             text: The change, or a description; ``None`` for pictures alone.
             image_weight: w from 0 to 1: 0 is the text alone, 1/2 what the model makes of both, 1 the picture alone.
         """
-        if text is None or (pictures and image_weight == 1):
-            return self._mode("image", pictures, text)
-        if not pictures or image_weight == 0:
-            return self._mode("text", pictures[:1], text).expand(max(1, len(pictures)), -1)
-        both = self._both(pictures, text)
-        if image_weight == 0.5:
-            return both
-        if image_weight < 0.5:
-            mixed = 2 * image_weight * both + (1 - 2 * image_weight) * self._mode("text", pictures[:1], text)
+        if text is not None and (not pictures or image_weight == 0):
+            return self._mode("text", text=text).expand(max(1, len(pictures)), -1)
+        images = torch.stack([self.transform(picture) for picture in pictures]).to(self.device)
+        if text is None or image_weight == 1:
+            return self._mode("image", images)
+        if image_weight <= 0.5:
+            both = self._both(images, text)
+            if image_weight == 0.5:
+                return both
+            mixed = 2 * image_weight * both + (1 - 2 * image_weight) * self._mode("text", text=text)
         else:
-            mixed = 2 * (1 - image_weight) * both + (2 * image_weight - 1) * self._mode("image", pictures, text)
+            if has_image_tower(self.model):
+                images = self.model.image_features(images)  # once for both queries
+            both = self._both(images, text)
+            mixed = 2 * (1 - image_weight) * both + (2 * image_weight - 1) * self._mode("image", images)
         return F.normalize(mixed, dim=-1)
 
-    def _both(self, pictures: Sequence[Image.Image], text: str) -> Tensor:
+    def _both(self, images: Tensor, text: str) -> Tensor:
         if self.composes:
-            return self._mode("multimodal", pictures, text)
-        return F.normalize(self._mode("image", pictures, text) + self._mode("text", pictures[:1], text), dim=-1)
+            return self._mode("multimodal", images, text)
+        return F.normalize(self._mode("image", images) + self._mode("text", text=text), dim=-1)
 
-    def _mode(self, mode: str, pictures: Sequence[Image.Image], text: str | None) -> Tensor:
+    def _mode(self, mode: str, images: Tensor | None = None, text: str | None = None) -> Tensor:
         samples: dict[str, Any] = {}
-        if mode != "text":
-            samples["image"] = torch.stack([self.transform(picture) for picture in pictures]).to(self.device)
-        if mode != "image":
-            samples["text_input"] = [self.text_transform(str(text))] * (1 if mode == "text" else len(pictures))
+        if images is not None:
+            samples["image"] = images
+        if text is not None:
+            samples["text_input"] = [self.text_transform(text)] * (1 if images is None else len(images))
         return F.normalize(self.model.encode_query(samples, mode).float().cpu(), dim=-1)
 
 

@@ -5,42 +5,33 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, Union
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
-from lavis.datasets.data_utils import prepare_sample
 from lavis.tasks.base_task import BaseTask
 from omegaconf import DictConfig
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
-from tqdm import tqdm
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
-from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query
-from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, share
+from lavis_cir_plugin.benchmarks.types import Benchmark
 from lavis_cir_plugin.core.settings import Limits, Section
-from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, CirDataset, cache_root
 from lavis_cir_plugin.data.feature_cache import FeatureCache, check_tower, fingerprint
-from lavis_cir_plugin.ranking.gallery_features import DTYPES, shared_rows
-from lavis_cir_plugin.ranking.ranks import Ranking, padded, rank
+from lavis_cir_plugin.ranking.gallery_features import DTYPES
+from lavis_cir_plugin.ranking.ranks import Ranking
 from lavis_cir_plugin.report import chance, contact_sheets, curves, result_files, tables
 from lavis_cir_plugin.report.query_results import QUERIES, write_queries
 from lavis_cir_plugin.report.run_log import EPOCHS
+from lavis_cir_plugin.tasks.evaluation import TOP, Evaluation
 from lavis_cir_plugin.training.config import plain_split_name
 from lavis_cir_plugin.training.training_history import trained_on
 
-TOP = 50
-"""Number of ranked images that a submission or a contact sheet can show per query."""
-GALLERY_FILE = "gallery_features.tmp"
-ATTENTION_ROWS = 6
-"""Number of a group's queries on a sheet of attention maps."""
 TRAINED, RANDOM = "trained model", "random (expected)"
 _DISPENSABLE_KEYS = {"image_id", "instance_id"}  # keys of samples that no model needs
 BASELINES = {"image": "image only", "text": "text only"}
@@ -90,6 +81,9 @@ class ComposedRetrievalTask(BaseTask):
       split.
     * ``attention_maps(samples)``: maps ``(B, maps, height, width)`` of where it looks in the reference images, and
       ``attention_labels``, a name per map. Sheets of these maps are drawn beside the contact sheets.
+
+    An evaluation runs the image tower once per picture if the model is a
+    :class:`~lavis_cir_plugin.data.feature_cache.HasImageTower`.
 
     Training data may also come from other data sets of LAVIS, such as captions; only benchmarks are evaluated.
 
@@ -316,158 +310,6 @@ def _check_training_data(datasets: Mapping[str, Any]) -> None:
                 f"would drop that from batches that hold both; train on one of them (datasets.{name}.splits: [val], or "
                 "[] where nothing of it is evaluated)."
             )
-
-
-@dataclass
-class Evaluation:
-    """Ranks the galleries of one benchmark with one model; it encodes the gallery once and the queries per mode."""
-
-    model: nn.Module
-    loader: DataLoader
-    cuda_enabled: bool
-    gallery_dtype: torch.dtype = torch.float32
-    gallery: Tensor | None = None
-
-    @property
-    def dataset(self) -> BenchmarkDataset:
-        """Data set of the benchmark."""
-        dataset: BenchmarkDataset = self.loader.dataset  # type: ignore[assignment]
-        return dataset
-
-    def rankings(self, mode: str = "multimodal", top_k: int = 0) -> dict[str, Ranking]:
-        """Return each group's ranking by queries of a mode of the model, such as ``multimodal`` or ``text``."""
-        if self.gallery is None:
-            self.gallery = self.encode_gallery()
-        groups = self.dataset.benchmark.groups
-        own: dict[str, Ranking] = {}
-        with fail_in_all_processes():
-            own = self._own_rankings(mode, self.gallery, top_k)
-        everybody = gather(own)
-        return {
-            group.name: rankings_of_all_processes([part[group.name] for part in everybody if group.name in part])
-            for group in groups
-        }
-
-    def draw_attention(self, folder: Path) -> list[Path]:
-        """Draw the model's attention in the references of some queries of each group, and return the files."""
-        processors = self.dataset.vis_processor, self.dataset.text_processor
-        written = []
-        for group in self.dataset.benchmark.groups:
-            queries = [group.queries[index] for index in contact_sheets.drawn_queries(group, ATTENTION_ROWS)]
-            # The sheet shows pictures, so the cached features do not help.
-            pictures = torch.stack([processors[0](self.dataset.picture(query.reference)) for query in queries])
-            samples = {"image": pictures, "text_input": [processors[1](query.texts[0]) for query in queries]}
-            maps = self.model.attention_maps(prepare_sample(samples, self.cuda_enabled)).float().cpu()
-            sheet = folder / f"attention_{group.name}.png"
-            written.append(
-                contact_sheets.attention_sheet(
-                    self.dataset.benchmark, group, pictures, maps, self.model.attention_labels, sheet
-                )
-            )
-        return written
-
-    def _own_rankings(self, mode: str, gallery: Tensor, top_k: int) -> dict[str, Ranking]:
-        """Rank this process's share of each group's queries; a group without any is left out."""
-        groups = self.dataset.benchmark.groups
-        parts = [[group.queries[index] for index in share(len(group.queries))] for group in groups]
-        rows = self.encode_queries(mode, parts)
-        position = {name: index for index, name in enumerate(self.dataset.names)}
-        own = {}
-        for group, queries in zip(groups, parts):
-            count = sum(len(query.texts) for query in queries)
-            if queries:
-                is_whole = list(group.gallery) == self.dataset.names  # a copy of all features would only cost memory
-                features = gallery if is_whole else gallery[[position[name] for name in group.gallery]]
-                own[group.name] = rank_queries(queries, rows[:count], features, group, self.model.device, top_k)
-            rows = rows[count:]
-        return own
-
-    def encode_gallery(self) -> Tensor:
-        """Return the features of all G images, ``(G, ...)``; each process encodes its share."""
-        place = Path(registry.get_path("output_dir")) / GALLERY_FILE
-        batches = self._encode(
-            self.dataset,
-            share(len(self.dataset)),
-            lambda samples: self.model.encode_target(samples["image"]),
-            "encode gallery",
-        )
-        return shared_rows(place, len(self.dataset), batches, self.gallery_dtype)
-
-    def encode_queries(self, mode: str, parts: Iterable[Iterable[Query]]) -> Tensor:
-        """Return one query vector per text of these parts of the groups: ``(R, D)``, float32."""
-        rows = self.dataset.texts if mode == "text" else self.dataset.queries
-        indices: list[int] = []
-        start = 0
-        for group, part in zip(self.dataset.benchmark.groups, parts):
-            texts = [len(query.texts) for query in group.queries]
-            first = start + sum(texts[: share(len(texts)).start])
-            indices += range(first, first + sum(len(query.texts) for query in part))
-            start += sum(texts)
-        label = f"encode queries ({mode})"
-        encoded = list(self._encode(rows, indices, lambda samples: self.model.encode_query(samples, mode), label))
-        return torch.cat(encoded) if encoded else torch.empty(0, 0)
-
-    def _encode(
-        self,
-        dataset: CirDataset,
-        indices: Sequence[int],
-        function: Callable[[dict[str, Any]], Tensor],
-        label: str,
-    ) -> Iterator[Tensor]:
-        """Yield the results of ``function`` on batches of these rows of a data set, as float32 on the CPU."""
-        loader = DataLoader(
-            Subset(dataset, indices),
-            batch_size=self.loader.batch_size,
-            num_workers=self.loader.num_workers if indices else 0,
-            collate_fn=dataset.collater,
-            worker_init_fn=worker_setup(),
-        )
-        for samples in tqdm(loader, desc=label, disable=None if is_main_process() else True, leave=False):
-            yield function(prepare_sample(samples, self.cuda_enabled)).float().cpu()
-
-
-def rank_queries(
-    queries: Sequence[Query], rows: Tensor, gallery: Tensor, group: Group, device: torch.device, top_k: int = TOP
-) -> Ranking:
-    """Rank a group's gallery for some of its queries by the group's rules.
-
-    Args:
-        queries: Some queries of the group.
-        rows: One unit vector per text of each query, in order, ``(R, D)``. The vector of a query with several texts is
-            the normalised mean of theirs.
-        gallery: Features ``(G, K, D)`` or ``(G, D)`` in the order of the group's gallery, on any device.
-        group: Group with the names and the rules.
-        device: Device that computes.
-        top_k: Number of best images to return.
-
-    Returns:
-        The ranking on the CPU, padded to the widths of the whole group.
-    """
-    index: dict[str | None, int] = {name: position for position, name in enumerate(group.gallery)}
-
-    def positions(names: Callable[[Query], Sequence[str | None]]) -> Tensor:
-        width = max(len(names(query)) for query in group.queries)
-        return padded(([index.get(name, -1) for name in names(query)] for query in queries), width).to(device)
-
-    counts = torch.tensor([len(query.texts) for query in queries])
-    if bool((counts > 1).any()):
-        owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        rows = F.normalize(torch.zeros(len(counts), rows.shape[1]).index_add_(0, owner, rows), dim=-1)
-    ranking = rank(
-        rows.to(device),
-        gallery,  # `rank` moves it to the device block by block
-        positions(lambda query: (query.target,)).flatten(),
-        excluded=positions(lambda query: (query.reference,)).flatten() if group.reference_removed else None,
-        members=positions(lambda query: query.members),
-        relevant=positions(lambda query: [name for name, _ in query.relevance]),
-        top_k=top_k,
-    )
-    return Ranking(**{field.name: getattr(ranking, field.name).cpu() for field in fields(Ranking)})
-
-
-def rankings_of_all_processes(rankings: Sequence[Ranking]) -> Ranking:
-    """Concatenate the rankings of consecutive queries."""
-    return Ranking(**{field.name: torch.cat([getattr(r, field.name) for r in rankings]) for field in fields(Ranking)})
 
 
 def write_report(

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lavis_cir_plugin.tasks.composed_retrieval import rank_queries
+from lavis_cir_plugin.tasks.evaluation import rank_queries
 
 BENCHMARKS = ("fashioniq", "cirr", "circo", "triplets", "lasco")
 DATA_SETS = (*BENCHMARKS, "laion_cir", "synthtriplets18m")

@@ -21,7 +21,7 @@ from lavis_cir_plugin.core.locks import FileLock, hold_lock, holder_of
 from lavis_cir_plugin.data.feature_cache import FeatureCache
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 from lavis_cir_plugin.garments import world
-from lavis_cir_plugin.tasks.composed_retrieval import Evaluation
+from lavis_cir_plugin.tasks.evaluation import Evaluation
 from lavis_cir_plugin.training import resumable_runner
 
 FORK = multiprocessing.get_context("fork")
@@ -92,10 +92,9 @@ def encode(folder):
     """Encode as evaluation and mining do."""
     dataset = Slow(folder)
     dataset.collater = list
-    evaluation = Evaluation.__new__(Evaluation)
-    evaluation.loader = SimpleNamespace(batch_size=2, num_workers=2)
+    evaluation = Evaluation(None, SimpleNamespace(dataset=dataset, batch_size=2, num_workers=2), cuda_enabled=False)
     with resumable_runner.lock_run(folder):
-        list(evaluation._encode(dataset, range(8), None, ""))
+        list(evaluation._loaded(dataset, [[0, 1], [2, 3], [4, 5], [6, 7]], ""))
 
 
 LOCKS = {

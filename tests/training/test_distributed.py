@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import SMALL, make_triplets
+from evaluation_world import NAMES, OUTSIDE, make_evaluation
 from launched import in_two_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_cir_plugin.core.processes import fail_in_all_processes, share
+from lavis_cir_plugin.core.shared_rows import SharedRows
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
@@ -84,6 +89,22 @@ def encoded(path, total):
     return shared_rows(path, total, numbers.split(2) if len(numbers) else [], torch.float16).clone()
 
 
+def refuse(file, row, others=0):
+    if others:  # only the references' features may lack room
+        raise OSError("no room")
+
+
+def evaluated(folder):
+    """Return the passes of this process's tower, the gallery's features, and the ranks by mode and group."""
+    evaluation, seen = make_evaluation("joint", folder)
+    ranks = {
+        (mode, name): ranking.ranks
+        for mode in ("multimodal", "image", "text")
+        for name, ranking in evaluation.rankings(mode).items()
+    }
+    return dict(seen), evaluation.gallery.clone(), ranks
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -102,6 +123,9 @@ def work(rank, folder):
     found["expanded"] = flat.weight.grad
     found["gathered"] = gather_with_gradient(torch.tensor([rank]))
     found["rows"] = [encoded(Path(folder) / "rows.tmp", n) for n in (1, 4, 5)]
+    found["evaluated"] = evaluated(Path(folder))
+    with mock.patch.object(SharedRows, "check_room", refuse) if rank == 1 else nullcontext():
+        found["evaluated without room"] = evaluated(Path(folder))
     try:
         with fail_in_all_processes():
             assert rank == 0, "no picture\nthis process has failed"
@@ -158,3 +182,15 @@ def test_batch_norm_statistics_stay_together(found):
     for both in (plain, perturbed):
         assert torch.equal(both[0][0], both[1][0]), "before a step"
         assert not torch.equal(both[0][1], both[1][1]), "after it"
+
+
+@pytest.mark.parametrize("kind", ["evaluated", "evaluated without room"])
+def test_two_processes_together_encode_each_picture_once(kind, found, tmp_path):
+    """If one process has no room for the references' features, both encode references again, with equal ranks."""
+    passes, gallery, ranks = evaluated(tmp_path)
+    assert passes == dict.fromkeys([*NAMES, *OUTSIDE], 1)
+    together = sum((Counter(of_process[kind][0]) for of_process in found), Counter())
+    assert (together == Counter(passes)) == (kind == "evaluated")
+    for _, their_gallery, their_ranks in (of_process[kind] for of_process in found):
+        torch.testing.assert_close(their_gallery, gallery, atol=1e-6, rtol=1e-5)
+        assert {key: own.tolist() for key, own in their_ranks.items()} == {key: o.tolist() for key, o in ranks.items()}

@@ -28,7 +28,7 @@ from lavis_cir_plugin.methods.retrieval_dpo.mining import (
     random_negatives,
 )
 from lavis_cir_plugin.ranking.ranks import padded
-from lavis_cir_plugin.tasks.composed_retrieval import Evaluation
+from lavis_cir_plugin.tasks.evaluation import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ class NegativeMiner:
         images.features, images.preloaded = dataset.features, dataset.preloaded
         loader = DataLoader(images, self.batch_size, num_workers=self.num_workers)
         evaluation = Evaluation(self.model, loader, self.device.type == "cuda", self.gallery_dtype)
-        gallery = evaluation.encode_gallery()
+        gallery = evaluation.encode_gallery(keeps_references=self.settings.source != "positive")
         own = share(len(right))
         parts: list[MinedNegatives] = []
         with fail_in_all_processes():
