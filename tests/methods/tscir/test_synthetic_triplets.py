@@ -169,6 +169,11 @@ def test_hashed_words_by_hand():
     assert torch.equal(found * 2048, (found * 2048).round())
 
 
+def test_captions_without_a_word_have_zeros():
+    assert torch.equal(HashedWordFeatures(["", ""], width=8)(["", ""]), torch.zeros(2, 8))
+    assert make_triplets(gathered([","], [","]), count=2).triplets == []
+
+
 def test_hashed_words_do_not_depend_on_the_company():
     captions = [f"a {colour} {noun}" for colour, noun in GRID]
     features = HashedWordFeatures(captions)
