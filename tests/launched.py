@@ -113,6 +113,7 @@ def leave_pictures_blank(patch: pytest.MonkeyPatch) -> None:
 
 def _launch(command: str, arguments: list[str], log: str, random_queries: int, environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # workers start as in any run, not from one more fork server
     torch.set_num_threads(1)
     add_small_towers()
     file = open(log, "a")  # noqa: SIM115 (open as long as the process)
