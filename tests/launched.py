@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
@@ -13,6 +14,8 @@ from typing import Any, Callable
 import pytest
 import torch
 import torch.multiprocessing as mp
+from conftest import add_small_towers
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lavis_cir_plugin.core.atomic_files import replace_file
 from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
@@ -65,6 +68,35 @@ def start_launcher(
     return processes
 
 
+def run_by_torchrun(command: str, arguments: Sequence[str], log: Path, world_size: int) -> None:
+    """Let torchrun's own agent start the processes of a run, which must succeed, from the fork server.
+
+    The agent sets the variables of each process as behind ``torchrun --standalone``.
+
+    Args:
+        command: ``train`` or ``evaluate``.
+        arguments: Of its command line.
+        log: File to which all processes append what they print.
+        world_size: Number of processes.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    standalone = {
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "localhost:0",
+        "max_restarts": 0,
+        "start_method": "forkserver",
+    }
+    agent = LaunchConfig(1, 1, world_size, **standalone)
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    }
+    try:
+        elastic_launch(agent, _launch)(command, list(arguments), str(log), chance.RANDOM_QUERIES, {})
+    finally:
+        for number, handler in before.items():  # the agent leaves its own
+            signal.signal(number, handler)
+
+
 def finish(processes: Sequence[BaseProcess], log: Path) -> None:
     """Wait for the processes of a run, which must succeed."""
     for process in processes:
@@ -81,7 +113,9 @@ def leave_pictures_blank(patch: pytest.MonkeyPatch) -> None:
 
 def _launch(command: str, arguments: list[str], log: str, random_queries: int, environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # workers start as in any run, not from one more fork server
     torch.set_num_threads(1)
+    add_small_towers()
     file = open(log, "a")  # noqa: SIM115 (open as long as the process)
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)

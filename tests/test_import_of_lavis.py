@@ -82,28 +82,51 @@ def test_a_library_that_is_not_installed_is_missed_at_its_import():
         importlib.import_module("library_that_is_not_there")
 
 
-IMPORT = """
+REGISTERED = """
+names = (registry.list_models(), registry.list_tasks(), registry.list_runners(), registry.list_datasets())
+wanted = ({"blip2_cir", "clip_cir", "tscir_mapping", "tscir_composing"}, {"composed_retrieval", "retrieval_dpo"},
+          {"runner_wrf4cir", "runner_wrf4cir_iter"}, {"fashioniq", "cirr", "circo", "triplets"})
+assert all(want <= set(have) for want, have in zip(wanted, names)), names
+assert "blip2_cir" in model_zoo.model_zoo
+load_model("blip2_cir", "tiny")
+"""
+LAVIS = "from lavis.common.registry import registry\nfrom lavis.models import load_model, model_zoo\n"
+PLUGIN_FIRST = f"""
 import sys, warnings
 warnings.simplefilter("error", DeprecationWarning)
 users = list(warnings.filters)
 import lavis_cir_plugin
-from lavis.models import load_model
+assert 'lavis' not in sys.modules and 'torch' not in sys.modules
+{LAVIS}
 assert [entry for entry in warnings.filters if entry in users] == users
 assert not any(entry[2] in (FutureWarning, SyntaxWarning) for entry in warnings.filters)
 assert "thinc" not in sys.modules and "spacy" in sys.modules
-sys.modules.update({"open_clip": None, "tensorboard": None})  # as if they were not installed
-load_model("blip2_cir", "tiny")
+sys.modules.update(dict.fromkeys(["open_clip", "tensorboard"]))  # as if they were not installed
+{REGISTERED}
 print("imported")
 warnings.warn("of the user's own doing", FutureWarning)
 """
 
 
 def test_lavis_is_imported_in_silence_and_the_user_is_warned_afterwards():
-    """The user's filters stay, spacy is not executed, and BLIP-2 needs neither open_clip nor tensorboard."""
+    """The user's filters stay, spacy is not executed, and BLIP-2 needs neither open_clip nor tensorboard.
+
+    The plugin is imported first, and its entries are registered when LAVIS is.
+    """
     pytest.importorskip("lavis")
-    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", PLUGIN_FIRST], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "imported\n"), done.stderr
     first, *rest = done.stderr.splitlines()
     assert first.endswith("FutureWarning: of the user's own doing")
-    own_line = IMPORT.splitlines()[-1]  # Python 3.13 shows it below the warning
+    own_line = PLUGIN_FIRST.splitlines()[-1]  # Python 3.13 shows it below the warning
     assert not any("Warning" in line for line in rest if line.strip() != own_line)
+
+
+LAVIS_FIRST = f"{LAVIS}assert 'blip2_cir' not in registry.list_models()\nimport lavis_cir_plugin\n{REGISTERED}"
+
+
+def test_entries_are_registered_at_once_where_lavis_was_imported_first():
+    pytest.importorskip("lavis")
+    command = [sys.executable, "-W", "ignore", "-c", LAVIS_FIRST]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

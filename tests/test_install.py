@@ -128,18 +128,20 @@ def test_start_up_is_silent_where_the_package_was_removed_by_hand(wheel, tmp_pat
 
 
 @requires_lavis
-def test_a_launcher_that_lavis_ships_wins_and_knows_our_entries(tmp_path):
+def test_a_launcher_that_lavis_ships_wins_and_knows_our_entries(tmp_path, monkeypatch, capsys):
     """A later LAVIS is simulated by one more folder in LAVIS's own search path."""
+    import lavis
+
     (tmp_path / "train.py").write_text(
         "from lavis.common.registry import registry\n"
         "print('from LAVIS:', registry.get_runner_class('runner_wrf4cir').__name__)\n"
     )
-    script = (
-        "import runpy, lavis_cir_hook; lavis_cir_hook.install()\n"
-        f"import lavis; lavis.__path__.append({str(tmp_path)!r})\n"
-        "runpy.run_module('lavis.train', run_name='__main__')\n"
-    )
-    assert "from LAVIS: RunnerWrf4Cir" in run(sys.executable, "-c", script, cwd=ROOT)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    install()
+    monkeypatch.setattr(lavis, "__path__", [*lavis.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "lavis.train", raising=False)  # another test may have imported ours
+    runpy.run_module("lavis.train", run_name="__main__")
+    assert "from LAVIS: RunnerWrf4Cir" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["os", "train", "lavis.models", "lavis.training", "lavis.train.x", "lavis_cir_plugin"])

@@ -111,33 +111,6 @@ def test_parts_without_lavis_work_where_it_is_not_installed():
     assert result.returncode == 0, result.stderr
 
 
-REGISTERED = """
-names = (registry.list_models(), registry.list_tasks(), registry.list_runners(), registry.list_datasets())
-wanted = ({"blip2_cir", "clip_cir", "tscir_mapping", "tscir_composing"}, {"composed_retrieval", "retrieval_dpo"},
-          {"runner_wrf4cir", "runner_wrf4cir_iter"}, {"fashioniq", "cirr", "circo", "triplets"})
-assert all(want <= set(have) for want, have in zip(wanted, names)), names
-assert "blip2_cir" in model_zoo.model_zoo
-load_model("blip2_cir", "tiny")
-"""
-LAVIS = "from lavis.common.registry import registry\nfrom lavis.models import load_model, model_zoo\n"
-ORDERS = {
-    "plugin first": "import lavis_cir_plugin, sys\nassert 'lavis' not in sys.modules and 'torch' not in sys.modules\n"
-    + LAVIS,
-    "LAVIS first": LAVIS + "assert 'blip2_cir' not in registry.list_models()\nimport lavis_cir_plugin\n",
-}
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_registers_whichever_is_imported_first(order):
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ORDERS[order] + REGISTERED],
-        cwd=PACKAGE.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-
-
 FORMER = {
     "lavis_cir_plugin.garments": ["GarmentsConfig", "make_garments", "write_fashioniq", "draw", "words"],
     "lavis_cir_plugin.ranking": [

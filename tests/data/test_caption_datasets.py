@@ -456,6 +456,7 @@ def test_two_processes_see_each_sample_once_an_epoch(tmp_path: Path):
     assert seen[0][:3] != seen[0][3:]
 
 
+SIDE = 16
 WORLD = {
     "train_triplets": 4, "train_images": 8, "val_queries": 3, "val_images": 6, "test_queries": 2, "test_images": 4,
     "image_width": 48, "image_height": 60,
@@ -485,24 +486,30 @@ def project(tmp_path: Path, world: Any, names: tuple[str, ...], processor: str =
         "caption_shards": {"root": str(root)},
     }
     garments = {"garments": {"train_images": 12, "val_images": 4, "image_width": 48, "image_height": 60}}
-    vis = {"name": processor, "image_size": 64}
+    plain = {"name": "target_pad", "image_size": SIDE}
+    vis = {"train": {"name": processor, "image_size": SIDE}, "eval": plain}
     sections = {
-        name: {"vis_processor": {"train": vis}, **({"build_info": infos[name]} if name in infos else garments)}
-        for name in names
+        name: {"vis_processor": vis, **({"build_info": infos[name]} if name in infos else garments)} for name in names
     }
     for section in sections.values():
         section["splits"] = ["train"]
     evaluated = {
         "splits": ["val"],
         "build_info": {"root": str(fashioniq), "categories": ["dress"]},
-        "vis_processor": {stage: {"name": "target_pad", "image_size": 64} for stage in ("train", "eval")},
+        "vis_processor": {"train": plain, "eval": plain},
     }
     run = {
         "task": "composed_retrieval", "max_epoch": 1, "batch_size_train": 4, "init_lr": 1e-4, "num_workers": 0,
         "device": "cpu", "output_dir": str(tmp_path / "out"), "train_splits": ["train"], "valid_splits": ["val"],
     }  # fmt: skip
     content = {
-        "model": {"arch": "clip_cir", "model_type": "tiny", "freeze_vit": False},
+        "model": {
+            "arch": "clip_cir",
+            "model_type": "tiny",
+            "freeze_vit": False,
+            "clip_model": "small_clip",
+            "image_size": SIDE,
+        },
         "datasets": {**sections, "fashioniq": evaluated},
         "run": run,
     }
@@ -541,5 +548,5 @@ def test_two_views_reach_the_model_as_five_dimensions(world, tmp_path):
     builder = registry.get_builder_class("image_captions")
     section = OmegaConf.load(builder.default_config_path("default")).datasets.image_captions
     dataset = builder(OmegaConf.merge(section, OmegaConf.load(path).datasets.image_captions)).build_datasets()["train"]
-    assert dataset.collater([dataset[0], dataset[1]])["image"].shape == (2, 2, 3, 64, 64)
+    assert dataset.collater([dataset[0], dataset[1]])["image"].shape == (2, 2, 3, SIDE, SIDE)
     assert isinstance(dataset[0]["image"], torch.Tensor)

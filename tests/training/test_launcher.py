@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import lavis
 import pytest
 import torch
+from launched import run_by_torchrun
 from lavis.models.blip_models.blip import BlipBase
 from lavis.models.blip_models.blip_caption import BlipCaption
 from lavis.models.vit import VisionTransformerEncoder
@@ -25,7 +23,6 @@ from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.models.tokenizer import load_tokenizer
 from lavis_cir_plugin.training import launcher
 
-ROOT = Path(__file__).parents[2]
 WORLD = {
     "train_triplets": 16, "train_images": 24, "val_queries": 6, "val_images": 10, "test_queries": 3, "test_images": 6,
     "image_width": 48, "image_height": 60,
@@ -97,26 +94,12 @@ def test_train_then_evaluate_end_to_end(project, tmp_path, capsys):
     assert again["metrics"] == metrics["metrics"]
 
 
-def run_module(arguments, nproc=0, cwd=None):
-    """Run ``python -m lavis.train`` in a process of its own, as from a checkout that is not installed."""
-    code = "import runpy, lavis_cir_hook as hook; hook.install(); runpy.run_module('lavis.train', run_name='__main__')"
-    script = Path(cwd) / "start.py"
-    script.write_text(code)
-    command = [sys.executable, "-W", "ignore"]
-    if nproc:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, str(script), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
 @pytest.mark.slow
 def test_two_processes_train_and_rank_together(project, tmp_path):
     """torchrun's processes write one folder and one table, and their ranking equals that of a single process."""
-    result = run_module(["--cfg-path", project(run__max_epoch=1)], nproc=2, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("Protocol:") == 1
+    printed = tmp_path / "printed.txt"
+    run_by_torchrun("train", ["--cfg-path", project(run__max_epoch=1)], printed, world_size=2)
+    assert printed.read_text().count("Protocol:") == 1
     folder = output_of(tmp_path)
     metrics = json.loads((folder / "val" / "metrics.json").read_text())["metrics"]
     options = ["model.load_finetuned=true", f"model.finetuned={folder / 'checkpoint_best.pth'}"]

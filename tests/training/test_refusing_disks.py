@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launched import in_two_processes
 from lavis.runners import runner_base
 from omegaconf import OmegaConf
 
@@ -134,7 +134,7 @@ def build(rank, folder):
 
 
 def test_what_is_built_is_the_same_on_every_rank_and_what_follows_is_not(tmp_path):
-    mp.spawn(build, (str(tmp_path),), nprocs=2)
+    in_two_processes(build, str(tmp_path))
     (first, drawn), (second, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(drawn, other)

@@ -39,7 +39,10 @@ WORLD = {
 CHANGES = {
     "model": {
         "vit_config": {"patch_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2},
-        "qformer_config": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+        "qformer_config": {
+            "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64,
+            "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+        },
     },
     "run": {
         "wrf": {"gamma": 0.05, "every": 2, "warmup_epochs": 0}, "max_epoch": 3, "batch_size_train": 4,

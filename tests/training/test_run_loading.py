@@ -27,6 +27,10 @@ BLIP2 = {"arch": "blip2_cir", **SMALL}
 CLIP = {"clip_model": "small_clip", "image_size": 16}
 TSCIR = {**CLIP, "hidden_width": 10, "injection_width": 8, "injection_heads": 2, "injection_blocks": [0, 1]}
 COMPOSING = {"arch": "tscir_composing", **TSCIR, "adapter_blocks": [0, 2], "adapter_rank": 3}
+SMALL_BLIP = {
+    "vit_config": {"embed_dim": 8, "depth": 1, "num_heads": 2},
+    "bert_config": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+}
 LORA = {"target_modules": ["query", "value"], "r": 2, "also_train": "_proj"}
 SCORING = {
     "joint": BLIP2,
@@ -183,12 +187,11 @@ def test_frozen_weights_of_no_file_are_drawn_again_and_said(tmp_path, caplog):
 @pytest.mark.parametrize("arch", ["blip_vqa_tiny", "blip_caption_tiny"])
 def test_lavis_own_tasks_models_load_with_their_types_processors(arch, tmp_path):
     dataset = {"blip_vqa_tiny": "garments_vqa", "blip_caption_tiny": "garments_caption"}[arch]
+    model = {"arch": arch, "model_type": "tiny", "image_size": 32, **SMALL_BLIP}
     torch.manual_seed(0)
-    built = BaseTask().build_model(
-        SimpleNamespace(model_cfg=OmegaConf.create({"arch": arch, "model_type": "tiny", "image_size": 32}))
-    )
+    built = BaseTask().build_model(SimpleNamespace(model_cfg=OmegaConf.create(model)))
     saved = {
-        "model": {"arch": arch, "model_type": "tiny", "image_size": 32},
+        "model": model,
         "datasets": {dataset: {"splits": ["train", "val"]}},
         "run": {"seed": 1},
     }

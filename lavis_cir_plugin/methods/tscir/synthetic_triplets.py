@@ -123,7 +123,8 @@ class HashedWordFeatures:
             places.extend(row * self.width + column for column, _ in entries)
             values.extend(value for _, value in entries)
         flat = np.bincount(np.array(places, dtype=np.int64), np.array(values), len(captions) * self.width)
-        return _rounded(F.normalize(torch.from_numpy(flat).view(len(captions), self.width), dim=1))
+        # Of no place at all, bincount counts whole numbers, whatever the weights.
+        return _rounded(F.normalize(torch.from_numpy(flat).double().view(len(captions), self.width), dim=1))
 
 
 class ClipTextFeatures:
