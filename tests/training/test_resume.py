@@ -37,6 +37,7 @@ WORLD = {
 
 # Every kind of state: dropout, a kept direction, accumulated gradients left over at the end of an epoch, best-so-far.
 CHANGES = {
+    "datasets": {"fashioniq": {"noise_ratio": 0.25, "noise_seed": 1}},
     "model": {
         "vit_config": {"patch_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2},
         "qformer_config": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
@@ -92,7 +93,8 @@ def outcome(output):
     for folder in folders:
         log = (folder / "log.txt").read_text()
         _, end = json.JSONDecoder().raw_decode(log)  # the config, which names the folder
-        files = {name: (folder / name).read_text() for name in ("steps.csv", "epochs.csv", "val/metrics.json")}
+        names = ("steps.csv", "epochs.csv", "noise.json", "val/metrics.json")
+        files = {name: (folder / name).read_text() for name in names}
         states = {}
         for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
             saved = read_checkpoint(str(folder / name))
