@@ -35,7 +35,8 @@ WORLD = {
     "image_width": 48, "image_height": 60,
 }  # fmt: skip
 
-# Every kind of state: dropout, a kept direction, accumulated gradients left over at the end of an epoch, best-so-far.
+# Every kind of state: dropout, a kept direction, accumulated gradients left over at the end of an epoch, best-so-far,
+# the average of the weights.
 CHANGES = {
     "datasets": {"fashioniq": {"noise_ratio": 0.25, "noise_seed": 1}},
     "model": {
@@ -45,6 +46,7 @@ CHANGES = {
     "run": {
         "wrf": {"gamma": 0.05, "every": 2, "warmup_epochs": 0}, "max_epoch": 3, "batch_size_train": 4,
         "accum_grad_iters": 2, "save_every": 2, "log_freq": 2, "resume_ckpt_path": "auto", "warmup_steps": 3,
+        "ema_decay": 0.9,
     },
 }  # fmt: skip
 ITERATIONS = {"runner": "runner_wrf4cir_iter", "max_iters": 16, "iters_per_inner_epoch": 5, "max_epoch": None}
