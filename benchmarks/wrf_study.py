@@ -21,7 +21,7 @@ from pathlib import Path
 from study.design import DEMO, FULL, QUICK, Design, Run
 from study.page import write_page
 from study.results import Result, append_result, read_results
-from study.tables import Study, aligned, counts, main_table, tests
+from study.tables import Study, aligned, comparisons, counts, main_table
 
 ROOT = Path(__file__).parents[1]
 DESIGNS = {"full": FULL, "quick": QUICK, "demo": DEMO}
@@ -61,7 +61,7 @@ def show(study: Study) -> None:
         return
     for amount in study.design.main_amounts:
         print(f"\n{amount:,} triplets, mean of R@10 and R@50 in percent\n" + aligned(main_table(study, amount)))
-    print("\n" + aligned(tests(study)))
+    print("\n" + aligned(comparisons(study)))
 
 
 def missing_runs(design: Design, results: Path, only: Sequence[str]) -> list[Run]:

@@ -12,6 +12,7 @@ from study.tables import (
     Study,
     Table,
     choice_table,
+    comparisons,
     conclusion,
     counts,
     main_table,
@@ -19,7 +20,6 @@ from study.tables import (
     noise_table,
     pair_table,
     provenance,
-    tests,
 )
 
 HEAD = """# Results: does WRF4CIR do what it claims?
@@ -92,7 +92,7 @@ def page_parts(study: Study, links: Sequence[str] = ()) -> Iterator[str]:
         counts=markdown(counts(study)),
         stale=f"\n{stale} rows of the file belong to other settings than these and are left out.\n" if stale else "",
         level=LEVEL,
-        tests=markdown(tests(study)),
+        tests=markdown(comparisons(study)),
     )
     for amount in sorted({*design.main_amounts, *design.other_amounts}):
         yield f"## {amount:,} triplets\n\n{shown(main_table(study, amount))}\n"

@@ -190,7 +190,7 @@ def run_config(design: Design, run: Run, work: Path) -> dict[str, Any]:
         "datasets": {
             "fashioniq": {
                 "build_info": {"root": str(world(design, run.world)), "verify_images": False,
-                               "annotations": str(annotations(design, run, work))},
+                               "annotations": str(training_annotations(design, run, work))},
                 "vis_processor": PROCESSORS,
                 "noise_seed": run.seed,
             },

@@ -237,14 +237,14 @@ def verdict(interval: Interval | None) -> str:
     return "no gain of a point" if interval.high < POINT else "undecided"
 
 
-def tests(study: Study) -> Table:
+def comparisons(study: Study) -> Table:
     """Return the comparisons that the plan named before the runs, with their verdicts."""
     table = [["triplets", "comparison", f"difference ({LEVEL} %)", "verdict"]]
     for amount in study.design.main_amounts:
         rows = {name: study.of("main", name, amount) for name in (PLAIN, RANDOM, SAM, study.wrf, *REGULARISERS)}
         longer = study.of("why", f"steps x 2: {PLAIN}", amount)
         best = study.best_regulariser
-        comparisons = {
+        differences = {
             f"{study.wrf} less plain": study.difference(rows[study.wrf], rows[PLAIN]),
             f"{study.wrf} less random": study.difference(rows[study.wrf], rows[RANDOM]),
             "random less plain": study.difference(rows[RANDOM], rows[PLAIN]),
@@ -255,8 +255,8 @@ def tests(study: Study) -> Table:
             f"{study.wrf} less plain, last step": study.difference(rows[study.wrf], rows[PLAIN], "hits_last"),
         }
         if amount == study.design.why_triplets:
-            comparisons[f"{study.wrf} less plain with twice the steps"] = study.difference(rows[study.wrf], longer)
-        for words, interval in comparisons.items():
+            differences[f"{study.wrf} less plain with twice the steps"] = study.difference(rows[study.wrf], longer)
+        for words, interval in differences.items():
             table.append([f"{amount:,}", words, "–" if interval is None else str(interval), verdict(interval)])
         narrower = study.gap_difference(rows[study.wrf], rows[PLAIN])
         said = "not run yet" if narrower is None else "narrower" if narrower.high < 0 else "not narrower"
