@@ -27,14 +27,14 @@ from lavis_cir_plugin.data.benchmark_datasets import cache_root
 from lavis_cir_plugin.data.feature_cache import fingerprint
 from lavis_cir_plugin.garments import fashioniq, questions
 from lavis_cir_plugin.garments.attributes import CATEGORIES
-from lavis_cir_plugin.garments.world import make_once, write_json
+from lavis_cir_plugin.garments.world import digest, make_once, write_json
 from lavis_cir_plugin.methods.wrf4cir.generalisation_gap import loss_along
 from lavis_cir_plugin.methods.wrf4cir.optimizer import select_tensors
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.report.run_log import EPOCHS, STEPS, read_epochs, read_steps
 from lavis_cir_plugin.report.run_record import commit, hardware, software
 from lavis_cir_plugin.training import launcher
-from study.design import ASAM, CAPTION_WORLD, Design, Run, Start
+from study.design import ASAM, CAPTION_WORLD, VERSION, Design, Run, Start
 from study.results import pack_hits
 
 WIDTH, HEIGHT = 64, 80  # of the drawn pictures
@@ -81,7 +81,7 @@ def training_annotations(design: Design, run: Run, work: Path) -> Path:
 def caption_world(design: Design) -> Path:
     """Return the folder of a drawn world of captioned pictures; the first call draws it."""
     settings = questions.QuestionGarments(
-        seed=CAPTION_WORLD, train_images=design.caption_pictures, val_images=600, captions="full",
+        seed=CAPTION_WORLD, train_images=design.caption_pictures, val_images=40, captions="full",
         image_width=WIDTH, image_height=HEIGHT,
     )  # fmt: skip
     return questions.WORLD.make(cache_root(), settings, section="garments_caption")
@@ -109,7 +109,7 @@ def caption_triplets(root: Path, work: Path) -> Path:
 
 def start_checkpoint(design: Design, start: Start, work: Path) -> Path:
     """Return the checkpoint that runs start from; the first call trains it on captions."""
-    path = work / "starts" / f"{design.name}_{start.name}.pth"
+    path = _start_file(design, start, work)
     path.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(path.with_suffix(".lock"), f"training {path.name}"):
         if not path.is_file():
@@ -119,33 +119,42 @@ def start_checkpoint(design: Design, start: Start, work: Path) -> Path:
     return path
 
 
+def _start_file(design: Design, start: Start, work: Path, suffix: str = ".pth") -> Path:
+    settings = [VERSION, design.caption_pictures, design.caption_steps, design.batch]
+    return work / "starts" / f"{start.name}_{digest(settings)[:8]}{suffix}"
+
+
 def _make_start(design: Design, start: Start, work: Path) -> Mapping[str, Tensor]:
-    own = Start(share=start.share)
-    if start == own:
+    if start == Start():
         return _train_on_captions(design, start, work, None)
-    # Another Q-Former stands on the same tower, which it finds frozen.
-    untrained = work / "starts" / f"{design.name}_{start.name}_untrained.pth"
+    # Another Q-Former stands on a tower that is finished and frozen.
+    untrained = _start_file(design, start, work, "_untrained.pth")
+    if start.share == 1:
+        tower = read_checkpoint(str(start_checkpoint(design, Start(), work)))["model"]
+    else:
+        tower = _train_on_captions(design, Start(share=start.share), work, None)
     with replacing(untrained) as file:
-        torch.save({"model": _with_tower(start, start_checkpoint(design, own, work))}, file)
+        torch.save({"model": _with_tower(start, tower)}, file)
     if start.fresh:
         return dict(read_checkpoint(str(untrained))["model"])
     return _train_on_captions(design, start, work, untrained)
 
 
-def _with_tower(start: Start, source: Path) -> Mapping[str, Tensor]:
+def _with_tower(start: Start, source: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the weights of a model with a new Q-Former of the start's width, and the tower of other weights."""
     seed_all(0)
-    section = OmegaConf.create({"model": model_section(start, None), "datasets": {}, "run": {}})
     model_class = registry.get_model_class("blip2_cir")
     defaults = OmegaConf.load(model_class.default_config_path("tiny"))
-    model = model_class.from_config(OmegaConf.merge(defaults, section).model)
-    tower = {name: tensor for name, tensor in read_checkpoint(str(source))["model"].items() if "visual_encoder" in name}
+    model = model_class.from_config(OmegaConf.merge(defaults, {"model": model_section(start, None)}).model)
+    tower = {name: tensor for name, tensor in source.items() if name.startswith("visual_encoder.")}
     return {**model.state_dict(), **tower}
 
 
 def _train_on_captions(design: Design, start: Start, work: Path, untrained: Path | None) -> Mapping[str, Tensor]:
     root = caption_world(design)
     folder = caption_triplets(root, work)
-    steps = round(start.share * design.caption_steps)
+    # A tower is trained together with its Q-Former; a Q-Former on a frozen tower always has all steps.
+    steps = round((start.share if untrained is None else 1) * design.caption_steps)
     config = {
         "model": {**model_section(start, untrained), "freeze_vit": untrained is not None},
         "datasets": {
@@ -153,11 +162,11 @@ def _train_on_captions(design: Design, start: Start, work: Path, untrained: Path
                          "vis_processor": PROCESSORS, "splits": ["train"], "preload": untrained is None},
         },
         "run": {**run_section(design, work), "runner": "runner_iter", "max_iters": steps,
-                "iters_per_inner_epoch": steps, "valid_splits": [], "init_lr": 5.0e-4, "seed": 0,
+                "iters_per_inner_epoch": max(steps // 10, 1), "valid_splits": [], "init_lr": 5.0e-4, "seed": 0,
                 "feature_cache": str(work / "features") if untrained is not None else False},
     }  # fmt: skip
     runners: list[Any] = []
-    output = work / "starts" / f"{design.name}_{start.name}_run"
+    output = _start_file(design, start, work, "_run")
     _launch(config, output, runners.append)
     model = runners[0].unwrap_dist_model(runners[0].model)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
