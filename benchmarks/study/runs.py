@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import random
@@ -242,7 +243,8 @@ def _launch(config: Any, output: Path, announce: Callable[[Any], None]) -> None:
     config["run"]["output_dir"] = str(output / "out")
     OmegaConf.save(OmegaConf.create(config), output / "project.yaml")
     logging.disable(logging.INFO)
-    launcher.run("train", argparse.Namespace(cfg_path=str(output / "project.yaml"), options=[]), announce)
+    with (output / "printed.txt").open("w", encoding="utf-8") as printed, contextlib.redirect_stdout(printed):
+        launcher.run("train", argparse.Namespace(cfg_path=str(output / "project.yaml"), options=[]), announce)
 
 
 class Watch:
