@@ -38,7 +38,7 @@ class Start:
     """
 
     share: float = 1.0
-    width: int = 128
+    width: int = 64
     fresh: bool = False
 
     @property
@@ -234,7 +234,7 @@ def why_rows(chosen: Chosen, steps: int, validations: int) -> dict[str, Row]:
     for factor in (2, 4):
         longer = (f"run.max_iters={factor * steps}", f"run.iters_per_inner_epoch={factor * steps // validations}")
         found.update({f"steps x {factor}: {name}": row.with_options(*longer) for name, row in two.items()})
-    starts = {"head 64": Start(width=64), "head 256": Start(width=256), "weak tower": Start(share=0.1),
+    starts = {"head 32": Start(width=32), "head 128": Start(width=128), "weak tower": Start(share=0.1),
               "fresh head": Start(fresh=True)}  # fmt: skip
     for label, start in starts.items():
         found.update({f"{label}: {name}": Row(row.options, start, row.matched) for name, row in three.items()})
