@@ -1,4 +1,5 @@
-# make install | demo | demo-tscir | demo-dpo | demo-search | test | lint | docs | bench | release; PYTHON=python3.13 chooses the interpreter,
+# make install | demo | demo-tscir | demo-dpo | demo-wrf | demo-search | study | test | lint | docs | bench | release;
+# PYTHON=python3.13 chooses the interpreter,
 # VENV=folder where it is installed, WITH='transformers<5' what else pip has to install,
 # CIR_DATA=folder that holds fashionIQ_dataset/ with the real annotation files, for bench.
 PYTHON ?= python3
@@ -12,7 +13,7 @@ STATE := $(shell { echo "$(CURDIR) $(WITH)"; cat setup.cfg setup.py pyproject.to
 INSTALLED := $(VENV)/.installed-$(STATE)
 TESTABLE := $(VENV)/.testable-$(STATE)
 
-.PHONY: install demo demo-tscir demo-dpo demo-search test lint format docs bench release
+.PHONY: install demo demo-tscir demo-dpo demo-wrf demo-search study test lint format docs bench release
 
 install: $(INSTALLED)
 
@@ -25,6 +26,13 @@ demo-tscir: install
 demo-dpo: install
 	$(BIN)/python benchmarks/dpo_ladder.py --work output/retrieval_dpo/demo --clip run.max_iters=300 \
 		--stage-one run.max_epoch=5 --fused run.max_epoch=2
+
+demo-wrf: install
+	$(BIN)/python -W ignore benchmarks/wrf_study.py --demo
+
+# It goes on from the rows of docs/results/wrf_study.csv; STUDY_ARGS='--jobs 2 --only main/*' and the like.
+study: install
+	$(BIN)/python -W ignore benchmarks/wrf_study.py $(STUDY_ARGS)
 
 demo-search: install
 	@ls output/wrf4cir/demo/*/checkpoint_best.pth > /dev/null 2>&1 || $(MAKE) demo

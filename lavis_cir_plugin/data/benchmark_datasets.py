@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.benchmarks.types import Benchmark, Triplet
 from lavis_cir_plugin.data.feature_cache import FeatureCache
+from lavis_cir_plugin.data.label_noise import LabelNoise, mixed_sources
 from lavis_cir_plugin.data.negatives import NegativeSets
 
 Processor = Callable[[Any], Any]
@@ -113,7 +115,12 @@ class TripletDataset(CirDataset):
 
     After :meth:`use_negatives` a sample also has ``negatives`` ``(K, ...)``, which are drawn from the same generator,
     and ``negatives_present`` ``(K,)``. If a triplet has fewer than K negatives, its target fills the other places.
+
+    Attributes:
+        noise: The triplets with a wrong target; ``None`` before :meth:`mix_labels`.
     """
+
+    noise: LabelNoise | None = None
 
     def __init__(
         self,
@@ -140,10 +147,35 @@ class TripletDataset(CirDataset):
         """
         self.negatives, self.num_negatives, self.with_scores = negatives, count, with_scores
 
+    def mix_labels(self, ratio: float, seed: int) -> None:
+        """Give a share of the triplets another triplet's target, which is no right answer by their own annotation.
+
+        Raises:
+            ValueError: If :func:`~lavis_cir_plugin.data.label_noise.mixed_sources` raises it.
+        """
+        right = list(self.triplets)
+
+        def is_wrong(own: int, other: int) -> bool:
+            triplet, target = right[own], right[other].target
+            return target not in (triplet.target, triplet.reference, *triplet.also_right)
+
+        sources = mixed_sources(len(right), ratio, seed, is_wrong)
+        self.triplets = [
+            replace(triplet, target=right[sources[index]].target) if index in sources else triplet
+            for index, triplet in enumerate(right)
+        ]
+        wrong = [
+            {"index": index, "reference": right[index].reference, "target": right[source].target,
+             "right_target": right[index].target}
+            for index, source in sources.items()
+        ]  # fmt: skip
+        self.noise = LabelNoise(ratio, seed, sources, wrong)
+
     @property
     def contents(self) -> str:
-        """Numbers of triplets and pictures, in words for the log."""
-        return f"{len(self):,} triplets of {len(self.image_paths):,} pictures"
+        """Numbers of triplets, of wrong ones and of pictures, in words for the log."""
+        wrong = f" ({len(self.noise.wrong):,} with a wrong target)" if self.noise is not None else ""
+        return f"{len(self):,} triplets{wrong} of {len(self.image_paths):,} pictures"
 
     def __len__(self) -> int:
         """Return the number of triplets."""

@@ -191,6 +191,12 @@ class CaptionedShards:
             logger.warning("%s Left out, with %d in all by this process.", problem, self.broken_pictures)
         raise ValueError(f"caption_shards: no picture of {len(self.paths):,} shards can be read.")
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of a sample without its picture."""
+        shard, _, _, *place, is_json = self._places[index].tolist()
+        with self.paths[shard].open("rb") as file:
+            return _captions(_content(file, Member(*place)), bool(is_json))
+
 
 # -- members ---------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
-from lavis_cir_plugin.core.settings import Folder, Limits, Positive, Weights, check_argument, check_arguments, one_of
+from lavis_cir_plugin.core.settings import (
+    Folder,
+    Limits,
+    Positive,
+    Probability,
+    Weights,
+    check_argument,
+    check_arguments,
+    one_of,
+)
 from lavis_cir_plugin.models.combiner import Combiner, read_combiner
 from lavis_cir_plugin.models.contrastive_losses import contrastive_loss, symmetric_contrastive_loss, with_gradient_of
 from lavis_cir_plugin.models.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
@@ -68,6 +77,7 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         text_projection: Whether the text tower's last linear layer maps its features into the space of the images'
             features. With ``false``, as in the released code of Retrieval-DPO, scores compare two spaces and say
             nothing; this needs a text tower as wide as the image feature.
+        label_smoothing: Share of the probability that the loss spreads evenly over a batch's different targets.
 
     Raises:
         ValueError: If a choice is unknown or impossible; the message says what is allowed.
@@ -94,8 +104,10 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         fusion: Literal["sum", "text", "combiner"] = "sum",
         text_projection: bool = True,
         combiner: Optional[Weights] = None,
+        label_smoothing: Probability = 0.0,
     ) -> None:
         super().__init__()
+        self.label_smoothing = label_smoothing
         self._build_towers(clip_model, pretrained, image_size, tokenizer, pixels, with_patches=False)
         self.fusion = fusion
         if fusion == "text":
@@ -230,11 +242,13 @@ class ClipCir(BaseModel):  # type: ignore[misc]
             images = with_gradient_of(rows, self._unit_image, self._of_frozen_tower(pictures))
             captions = with_gradient_of(rows, self._unit_text, texts)
             ids = image_ids(samples)
-            return {"loss": symmetric_contrastive_loss(images, captions, self.temperature, ids, rows)}
+            loss = symmetric_contrastive_loss(images, captions, self.temperature, ids, rows, self.label_smoothing)
+            return {"loss": loss}
         query = self.query_features(samples if share == 1 else self._first(rows, samples))
         targets = self._of_frozen_tower(read_pictures(samples, "target"))
         found = with_gradient_of(rows, self.target_features, targets)
-        return {"loss": contrastive_loss(query, found, self.temperature, samples.get("target_id"))}
+        ids = samples.get("target_id")
+        return {"loss": contrastive_loss(query, found, self.temperature, ids, self.label_smoothing)}
 
     def _first(self, rows: int, samples: Mapping[str, Any]) -> dict[str, Any]:
         first = {"text_input": read_texts(samples)[:rows]}

@@ -34,7 +34,11 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
 
 
 def contrastive_loss(
-    query: Tensor, targets: Tensor, temperature: Tensor | float, target_ids: Tensor | None = None
+    query: Tensor,
+    targets: Tensor,
+    temperature: Tensor | float,
+    target_ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     r"""In-batch contrastive loss from query to target over the batches of all processes.
 
@@ -44,12 +48,16 @@ def contrastive_loss(
     :math:`N_i` holds every target of the global batch that shows another image than target i. CIRR repeats targets up
     to nine times; if a repetition counted as a negative, the loss would push the right answer away.
 
+    With label smoothing :math:`\epsilon` the right target has the probability
+    :math:`1 - \epsilon + \epsilon / (1 + |N_i|)` and each target of :math:`N_i` has :math:`\epsilon / (1 + |N_i|)`.
+
     Args:
         query: Unit-length queries, ``(R, D)`` with R <= B; the mean of the loss is over them.
         targets: Unit-length targets, ``(B, K, D)`` or ``(B, D)``; row i is the target of query i, and rows from R on
             are negatives alone.
         temperature: :math:`\tau > 0`, by which scores are divided.
         target_ids: ``(B,)`` int64, equal for the same image. Without ids all targets count as different images.
+        label_smoothing: :math:`\epsilon`, >= 0 and < 1.
 
     Returns:
         A scalar: ``log(world_size * B)`` if all scores are equal and no target repeats, 0 for a single target.
@@ -64,7 +72,8 @@ def contrastive_loss(
         >>> torch.isclose(contrastive_loss(same, same, 0.07, torch.tensor([1, 1, 2, 2])).exp(), torch.tensor(3.0))
         tensor(True)
 
-    Source: SPRC (arXiv 2310.05473) without the mask; BLIP-2 (arXiv 2301.12597) for the maximum over query tokens.
+    Source: SPRC (arXiv 2310.05473) without the mask; BLIP-2 (arXiv 2301.12597) for the maximum over query tokens and
+    for the label smoothing, of 0.1.
     """
     all_targets, positives, repeated = features_of_all_processes(targets, target_ids)
     # A cosine in half precision has an error of up to 5e-4; divided by the temperature, it changes a probability by
@@ -72,8 +81,15 @@ def contrastive_loss(
     with torch.autocast(query.device.type, enabled=False):
         logits = similarity(query.float(), all_targets.float()) / temperature
     if repeated is not None:
-        logits = logits.masked_fill(repeated[: len(query)], -torch.inf)
-    return F.cross_entropy(logits, positives[: len(query)])
+        repeated = repeated[: len(query)]
+        logits = logits.masked_fill(repeated, -torch.inf)
+    loss = F.cross_entropy(logits, positives[: len(query)])
+    if label_smoothing == 0:
+        return loss
+    log_likelihood = F.log_softmax(logits, dim=1)
+    if repeated is not None:  # torch's own smoothing would spread probability over the masked targets
+        log_likelihood = log_likelihood.masked_fill(repeated, torch.nan)
+    return (1 - label_smoothing) * loss - label_smoothing * log_likelihood.nanmean(dim=1).mean()
 
 
 def with_gradient_of(rows: int, function: Callable[[Any], Tensor], batch: Any) -> Tensor:
@@ -110,7 +126,12 @@ def features_of_all_processes(targets: Tensor, target_ids: Tensor | None) -> tup
 
 
 def symmetric_contrastive_loss(
-    first: Tensor, second: Tensor, temperature: Tensor | float, ids: Tensor | None = None, rows: int | None = None
+    first: Tensor,
+    second: Tensor,
+    temperature: Tensor | float,
+    ids: Tensor | None = None,
+    rows: int | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     r"""CLIP's contrastive loss: the mean of both directions of :func:`contrastive_loss`.
 
@@ -122,6 +143,7 @@ def symmetric_contrastive_loss(
         temperature: Number > 0 by which scores are divided.
         ids: ``(B,)`` int64; rows with equal ids are not negatives of each other.
         rows: Number of first rows whose loss counts, against all B rows of the other side; all by default.
+        label_smoothing: Label smoothing of both directions, >= 0 and < 1.
 
     Examples:
         >>> first, second = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
@@ -131,5 +153,5 @@ def symmetric_contrastive_loss(
 
     Source: CLIP (arXiv 2103.00020).
     """
-    there = contrastive_loss(first[:rows], second, temperature, ids)
-    return (there + contrastive_loss(second[:rows], first, temperature, ids)) / 2
+    there = contrastive_loss(first[:rows], second, temperature, ids, label_smoothing)
+    return (there + contrastive_loss(second[:rows], first, temperature, ids, label_smoothing)) / 2

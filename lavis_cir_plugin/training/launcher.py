@@ -32,6 +32,7 @@ from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.benchmarks.images import refuse_output_inside
 from lavis_cir_plugin.core.interruption import interruptible
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
+from lavis_cir_plugin.data.label_noise import write_noise
 from lavis_cir_plugin.report import run_record
 from lavis_cir_plugin.training import config, lora
 from lavis_cir_plugin.training.portable_runner import join_single_process
@@ -99,6 +100,7 @@ def run(command: str, args: argparse.Namespace, announce: Callable[[Any], None] 
     announce(runner)
     if is_main_process():
         _record_start(command, args, project, cfg, Path(runner.output_dir))
+        write_noise(Path(runner.output_dir), datasets)
     if command == "train":
         runner.train()
     else:

@@ -9,11 +9,11 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, Optional
+from typing import Annotated, Any, ClassVar, Optional
 
 import torch
 import torch.distributed as dist
@@ -30,10 +30,11 @@ from lavis_cir_plugin.core.checkpoints import (
 from lavis_cir_plugin.core.locks import FileLock, holder_of
 from lavis_cir_plugin.core.model_parts import frozen_names, momentum_copies
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
-from lavis_cir_plugin.core.settings import Positive, Section
+from lavis_cir_plugin.core.settings import Limits, Positive, Section
 from lavis_cir_plugin.data.resumable_loader import EpochLoader
 from lavis_cir_plugin.report.run_log import RunLog, progress
 from lavis_cir_plugin.training.portable_runner import PortableRunner
+from lavis_cir_plugin.training.weight_average import WeightAverage
 
 LAST, PREVIOUS = "checkpoint_last.pth", "checkpoint_previous.pth"
 _LOCK, _PATIENCE = ".running.lock", 0.5  # seconds to wait for processes that hold the lock only to read its holder
@@ -52,15 +53,18 @@ _MAY_DIFFER = ("resume_ckpt_path", "output_dir", "num_workers", "log_freq", "sav
 
 @dataclass(frozen=True)
 class CheckpointSettings(Section):
-    """The key of ``run`` that every runner reads here.
+    """The keys of ``run`` that every runner reads here.
 
     Attributes:
         save_every: Batches of an epoch between two ``checkpoint_last.pth``, besides those at the end of the epoch.
+        ema_decay: Decay of an exponential moving average of the weights, such as 0.999. The average is what is
+            evaluated and saved; ``checkpoint_last.pth`` also holds the weights themselves, to go on from.
     """
 
     WHERE = "run"
 
     save_every: Optional[Positive] = None
+    ema_decay: Optional[Annotated[float, Limits(gt=0, lt=1)]] = None
 
 
 class ResumableRunner(PortableRunner):
@@ -75,6 +79,8 @@ class ResumableRunner(PortableRunner):
       of an uninterrupted run, bit for bit on a CPU. Other checkpoints of LAVIS start a new folder with their weights,
       optimizer and epoch.
     * ``steps.csv``, ``epochs.csv`` and TensorBoard's files are written beside LAVIS's ``log.txt``.
+    * With ``run.ema_decay``, every checkpoint's ``model`` and every evaluation has the average of the weights
+      (:class:`~lavis_cir_plugin.training.weight_average.WeightAverage`).
     """
 
     RUN_SETTINGS: type[Section] = CheckpointSettings
@@ -95,6 +101,7 @@ class ResumableRunner(PortableRunner):
         self._batches_done = 0  # since the beginning of the run
         self._next_place = 0  # the epoch or iteration that comes after the one in training
         self._kept: str | None = None  # the moment up to which this process has saved or resumed the run
+        self._average: WeightAverage | None = None  # of the weights, in a training with run.ema_decay
 
     # LAVIS's two loops differ in the unit that they count and in the attribute where a resumed run begins.
 
@@ -146,7 +153,10 @@ class ResumableRunner(PortableRunner):
             self._train()
 
     def _train(self) -> None:
-        path = self.config.run_cfg.get("resume_ckpt_path")
+        path, decay = (self.config.run_cfg.get(key) for key in ("resume_ckpt_path", "ema_decay"))
+        if decay is not None and not self.evaluate_only:
+            average = self._average = WeightAverage(self.unwrap_dist_model(self.model), decay)
+            self.optimizer.register_step_post_hook(lambda *_: average.update())
         if path is not None and not self.evaluate_only:
             self._load_checkpoint(path)
         if self._resumed is not None and self._begin >= self._end:
@@ -198,7 +208,8 @@ class ResumableRunner(PortableRunner):
 
     def eval_epoch(self, split_name: str, cur_epoch: Any, skip_reload: bool = False) -> Any:
         """Evaluate a split and remember the metric that chooses the best checkpoint."""
-        result = super().eval_epoch(split_name, cur_epoch, skip_reload)
+        with self._averaged():
+            result = super().eval_epoch(split_name, cur_epoch, skip_reload)
         if split_name == "val" and isinstance(result, Mapping):
             self._validation_metric = float(result.get("agg_metrics", 0.0))
         return result
@@ -260,6 +271,10 @@ class ResumableRunner(PortableRunner):
         own: dict[str, Any] = resumed["processes"][get_rank()]
         return own
 
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Return a block in which the model has the weights that are evaluated and saved."""
+        return nullcontext() if self._average is None else self._average.in_model()
+
     def _epoch_loaders(self) -> list[EpochLoader]:
         # Streams (webdataset) have no position to return to; they start anew.
         loaders = getattr(self.train_loader, "loaders", [self.train_loader])
@@ -302,6 +317,8 @@ class ResumableRunner(PortableRunner):
             "best": self.best,
             "logs": {name: (folder / name).stat().st_size for name in _LOGS if (folder / name).is_file()},
         }
+        if self._average is not None:
+            progress.update(trained=self._average.trained(), averaged=self._average.updates)
         # LAVIS's own runners count finished iterations, or the number of the last finished epoch.
         done = place if self._counts_iterations else place - 1
         self._write({**self._checkpoint(done), "progress": progress}, LAST, PREVIOUS)
@@ -311,8 +328,10 @@ class ResumableRunner(PortableRunner):
         """Return the content of a LAVIS checkpoint, without frozen weights unless training moves them."""
         model = self.unwrap_dist_model(self.model)
         left_out = set(frozen_names(model)) - set(momentum_copies(model))
+        with self._averaged():
+            state = model.state_dict()
         return {
-            "model": {name: tensor for name, tensor in model.state_dict().items() if name not in left_out},
+            "model": {name: tensor for name, tensor in state.items() if name not in left_out},
             "optimizer": self.optimizer.state_dict(),
             "config": self.config.to_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
@@ -343,6 +362,8 @@ class ResumableRunner(PortableRunner):
         check_saved_run(saved, path, counts, self.config.run_cfg.get("runner"))
         model = self.unwrap_dist_model(self.model)
         load_strictly(model, saved["model"], path, may_lack=frozen_names(model))
+        if self._average is not None:
+            self._average.restart(saved.get("progress", {}).get("averaged", 0))
         self._check_optimizer(saved["optimizer"], path)
         asked = [{key: group[key] for key in _GROUP_KEYS if key in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -404,9 +425,13 @@ class ResumableRunner(PortableRunner):
         if not loaders:
             logging.warning("the training data is a stream, which begins anew")
         weights = dict(self.unwrap_dist_model(self.model).named_parameters())
-        unknown = [name for name in state["gradients"] if name not in weights]
-        if unknown:
-            raise _unusable(path, "progress.gradients", unknown[0], "of a tensor that this model has")
+        trained: Mapping[str, Tensor] = state.get("trained", {})
+        for key, tensors in (("gradients", state["gradients"]), ("trained", trained)):
+            unknown = [name for name in tensors if name not in weights]
+            if unknown:
+                raise _unusable(path, f"progress.{key}", unknown[0], "of a tensor that this model has")
+        for name, tensor in trained.items():
+            weights[name].data.copy_(tensor)
         for name, gradient in state["gradients"].items():
             weights[name].grad = gradient.to(weights[name].device)
         self._start_at(state["place"])
@@ -738,6 +763,9 @@ def _progress_checks(saved: Mapping[str, Any]) -> list[tuple[str, Any, Any, str]
         "best": (isinstance(best, Mapping) and {"epoch", "metric"} <= best.keys(), "an epoch and a metric"),
         "logs": (_is_mapping_of(state.get("logs"), str, int), "sizes by the name of the log"),
     }
+    if "trained" in state:
+        parts["trained"] = (_is_mapping_of(state["trained"], str, Tensor), "tensors by name")
+        parts["averaged"] = (_is_whole(state.get("averaged")), "a whole number >= 0")
     return [
         ("config", config, is_config, "a run's config"),
         ("progress", progress, is_mapping, "a mapping"),

@@ -15,6 +15,7 @@ from lavis_cir_plugin.core.settings import (
     PositiveNumber,
     Probability,
     Section,
+    Share,
     Weights,
 )
 
@@ -173,6 +174,10 @@ class DatasetSection(Section):
         preload: Whether to keep every preprocessed image in memory, at 12 bytes per pixel.
         build_info: Where the data are, and by which protocol they are read.
         garments: Settings of a drawn world in the data set's files; if it is absent, files are read.
+        noise_ratio: Share of the training examples that get a wrong label, from 0 to 1: a triplet another one's target,
+            a picture another one's captions, a question another one's answers. Evaluation splits, ``seen`` among them,
+            stay right. ``noise.json`` in the run's folder names the wrong ones.
+        noise_seed: Seed of that draw. For one seed, the wrong examples of a smaller ratio are among those of a larger.
         vis_processor: Processor of the images, by stage: ``train`` and ``eval``.
         text_processor: Processor of the texts, by stage: ``train`` and ``eval``.
     """
@@ -183,5 +188,7 @@ class DatasetSection(Section):
     preload: bool = False
     build_info: Optional[Mapping[str, Any]] = None
     garments: Optional[Mapping[str, Any]] = None
+    noise_ratio: Share = 0
+    noise_seed: NotNegative = 0
     vis_processor: Optional[Mapping[str, Any]] = None
     text_processor: Optional[Mapping[str, Any]] = None

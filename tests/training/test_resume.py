@@ -35,8 +35,10 @@ WORLD = {
     "image_width": 48, "image_height": 60,
 }  # fmt: skip
 
-# Every kind of state: dropout, a kept direction, accumulated gradients left over at the end of an epoch, best-so-far.
+# Every kind of state: dropout, a kept direction, accumulated gradients left over at the end of an epoch, best-so-far,
+# the average of the weights.
 CHANGES = {
+    "datasets": {"fashioniq": {"noise_ratio": 0.25, "noise_seed": 1}},
     "model": {
         "vit_config": {"patch_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2},
         "qformer_config": {
@@ -47,6 +49,7 @@ CHANGES = {
     "run": {
         "wrf": {"gamma": 0.05, "every": 2, "warmup_epochs": 0}, "max_epoch": 3, "batch_size_train": 4,
         "accum_grad_iters": 2, "save_every": 2, "log_freq": 2, "resume_ckpt_path": "auto", "warmup_steps": 3,
+        "ema_decay": 0.9,
     },
 }  # fmt: skip
 ITERATIONS = {"runner": "runner_wrf4cir_iter", "max_iters": 16, "iters_per_inner_epoch": 5, "max_epoch": None}
@@ -95,7 +98,8 @@ def outcome(output):
     for folder in folders:
         log = (folder / "log.txt").read_text()
         _, end = json.JSONDecoder().raw_decode(log)  # the config, which names the folder
-        files = {name: (folder / name).read_text() for name in ("steps.csv", "epochs.csv", "val/metrics.json")}
+        names = ("steps.csv", "epochs.csv", "noise.json", "val/metrics.json")
+        files = {name: (folder / name).read_text() for name in names}
         states = {}
         for name in ("checkpoint_last.pth", "checkpoint_best.pth"):
             saved = read_checkpoint(str(folder / name))

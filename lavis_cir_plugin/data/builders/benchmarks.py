@@ -29,6 +29,21 @@ def world_problems(name: str, settings: type, given: Mapping[str, Any]) -> Itera
     yield from (f"datasets.{name}.{problem}" for problem in section_problems(settings, "garments", given))
 
 
+def mix_labels(dataset: Any, section: Mapping[str, Any]) -> None:
+    """Make labels of a training data set wrong as ``noise_ratio`` and ``noise_seed`` of its section say.
+
+    Raises:
+        ValueError: If the ratio draws no example, or a drawn one finds no wrong label.
+    """
+    ratio = section.get("noise_ratio") or 0
+    if ratio == 0:
+        return
+    try:
+        dataset.mix_labels(ratio, section.get("noise_seed") or 0)
+    except ValueError as error:
+        raise ValueError(f"datasets.<name>.noise_ratio: {ratio} {error}; choose another one, or 0.") from error
+
+
 class BenchmarkBuilder(BaseDatasetBuilder):
     """Builds the training and evaluation splits of one benchmark.
 
@@ -38,6 +53,7 @@ class BenchmarkBuilder(BaseDatasetBuilder):
     * ``preload``: whether every preprocessed image is kept in memory, for small images or much memory.
     * ``build_info``: settings of the benchmark's reader.
     * ``garments``: settings of the drawn world, which is drawn into the cache on first use and read from there.
+    * ``noise_ratio`` and ``noise_seed``: which share of the training examples gets a wrong label.
     """
 
     benchmark_module: ModuleType
@@ -84,6 +100,8 @@ class BenchmarkBuilder(BaseDatasetBuilder):
             stage = "train" if split == "train" else "eval"
             processors = self.vis_processors[stage], self.text_processors[stage]
             dataset = self.build_split(split, build_info, *processors)
+            if split == "train":
+                mix_labels(dataset, self.config)
             if self.config.get("preload"):
                 dataset.preload()
             datasets[split] = dataset

@@ -20,13 +20,19 @@ from lavis_cir_plugin.benchmarks.captions import CaptionedImage
 from lavis_cir_plugin.data import tar_shards
 from lavis_cir_plugin.data.benchmark_datasets import CirDataset, Processor, cache_root, image_id
 from lavis_cir_plugin.data.builders.benchmarks import BenchmarkBuilder
+from lavis_cir_plugin.data.label_noise import LabelNoise, mixed_sources
 from lavis_cir_plugin.data.tar_shards import CaptionedShards
 
 
 class CaptionDataset(CirDataset):
-    """Captioned image files. If an example has several captions, one is drawn at each reading."""
+    """Captioned image files. If an example has several captions, one is drawn at each reading.
+
+    Attributes:
+        noise: The pictures with wrong captions; ``None`` before :meth:`mix_labels`.
+    """
 
     upright = True
+    noise: LabelNoise | None = None
 
     def __init__(
         self,
@@ -37,6 +43,28 @@ class CaptionDataset(CirDataset):
     ) -> None:
         super().__init__(image_paths, vis_processor, text_processor)
         self.examples = examples
+
+    def mix_labels(self, ratio: float, seed: int) -> None:
+        """Give a share of the pictures the captions of another picture.
+
+        Raises:
+            ValueError: If :func:`~lavis_cir_plugin.data.label_noise.mixed_sources` raises it.
+        """
+        right = list(self.examples)
+
+        def is_wrong(own: int, other: int) -> bool:
+            return right[own].image != right[other].image and right[own].captions != right[other].captions
+
+        sources = mixed_sources(len(right), ratio, seed, is_wrong)
+        self.examples = [
+            CaptionedImage(example.image, right[sources.get(index, index)].captions)
+            for index, example in enumerate(right)
+        ]
+        wrong = [
+            {"index": index, "image": right[index].image, "captions_of": right[source].image}
+            for index, source in sources.items()
+        ]
+        self.noise = LabelNoise(ratio, seed, sources, wrong)
 
     @property
     def contents(self) -> str:
@@ -58,12 +86,28 @@ class CaptionDataset(CirDataset):
 
 
 class ShardDataset(Dataset[dict[str, Any]]):
-    """Captioned images in tar shards. If an example has several captions, one is drawn at each reading."""
+    """Captioned images in tar shards. If an example has several captions, one is drawn at each reading.
+
+    Attributes:
+        noise: The samples with wrong captions; ``None`` before :meth:`mix_labels`.
+    """
+
+    noise: LabelNoise | None = None
 
     def __init__(self, samples: CaptionedShards, vis_processor: Processor, text_processor: Processor) -> None:
         self.samples = samples
         self.vis_processor = vis_processor
         self.text_processor = text_processor
+
+    def mix_labels(self, ratio: float, seed: int) -> None:
+        """Give a share of the samples the captions of another sample, whatever these say.
+
+        Raises:
+            ValueError: If :func:`~lavis_cir_plugin.data.label_noise.mixed_sources` raises it.
+        """
+        sources = mixed_sources(len(self), ratio, seed, lambda own, other: own != other)
+        wrong = [{"index": index, "captions_of": source} for index, source in sources.items()]
+        self.noise = LabelNoise(ratio, seed, sources, wrong)
 
     @property
     def contents(self) -> str:
@@ -77,6 +121,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return one example in LAVIS's keys."""
         image, texts = self.samples[index]
+        if self.noise is not None and index in self.noise.sources:
+            texts = self.samples.captions(self.noise.sources[index])
         return {"image": self.vis_processor(image), "text_input": self.text_processor(random.choice(texts))}
 
     def collater(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.benchmarks.images import check_format
 from lavis_cir_plugin.core.settings import as_plain
 from lavis_cir_plugin.data.benchmark_datasets import cache_root
-from lavis_cir_plugin.data.builders.benchmarks import split_problems, world_problems
+from lavis_cir_plugin.data.builders.benchmarks import mix_labels, split_problems, world_problems
+from lavis_cir_plugin.data.label_noise import LabelNoise, mixed_sources
 from lavis_cir_plugin.garments.questions import SPLITS, WORLD, QuestionGarments
 
 
@@ -29,16 +30,55 @@ class _ChecksFormat:
         return super().__getitem__(index)  # type: ignore[misc]
 
 
-class GarmentsVqa(_ChecksFormat, COCOVQADataset):  # type: ignore[misc]
+class _MixesLabels:
+    """Mix-in before a training data set of LAVIS whose label is one entry of each annotation.
+
+    Attributes:
+        label: Key of the label in an annotation.
+        noise: The annotations with a wrong label; ``None`` before :meth:`mix_labels`.
+    """
+
+    label: str
+    noise: LabelNoise | None = None
+
+    def mix_labels(self, ratio: float, seed: int) -> None:
+        """Give a share of the annotations the label of another annotation that shows another picture.
+
+        Raises:
+            ValueError: If :func:`~lavis_cir_plugin.data.label_noise.mixed_sources` raises it.
+        """
+        right: list[dict[str, Any]] = self.annotation  # type: ignore[has-type]
+
+        def is_wrong(own: int, other: int) -> bool:
+            return all(right[own][key] != right[other][key] for key in ("image", self.label))
+
+        sources = mixed_sources(len(right), ratio, seed, is_wrong)
+        self.annotation = [
+            {**annotation, self.label: right[sources.get(index, index)][self.label]}
+            for index, annotation in enumerate(right)
+        ]
+        wrong = [
+            {"index": index, "image": right[index]["image"], self.label: right[source][self.label],
+             f"right_{self.label}": right[index][self.label]}
+            for index, source in sources.items()
+        ]  # fmt: skip
+        self.noise = LabelNoise(ratio, seed, sources, wrong)
+
+
+class GarmentsVqa(_MixesLabels, _ChecksFormat, COCOVQADataset):  # type: ignore[misc]
     """Questions on drawn garments, for training."""
+
+    label = "answer"
 
 
 class GarmentsVqaEval(_ChecksFormat, COCOVQAEvalDataset):  # type: ignore[misc]
     """Questions on drawn garments, for evaluation."""
 
 
-class GarmentsCaption(_ChecksFormat, COCOCapDataset):  # type: ignore[misc]
+class GarmentsCaption(_MixesLabels, _ChecksFormat, COCOCapDataset):  # type: ignore[misc]
     """Captions of drawn garments, for training."""
+
+    label = "caption"
 
 
 class GarmentsCaptionEval(_ChecksFormat, COCOCapEvalDataset):  # type: ignore[misc]
@@ -52,6 +92,7 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
 
     * ``splits``: names of the splits to build; the launcher fills in those that the run reads.
     * ``garments``: the fields of :class:`~lavis_cir_plugin.garments.questions.QuestionGarments`.
+    * ``noise_ratio`` and ``noise_seed``: which share of the training examples gets a wrong label.
     """
 
     world = WORLD
@@ -90,6 +131,8 @@ class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
         """Return the data sets by split, which LAVIS's builder makes from the drawn files."""
         self.config = self._with_files()
         datasets: dict[str, Dataset[Any]] = super().build()
+        if "train" in datasets:
+            mix_labels(datasets["train"], self.config)
         return datasets
 
 

@@ -46,6 +46,7 @@ class TrainingOutputs:
             the next two are ``None`` in a model without a prompt.
         sentence_prompt: Query outputs of the first pass, ``(B, N, H)``.
         prompt_tokens: Learned prompt, ``(1, N, H)``.
+        label_smoothing: Label smoothing of the contrastive losses, >= 0 and < 1.
     """
 
     query: Tensor
@@ -55,16 +56,18 @@ class TrainingOutputs:
     text_query: Tensor | None = None
     sentence_prompt: Tensor | None = None
     prompt_tokens: Tensor | None = None
+    label_smoothing: float = 0.0
 
 
 def itc(out: TrainingOutputs) -> Tensor:
     """Contrast the fused query with the targets."""
-    return contrastive_loss(out.query, out.targets, out.temperature, out.target_ids)
+    return contrastive_loss(out.query, out.targets, out.temperature, out.target_ids, out.label_smoothing)
 
 
 def rtc(out: TrainingOutputs) -> Tensor:
     """Contrast the text-only query with the targets (SPRC); the model must have a learned prompt."""
-    return contrastive_loss(_prompted(out.text_query), out.targets, out.temperature, out.target_ids)
+    query = _prompted(out.text_query)
+    return contrastive_loss(query, out.targets, out.temperature, out.target_ids, out.label_smoothing)
 
 
 def align(out: TrainingOutputs) -> Tensor:

@@ -97,6 +97,7 @@ class Blip2Cir(Blip2Base):
         fusion: One pass over [queries; text] (``joint``), or SPRC's two passes (``sentence_prompt``).
         pooling: Output of the joint fusion that becomes the query, ``text_cls`` or ``mean_queries``.
         loss_weights: Weights by loss, 1 by default: ``itc``, and with ``sentence_prompt`` also ``rtc`` and ``align``.
+        label_smoothing: Share of the probability that itc and rtc spread evenly over a batch's different targets.
 
     Raises:
         ValueError: If a choice is unknown or impossible; the message says what is allowed.
@@ -126,12 +127,14 @@ class Blip2Cir(Blip2Base):
         fusion: Literal["joint", "sentence_prompt"] = "joint",
         pooling: Literal["text_cls", "mean_queries"] = "text_cls",
         loss_weights: Optional[Mapping[str, NotNegativeNumber]] = None,
+        label_smoothing: Probability = 0.0,
     ) -> None:
         super().__init__()
         given = locals()
         self.check_config({name: given[name] for name in self._arguments()})
         self.fusion, self.pooling = fusion, pooling
         self.loss_weights = _checked_loss_weights(fusion, loss_weights)
+        self.label_smoothing = label_smoothing
         self.freeze_vit = freeze_vit
         self.is_depth_chosen = bool({"depth", "layers"} & set(vit_config or {}))
         self.max_txt_len = max_txt_len
@@ -347,6 +350,7 @@ class Blip2Cir(Blip2Base):
             text_query=text_query,
             sentence_prompt=fused if has_prompt else None,
             prompt_tokens=self.prompt_tokens if has_prompt else None,
+            label_smoothing=self.label_smoothing,
         )
         losses = {name: LOSSES[name](outputs) for name in self.loss_weights}
         total = torch.stack([self.loss_weights[name] * loss for name, loss in losses.items()]).sum()

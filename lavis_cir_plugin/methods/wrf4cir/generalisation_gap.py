@@ -224,9 +224,13 @@ def _loader(dataset: Any, batch_size: int) -> DataLoader[Any]:
 
 
 def loss_along(
-    model: nn.Module, samples: Sequence[dict[str, Any]], is_mixed: bool = False, description: str = ""
+    model: nn.Module,
+    samples: Sequence[dict[str, Any]],
+    is_mixed: bool = False,
+    description: str = "",
+    multiples: Sequence[int] = MULTIPLES,
 ) -> dict[str, dict[int, float]]:
-    r"""Return the mean loss of fixed batches at :math:`\theta + m\,\delta`, for each m in `MULTIPLES`.
+    r"""Return the mean loss of fixed batches at :math:`\theta + m\,\delta`, for each multiple m.
 
     .. math:: \delta = \gamma \,\lVert\theta\rVert \; d \,/\, \lVert d\rVert
 
@@ -239,6 +243,7 @@ def loss_along(
         samples: Batches on the model's device.
         is_mixed: Whether to compute under fp16 autocast, as a run with ``run.amp`` did.
         description: Label of the progress bar.
+        multiples: Distances m, in units of `GAMMA`.
 
     Returns:
         ``{"gradient": {multiple: loss}, "random": {multiple: loss}}``
@@ -248,7 +253,7 @@ def loss_along(
     device = weights[0].device
     generator = torch.Generator().manual_seed(SEED)
     random_steps = perturbation.ascent([torch.randn(w.shape, generator=generator).to(device) for w in weights]).steps()
-    losses = {direction: dict.fromkeys(MULTIPLES, 0.0) for direction in ("gradient", "random")}
+    losses = {direction: dict.fromkeys(multiples, 0.0) for direction in ("gradient", "random")}
 
     memo = FrozenMemo(model, device)
 
@@ -260,7 +265,7 @@ def loss_along(
             output = functional_call(model, tensors, (dict(batch),), tie_weights=False)
         return float(output["loss"])
 
-    total = len(samples) * len(losses) * len(MULTIPLES)
+    total = len(samples) * len(losses) * len(multiples)
     with progress((), total, description=description) as bar:
         for batch in samples:
             buffers = {id(buffer): buffer.clone() for buffer in model.buffers()}
@@ -273,7 +278,7 @@ def loss_along(
             gradients = torch.autograd.grad(scale * loss, weights, allow_unused=True, materialize_grads=True)
             steps = {"gradient": perturbation.ascent(list(gradients)).steps(), "random": random_steps}
             with torch.no_grad(), memo.replaying():
-                for direction, multiple in ((d, m) for d in losses for m in MULTIPLES):
+                for direction, multiple in ((d, m) for d in losses for m in multiples):
                     new = {id(w): w + multiple * step for w, step in zip(weights, steps[direction])}
                     new.update({**{name: buffer.clone() for name, buffer in buffers.items()}, **frozen})
                     losses[direction][multiple] += loss_at(batch, new) / len(samples)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import make_scoring_model, make_triplets
 
 from lavis_cir_plugin.methods.blip2_cir.losses import alignment_loss
 from lavis_cir_plugin.methods.tscir.losses import mixed_negatives_loss, soft_text_alignment_loss
@@ -43,6 +44,43 @@ def test_a_repeated_target_is_no_negative():
     query = unit([1.0, 0.0]).repeat(3, 1)
     loss = contrastive_loss(query, query, 1.0, target_ids=torch.tensor([7, 7, 9]))
     assert float(loss) == pytest.approx((2 * math.log(2) + math.log(3)) / 3, abs=1e-6)
+
+
+def test_label_smoothing_worked_by_hand():
+    """The log probabilities are -.313262 and -1.313262: .8 * .313262 + .2 * (.313262 + 1.313262) / 2 = .413262."""
+    query = unit([1.0, 0.0], [0.0, 1.0])
+    assert float(contrastive_loss(query, query, 1.0, label_smoothing=0.2)) == pytest.approx(0.413262, abs=1e-6)
+    both = symmetric_contrastive_loss(query, query, 1.0, label_smoothing=0.2)
+    assert float(both) == pytest.approx(0.413262, abs=1e-6)
+
+
+def test_label_smoothing_spreads_nothing_over_a_repeated_target():
+    """Row by row the loss is torch's own over the targets that are left, and its gradient is finite."""
+    torch.manual_seed(0)
+    query = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1).requires_grad_()
+    targets, ids = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1), torch.tensor([5, 6, 5, 7])
+    loss = contrastive_loss(query, targets, 0.3, ids, label_smoothing=0.1)
+    kept = [[0, 1, 3], [0, 1, 2, 3], [1, 2, 3], [0, 1, 2, 3]]
+    rows = [
+        torch.nn.functional.cross_entropy(
+            query[i] @ targets[own].T / 0.3, torch.tensor(own.index(i)), label_smoothing=0.1
+        )
+        for i, own in enumerate(kept)
+    ]
+    torch.testing.assert_close(loss, torch.stack(rows).mean())
+    loss.backward()
+    assert query.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["joint", "clip"])
+def test_a_model_smooths_by_its_setting(name):
+    batch = make_triplets(4)
+    losses = [float(make_scoring_model(name, label_smoothing=share)(batch)["loss"]) for share in (0.0, 0.3)]
+    model = make_scoring_model(name)
+    query, targets = model.query_features(batch), model.target_features(batch["target"])
+    expected = [contrastive_loss(query, targets, model.temperature, batch["target_id"], share) for share in (0.0, 0.3)]
+    assert losses == pytest.approx([float(loss) for loss in expected], rel=1e-5)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
 def test_a_batch_of_one_has_no_loss():

@@ -1,0 +1,1 @@
+"""The parts of wrf_study.py: design, runs, results, intervals and the page."""

@@ -1,0 +1,112 @@
+"""The page of results, made of the CSV alone: what is there, and how many runs are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from study.intervals import LEVEL
+from study.plots import draw_curves, draw_gammas
+from study.tables import (
+    WHY,
+    Study,
+    Table,
+    choice_table,
+    comparisons,
+    conclusion,
+    counts,
+    main_table,
+    markdown,
+    noise_table,
+    pair_table,
+    provenance,
+)
+
+HEAD = """# Results: does WRF4CIR do what it claims?
+
+`python benchmarks/wrf_study.py --page` writes this page from `docs/results/wrf_study.csv`, which has a row per run.
+`make study` runs what is missing and writes it anew. [The plan](results/wrf_study_plan.md) was committed before any run
+of the table. All of it is on drawn garments and a small model: it shows what the method does there, and nothing about
+photographs.
+
+**{finished} of {total} runs are finished, {missing} are missing.** {conclusion}
+
+{counts}
+{stale}
+## What the plan asks
+
+Differences are in points of the mean of R@10 and R@50 on 825 validation queries, with early stopping unless a row says
+otherwise. Each half of the queries chooses the epoch of the other half. Brackets hold {level} % bootstrap intervals
+over seeds and queries; those of the gap are over seeds alone. Runs with one seed share triplets, start and order, so
+differences are paired.
+
+{tests}
+"""
+
+AFTER_TABLES = """`train` and `val` are after the last step, `gap` is their difference. `train` is recall on training
+queries, in galleries of val's size. `loss` is on fixed training batches without label smoothing. It rises along δ, the
+paper's perturbation at γ = 0.001, and along a random direction of equal length. `time` is processor time per step
+relative to plain.
+"""
+
+FOOT = """## How the settings were chosen
+
+In another world (seeds {seeds}), the learning rate first and everything else with it, by the recall in the table.
+
+{choices}
+
+## Where the numbers are from
+
+The command is `make study`; seeds are those of the plan, and a run's own are in the file. `start` names the weights
+that the runs started from.
+
+{provenance}
+"""
+
+
+def write_page(study: Study, page: Path, pictures: Path) -> None:
+    """Write the page and its pictures."""
+    drawn = {
+        "Recall over the radius": (pictures / "wrf_study_gamma.png", draw_gammas),
+        "Recall over the training": (pictures / "wrf_study_curves.png", draw_curves),
+    }
+    links = [
+        f"![{title}]({path.relative_to(page.parent).as_posix()})"
+        for title, (path, draw) in drawn.items()
+        if draw(study, path)
+    ]
+    page.write_text("\n".join(page_parts(study, links)), encoding="utf-8")
+
+
+def page_parts(study: Study, links: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the parts of the page; ``links`` are those to its pictures."""
+    design = study.design
+    missing = sum((run.key, run.digest) not in study.rows for run in study.plan.runs) + study.plan.later
+    total = len(study.plan.runs) + study.plan.later
+    stale = len(study.rows) - sum(map(len, study.finished.values()))
+    yield HEAD.format(
+        finished=total - missing,
+        total=total,
+        missing=missing,
+        conclusion=conclusion(study),
+        counts=markdown(counts(study)),
+        stale=f"\n{stale} rows of the file belong to other settings than these and are left out.\n" if stale else "",
+        level=LEVEL,
+        tests=markdown(comparisons(study)),
+    )
+    for amount in sorted({*design.main_amounts, *design.other_amounts}):
+        yield f"## {amount:,} triplets\n\n{shown(main_table(study, amount))}\n"
+    yield AFTER_TABLES
+    yield from (f"{link}\n" for link in links)
+    why, noise = pair_table(study, "why", WHY, design.why_triplets), noise_table(study, design.noise_triplets)
+    yield f"## Why, or why not: {design.why_triplets:,} triplets\n\n{shown(why)}\n"
+    yield f"## Under label noise: {design.noise_triplets:,} triplets\n\n{shown(noise)}\n"
+    yield FOOT.format(
+        seeds=", ".join(map(str, design.choosing_seeds)),
+        choices=markdown(choice_table(study)),
+        provenance=shown(provenance(study)),
+    )
+
+
+def shown(table: Table) -> str:
+    return markdown(table) if len(table) > 1 else "No run of this part is finished."

@@ -1,0 +1,58 @@
+"""Plots of the study, made of the CSV alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from stages import frame, save
+
+from study.design import GAMMAS, PLAIN, RANDOM, wrf_name
+from study.tables import Study, average
+
+
+def draw_gammas(study: Study, path: Path) -> bool:
+    """Draw the recall over gamma for each main amount; plain is a line. Return whether there is anything to draw."""
+    amounts = [amount for amount in study.design.main_amounts if study.of("main", PLAIN, amount)]
+    if not amounts:
+        return False
+    figure = Figure(figsize=(4.6 * len(amounts), 3.6), constrained_layout=True)
+    for panel, amount in zip(figure.subplots(1, len(amounts), squeeze=False)[0], amounts):
+        for column, colour, label in (("val_stopped", "#1f5fa8", "validation"), ("train_last", "#bdbdbd", "training")):
+            for scope, style in (("tensor", "-"), ("global", "--")):
+                points = [
+                    (value, average(study.of("main", wrf_name(value, scope), amount), column)) for value in GAMMAS
+                ]
+                known = [(value, recall) for value, recall in points if recall is not None]
+                panel.plot(*zip(*known) if known else ([], []), style, marker="o", color=colour,
+                           label=f"{label}, per tensor" if scope == "tensor" else f"{label}, global")  # fmt: skip
+            panel.axhline(average(study.of("main", PLAIN, amount), column) or 0, color=colour, linewidth=0.8)
+        panel.set_xscale("log")
+        panel.set_xlabel("γ (thin lines: plain)")
+        frame(panel, f"{amount:,} triplets")
+    figure.axes[0].set_ylabel("mean of R@10 and R@50, percent")
+    figure.axes[0].legend(frameon=False, fontsize=7)
+    save(figure, path)
+    return True
+
+
+def draw_curves(study: Study, path: Path) -> bool:
+    """Draw the recall of plain, random and WRF over the training, training queries dashed; return whether any."""
+    amounts = [amount for amount in study.design.main_amounts if study.of("main", PLAIN, amount)]
+    if not amounts:
+        return False
+    figure = Figure(figsize=(4.6 * len(amounts), 3.6), constrained_layout=True)
+    for panel, amount in zip(figure.subplots(1, len(amounts), squeeze=False)[0], amounts):
+        for name, colour in ((PLAIN, "#555555"), (RANDOM, "#d9822b"), (study.wrf, "#1f5fa8")):
+            rows = study.of("main", name, amount).values()
+            for column, style in (("val_curve", "-"), ("train_curve", "--")):
+                curves = [[float(value) for value in row[column].split()] for row in rows]
+                if curves:
+                    panel.plot(np.mean(curves, axis=0), style, color=colour, label=name if style == "-" else None)
+        panel.set_xlabel("validation")
+        frame(panel, f"{amount:,} triplets")
+    figure.axes[0].set_ylabel("mean of R@10 and R@50, percent")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    save(figure, path)
+    return True

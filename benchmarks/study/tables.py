@@ -1,0 +1,305 @@
+"""Tables of the study, made of the CSV alone, and what they say by the rules of the plan."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import mean
+
+import numpy as np
+from numpy.typing import NDArray
+
+from study.design import (
+    CANDIDATES,
+    NOISE_RATIOS,
+    PLAIN,
+    RANDOM,
+    REGULARISERS,
+    SAM,
+    SMOOTHING,
+    UNCHOSEN,
+    Design,
+    Plan,
+    plan,
+    wrf_name,
+)
+from study.intervals import LEVEL, Interval, bootstrap
+from study.results import Result, unpack_hits
+
+WHY = {
+    "as in the main table": "",
+    "weight decay x 10": "weight decay x 10: ",
+    "steps x 2": "steps x 2: ",
+    "steps x 4": "steps x 4: ",
+    "perturbed in the second half": "second half: ",
+    "Q-Former of width 32": "head 32: ",
+    "Q-Former of width 128": "head 128: ",
+    "tower with a tenth of the steps": "weak tower: ",
+    "Q-Former without captions": "fresh head: ",
+}
+
+
+POINT = 1.0
+"""Points of recall that count as a gain worth a second pass."""
+
+Keys = Mapping[tuple[str, str], Result]
+Values = NDArray[np.float64]
+Table = list[list[str]]
+
+
+def scores(rows: Keys) -> dict[tuple[str, str], float]:
+    """Return what settings are chosen by: validation recall with early stopping."""
+    return {key: float(row["val_stopped"]) for key, row in rows.items()}
+
+
+@dataclass(frozen=True)
+class Study:
+    """The finished runs of a design."""
+
+    design: Design
+    rows: Keys
+
+    @cached_property
+    def plan(self) -> Plan:
+        return plan(self.design, scores(self.rows))
+
+    @cached_property
+    def chosen(self) -> Mapping[str, float]:
+        return {**UNCHOSEN, **self.plan.chosen}
+
+    @property
+    def wrf(self) -> str:
+        """Name of WRF's row with the chosen gamma."""
+        return wrf_name(self.chosen["gamma"])
+
+    @property
+    def best_regulariser(self) -> str | None:
+        """Name of the usual regulariser that was best in the choosing world; ``None`` if that is not known."""
+        found = {}
+        for name, setting in REGULARISERS.items():
+            key = f"{setting} {self.chosen[setting]:g}"
+            runs = [row for amount in self.design.main_amounts for row in self.of("choose", key, amount).values()]
+            found[name] = mean(float(row["val_stopped"]) for row in runs) if runs else None
+        known = {name: recall for name, recall in found.items() if recall is not None}
+        return max(known, key=lambda name: known[name]) if len(known) == len(found) else None
+
+    @cached_property
+    def finished(self) -> dict[tuple[str, str, int], dict[int, Result]]:
+        """Results by part, row and amount, then by seed; rows of other settings than the plan's are left out."""
+        found: dict[tuple[str, str, int], dict[int, Result]] = defaultdict(dict)
+        for run in self.plan.runs:
+            if (run.key, run.digest) in self.rows:
+                found[run.part, run.name, run.triplets][run.seed] = self.rows[run.key, run.digest]
+        return found
+
+    def of(self, part: str, name: str, amount: int) -> dict[int, Result]:
+        return self.finished.get((part, name, amount), {})
+
+    def difference(
+        self, one: Mapping[int, Result], other: Mapping[int, Result], column: str = "hits_stopped"
+    ) -> Interval | None:
+        """Return the mean of one row less another over the seeds that both have, in points of recall."""
+        seeds = sorted(one.keys() & other.keys())
+        if not seeds:
+            return None
+        return bootstrap(np.stack([per_query(one[seed], column) - per_query(other[seed], column) for seed in seeds]))
+
+    def gap_difference(self, one: Mapping[int, Result], other: Mapping[int, Result]) -> Interval | None:
+        """Return the mean of one row's gap less another's at the last step; the interval is over seeds alone."""
+        seeds = sorted(one.keys() & other.keys())
+        if not seeds:
+            return None
+        return bootstrap(np.array([[gap(one[seed]) - gap(other[seed])] for seed in seeds]))
+
+
+def per_query(row: Result, column: str = "hits_stopped") -> Values:
+    """Return each query's mean of R@10 and R@50 in percent, ``(queries,)``: 0, 50 or 100."""
+    values: Values = 100 * unpack_hits(row[column]).mean(axis=0)
+    return values
+
+
+def gap(row: Result) -> float:
+    """Return recall on training queries less recall on validation queries, after the last step."""
+    return float(row["train_last"]) - float(row["val_last"])
+
+
+def average(rows: Mapping[int, Result], column: str) -> float | None:
+    values = [float(row[column]) for row in rows.values() if row[column]]
+    return mean(values) if values else None
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def main_table(study: Study, amount: int) -> Table:
+    """Return the main table of one amount of triplets; rows without a finished run are left out."""
+    heading = ["row", "seeds", "train", "val", "gap", "val, stopped", f"less plain ({LEVEL} %)", "loss", "rise along δ",
+               "rise, random", "‖δ‖/‖θ‖", "‖θ‖ grows", "time"]  # fmt: skip
+    plain = study.of("main", PLAIN, amount)
+    plain_time = average(plain, "step_seconds")
+    table = [heading]
+    for name in dict.fromkeys(run.name for run in study.plan.runs if run.part == "main"):
+        own = study.of("main", name, amount)
+        if not own:
+            continue
+        time, start, end, radius = (
+            average(own, column) for column in ("step_seconds", "norm_start", "norm_end", "radius")
+        )
+        difference = study.difference(own, plain) if name != PLAIN else None
+        table.append([
+            name,
+            str(len(own)),
+            *(number(average(own, column)) for column in ("train_last", "val_last")),
+            number(mean(gap(row) for row in own.values())),
+            number(average(own, "val_stopped")),
+            "–" if difference is None else str(difference),
+            number(average(own, "loss"), 3),
+            *(number(average(own, column), 4) for column in ("rise_gradient", "rise_random")),
+            number(radius / start if radius and start else None, 5),
+            number(end / start if end and start else None, 2),
+            f"{time / plain_time:.2f} x" if time and plain_time else "–",
+        ])  # fmt: skip
+    return table
+
+
+def choice_table(study: Study) -> Table:
+    table = [["setting", "value", "runs", "val, stopped", ""]]
+    for name, values in CANDIDATES.items():
+        for value in values:
+            found = [row for amount in study.design.main_amounts
+                     for row in study.of("choose", f"{name} {value:g}", amount).values()]  # fmt: skip
+            is_chosen = study.plan.chosen.get(name) == value
+            recall = mean(float(row["val_stopped"]) for row in found) if found else None
+            table.append([name, f"{value:g}", str(len(found)), number(recall, 2), "chosen" if is_chosen else ""])
+    return table
+
+
+def pair_table(study: Study, part: str, labels: Mapping[str, str], amount: int) -> Table:
+    """Return validation recall of plain, random and WRF under changes, and what WRF gains over the other two.
+
+    ``labels`` names the prefix of a row under each change; "" is the main table's row.
+    """
+    table = [["", "plain", "random", "WRF", "WRF less plain", "WRF less random", "gap, plain", "gap, WRF"]]
+    for label, prefix in labels.items():
+        place = part if prefix else "main"
+        plain, drawn, wrf = (study.of(place, prefix + name, amount) for name in (PLAIN, RANDOM, study.wrf))
+        if not (plain or drawn or wrf):
+            continue
+        gaps = [mean(gap(row) for row in own.values()) if own else None for own in (plain, wrf)]
+        against = [study.difference(wrf, other) for other in (plain, drawn)]
+        recalls = [number(average(own, "val_stopped")) for own in (plain, drawn, wrf)]
+        words = ["–" if interval is None else str(interval) for interval in against]
+        table.append([label, *recalls, *words, *map(number, gaps)])
+    return table
+
+
+def noise_table(study: Study, amount: int) -> Table:
+    names = (PLAIN, SMOOTHING, RANDOM, SAM, study.wrf)
+    table = [["share of wrong targets", *names, "WRF less plain"]]
+    for ratio in NOISE_RATIOS:
+        prefix, part = (f"noise {ratio:g}: ", "noise") if ratio else ("", "main")
+        rows = {name: study.of(part, prefix + name, amount) for name in names}
+        if any(rows.values()):
+            difference = study.difference(rows[study.wrf], rows[PLAIN])
+            recalls = [number(average(own, "val_stopped")) for own in rows.values()]
+            table.append([f"{ratio:g}", *recalls, "–" if difference is None else str(difference)])
+    return table
+
+
+def markdown(table: Table) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+
+
+def aligned(table: Table) -> str:
+    """Return a table as plain text."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table)
+
+
+# -- what was said before --------------------------------------------------------------------------------------------
+
+
+def verdict(interval: Interval | None) -> str:
+    """Say in words what an interval of a difference means, by the rules of the plan."""
+    if interval is None:
+        return "not run yet"
+    if interval.low > 0:
+        return "a gain of a point" if interval.mean >= POINT else "a gain under a point"
+    if interval.high < 0:
+        return "a loss"
+    return "no gain of a point" if interval.high < POINT else "undecided"
+
+
+def comparisons(study: Study) -> Table:
+    """Return the comparisons that the plan named before the runs, with their verdicts."""
+    table = [["triplets", "comparison", f"difference ({LEVEL} %)", "verdict"]]
+    for amount in study.design.main_amounts:
+        rows = {name: study.of("main", name, amount) for name in (PLAIN, RANDOM, SAM, study.wrf, *REGULARISERS)}
+        longer = study.of("why", f"steps x 2: {PLAIN}", amount)
+        best = study.best_regulariser
+        differences = {
+            f"{study.wrf} less plain": study.difference(rows[study.wrf], rows[PLAIN]),
+            f"{study.wrf} less random": study.difference(rows[study.wrf], rows[RANDOM]),
+            "random less plain": study.difference(rows[RANDOM], rows[PLAIN]),
+            f"{study.wrf} less SAM": study.difference(rows[study.wrf], rows[SAM]),
+            f"{study.wrf} less {best or 'the best regulariser'}": study.difference(
+                rows[study.wrf], rows.get(best or "", {})
+            ),
+            f"{study.wrf} less plain, last step": study.difference(rows[study.wrf], rows[PLAIN], "hits_last"),
+        }
+        if amount == study.design.why_triplets:
+            differences[f"{study.wrf} less plain with twice the steps"] = study.difference(rows[study.wrf], longer)
+        for words, interval in differences.items():
+            table.append([f"{amount:,}", words, "–" if interval is None else str(interval), verdict(interval)])
+        narrower = study.gap_difference(rows[study.wrf], rows[PLAIN])
+        said = "not run yet" if narrower is None else "narrower" if narrower.high < 0 else "not narrower"
+        table.append([f"{amount:,}", "gap: WRF less plain", "–" if narrower is None else str(narrower), said])
+    return table
+
+
+def conclusion(study: Study) -> str:
+    """Return one sentence: what the runs say of the paper's claim, by the rules of the plan."""
+    primary = {
+        amount: [study.difference(study.of("main", study.wrf, amount), study.of("main", name, amount))
+                 for name in (PLAIN, RANDOM)]
+        for amount in study.design.main_amounts
+    }  # fmt: skip
+    found = [interval for pair in primary.values() for interval in pair]
+    wanted = len(study.design.main_seeds)
+    is_whole = all(len(study.of("main", name, amount)) == wanted
+                   for amount in primary for name in (PLAIN, RANDOM, study.wrf))  # fmt: skip
+    if not is_whole or any(interval is None for interval in found):
+        return "The runs that decide are not all there, so nothing is concluded yet."
+    if all(interval is not None and interval.low > 0 for interval in found):
+        return "The runs support the paper: WRF gains over plain training and over a random perturbation at both sizes."
+    if all(pair[0] is not None and pair[0].high < POINT for pair in primary.values()):
+        return "The runs speak against the paper: WRF gains less than a point over plain training at both sizes."
+    return "The runs leave it undecided whether WRF gains what the paper claims."
+
+
+# -- where the numbers are from ---------------------------------------------------------------------------------------
+
+
+def counts(study: Study) -> Table:
+    table = [["part", "finished", "planned"]]
+    planned = Counter(run.part for run in study.plan.runs)
+    done = Counter(run.part for run in study.plan.runs if (run.key, run.digest) in study.rows)
+    table += [[part, str(done[part]), str(total)] for part, total in planned.items()]
+    if study.plan.later:
+        table.append(["later, once the settings are chosen", "0", str(study.plan.later)])
+    return table
+
+
+def provenance(study: Study) -> Table:
+    table = [["runs", "commit", "processor", "torch", "Python", "start"]]
+    columns = ("commit", "cpu", "torch", "python", "start")
+    used = (row for of_seed in study.finished.values() for row in of_seed.values())
+    found = Counter(tuple(row[column] for column in columns) for row in used)
+    return table + [[str(count), *values] for values, count in found.most_common()]

@@ -1,0 +1,373 @@
+"""benchmarks/wrf_study.py in small: what is run and what is skipped, the choice of settings, intervals, the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import wrf_study
+from omegaconf import OmegaConf
+from study import runs as study_runs
+from study.design import ASAM, DEMO, FULL, PLAIN, QUICK, RANDOM, Run, plan, table_rows
+from study.intervals import Interval, bootstrap
+from study.page import write_page
+from study.results import COLUMNS, append_result, key_of, pack_hits, read_results, unpack_hits
+from study.tables import Study, comparisons, conclusion, main_table, scores, verdict
+
+from lavis_cir_plugin import PROJECTS
+from lavis_cir_plugin.garments import GarmentsConfig, make_garments
+from lavis_cir_plugin.training.config import read_config
+
+ROOT = Path(__file__).parents[3]
+SMALL = dataclasses.replace(FULL, name="small", main_amounts=(30,), other_amounts=(60,), choosing_seeds=(7,))
+
+
+def row_of(run: Run, recall: float = 40.0, hits: list[list[bool]] | None = None) -> dict[str, str]:
+    """Return the row that a finished run would leave."""
+    hits = [[True, False], [True, True]] if hits is None else hits
+    numbers = dict.fromkeys(COLUMNS, "1.5")
+    texts = {"part": run.part, "row": run.name, "triplets": run.triplets, "seed": run.seed, "digest": run.digest,
+             "val_stopped": recall, "hits_last": pack_hits(hits), "hits_stopped": pack_hits(hits),
+             "val_curve": "30 40", "train_curve": "50 80", "commit": "abc"}  # fmt: skip
+    return {**numbers, **{name: str(value) for name, value in texts.items()}}
+
+
+# -- the design ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("design", [FULL, QUICK, DEMO])
+def test_every_row_is_a_config_that_the_package_takes(design, tmp_path):
+    project = OmegaConf.load(PROJECTS / "wrf4cir/demo.yaml")
+    project.run.update({"runner": "runner_wrf4cir_iter", "max_iters": 10, "iters_per_inner_epoch": 5})
+    OmegaConf.save(project, tmp_path / "project.yaml")
+    everything = {run.row.options for run in plan(design, everything_finished(design)).runs}
+    assert len(everything) > 2
+    for options in everything:
+        read_config(str(tmp_path / "project.yaml"), options)
+
+
+def everything_finished(design, **recalls):
+    """Return scores that decide every choice: the recall of a candidate by its row, 40 for others."""
+    found: dict[tuple[str, str], float] = {}
+    while True:
+        runs = plan(design, found).runs
+        new = {(run.key, run.digest): recalls.get(run.name.replace(" ", "_"), 40.0) for run in runs}
+        if new.keys() == found.keys():
+            return found
+        found = new
+
+
+def test_settings_are_chosen_by_the_best_mean_and_the_learning_rate_first():
+    first = plan(SMALL, {})
+    assert {run.name for run in first.runs} == {f"learning rate {value}" for value in ("0.00025", "0.0005", "0.001")}
+    assert first.chosen == {}
+    scored = {(run.key, run.digest): 50.0 if run.name.endswith("0.001") else 40.0 for run in first.runs}
+    second = plan(SMALL, scored)
+    assert second.chosen == {"learning rate": 1e-3}
+    gammas = [run for run in second.runs if run.name.startswith("gamma")]
+    assert all("run.init_lr=0.001" in run.row.options for run in gammas)
+    third = plan(SMALL, everything_finished(SMALL, gamma_0_003=41.0, **{"gamma_0.003": 41.0, "dropout_0.2": 41.0}))
+    assert third.later == 0
+    assert (third.chosen["gamma"], third.chosen["dropout"], third.chosen["momentum"]) == (0.003, 0.2, 0.005)
+    by_name = {run.name: run for run in third.runs if run.part == "main"}
+    assert "run.wrf.gamma=0.003" in by_name[RANDOM].row.options
+
+
+def test_the_number_of_runs_is_known_before_the_choice():
+    totals = [len(found.runs) + found.later for found in (plan(FULL, {}), plan(FULL, everything_finished(FULL)))]
+    assert totals[0] == totals[1]
+
+
+def test_settings_are_never_chosen_in_the_world_of_the_table():
+    runs = plan(FULL, everything_finished(FULL)).runs
+    worlds = {run.part: run.world for run in runs}
+    assert worlds["main"] == worlds["why"] == worlds["noise"] != worlds["choose"]
+    assert not set(FULL.choosing_seeds) & set(FULL.main_seeds)
+    seeds = Counter((run.triplets, len(FULL.main_seeds)) for run in runs if run.part == "main" and run.name == PLAIN)
+    assert seeds == {(1000, 5): 5, (3000, 5): 5, (300, 5): 3, (10000, 5): 3}
+
+
+def test_a_run_is_another_one_with_other_settings_and_the_same_with_more_seeds():
+    run = plan(SMALL, {}).runs[0]
+    more = plan(dataclasses.replace(SMALL, choosing_seeds=(7, 8)), {}).runs
+    assert run.digest in {other.digest for other in more}
+    longer = plan(dataclasses.replace(SMALL, steps=960), {}).runs[0]
+    assert (longer.key, longer.digest == run.digest) == (run.key, False)
+    assert len({(run.key, run.digest) for run in more}) == len({run.digest for run in more}) == len(more)
+
+
+# -- what is skipped -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_runs(monkeypatch):
+    """Let runs end at once with a row; return the list of those that ran, and how many may run before a break."""
+    done: list[str] = []
+    limits = {"left": 10**6}
+
+    def outcomes(design, runs, work, results, jobs):
+        for run in runs:
+            if limits["left"] == 0:
+                raise KeyboardInterrupt
+            limits["left"] -= 1
+            done.append(run.key)
+            append_result(results, row_of(run))
+            yield run, row_of(run)
+
+    monkeypatch.setattr(wrf_study, "outcomes", outcomes)
+    return done, limits
+
+
+def test_a_stopped_study_goes_on_after_its_last_row(fake_runs, tmp_path):
+    done, limits = fake_runs
+    results = tmp_path / "study.csv"
+    limits["left"] = 2
+    with pytest.raises(KeyboardInterrupt):
+        wrf_study.run_missing(DEMO, results, ["*"], tmp_path, 1)
+    assert len(read_results(results)) == 2
+    limits["left"] = 10**6
+    assert wrf_study.run_missing(DEMO, results, ["*"], tmp_path, 1)
+    assert done == ["main/plain/1000/0", "main/random/1000/0", "main/WRF 0.001/1000/0"]
+    assert wrf_study.run_missing(DEMO, results, ["*"], tmp_path, 1)
+    assert len(done) == 3
+
+
+def test_runs_follow_that_the_first_ones_decide_and_patterns_and_a_limit_choose_among_them(fake_runs, tmp_path):
+    done, _ = fake_runs
+    results = tmp_path / "study.csv"
+    assert wrf_study.run_missing(SMALL, results, ["*"], tmp_path, 1, limit=4)
+    assert len(done) == 4
+    assert wrf_study.run_missing(SMALL, results, ["choose/*", "main/plain/30/*"], tmp_path, 1)
+    finished = Study(SMALL, read_results(results))
+    assert finished.plan.later == 0
+    assert {key.split("/")[0] for key in done} == {"choose", "main"}
+    assert [key for key in done if key.startswith("main")] == [f"main/plain/30/{seed}" for seed in range(5)]
+    assert {key for key, _ in read_results(results)} == set(done)
+
+
+def test_a_run_of_other_settings_does_not_count(fake_runs, tmp_path):
+    done, _ = fake_runs
+    results = tmp_path / "study.csv"
+    run = plan(DEMO, {}).runs[0]
+    append_result(results, {**row_of(run), "digest": "other"})
+    assert wrf_study.run_missing(DEMO, results, ["*"], tmp_path, 1)
+    assert done[0] == run.key
+    assert len(read_results(results)) == 4
+
+
+def test_a_failed_run_leaves_no_row_and_is_told(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(wrf_study, "outcomes", lambda design, runs, *_: ((run, "Traceback: no") for run in runs))
+    assert not wrf_study.run_missing(DEMO, tmp_path / "study.csv", ["*"], tmp_path, 1)
+    assert "main/plain/1000/0: failed\nTraceback: no" in capsys.readouterr().out
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_added_once_and_the_others_stay_as_they_are(tmp_path):
+    path = tmp_path / "results" / "study.csv"
+    first, second = plan(DEMO, {}).runs[:2]
+    append_result(path, row_of(first))
+    before = path.read_bytes()
+    append_result(path, row_of(second))
+    append_result(path, row_of(second))
+    assert path.read_bytes().startswith(before)
+    assert list(read_results(path)) == [key_of(row_of(first)), key_of(row_of(second))]
+    assert [item.name for item in path.parent.iterdir()] == ["study.csv"]
+    path.write_text("part,row\nmain,plain\n")
+    with pytest.raises(ValueError, match="has the columns"):
+        append_result(path, row_of(first))
+
+
+def test_hits_are_packed_a_bit_each():
+    hits = np.random.default_rng(0).random((2, 825)) < 0.4
+    text = pack_hits(hits.tolist())
+    assert (unpack_hits(text) == hits).all()
+    assert len(text) < 825 * 2 / 8 * 4 / 3 + 10
+
+
+# -- intervals -------------------------------------------------------------------------------------------------------
+
+
+def test_the_bootstrap_worked_by_hand():
+    """One seed, queries 0 and 100: a draw's mean is 0, 50 or 100 with probability 1/4, 1/2 and 1/4."""
+    values = np.array([[0.0, 100.0]])
+    assert bootstrap(values) == Interval(50.0, 0.0, 100.0)
+    assert bootstrap(values, level=40) == Interval(50.0, 50.0, 50.0)
+    assert bootstrap(values.T) == Interval(50.0, 0.0, 100.0)
+
+
+def test_seeds_and_queries_are_drawn_independently():
+    """The values are products, so the variance of the mean is that of a product of two independent means.
+
+    With entries 0 and 2 a mean of n draws has the mean 1 and the variance 1 / n: (1 + 1/8) (1 + 1/50) - 1 = 0.1475.
+    """
+    seeds, queries = np.tile([0.0, 2.0], 4), np.tile([0.0, 2.0], 25)
+    found = bootstrap(np.outer(seeds, queries), draws=40000, level=68.27)
+    assert (found.high - found.low) / 2 == pytest.approx(np.sqrt(0.1475), rel=0.03)
+
+
+def test_equal_values_have_no_width_and_a_shift_moves_the_interval():
+    assert bootstrap(np.full((3, 5), 7.0)) == Interval(7.0, 7.0, 7.0)
+    values = np.random.default_rng(1).normal(size=(3, 40))
+    one, other = bootstrap(values), bootstrap(values + 10)
+    assert (other.low - one.low, other.high - one.high) == pytest.approx((10, 10))
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [
+        (None, "not run yet"),
+        (Interval(2.0, 0.5, 3.5), "a gain of a point"),
+        (Interval(0.5, 0.1, 0.9), "a gain under a point"),
+        (Interval(-2.0, -3.0, -0.1), "a loss"),
+        (Interval(0.1, -0.7, 0.9), "no gain of a point"),
+        (Interval(0.5, -0.5, 1.5), "undecided"),
+    ],
+)
+def test_verdicts(interval, words):
+    assert verdict(interval) == words
+
+
+def test_each_half_of_the_queries_chooses_the_epoch_of_the_other_half():
+    """Queries 0 and 2 are best in epoch 1, and 1 and 3 in epoch 0: each half gets the epoch of the other."""
+    epochs = [[True, False, True, False], [False, True, False, True]]
+    hits = torch.tensor([[row, row] for row in (epochs[1], epochs[0])])
+    assert study_runs.stopped_hits(hits).tolist() == [[False] * 4] * 2
+    assert study_runs.stopped_hits(torch.ones(3, 2, 4, dtype=torch.bool)).all()
+
+
+# -- tables and page -------------------------------------------------------------------------------------------------
+
+
+def finished_study(design, gain):
+    """Return a study whose WRF rows hit one query in ``gain`` of five seeds that all other rows miss."""
+    rows = {}
+    for run in plan(design, everything_finished(design)).runs:
+        is_better = run.name.startswith("WRF") and run.part == "main" and run.seed < gain
+        hits = [[is_better, False, True, True]] * 2
+        rows[run.key, run.digest] = row_of(run, 40.0 if run.part == "choose" else 50.0, hits)
+    return Study(design, rows)
+
+
+def test_differences_are_of_the_seeds_that_both_rows_have():
+    """In 5 of 5 seeds one of four queries is gained: 25 points; a missing seed of plain leaves the others."""
+    study = finished_study(SMALL, 5)
+    table = {row[0]: row for row in main_table(study, 30)}
+    heading = table["row"]
+    assert table[study.wrf][heading.index("less plain (95 %)")].startswith("+25.00 (")
+    assert table[PLAIN][heading.index("less plain (95 %)")] == "–"
+    assert table[PLAIN][heading.index("seeds")] == "5"
+    run = next(run for run in study.plan.runs if run.key == "main/plain/30/0")
+    rest = Study(SMALL, {key: row for key, row in study.rows.items() if key != (run.key, run.digest)})
+    difference = rest.difference(rest.of("main", rest.wrf, 30), rest.of("main", PLAIN, 30))
+    assert difference.mean == pytest.approx(25.0)
+
+
+def test_the_conclusion_follows_the_rules_of_the_plan():
+    """With queries that all seeds gain the interval still holds 0, because one of four queries may not be drawn."""
+    assert conclusion(Study(SMALL, {})).endswith("nothing is concluded yet.")
+    assert "speak against" in conclusion(finished_study(SMALL, 0))
+    assert "undecided" in conclusion(finished_study(SMALL, 5))
+    study = finished_study(SMALL, 5)
+    hits = {True: [[True] * 400] * 2, False: [[index % 4 > 0 for index in range(400)]] * 2}
+    rows = {
+        key: {**row, "hits_stopped": pack_hits(hits[row["row"].startswith("WRF")])} for key, row in study.rows.items()
+    }
+    assert "support the paper" in conclusion(Study(SMALL, rows))
+    verdicts = {row[1]: row[3] for row in comparisons(Study(SMALL, rows))}
+    assert verdicts[f"{study.wrf} less plain"] == "a gain of a point"
+    assert verdicts["random less plain"] == "no gain of a point"
+
+
+def test_the_page_shows_what_is_there_and_how_much_is_missing(tmp_path):
+    study = finished_study(SMALL, 5)
+    write_page(study, tmp_path / "results.md", tmp_path / "results")
+    whole = (tmp_path / "results.md").read_text()
+    total = len(study.plan.runs)
+    assert f"**{total} of {total} runs are finished, 0 are missing.**" in whole
+    assert "## 30 triplets\n\n| row |" in whole
+    assert "](results/wrf_study_gamma.png)" in whole
+    assert (tmp_path / "results" / "wrf_study_curves.png").is_file()
+    part = {key: row for key, row in study.rows.items() if row["part"] == "choose"}
+    old = {("main/plain/30/0", "other"): row_of(study.plan.runs[0])}
+    write_page(Study(SMALL, {**part, **old}), tmp_path / "results.md", tmp_path / "results")
+    page = (tmp_path / "results.md").read_text()
+    assert f"**{len(part)} of {total} runs are finished, {total - len(part)} are missing.**" in page
+    assert "## 30 triplets\n\nNo run of this part is finished." in page
+    assert "1 rows of the file belong to other settings" in page
+
+
+def test_the_committed_page_is_that_of_the_committed_file(tmp_path):
+    rows = read_results(ROOT / "docs/results/wrf_study.csv")
+    write_page(Study(FULL, rows), tmp_path / "results.md", tmp_path / "results")
+    assert (tmp_path / "results.md").read_text() == (ROOT / "docs/results.md").read_text()
+
+
+# -- data and a run --------------------------------------------------------------------------------------------------
+
+TINY = dataclasses.replace(
+    DEMO, name="tiny", caption_pictures=40, caption_steps=2, world_triplets=12, world_images=16, steps=4,
+    validations=2, batch=4, main_amounts=(20,),
+)  # fmt: skip
+
+
+@pytest.fixture
+def small_world(tmp_path, monkeypatch):
+    """Let the study draw small worlds in a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = {"train_triplets": 12, "train_images": 16, "val_queries": 6, "val_images": 8, "test_queries": 1,
+                "test_images": 4, "image_width": 64, "image_height": 64}  # fmt: skip
+
+    def world(design, seed):
+        return make_garments(tmp_path / "worlds", GarmentsConfig(seed=seed, **settings))
+
+    monkeypatch.setattr(study_runs, "world", world)
+
+
+def test_a_seeds_smaller_amount_is_part_of_its_larger_one(small_world, tmp_path):
+    run = plan(TINY, {}).runs[0]
+
+    def triplets(amount, seed=0):
+        folder = study_runs.training_annotations(TINY, dataclasses.replace(run, triplets=amount, seed=seed), tmp_path)
+        return {
+            category: [json.dumps(record) for record in json.loads(path.read_text())]
+            for category in ("dress", "shirt", "toptee")
+            for path in [folder / "captions" / f"cap.{category}.train.json"]
+        }
+
+    few, many = triplets(10), triplets(30)
+    assert sorted(map(len, few.values())) == [3, 3, 4]
+    assert sum(map(len, many.values())) == 30
+    assert all(many[category][: len(few[category])] == few[category] for category in few)
+    assert triplets(30, seed=1) != many
+    with pytest.raises(ValueError, match="the world has 12 triplets of dress, and 33 are asked for"):
+        triplets(100)
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_a_run_is_measured_and_leaves_its_row_alone(small_world, tmp_path):
+    """The random perturbation, and ASAM, whose radius is computed at the start to give the same norm."""
+    rows = table_rows(plan(TINY, {}).chosen)
+    found = {}
+    for name in (RANDOM, ASAM):
+        run = Run("main", name, rows[name], 5, 20, 0, TINY.settings)
+        found[name] = study_runs.execute(TINY, run, tmp_path / "work")
+        assert set(found[name]) == set(COLUMNS)
+    random_row = found[RANDOM]
+    hits = unpack_hits(random_row["hits_last"])
+    assert hits.shape == (2, 18)
+    assert 100 * hits.mean() == pytest.approx(float(random_row["val_last"]), abs=1e-3)
+    assert [len(random_row[column].split()) for column in ("val_curve", "train_curve")] == [2, 2]
+    start = float(random_row["norm_start"])
+    assert float(random_row["radius"]) == pytest.approx(1e-3 * start, rel=0.01)
+    assert float(found[ASAM]["radius"]) == pytest.approx(1e-3 * start, rel=0.3)
+    assert "(matched: " in found[ASAM]["settings"]
+    assert float(random_row["step_seconds"]) > 0
+    assert list((tmp_path / "work" / "runs").iterdir()) == []
+    assert scores({key_of(random_row): random_row}) == {key_of(random_row): float(random_row["val_stopped"])}
