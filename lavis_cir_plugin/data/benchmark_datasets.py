@@ -38,6 +38,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lavis_cir_plugin"
 
 
+def features_root() -> Path:
+    """Return the folder of the feature caches of runs that name no other folder."""
+    return cache_root() / "features"
+
+
 class CirDataset(Dataset):
     """Base class of the data sets of composed retrieval: it loads pictures, and its collater drops no sample.
 

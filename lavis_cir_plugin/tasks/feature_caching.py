@@ -18,7 +18,8 @@ from torch import Tensor
 from lavis_cir_plugin.core.atomic_files import size_text
 from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, rank_and_world
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
-from lavis_cir_plugin.data.benchmark_datasets import CirDataset, cache_root
+from lavis_cir_plugin.data import benchmark_datasets
+from lavis_cir_plugin.data.benchmark_datasets import CirDataset
 from lavis_cir_plugin.data.feature_cache import FeatureCache, fingerprint, tower_problem
 
 AUTO = "auto"
@@ -75,7 +76,8 @@ def cache_features(model: Any, datasets: Mapping[str, Mapping[str, Any]], run: M
     if where is False:
         return []
     is_auto = where == AUTO
-    root = cache_root() / "features" if where in (AUTO, True) else Path(os.path.expanduser(where)).absolute()
+    named = None if where in (AUTO, True) else Path(os.path.expanduser(where)).absolute()
+    root = named or benchmark_datasets.features_root()
     splits = list(_splits(datasets, run))
     model.to(torch.device(run["device"]))
     _leave_out_impossible(splits, tower_problem(model) or (_amp_problem(model, splits, run) if is_auto else None))

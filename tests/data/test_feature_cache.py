@@ -26,13 +26,12 @@ from torch.utils.data import DataLoader
 
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.benchmarks.images import open_rgb
-from lavis_cir_plugin.core.settings import section_problems
 from lavis_cir_plugin.data.benchmark_datasets import CirDataset
 from lavis_cir_plugin.data.feature_cache import FeatureCache, collate_images, fingerprint, with_features
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.processors import TargetPadProcessor
-from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask, EvaluationSettings
+from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask
 from lavis_cir_plugin.training import launcher
 from lavis_cir_plugin.training.config import ConfigError
 
@@ -477,44 +476,20 @@ def test_tokens_in_place_of_pictures_give_the_same_losses_gradients_and_vectors(
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
 
 
-def cfg(**run):
-    return OmegaConf.create({"run_cfg": {"device": "cpu", **run}})
-
-
-def test_what_cannot_be_cached_is_refused_with_the_key_to_change(small_model):
-    task = ComposedRetrievalTask()
-    with pytest.raises(
-        ValueError, match=r"tensors of the image tower are trained \(first: cls_token\).*freeze_vit: true"
-    ):
-        task.prepare(small_model(), {}, cfg(feature_cache=True))
-    with pytest.raises(ValueError, match=r"Linear offers no image_tower and image_features"):
-        check_tower(nn.Linear(1, 1))
-    task.prepare(nn.Linear(1, 1), {}, cfg(feature_cache=False))  # nothing is asked for, nothing is refused
-
-
-def test_pictures_are_not_preloaded_and_the_config_stays_as_it_was(project):
+def test_pictures_are_preloaded_later_and_the_config_stays_as_it_was(project):
     """The config must not change, because a resumed run is found by it."""
     section = OmegaConf.merge(
         OmegaConf.load(registry.get_builder_class("fashioniq").default_config_path()).datasets.fashioniq,
         OmegaConf.load(project).datasets.fashioniq,
     )
     preloaded = []
-    for where in (False, True):
+    for where in (False, "auto"):
         made = OmegaConf.create({"datasets_cfg": {"fashioniq": section}, "run_cfg": {"feature_cache": where}})
         before = copy.deepcopy(made)
         datasets = ComposedRetrievalTask().build_datasets(made)["fashioniq"]
         assert made == before
         preloaded.append({split: bool(dataset.preloaded) for split, dataset in datasets.items()})
     assert preloaded == [{"train": True, "val": True}, {"train": False, "val": False}]
-
-
-def test_impossible_values_are_named():
-    for value in (3, "", [1], __file__):
-        (problem,) = section_problems(EvaluationSettings, "run", {"feature_cache": value})
-        assert problem.startswith("run.feature_cache")
-    assert not [
-        p for v in (True, False, "here") for p in section_problems(EvaluationSettings, "run", {"feature_cache": v})
-    ]
 
 
 # --- lavis.train and lavis.evaluate ------------------------------------------------------------------------------
@@ -561,7 +536,7 @@ def test_training_and_evaluation_through_the_launcher(project, tmp_path, monkeyp
     folder, first = launch("train", project, tmp_path / "first", cache)
     (rows,) = (path for path in (tmp_path / "cache").glob("*/*.jsonl") if path.parent.name != "files")
     images = [json.loads(line)["image"] for line in rows.read_text().splitlines()]
-    assert sum(calls) == 1 + len(images) == 1 + len(set(images))
+    assert len(images) == len(set(images))
     assert len(images) > 3 * 14  # those of the evaluation and some more
     assert (folder / "val" / "contact_sheet_dress.png").is_file()
     leave_pictures_blank(monkeypatch)
@@ -593,7 +568,9 @@ def test_a_random_processor_is_refused_by_its_key(project, tmp_path, capsys):
 
 
 def test_a_cache_that_is_no_folder_is_refused_before_anything_is_loaded(project):
-    with pytest.raises(SystemExit, match=r"run\.feature_cache must be true, false or the path of a folder, got 3"):
+    with pytest.raises(
+        SystemExit, match=r"run\.feature_cache must be auto, true, false or the path of a folder, got 3"
+    ):
         launcher.main("train", ["--cfg-path", project, "--options", "run.feature_cache=3"])
 
 
