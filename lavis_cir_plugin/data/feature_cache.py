@@ -159,11 +159,11 @@ class FeatureCache:
         self._maps: dict[str, np.ndarray[Any, Any]] = {}
         self._name = _new_name()  # of this process's segment and lines
         self._segment: _Segment | None = None
-        self._is_full = False
+        self._has_failed = False
         self._read_meta()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}, "_segment": None}
+        return {**self.__dict__, "_unchecked": {}, "_maps": {}, "_segment": None}
 
     @property
     def row_bytes(self) -> int:
@@ -182,7 +182,7 @@ class FeatureCache:
         """
         rank, world = rank_and_world()
         places = sorted(paths)
-        self.refresh()
+        self._refresh()
         self._read_known_files()
         if any(gather(bool(self._rows or self._unchecked))):
             unknown = [path for path in places if self._known_file(path) is None]
@@ -214,11 +214,19 @@ class FeatureCache:
         about = {"cache": self.folder.name, "is_kept": is_kept and bool(file), **file}
         return UncachedPicture(self.transform(open_rgb(Path(path), self.upright)), json.dumps(about))
 
-    def row(self, image: str) -> Tensor | None:
-        """Return the features of an image by its hash, or None if the cache has none."""
-        if image not in self._rows and image in self._unchecked:
-            self._take_checked(image, self._damaged_rows([image]).get(image))
-        return self._checked_row(image)
+    def rows(self, images: Iterable[str]) -> dict[str, Tensor]:
+        """Return the features of images by their hashes, also those that another process has written in the meantime.
+
+        Images without features are left out.
+        """
+        asked = set(images)
+        self._refresh()
+        unchecked = asked & self._unchecked.keys()
+        wrong = self._damaged_rows(unchecked)
+        for image in unchecked:
+            self._take_checked(image, wrong.get(image))
+        found = {image: self._checked_row(image) for image in asked}
+        return {image: row for image, row in found.items() if row is not None}
 
     def keep(self, files: Sequence[Mapping[str, Any]], features: Tensor) -> None:
         """Append the features of pictures, unless they are not finite.
@@ -249,15 +257,16 @@ class FeatureCache:
                     file["path"],
                 )
         kept = [file for file, finite in zip(files, is_finite.tolist()) if finite]
-        if not kept or self._is_full:
+        rows = rows if len(kept) == len(rows) else rows[is_finite]
+        if not kept or self._has_failed:
             return
         try:
             if self._segment is None:
                 self._write_meta()
                 self._segment = _Segment(self.folder, self._name)
-            places = self._segment.append([file["image"] for file in kept], rows[is_finite], self._wrong)
+            places = self._segment.append([file["image"] for file in kept], rows, self._wrong)
         except OSError as error:
-            self._is_full = True
+            self._has_failed = True
             logging.warning(
                 "run.feature_cache: %s cannot be written (%s); the features that are there are whole, and the run goes "
                 "on without keeping more. Free some space, or set run.feature_cache to a folder on another disk.",
@@ -282,8 +291,9 @@ class FeatureCache:
         for path in self._file_lines.glob("*.jsonl"):
             with suppress(OSError):
                 for line in _lines_of(path.read_bytes()):
-                    with suppress(TypeError):  # a value that cannot be part of a key
-                        self._images[tuple(line.get(key) for key in _FILE_KEYS)] = line.get("image")  # type: ignore[index, assignment]
+                    key, image = tuple(line.get(name) for name in _FILE_KEYS), line.get("image")
+                    if isinstance(image, str):
+                        self._images[key] = image  # type: ignore[index]
 
     def remember(self, files: Iterable[Mapping[str, Any]]) -> None:
         """Note the hashes of files, here and for later runs."""
@@ -326,24 +336,26 @@ class FeatureCache:
             whole.write_text(json.dumps(meta, indent=1))
             whole.replace(self.folder / "meta.json")
 
-    def refresh(self) -> None:
-        """Read the lines that any process has written since the last reading."""
+    def _refresh(self) -> None:
+        """Read the lines that other processes have written since the last reading."""
         if not self.row_shape:
             self._read_meta()
         for path in sorted(self.folder.glob("*.jsonl")) if self.row_shape else ():
-            begin = self._bytes_read.get(path.stem, 0)
-            rows = path.with_suffix(".rows")
-            if path.stat().st_size == begin or not rows.is_file():
-                continue
-            with path.open("rb") as file:
-                file.seek(begin)
-                content = file.read()
-            whole = content[: content.rfind(b"\n") + 1]
-            self._bytes_read[path.stem] = begin + len(whole)
-            count = rows.stat().st_size // self.row_bytes
-            for line in _lines_of(whole):
-                if "image" in line and line.get("row") in range(count):
-                    self._take_line({**line, "segment": path.stem})
+            with suppress(OSError):  # somebody may delete the folder
+                if path.stem != self._name and path.stat().st_size > self._bytes_read.get(path.stem, 0):
+                    self._read_new_lines(path)
+
+    def _read_new_lines(self, path: Path) -> None:
+        count = path.with_suffix(".rows").stat().st_size // self.row_bytes
+        begin = self._bytes_read.get(path.stem, 0)
+        with path.open("rb") as file:
+            file.seek(begin)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._bytes_read[path.stem] = begin + len(whole)
+        for line in _lines_of(whole):
+            if isinstance(line.get("image"), str) and line.get("row") in range(count):
+                self._take_line({**line, "segment": path.stem})
 
     def _take_line(self, line: dict[str, Any]) -> None:
         image = line["image"]
@@ -373,7 +385,9 @@ class FeatureCache:
         return None
 
     def _mapped_row(self, segment: str, row: int) -> np.ndarray[Any, Any]:
-        if row >= len(self._maps.get(segment, ())):  # it is not mapped yet, or it has grown since
+        if row >= len(
+            self._maps.get(segment, ())
+        ):  # it is not mapped yet, or it has grown since; a thread may map it too
             # np.memmap maps read-only. torch.from_file maps privately, and the system refuses more than the memory.
             data = np.memmap(self.folder / f"{segment}.rows", np.uint8, mode="r")
             count = len(data) // self.row_bytes
@@ -385,11 +399,13 @@ class FeatureCache:
         """Return those of these unchecked images whose row does not match its check sum, with segment and row."""
 
         def is_wrong(line: Mapping[str, Any]) -> bool:
-            return line.get("check") != _check_sum(line["image"], self._mapped_row(*_place(line)))
+            with suppress(OSError, IndexError):
+                return line.get("check") != _check_sum(line["image"], self._mapped_row(*_place(line)))
+            return True
 
         lines = sorted((self._unchecked[image] for image in images), key=_place)
-        for line in lines:
-            self._mapped_row(*_place(line))  # map each file before the threads, which could map it twice
+        if not lines:
+            return {}
         with ThreadPoolExecutor() as pool:
             checked = zip(lines, _progress(pool.map(is_wrong, lines), "check features", len(lines)))
             return {line["image"]: _place(line) for line, wrong in checked if wrong}
@@ -459,13 +475,12 @@ def _found_or_computed(
     cache_of: Mapping[str, FeatureCache],
 ) -> dict[tuple[str, str], Tensor]:
     """Return the features of pictures by cache and image."""
-    for key in {cache for cache, _ in pictures}:
-        cache_of[key].refresh()
-    found = {(cache, image): cache_of[cache].row(image) for cache, image in pictures}
-    features = {name: row for name, row in found.items() if row is not None}
-    missing = [name for name in pictures if name not in features]
+    features: dict[tuple[str, str], Tensor] = {}
     for key, cache in cache_of.items():
-        cache.remember([pictures[name][0] for name in features if name[0] == key])
+        found = cache.rows(image for name, image in pictures if name == key)
+        cache.remember(pictures[key, image][0] for image in found)
+        features.update(((key, image), row) for image, row in found.items())
+    missing = [name for name in pictures if name not in features]
     if missing:
         computed = tower_features(model, torch.stack([pictures[name][1] for name in missing]))
         features.update(zip(missing, computed))

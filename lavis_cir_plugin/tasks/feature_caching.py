@@ -47,9 +47,9 @@ class _Split:
         return set(self.dataset.image_paths.values())
 
     @property
-    def missing(self) -> set[Path]:
-        """Paths of the pictures whose features shall be kept and are not there yet."""
-        return self.paths - self.found if self.cache is not None and self.keeps else set()
+    def cached_pictures(self) -> set[tuple[Path, Path]]:
+        """Folder of the cache, if there is one, and path of each picture."""
+        return set() if self.cache is None else {(self.cache.folder, path) for path in self.paths}
 
     def leave_out(self, reason: str, remedy: str = "") -> None:
         if not self.reason:
@@ -103,16 +103,16 @@ def cache_features(model: Any, datasets: Mapping[str, Mapping[str, Any]], run: M
 
 
 def _splits(datasets: Mapping[str, Mapping[str, Any]], run: Mapping[str, Any]) -> Iterator[_Split]:
+    trains = any("train" in parts for parts in datasets.values()) and not run.get("evaluate")
     for name, parts in datasets.items():
         for part, dataset in parts.items():
             pictures = len(set(dataset.image_paths.values())) if isinstance(dataset, CirDataset) else _length(dataset)
             read = dataset.pictures_read if isinstance(dataset, CirDataset) else _length(dataset)
             if part == "train":
-                times = _training_passes(run, _length(dataset))
+                times = _training_passes(run, _length(dataset)) if trains else 0.0
             else:
                 times = float(part in run.get("test_splits", ()))
-                if part in run.get("valid_splits", ()) and not run.get("evaluate"):
-                    times += _validations(run)
+                times += _validations(run) if trains and part in run.get("valid_splits", ()) else 0.0
             yield _Split(f"datasets.{name}.{part}", dataset, pictures, round(read * times))
 
 
@@ -121,8 +121,6 @@ def _length(dataset: Any) -> int:
 
 
 def _training_passes(run: Mapping[str, Any], samples: int) -> float:
-    if run.get("evaluate"):
-        return 0.0
     if run.get("max_iters") is None:
         return float(run.get("max_epoch") or 1)
     world = rank_and_world()[1]
@@ -247,8 +245,13 @@ def _probe(model: Any, dataset: Any) -> Tensor:
 # What fits.
 
 
-def _missing(splits: Iterable[_Split]) -> int:
-    return len({(split.cache.folder, path) for split in splits if split.cache for path in split.missing})
+def _found(splits: Iterable[_Split]) -> set[tuple[Path, Path]]:
+    return {(split.cache.folder, path) for split in splits if split.cache is not None for path in split.found}
+
+
+def _missing(splits: Sequence[_Split]) -> int:
+    """Return the number of pictures whose features shall be kept and are not there yet."""
+    return len({picture for split in splits if split.keeps for picture in split.cached_pictures} - _found(splits))
 
 
 def _refuse_too_large(splits: Sequence[_Split], row: Tensor, folder: Path, free: int) -> None:
@@ -265,14 +268,15 @@ def _refuse_too_large(splits: Sequence[_Split], row: Tensor, folder: Path, free:
 def _choose(splits: Sequence[_Split], row: Tensor, folder: Path, free: int) -> None:
     """Let ``auto`` keep what spares passes and fits, and read only what is there of the rest."""
     for split in splits:
-        if split.reads <= split.pictures:
-            split.keeps = False
-            if not split.found:
-                split.leave_out("this run encodes each of its pictures once")
+        split.keeps = split.reads > split.pictures
+    kept = {picture for split in splits if split.keeps for picture in split.cached_pictures}
+    for split in splits:
+        if not (split.keeps or split.found or split.cached_pictures & kept):
+            split.leave_out("this run encodes each of its pictures once")
     missing = _missing(splits)
     fits = gather(missing * (row.nbytes + _LINE_BYTES) < AUTO_SHARE * free)[0]
     for split in splits:
-        if split.missing and not fits:
+        if split.cache is not None and split.keeps and not fits and split.paths - split.found:
             reason = (
                 f"its features and those of the other splits would take {size_text(missing * row.nbytes)}, more than a "
                 f"tenth of the {size_text(free)} free in {folder}"
@@ -293,15 +297,14 @@ def _say_what_is_cached(splits: Sequence[_Split], row: Tensor, root: Path, free:
     cached = [split for split in splits if split.cache is not None]
     if not cached:
         return
-    pictures = len({(split.cache.folder, path) for split in cached if split.cache for path in split.paths})
-    found = len({(split.cache.folder, path) for split in cached if split.cache for path in split.found})
-    missing = _missing(cached)
+    pictures = {picture for split in cached for picture in split.cached_pictures}
+    found, missing = _found(cached), _missing(cached)
+    size, reads = missing * row.nbytes, sum(split.reads for split in cached)
     logging.info(
-        f"feature cache: {pictures:,} pictures of {tuple(row.shape)} {row.dtype}, {size_text(row.nbytes)} each; "
-        f"{found:,} are there, {missing:,} are kept when they are first encoded, {size_text(missing * row.nbytes)} or "
-        f"{missing * row.nbytes / max(free, 1):.1%} of the {size_text(free)} free in {root}; the image tower runs for "
-        f"{sum(max(split.pictures - len(split.found), 0) for split in cached):,} pictures in place of "
-        f"{sum(split.reads for split in cached):,} ({', '.join(split.name for split in cached)})"
+        f"feature cache: {len(pictures):,} pictures of {tuple(row.shape)} {row.dtype}, {size_text(row.nbytes)} each; "
+        f"{len(found):,} are there, {missing:,} are kept when they are first encoded, {size_text(size)} or "
+        f"{size / max(free, 1):.1%} of the {size_text(free)} free in {root}; the image tower runs for "
+        f"{len(pictures - found):,} pictures in place of {reads:,} ({', '.join(split.name for split in cached)})"
     )
 
 

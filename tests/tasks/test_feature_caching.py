@@ -265,7 +265,7 @@ def test_it_says_what_it_keeps_and_what_that_spares(root, data, small_model, mon
     (said,) = prepared(small_model(freeze_vit=True), datasets, caplog, valid_splits=["val"])
     assert said == (
         "feature cache: 9 pictures of (5, 12) torch.float32, 240 bytes each; 0 are there, 9 are kept when they are "
-        f"first encoded, 2.2 kB or 0.2% of the 1.0 MB free in {root}; the image tower runs for 18 pictures in place of "
+        f"first encoded, 2.2 kB or 0.2% of the 1.0 MB free in {root}; the image tower runs for 9 pictures in place of "
         "87 (datasets.drawn.train, datasets.drawn.val)"
     )
     assert all(dataset.features is not None for dataset in datasets["drawn"].values())
@@ -285,6 +285,19 @@ def test_auto_takes_less_than_a_tenth_of_the_free_space(root, data, small_model,
     free(monkeypatch, needed - 60)
     with pytest.raises(ValueError, match=r"9 images of 240 bytes need 2\.2 kB and .* has 3\.9 kB free; free some"):
         prepared(small_model(freeze_vit=True), {"drawn": {"train": data()}}, caplog, True)
+
+
+def test_a_final_evaluation_reads_what_validations_keep(root, data, small_model, caplog):
+    """The split of the final evaluation has a name of its own where several benchmarks are evaluated."""
+    datasets = {"drawn": {"train": data(Random(16)), "val": evaluation(data()), "drawn.val": evaluation(data())}}
+    lines = prepared(
+        small_model(freeze_vit=True), datasets, caplog, valid_splits=["val"], test_splits=["drawn.val"], max_epoch=2
+    )
+    assert "runs for 9 pictures in place of 27 (datasets.drawn.val, datasets.drawn.drawn.val)" in lines[0]
+    prepared(small_model(freeze_vit=True), {"drawn": {"drawn.val": datasets["drawn"]["drawn.val"]}}, caplog)
+    evaluated = {"drawn": {"val": evaluation(data())}}
+    lines = prepared(small_model(freeze_vit=True), evaluated, caplog, valid_splits=["val"], test_splits=["val"])
+    assert lines[0].endswith("because this run encodes each of its pictures once")  # `lavis.evaluate` validates nothing
 
 
 def test_features_that_are_there_are_read_also_where_no_more_would_be_kept(
@@ -404,11 +417,12 @@ def test_iterations_are_counted_as_epochs_of_the_data(root, data, small_model, c
 
 def test_pictures_are_preloaded_only_where_no_features_are_cached(root, data, small_model):
     task = ComposedRetrievalTask()
-    task._to_preload = ["drawn", "random"]
-    datasets = {"drawn": {"val": evaluation(data())}, "random": {"test": evaluation(data())}}
-    task.prepare(small_model(freeze_vit=True), datasets, settings(None, valid_splits=["val"]))
-    assert not datasets["drawn"]["val"].preloaded
-    assert len(datasets["random"]["test"].preloaded) == PICTURES
+    task._to_preload = ["drawn", "once"]
+    once = evaluation(data(TargetPadProcessor(16, target_ratio=1.0)))
+    datasets = {"drawn": {"train": data()}, "once": {"val": once}}
+    task.prepare(small_model(freeze_vit=True), datasets, settings(None, test_splits=["val"]))
+    assert not datasets["drawn"]["train"].preloaded
+    assert len(once.preloaded) == PICTURES
 
 
 def test_impossible_values_are_named():
