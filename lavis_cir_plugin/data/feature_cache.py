@@ -174,7 +174,7 @@ class FeatureCache:
         """Look up the features of these pictures, and return the paths of those that have some.
 
         In a distributed run every process calls this method with the same arguments, and does its share of the reading.
-        Files are hashed only if they are unknown and the cache holds rows that they could have.
+        Unknown files are hashed, unless the cache is empty.
 
         Each row is read once and compared with its check sum. For 40,000 rows of 724 kB this is one sequential pass of
         seconds over a fast disk. A check at each reading would cost a tenth of a second per batch of 128 in every
@@ -184,9 +184,10 @@ class FeatureCache:
         places = sorted(paths)
         self._refresh()
         self._read_known_files()
-        if any(gather(bool(self._rows or self._unchecked))):
-            unknown = [path for path in places if self._known_file(path) is None]
-            self.remember([file for part in gather(_hashed_files(unknown[rank::world])) for file in part])
+        if not any(gather(bool(self._rows or self._unchecked))):
+            return set()
+        unknown = [path for path in places if self._known_file(path) is None]
+        self.remember([file for part in gather(_hashed_files(unknown[rank::world])) for file in part])
         known = {path: self._known_file(path) for path in places}
         image_of = {path: file["image"] for path, file in known.items() if file is not None}
         images = sorted({image for image in image_of.values() if image in self._unchecked})

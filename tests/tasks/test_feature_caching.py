@@ -8,14 +8,19 @@ import os
 import shutil
 import signal
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SCORING_MODELS, make_scoring_model
+import torch.distributed as dist
+from conftest import SCORING_MODELS, SMALL, make_scoring_model
+from launched import in_two_processes
+from lavis.common.logger import SmoothedValue
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query, Triplet, no_metrics
@@ -24,6 +29,7 @@ from lavis_cir_plugin.data import benchmark_datasets, feature_cache
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, TripletDataset
 from lavis_cir_plugin.data.feature_cache import FeatureCache, tower_features
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
+from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.processors import TargetPadProcessor
@@ -43,22 +49,28 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def data(tmp_path):
-    """Return a factory of ten triplets, and of an evaluation, over the same nine pictures."""
-    (tmp_path / "images").mkdir()
+    """Return a factory of ten triplets over the same nine pictures."""
+    draw(tmp_path / "images")
+    return lambda processor=None: triplets_of(tmp_path, processor)
+
+
+def draw(folder):
+    folder.mkdir()
     generator = np.random.default_rng(0)
-    paths = {str(number): tmp_path / "images" / f"{number}.png" for number in range(PICTURES)}
-    for path in paths.values():
-        Image.fromarray(generator.integers(0, 256, (18, 16, 3), dtype=np.uint8)).save(path)
+    for number in range(PICTURES):
+        picture = Image.fromarray(generator.integers(0, 256, (18, 16, 3), dtype=np.uint8))
+        picture.save(folder / f"{number}.png")
 
-    def make(processor=None):
-        processor = processor or TargetPadProcessor(16)
-        triplets = [
-            Triplet(str(number % 7), str((3 * number + 2) % PICTURES), ("is red", "is darker"))
-            for number in range(TRIPLETS)
-        ]
-        return TripletDataset(triplets, paths, processor, str, lambda texts, rng: rng.choice(texts))
 
-    return make
+def triplets_of(folder, processor=None):
+    paths = {str(number): folder / "images" / f"{number}.png" for number in range(PICTURES)}
+    triplets = [
+        Triplet(str(number % 7), str((3 * number + 2) % PICTURES), ("is red", "is darker"))
+        for number in range(TRIPLETS)
+    ]
+    return TripletDataset(
+        triplets, paths, processor or TargetPadProcessor(16), str, lambda texts, rng: rng.choice(texts)
+    )
 
 
 def evaluation(training):
@@ -143,6 +155,33 @@ def test_a_training_with_features_equals_one_without_bit_for_bit(
     assert trainings[2].encoded == []
     rows = sum(path.stat().st_size for path in root.glob("*/*.rows")) // ROW_BYTES
     assert rows <= PICTURES
+
+
+def train_in_process(rank, folder, where):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    SmoothedValue.synchronize_between_processes = lambda meter: None  # LAVIS's own needs a GPU
+    torch.manual_seed(0)
+    training = Training(Blip2Cir(**{**SMALL, "freeze_vit": True}), triplets_of(Path(folder)), where)
+    training.call = DistributedDataParallel(training.model)
+    training.epochs(0, 1)
+    torch.save([training.losses, training.model.state_dict(), training.encoded], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_without_features(tmp_path):
+    """Each process has one batch of four in each epoch of ten triplets; the second epoch's pictures are new in part."""
+    draw(tmp_path / "images")
+    found = []
+    for where in (False, str(tmp_path / "features")):
+        in_two_processes(train_in_process, str(tmp_path), where)
+        found.append([torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)])
+        (tmp_path / "rendezvous").unlink(missing_ok=True)
+    for (losses, weights, _), (other_losses, other_weights, _) in zip(*found):
+        assert losses == other_losses
+        assert not [name for name, value in weights.items() if not torch.equal(value, other_weights[name])]
+    assert [len(encoded) for _, _, encoded in found[0]] == [2, 2]
+    assert sum(path.stat().st_size for path in (tmp_path / "features").glob("*/*.rows")) >= 8 * ROW_BYTES
 
 
 def test_it_may_be_turned_on_and_off_in_mid_run(root, data, small_model):
