@@ -43,7 +43,7 @@ MODEL: dict[str, Any] = {
 }
 BATCH = 8
 WORLD: dict[str, Any] = {
-    "train_triplets": 12, "train_images": 24, "val_queries": 1, "val_images": 2, "test_queries": 1, "test_images": 2,
+    "train_triplets": 22, "train_images": 44, "val_queries": 1, "val_images": 2, "test_queries": 1, "test_images": 2,
     "image_width": 100, "image_height": 120,
 }  # fmt: skip
 
