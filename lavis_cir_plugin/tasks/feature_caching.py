@@ -20,7 +20,7 @@ from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, rank_
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
 from lavis_cir_plugin.data import benchmark_datasets
 from lavis_cir_plugin.data.benchmark_datasets import CirDataset
-from lavis_cir_plugin.data.feature_cache import FeatureCache, fingerprint, tower_problem
+from lavis_cir_plugin.data.feature_cache import FeatureCache, fingerprint, has_image_tower, tower_problem
 
 AUTO = "auto"
 AUTO_SHARE = 0.1
@@ -220,7 +220,7 @@ def _row(model: Any, splits: Sequence[_Split]) -> Tensor:
         if cache.row_shape:
             return torch.empty(cache.row_shape, dtype=cache.row_dtype, device="meta")
     datasets = [split.dataset for split in splits if hasattr(split.dataset, "vis_processor")]
-    if not datasets or not hasattr(model, "image_features") or not hasattr(model, "image_tower"):
+    if not datasets or not has_image_tower(model):
         return torch.empty(0, device="meta")
     return _probe(model, datasets[0]).to("meta")
 

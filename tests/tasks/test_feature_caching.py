@@ -17,11 +17,12 @@ import torch.distributed as dist
 from conftest import SCORING_MODELS, SMALL, make_scoring_model
 from launched import in_two_processes
 from lavis.common.logger import SmoothedValue
+from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query, Triplet, no_metrics
 from lavis_cir_plugin.core.settings import section_problems
@@ -35,6 +36,7 @@ from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.processors import TargetPadProcessor
 from lavis_cir_plugin.tasks import feature_caching
 from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask, EvaluationSettings
+from lavis_cir_plugin.tasks.evaluation import Evaluation
 
 TRIPLETS, PICTURES = 10, 9
 ROW_BYTES = 5 * 12 * 4  # of the small tower: a class token and four patches of width 12, float32
@@ -73,10 +75,11 @@ def triplets_of(folder, processor=None):
     )
 
 
-def evaluation(training):
-    queries = (Query("0", ("is red",), "1"),)
+def evaluation(training, gallery=None):
+    """Return a benchmark with a query from each picture against a gallery, by default of all."""
     paths = training.image_paths
-    group = Group("all", tuple(paths), queries, reference_removed=False)
+    queries = tuple(Query(name, ("is red", "is darker"), "1") for name in paths)
+    group = Group("all", tuple(gallery or paths), queries, reference_removed=False)
     return BenchmarkDataset(Benchmark("b", "val", (group,), paths, "b", no_metrics, ""), training.vis_processor, str)
 
 
@@ -238,6 +241,35 @@ def test_two_runs_at_once_share_features_and_differ_in_nothing(root, data, small
         run.epochs(1).assert_equals(expected)
     assert first.encoded
     assert not second.encoded
+
+
+@pytest.mark.parametrize("kind", ["frozen tower", "clip", "mapping"])
+def test_an_evaluation_with_features_equals_one_without_bit_for_bit(kind, root, data, tmp_path):
+    """The tower sees each of nine pictures once, for a gallery of six and queries from outside it, and later none."""
+    model = make_scoring_model(kind, freeze_vit=True).eval() if kind == "clip" else make_scoring_model(kind).eval()
+    seen = []
+    model.image_tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(torch.unique(inputs[0], dim=0))))
+    registry.mapping["paths"]["output_dir"] = str(tmp_path)
+
+    def encoded(where, trains=True):
+        dataset = evaluation(data(), [str(number) for number in range(6)])
+        splits = {"train": data(), "val": dataset} if trains else {"val": dataset}
+        ComposedRetrievalTask().prepare(model, {"drawn": splits}, settings(where, valid_splits=["val"]))
+        seen.clear()
+        loader = DataLoader(dataset, batch_size=4, collate_fn=dataset.collater)
+        run = Evaluation(model, loader, cuda_enabled=False)
+        queries = [group.queries for group in dataset.benchmark.groups]
+        rows = [run.encode_gallery(), *(run.encode_queries(mode, [*queries]) for mode in ("multimodal", "image"))]
+        return torch.cat([part.flatten() for part in rows]), sum(seen)
+
+    expected, passes = encoded(False)
+    assert passes == PICTURES
+    for where, trains, count in [("auto", False, 9), ("auto", True, 9), ("auto", True, 0), ("auto", False, 0)]:
+        found, passes = encoded(where, trains)
+        assert torch.equal(found, expected)
+        assert passes == count
+    paths = sorted(root.glob("*/*.rows"))
+    assert len(paths) == 1  # the evaluation alone has kept nothing
 
 
 def test_a_disk_that_is_full_in_mid_fill_changes_no_number(root, data, small_model, monkeypatch, caplog):
