@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SCORING_MODELS, SMALL, make_scoring_model
+from conftest import SMALL, make_scoring_model
 from launched import in_two_processes
 from lavis.common.logger import SmoothedValue
 from lavis.common.registry import registry
@@ -300,12 +300,16 @@ def test_a_picture_that_cannot_be_read_ends_the_training_in_its_own_sentence(roo
         Training(small_model(freeze_vit=True), dataset, None).epochs(0)
 
 
+LAVIS_VIT_L = {"vit_model": "clip_L", "vit_config": {"patch_size": 8, "width": 12, "layers": 2, "heads": 2}}
+
+
 @pytest.mark.parametrize(
-    "name", [name for name in SCORING_MODELS if name not in ("joint", "mean_queries", "sentence_prompt")]
+    ("name", "changes"),
+    [("frozen tower", {}), ("frozen tower", LAVIS_VIT_L), ("clip", {}), ("mapping", {}), ("composing", {})],
 )
-def test_features_depend_on_no_other_picture_of_the_call(name):
+def test_features_depend_on_no_other_picture_of_the_call(name, changes):
     """Each of 24 pictures has the same bits alone, in batches of 2 to 23, and in other company."""
-    model = make_scoring_model(name)
+    model = make_scoring_model(name, **changes)
     pictures = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     alone = torch.cat([tower_features(model, picture[None]) for picture in pictures])
     for size in (2, 3, 5, 7, 8, 9, 12, 16, 23, 24):
