@@ -61,6 +61,7 @@ release:
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/perturbation_cost.py
+	$(BIN)/python benchmarks/default_training_cost.py
 	$(BIN)/python benchmarks/tscir_step_cost.py
 	$(BIN)/python benchmarks/triplets_full_size.py
 	$(BIN)/python benchmarks/validation_metrics.py

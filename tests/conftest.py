@@ -60,6 +60,21 @@ def small_towers():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def features_of_runs(tmp_path_factory):
+    """Keep the features that runs cache by default in a folder of each test's own, not in the user's cache."""
+    from lavis_cir_plugin.data import benchmark_datasets
+
+    base = tmp_path_factory.mktemp("features_of_runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark_datasets, "features_root", lambda: base / str(hash(name_of_test())))
+        yield
+
+
+def name_of_test() -> str:
+    return os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
+
+
 @pytest.fixture
 def small_model():
     """Return a factory of small real ``blip2_cir`` models, each from the same seed."""

@@ -18,6 +18,7 @@ from conftest import add_small_towers
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lavis_cir_plugin.core.atomic_files import replace_file
+from lavis_cir_plugin.data import benchmark_datasets
 from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
 from lavis_cir_plugin.report import chance, contact_sheets, curves
 from lavis_cir_plugin.training import launcher
@@ -42,7 +43,7 @@ def start_launcher(
 ) -> list[BaseProcess]:
     """Start the processes of a run with the variables that torchrun would give them, and return them.
 
-    Its reports draw no pictures.
+    Its reports draw no pictures, and the features that it caches by default lie beside the log.
 
     Args:
         command: ``train`` or ``evaluate``.
@@ -122,4 +123,6 @@ def _launch(command: str, arguments: list[str], log: str, random_queries: int, e
     patch = pytest.MonkeyPatch()
     leave_pictures_blank(patch)
     patch.setattr(chance, "RANDOM_QUERIES", random_queries)
+    if "XDG_CACHE_HOME" not in environment:
+        patch.setattr(benchmark_datasets, "features_root", lambda: Path(log).parent / "features")
     launcher.main(command, arguments)

@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.benchmarks.types import Benchmark, Triplet
-from lavis_cir_plugin.data.feature_cache import FeatureCache
+from lavis_cir_plugin.data.feature_cache import FeatureCache, UncachedPicture, collate_images
 from lavis_cir_plugin.data.label_noise import LabelNoise, mixed_sources
 from lavis_cir_plugin.data.negatives import NegativeSets
 
 Processor = Callable[[Any], Any]
+_IMAGES = (torch.Tensor, UncachedPicture)
 
 
 def image_id(name: str) -> int:
@@ -37,6 +38,11 @@ def cache_root() -> Path:
     It is ``$XDG_CACHE_HOME/lavis_cir_plugin``; without that variable it is ``~/.cache/lavis_cir_plugin``.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lavis_cir_plugin"
+
+
+def features_root() -> Path:
+    """Return the folder of the feature caches of runs that name no other folder."""
+    return cache_root() / "features"
 
 
 class CirDataset(Dataset):
@@ -54,15 +60,24 @@ class CirDataset(Dataset):
         self.text_processor = text_processor
         self.preloaded: dict[str, torch.Tensor] = {}
         self.features: FeatureCache | None = None
+        self.keeps_features = False
 
-    def load_image(self, name: str) -> torch.Tensor:
-        """Return the preprocessed picture ``(3, H, W)``, or its cached features, such as ``(P, width)``.
+    @property
+    def pictures_read(self) -> int:
+        """Number of pictures that one pass over the data set reads, a picture as often as it is read."""
+        return len(self)  # type: ignore[arg-type]
+
+    def load_image(self, name: str) -> torch.Tensor | UncachedPicture:
+        """Return the preprocessed picture ``(3, H, W)``; with a cache its features, such as ``(P, width)``.
+
+        A picture whose features are not in the cache yet is an
+        :class:`~lavis_cir_plugin.data.feature_cache.UncachedPicture`.
 
         Raises:
             ValueError: If the picture cannot be read; the message names the file.
         """
         if self.features is not None:
-            return self.features[self.image_paths[name]]
+            return self.features.picture(self.image_paths[name], self.keeps_features)
         if name in self.preloaded:
             return self.preloaded[name]
         return self.vis_processor(self.picture(name))
@@ -76,9 +91,14 @@ class CirDataset(Dataset):
         """Whether the processor declares that it returns equal tensors for equal pictures."""
         return bool(getattr(self.vis_processor, "is_deterministic", False))
 
-    def use_features(self, features: FeatureCache) -> None:
-        """Let the data set return these features in place of pictures, and drop preloaded pictures."""
-        self.features, self.preloaded = features, {}
+    def use_features(self, features: FeatureCache, keeps_features: bool = True) -> None:
+        """Let the data set return features in place of pictures, and drop preloaded pictures.
+
+        Args:
+            features: Cache of the features.
+            keeps_features: Whether missing features shall be kept once they are computed.
+        """
+        self.features, self.keeps_features, self.preloaded = features, keeps_features, {}
 
     def preload(self) -> None:
         """Preprocess every picture now and keep it in memory, which forked workers share.
@@ -101,8 +121,16 @@ class CirDataset(Dataset):
         logging.info("preloaded %d images, %.0f MB", len(names), size / 1e6)
 
     def collater(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Stack tensors and list strings."""
-        return default_collate(list(samples))
+        """Stack tensors and list strings; :func:`~lavis_cir_plugin.data.feature_cache.collate_images` joins images."""
+        images = {
+            key
+            for sample in samples
+            for key, value in sample.items()
+            if isinstance(value, UncachedPicture) or (isinstance(value, list) and isinstance(value[0], _IMAGES))
+        }
+        others = [{key: value for key, value in sample.items() if key not in images} for sample in samples]
+        batch: dict[str, Any] = default_collate(others) if others[0] else {}
+        return {**batch, **{key: collate_images([sample[key] for sample in samples]) for key in images}}
 
 
 class TripletDataset(CirDataset):
@@ -115,6 +143,7 @@ class TripletDataset(CirDataset):
 
     After :meth:`use_negatives` a sample also has ``negatives`` ``(K, ...)``, which are drawn from the same generator,
     and ``negatives_present`` ``(K,)``. If a triplet has fewer than K negatives, its target fills the other places.
+    If the features of one are not in the cache yet, the negatives are a list.
 
     Attributes:
         noise: The triplets with a wrong target; ``None`` before :meth:`mix_labels`.
@@ -172,6 +201,11 @@ class TripletDataset(CirDataset):
         self.noise = LabelNoise(ratio, seed, sources, wrong)
 
     @property
+    def pictures_read(self) -> int:
+        """Number of references and targets."""
+        return 2 * len(self)
+
+    @property
     def contents(self) -> str:
         """Numbers of triplets, of wrong ones and of pictures, in words for the log."""
         wrong = f" ({len(self.noise.wrong):,} with a wrong target)" if self.noise is not None else ""
@@ -197,12 +231,14 @@ class TripletDataset(CirDataset):
             sample.update(self._negatives_of(index, self.negatives, sample["target"]))
         return sample
 
-    def _negatives_of(self, index: int, sets: NegativeSets, target: torch.Tensor) -> dict[str, Any]:
+    def _negatives_of(self, index: int, sets: NegativeSets, target: torch.Tensor | UncachedPicture) -> dict[str, Any]:
         columns = sets.draw(index, self.num_negatives)
         lacking = self.num_negatives - len(columns)
-        pictures = [self.load_image(sets.names[sets.negatives[index, column]]) for column in columns]
+        images = [self.load_image(sets.names[sets.negatives[index, column]]) for column in columns]
+        images += [target] * lacking
+        is_complete = all(isinstance(image, torch.Tensor) for image in images)
         found: dict[str, Any] = {
-            "negatives": torch.stack([*pictures, *[target] * lacking]),
+            "negatives": torch.stack(images) if is_complete else images,  # type: ignore[arg-type]
             "negatives_present": torch.tensor([True] * len(columns) + [False] * lacking),
         }
         if self.with_scores:
@@ -228,6 +264,11 @@ class BenchmarkDataset(CirDataset):
         self.names = list(dict.fromkeys(name for group in benchmark.groups for name in group.gallery))
         self.queries = QueryDataset(self)
         self.texts = QueryDataset(self, with_image=False)
+
+    @property
+    def pictures_read(self) -> int:
+        """Number of distinct images, because an evaluation encodes each image once."""
+        return len(self.image_paths)
 
     @property
     def contents(self) -> str:

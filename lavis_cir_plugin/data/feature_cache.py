@@ -7,9 +7,9 @@ A cache has one folder per tower and transform, ``<root>/<key>/``::
     <segment>.jsonl           a line per row: image (hash of the file's bytes), row, check (CRC-32 of both)
     ../files/<segment>.jsonl  a line per file: path, size, mtime, image; it saves hashing an unchanged file again
 
-No written file is ever changed. Each process writes its own segments, and it writes a row to the disk before the row's
-line. A process may therefore be killed at any moment, and several processes may work at once: a reader ignores a row
-without a whole line, and a picture that has two rows does no harm.
+Files only grow. Each process writes its own segment, and it writes a row before the row's line. A process may therefore
+be killed at any moment, and several processes may work at once: a reader ignores a row without a whole line, and a
+picture that has two rows does no harm. A row that the disk has lost with the power fails its check.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import logging
 import math
 import os
 import secrets
-import shutil
-import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
@@ -34,13 +33,10 @@ from typing import Any, Callable, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lavis_cir_plugin.benchmarks.images import open_rgb
-from lavis_cir_plugin.core.atomic_files import size_text
-from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, rank_and_world
-from lavis_cir_plugin.core.workers import worker_setup
+from lavis_cir_plugin.core.processes import gather, rank_and_world
 
 # Part of every key. Raise it when a shipped model or processor changes its results without changing its name.
 _FORMAT = 1
@@ -53,6 +49,15 @@ _MODULES_OF_0_4 = {
     "lavis_cir_plugin.methods.tscir.layers": "lavis_cir_plugin.pseudo_word",
 }
 """Module path of version 0.4 by present module path, for classes that a tower or a transform may contain."""
+
+# Below this number of pictures a CPU's libraries take other kernels for the product of a tower's last layer, whose rows
+# are one per picture. From four pictures on, all towers here give the same bits for any number.
+LEAST_PICTURES = 8
+"""Least number of pictures in a call of a tower."""
+
+_FILE_KEYS = ("path", "size", "mtime")
+_File = tuple[str, int, int]
+_Place = tuple[str, int]  # segment and row
 
 NameOf = Callable[[Any], str]
 """A function that names a class or function in a hash."""
@@ -78,24 +83,17 @@ def has_image_tower(model: Any) -> bool:
     return isinstance(getattr(model, "image_tower", None), nn.Module) and hasattr(model, "image_features")
 
 
-def check_tower(model: Any) -> None:
-    """Refuse a model whose image features may change during training.
-
-    Raises:
-        ValueError: If the model is not a :class:`HasImageTower`, or its tower is trained.
-    """
+def tower_problem(model: Any) -> tuple[str, str] | None:
+    """Return why a model's image features cannot be cached, and what to set; or None if they can."""
     if not has_image_tower(model):
-        raise ValueError(
-            f"run.feature_cache: {type(model).__name__} offers no image_tower and image_features to cache; set "
-            "run.feature_cache: false."
-        )
+        return f"{type(model).__name__} offers no image_tower and image_features to cache", ""
     trained = [name for name, weight in model.image_tower.named_parameters() if weight.requires_grad]
-    if trained:
-        raise ValueError(
-            f"run.feature_cache: {len(trained)} tensors of the image tower are trained (first: {trained[0]}), so its "
-            "features change with every step; set model.freeze_vit: true and keep adapters out of the tower, or set "
-            "run.feature_cache: false."
-        )
+    if not trained:
+        return None
+    reason = f"{len(trained)} tensors of the image tower are trained (first: {trained[0]})"
+    return f"{reason}, so its features change with every step", (
+        "set model.freeze_vit: true and keep adapters out of the tower"
+    )
 
 
 def fingerprint(thing: Any, name_of: NameOf | None = None) -> str:
@@ -118,16 +116,22 @@ def fingerprint(thing: Any, name_of: NameOf | None = None) -> str:
 
 
 class FeatureCache:
-    """Maps a picture's path to its features.
+    """Maps a picture to its features, which are computed and kept when a picture is met for the first time.
 
-    The cache can be sent to other processes, such as DataLoader workers. Each process maps the files at its first
-    reading.
+    A data set asks for pictures (:meth:`picture`), also in DataLoader workers: the cache can be sent to other
+    processes, and each process maps the files at its first reading. Missing features are computed and kept in the
+    process of the model (:func:`with_features`), and workers that start later read them.
 
     Args:
         root: Folder of all caches. This cache uses the folder ``<root>/<key>``.
         model: Model whose class and tower the key depends on. The cache keeps no reference to it.
         transform: Deterministic function from an RGB picture to ``(3, H, W)``.
         upright: Whether pictures are turned by their EXIF orientation first; part of the key.
+
+    Attributes:
+        folder: Folder of the cache, whose name is the key.
+        row_shape: Shape of the features of one picture; empty until it is known.
+        row_dtype: Type of the features.
 
     Raises:
         ValueError: If the folder's ``meta.json`` does not match the key.
@@ -143,113 +147,171 @@ class FeatureCache:
                 self.identity, self.folder = former_identity, former_folder
         self.transform = transform
         self.upright = upright
+        self.row_shape: tuple[int, ...] = ()
+        self.row_dtype = torch.float32
         self._file_lines = root / "files"
-        self._rows: dict[str, tuple[str, int]] = {}  # path -> segment and row
+        self._images: dict[_File, str] = {}  # hash of a file's bytes
+        self._rows: dict[str, _Place] = {}  # checked rows by image
+        self._unchecked: dict[str, dict[str, Any]] = {}  # lines of rows by image
+        self._replaced: set[_Place] = set()
+        self._wrong: dict[str, _Place] = {}  # rows that do not match their check sums
+        self._bytes_read: dict[str, int] = {}  # of the lines of each segment
         self._maps: dict[str, np.ndarray[Any, Any]] = {}
-        self._shape: tuple[int, ...] = ()  # unknown until there is a row
-        self._dtype = torch.float32
+        self._name = _new_name()  # of this process's segment and lines
+        self._segment: _Segment | None = None
+        self._has_failed = False
         self._read_meta()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_unchecked": {}, "_maps": {}, "_segment": None}
 
-    def __getitem__(self, path: Path) -> Tensor:
-        segment, row = self._rows[str(path)]
-        # A copy, because torch has no read-only tensors and the file must not change.
-        return torch.from_numpy(self._mapped_segment(segment)[row].copy()).view(self._dtype).view(self._shape)
+    @property
+    def row_bytes(self) -> int:
+        """Size of the features of one picture; 0 until it is known."""
+        return math.prod(self.row_shape) * self.row_dtype.itemsize if self.row_shape else 0
 
-    def fill(self, model: HasImageTower, paths: Iterable[Path], *, batch_size: int = 64, num_workers: int = 0) -> None:
-        """Make the features of these pictures readable, and compute the missing ones.
+    def find(self, paths: Iterable[Path]) -> set[Path]:
+        """Look up the features of these pictures, and return the paths of those that have some.
 
-        In a distributed run every process calls this method with the same arguments and computes its share.
+        In a distributed run every process calls this method with the same arguments, and does its share of the reading.
+        Unknown files are hashed, unless the cache is empty.
 
-        The method reads each needed row once and compares it with its check sum; the processes share this work too.
-        For 40,000 rows of 724 kB this is one sequential pass of seconds over a fast disk. A check at each reading
-        would cost a tenth of a second per batch of 128 in every epoch.
-
-        Args:
-            model: The model that this cache was made for, on the device that shall compute.
-            paths: Paths of the picture files. Files with equal content are computed once.
-            batch_size: Pictures per call of the tower.
-            num_workers: Number of processes that decode pictures.
-
-        Raises:
-            ValueError: If there is too little free space (then nothing has been written), if a picture cannot be read,
-                if its features are not finite, or if the processes of a run have different towers.
-            OSError: If a row cannot be written, for example on a full disk. Rows written earlier stay valid.
+        Each row is read once and compared with its check sum. For 40,000 rows of 724 kB this is one sequential pass of
+        seconds over a fast disk. A check at each reading would cost a tenth of a second per batch of 128 in every
+        epoch.
         """
         rank, world = rank_and_world()
-        if len(set(gather(str(self.folder)))) > 1:
-            raise ValueError(
-                "run.feature_cache: the frozen tower or its transform differs between the processes of this run, so "
-                "that they would train on different features; load the tower from a file (model.finetuned), or build "
-                "it from the same seed on each."
-            )
-        names = sorted({str(path) for path in paths})
-        with fail_in_all_processes():
-            files = self._hash_files(names[rank::world])
-        image_of = {file["name"]: file["image"] for part in gather(files) for file in part}
-        source = {image_of[name]: name for name in reversed(names)}
-
-        rows = self._read_rows()
-        checked = gather(self._damaged_rows(rows, list(source)[rank::world]))
+        places = sorted(paths)
+        self._refresh()
+        self._read_known_files()
+        if not any(gather(bool(self._rows or self._unchecked))):
+            return set()
+        unknown = [path for path in places if self._known_file(path) is None]
+        self.remember([file for part in gather(_hashed_files(unknown[rank::world])) for file in part])
+        known = {path: self._known_file(path) for path in places}
+        image_of = {path: file["image"] for path, file in known.items() if file is not None}
+        images = sorted({image for image in image_of.values() if image in self._unchecked})
+        checked = gather(self._damaged_rows(images[rank::world]))
         wrong = {image: place for part in checked for image, place in part.items()}
-        # Processes can see different rows while another run writes to the cache, so the first process decides.
-        missing = gather([image for image in source if image not in rows or image in wrong])[0]
-        with fail_in_all_processes():
-            if missing and not self._shape:
-                probe = self._features(model, self._picture(source[missing[0]])[None])
-                self._shape, self._dtype = tuple(probe.shape[1:]), probe.dtype
-            self._announce_or_refuse(len(source), len(missing), len(wrong))
-        with fail_in_all_processes():
-            self._remember_hashes(files)
-            if missing[rank::world]:
-                self._compute(model, missing[rank::world], source, wrong, batch_size, num_workers)
+        for image in images:
+            self._take_checked(image, wrong.get(image))
+        return {path for path, image in image_of.items() if image in self._rows}
 
-        rows = self._read_rows()
-        lost = [image for image in source if image not in rows]
-        if lost:
+    def picture(self, path: Path, is_kept: bool = True) -> Tensor | UncachedPicture:
+        """Return a picture's features, or the preprocessed picture with what is needed to keep its features.
+
+        Args:
+            path: Path of the picture.
+            is_kept: Whether missing features shall be kept once they are computed.
+
+        Raises:
+            ValueError: If the features are missing and the picture cannot be read; the message names the file.
+        """
+        # `open_rgb` reports a file that cannot be read.
+        file = self._known_file(path) or (_hashed_file(path) if is_kept else None) or {}
+        row = self._checked_row(file.get("image"))
+        if row is not None:
+            return row
+        about = {"cache": self.folder.name, "is_kept": is_kept and bool(file), **file}
+        return UncachedPicture(self.transform(open_rgb(Path(path), self.upright)), json.dumps(about))
+
+    def rows(self, images: Iterable[str]) -> dict[str, Tensor]:
+        """Return the features of images by their hashes, also those that another process has written in the meantime.
+
+        Images without features are left out.
+        """
+        asked = set(images)
+        self._refresh()
+        unchecked = asked & self._unchecked.keys()
+        wrong = self._damaged_rows(unchecked)
+        for image in unchecked:
+            self._take_checked(image, wrong.get(image))
+        found = {image: self._checked_row(image) for image in asked}
+        return {image: row for image, row in found.items() if row is not None}
+
+    def keep(self, files: Sequence[Mapping[str, Any]], features: Tensor) -> None:
+        """Append the features of pictures, unless they are not finite.
+
+        If they cannot be written, for example on a full disk, a warning says so once. From then on nothing more is
+        written in this process: the rows that are there are whole, and later steps compute what is missing.
+
+        Args:
+            files: For each picture its ``path``, ``size``, ``mtime`` and ``image``, as :meth:`picture` gives them.
+            features: Features ``(B, ...)`` on any device.
+
+        Raises:
+            ValueError: If their shape or type is not that of the cache's rows.
+        """
+        rows = features.detach().cpu().contiguous()
+        if not self.row_shape:
+            self.row_shape, self.row_dtype = tuple(rows.shape[1:]), rows.dtype
+        if (tuple(rows.shape[1:]), rows.dtype) != (self.row_shape, self.row_dtype):
             raise ValueError(
-                f"run.feature_cache: {self.folder} lacks {len(lost):,} images after every process has written its "
-                "share; choose a folder that all processes see."
+                f"run.feature_cache: {self.folder} holds rows of {self.row_shape} {self.row_dtype} and the tower "
+                f"returns {tuple(rows.shape[1:])} {rows.dtype}; delete the folder or choose another one."
             )
-        self._rows = {name: _segment_and_row(rows[image]) for name, image in image_of.items()}
+        is_finite = torch.isfinite(rows).flatten(1).all(dim=1)
+        for file, finite in zip(files, is_finite.tolist()):
+            if not finite:
+                logging.warning(
+                    "run.feature_cache: the features of %s are not finite and are not kept; check the weights",
+                    file["path"],
+                )
+        kept = [file for file, finite in zip(files, is_finite.tolist()) if finite]
+        rows = rows if len(kept) == len(rows) else rows[is_finite]
+        if not kept or self._has_failed:
+            return
+        try:
+            if self._segment is None:
+                self._write_meta()
+                self._segment = _Segment(self.folder, self._name)
+            places = self._segment.append([file["image"] for file in kept], rows, self._wrong)
+        except OSError as error:
+            self._has_failed = True
+            logging.warning(
+                "run.feature_cache: %s cannot be written (%s); the features that are there are whole, and the run goes "
+                "on without keeping more. Free some space, or set run.feature_cache to a folder on another disk.",
+                self.folder,
+                error.strerror or error,
+            )
+            return
+        self._rows.update(zip((file["image"] for file in kept), places))
+        self.remember(kept)
 
     # Files and their hashes.
 
-    def _hash_files(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Return a line for each file; the hash of an unchanged file is looked up, not computed."""
-        lines = [line for path in self._file_lines.glob("*.jsonl") for line in _read_lines(path)]
-        known = {(line.get("path"), line.get("size"), line.get("mtime")): line.get("image") for line in lines}
+    def _known_file(self, path: Path) -> dict[str, Any] | None:
+        """Return path, size, time and hash of a file that was hashed before and has not been changed since."""
+        with suppress(OSError):
+            key = _file_key(path)
+            if key in self._images:
+                return {**dict(zip(_FILE_KEYS, key)), "image": self._images[key]}
+        return None
 
-        def identify(name: str) -> dict[str, Any]:
-            path = os.path.abspath(name)
-            try:
-                stat = os.stat(path)
-                image = known.get((path, stat.st_size, stat.st_mtime_ns))
-                is_new = image is None
-                image = image or hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
-            except OSError as error:
-                raise ValueError(f"{path} cannot be read ({error.strerror}).") from error
-            file = {"path": path, "size": stat.st_size, "mtime": stat.st_mtime_ns, "image": image}
-            return {"name": name, "is_new": is_new, "file": file, "image": image}
+    def _read_known_files(self) -> None:
+        for path in self._file_lines.glob("*.jsonl"):
+            with suppress(OSError):
+                for line in _lines_of(path.read_bytes()):
+                    key, image = tuple(line.get(name) for name in _FILE_KEYS), line.get("image")
+                    if isinstance(image, str):
+                        self._images[key] = image  # type: ignore[index]
 
-        with ThreadPoolExecutor() as pool:
-            return list(_progress(pool.map(identify, names), "identify images", len(names)))
-
-    def _remember_hashes(self, files: Sequence[dict[str, Any]]) -> None:
-        new = [json.dumps(file["file"]) + "\n" for file in files if file["is_new"]]
+    def remember(self, files: Iterable[Mapping[str, Any]]) -> None:
+        """Note the hashes of files, here and for later runs."""
+        new = []
+        for file in files:
+            key: _File = (file["path"], file["size"], file["mtime"])
+            if key not in self._images:
+                self._images[key] = file["image"]
+                new.append(json.dumps({name: file[name] for name in (*_FILE_KEYS, "image")}) + "\n")
         # These lines only save time: if the folder cannot be written, the next run hashes the files again.
         with suppress(OSError):
             if new:
                 self._file_lines.mkdir(parents=True, exist_ok=True)
-                (self._file_lines / f"{_new_name()}.jsonl").write_text("".join(new))
+                with (self._file_lines / f"{self._name}.jsonl").open("a") as lines:
+                    lines.write("".join(new))
 
     # Rows.
-
-    @property
-    def _row_bytes(self) -> int:
-        return math.prod(self._shape) * self._dtype.itemsize
 
     def _read_meta(self) -> None:
         path = self.folder / "meta.json"
@@ -265,165 +327,222 @@ class FeatureCache:
                 f"run.feature_cache: {path} does not describe the tower and transform that its folder is named after; "
                 "delete the folder or choose another one."
             )
-        self._shape, self._dtype = shape, dtype
+        self.row_shape, self.row_dtype = shape, dtype
 
     def _write_meta(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "meta.json").is_file():
             whole = self.folder / f"{_new_name()}.tmp"
-            meta = {**self.identity, "shape": list(self._shape), "dtype": str(self._dtype).partition(".")[2]}
+            meta = {**self.identity, "shape": list(self.row_shape), "dtype": str(self.row_dtype).partition(".")[2]}
             whole.write_text(json.dumps(meta, indent=1))
             whole.replace(self.folder / "meta.json")
 
-    def _read_rows(self) -> dict[str, dict[str, Any]]:
-        """Return, for each image with a whole row, its line and the segment's name."""
-        self._maps = {}
-        if not self._shape:
+    def _refresh(self) -> None:
+        """Read the lines that other processes have written since the last reading."""
+        if not self.row_shape:
             self._read_meta()
-        lines = []
-        for path in sorted(self.folder.glob("*.jsonl")) if self._shape else ():
-            rows = path.with_suffix(".rows")
-            whole = range(rows.stat().st_size // self._row_bytes if rows.is_file() else 0)
-            found = (line for line in _read_lines(path) if "image" in line and line.get("row") in whole)
-            lines += [{**line, "segment": path.stem} for line in found]
-        replaced = {tuple(line["instead_of"]) for line in lines if "instead_of" in line}
-        return {line["image"]: line for line in lines if _segment_and_row(line) not in replaced}
+        for path in sorted(self.folder.glob("*.jsonl")) if self.row_shape else ():
+            with suppress(OSError):  # somebody may delete the folder
+                if path.stem != self._name and path.stat().st_size > self._bytes_read.get(path.stem, 0):
+                    self._read_new_lines(path)
 
-    def _mapped_segment(self, segment: str) -> np.ndarray[Any, Any]:
-        if segment not in self._maps:
+    def _read_new_lines(self, path: Path) -> None:
+        count = path.with_suffix(".rows").stat().st_size // self.row_bytes
+        begin = self._bytes_read.get(path.stem, 0)
+        with path.open("rb") as file:
+            file.seek(begin)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._bytes_read[path.stem] = begin + len(whole)
+        for line in _lines_of(whole):
+            if isinstance(line.get("image"), str) and line.get("row") in range(count):
+                self._take_line({**line, "segment": path.stem})
+
+    def _take_line(self, line: dict[str, Any]) -> None:
+        image = line["image"]
+        if "instead_of" in line:
+            damaged: _Place = tuple(line["instead_of"])  # type: ignore[assignment]
+            self._replaced.add(damaged)
+            if self._rows.get(image) == damaged:
+                del self._rows[image]
+        if _place(line) not in self._replaced and image not in self._rows:
+            self._unchecked[image] = line
+
+    def _take_checked(self, image: str, wrong: _Place | None) -> None:
+        line = self._unchecked.pop(image)
+        if wrong is None:
+            self._rows[image] = _place(line)
+        else:
+            self._wrong[image] = wrong
+
+    def _checked_row(self, image: str | None) -> Tensor | None:
+        """Return a row that was checked, or None if there is none or its file is gone."""
+        place = self._rows.get(image) if image is not None else None
+        if place is None:
+            return None
+        with suppress(OSError, IndexError):
+            # A copy, because torch has no read-only tensors and the file must not change.
+            return torch.from_numpy(self._mapped_row(*place).copy()).view(self.row_dtype).view(self.row_shape)
+        return None
+
+    def _mapped_row(self, segment: str, row: int) -> np.ndarray[Any, Any]:
+        if row >= len(
+            self._maps.get(segment, ())
+        ):  # it is not mapped yet, or it has grown since; a thread may map it too
             # np.memmap maps read-only. torch.from_file maps privately, and the system refuses more than the memory.
             data = np.memmap(self.folder / f"{segment}.rows", np.uint8, mode="r")
-            count = len(data) // self._row_bytes
-            self._maps[segment] = data[: count * self._row_bytes].reshape(count, self._row_bytes)
-        return self._maps[segment]
+            count = len(data) // self.row_bytes
+            self._maps[segment] = data[: count * self.row_bytes].reshape(count, self.row_bytes)
+        mapped: np.ndarray[Any, Any] = self._maps[segment][row]
+        return mapped
 
-    def _damaged_rows(self, rows: Mapping[str, Mapping[str, Any]], images: Iterable[str]) -> dict[str, tuple[str, int]]:
-        """Return those of these images whose row does not match its check sum, with segment and row."""
+    def _damaged_rows(self, images: Iterable[str]) -> dict[str, _Place]:
+        """Return those of these unchecked images whose row does not match its check sum, with segment and row."""
 
         def is_wrong(line: Mapping[str, Any]) -> bool:
-            return line.get("check") != _check_sum(line["image"], self._mapped_segment(line["segment"])[line["row"]])
+            with suppress(OSError, IndexError):
+                return line.get("check") != _check_sum(line["image"], self._mapped_row(*_place(line)))
+            return True
 
-        lines = sorted((rows[image] for image in images if image in rows), key=_segment_and_row)
-        for segment in {line["segment"] for line in lines}:
-            self._mapped_segment(segment)  # map each file before the threads, which could map it twice
+        lines = sorted((self._unchecked[image] for image in images), key=_place)
+        if not lines:
+            return {}
         with ThreadPoolExecutor() as pool:
             checked = zip(lines, _progress(pool.map(is_wrong, lines), "check features", len(lines)))
-            return {line["image"]: _segment_and_row(line) for line, wrong in checked if wrong}
+            return {line["image"]: _place(line) for line, wrong in checked if wrong}
 
-    def _announce_or_refuse(self, total: int, missing: int, wrong: int) -> None:
-        """Log sizes and free space before anything is written; refuse to start if the features do not fit."""
-        existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.is_dir())
-        free = shutil.disk_usage(existing).free
-        size = self._row_bytes
-        again = f" ({wrong:,} of them again, for a wrong check sum)" if wrong else ""
-        logging.info(
-            f"feature cache: {total:,} images of {self._shape} {self._dtype}, {size_text(size)}, in all "
-            f"{size_text(total * size)}; {total - missing:,} are there, {missing:,} to compute{again}, "
-            f"{size_text(missing * size)}; {self.folder}, {size_text(free)} free"
-        )
-        line_size = 200
-        if missing * (size + line_size) > free:
-            raise ValueError(
-                f"run.feature_cache: {missing:,} images of {size_text(size)} need {size_text(missing * size)} and "
-                f"{existing} has {size_text(free)} free; free some space, or set run.feature_cache to a folder on "
-                "another disk or to false."
-            )
 
-    def _compute(
-        self,
-        model: HasImageTower,
-        images: Sequence[str],
-        source: Mapping[str, str],
-        wrong: Mapping[str, tuple[str, int]],
-        batch_size: int,
-        num_workers: int,
-    ) -> None:
-        """Write the rows of these images into a new segment; its lines name the ``wrong`` rows that they replace."""
-        names = [source[image] for image in images]
-        # With its own generator the loader leaves the run's random numbers alone, whether or not features are missing.
-        loader = DataLoader(
-            _Pictures(names, self._picture),
-            batch_size,
-            num_workers=num_workers,
-            generator=torch.Generator(),
-            worker_init_fn=worker_setup(),
-        )
-        with ExitStack() as stack:
-            with _write_errors_explained(self.folder):
-                self._write_meta()
-                segment = stack.enter_context(_Segment(self.folder))
-            bar = stack.enter_context(_progress(None, "image features", len(images)))
-            start, done = time.monotonic(), 0
-            for pictures in loader:
-                features = self._features(model, pictures)
-                batch = images[done : done + len(features)]
-                is_finite = torch.isfinite(features).flatten(1).all(dim=1).tolist()
-                if not all(is_finite):
-                    name = source[batch[is_finite.index(False)]]
-                    raise ValueError(f"run.feature_cache: the features of {name} are not finite; check the weights.")
-                with _write_errors_explained(self.folder):
-                    segment.append(batch, features, wrong)
-                before, done = done, done + len(batch)
-                bar.update(len(batch))
-                if bar.disable and 10 * done // len(images) > 10 * before // len(images):
-                    passed = time.monotonic() - start
-                    left = passed / done * (len(images) - done)
-                    logging.info(f"feature cache: {done:,} of {len(images):,} in {passed:.0f} s, {left:.0f} s to go")
+@dataclass(frozen=True)
+class UncachedPicture:
+    """A preprocessed picture whose features are in no cache yet, as a data set returns it.
 
-    def _picture(self, name: str) -> Tensor:
-        return self.transform(open_rgb(Path(name), self.upright))
+    Attributes:
+        pixels: The picture ``(3, H, W)``.
+        about: JSON of the cache's key, of whether the features shall be kept, and of the picture's file.
+    """
 
-    @torch.no_grad()
-    def _features(self, model: HasImageTower, pictures: Tensor) -> Tensor:
-        tower = model.image_tower.eval()
-        features = model.image_features(pictures.to(next(tower.parameters()).device)).cpu().contiguous()
-        if self._shape and (tuple(features.shape[1:]), features.dtype) != (self._shape, self._dtype):
-            raise ValueError(
-                f"run.feature_cache: {self.folder} holds rows of {self._shape} {self._dtype} and the tower returns "
-                f"{tuple(features.shape[1:])} {features.dtype}; delete the folder or choose another one."
-            )
-        return features
+    pixels: Tensor
+    about: str
+
+
+def collate_images(column: Sequence[Any]) -> Tensor | dict[str, Any]:
+    """Collate what data sets with a cache return under one key of their samples.
+
+    Args:
+        column: For each sample a tensor or an :class:`UncachedPicture`, or a list of K of them.
+
+    Returns:
+        The stacked tensors; or, if any picture is uncached, a dictionary of plain types, which loaders and LAVIS handle
+        like any other and :func:`with_features` turns into a tensor: ``pictures`` ``(M, 3, H, W)`` and ``about`` of the
+        uncached ones, ``features`` of the others, and the mask ``is_cached`` ``(B,)`` or ``(B, K)``.
+    """
+    is_nested = any(isinstance(entry, list) for entry in column)
+    images = [image for entry in column for image in entry] if is_nested else list(column)
+    uncached = [image for image in images if isinstance(image, UncachedPicture)]
+    if not uncached:
+        return torch.stack(list(column))
+    cached = [image for image in images if not isinstance(image, UncachedPicture)]
+    is_cached = torch.tensor([not isinstance(image, UncachedPicture) for image in images])
+    return {
+        "pictures": torch.stack([picture.pixels for picture in uncached]),
+        "about": [picture.about for picture in uncached],
+        "is_cached": is_cached.view(len(column), -1) if is_nested else is_cached,
+        **({"features": torch.stack(cached)} if cached else {}),
+    }
+
+
+def with_features(samples: Mapping[str, Any], model: HasImageTower, caches: Iterable[FeatureCache]) -> dict[str, Any]:
+    """Return a batch in which features stand in place of the uncached pictures of :func:`collate_images`.
+
+    Features that are missing in the caches are computed by one call of the tower without a gradient, and kept.
+    """
+    parts = {key: part for key, part in samples.items() if isinstance(part, Mapping) and "is_cached" in part}
+    if not parts:
+        return dict(samples)
+    cache_of = {cache.folder.name: cache for cache in caches}
+    pictures: dict[tuple[str, str], tuple[dict[str, Any], Tensor]] = {}
+    names: dict[str, list[tuple[str, str]]] = {}
+    for key, part in parts.items():
+        abouts = [json.loads(about) for about in part["about"]]
+        names[key] = [(about["cache"], about.get("image", text)) for about, text in zip(abouts, part["about"])]
+        pictures.update(zip(names[key], zip(abouts, part["pictures"])))
+    features = _found_or_computed(pictures, model, cache_of)
+    return {**samples, **{key: _joined(part, [features[name] for name in names[key]]) for key, part in parts.items()}}
+
+
+def _found_or_computed(
+    pictures: Mapping[tuple[str, str], tuple[dict[str, Any], Tensor]],
+    model: HasImageTower,
+    cache_of: Mapping[str, FeatureCache],
+) -> dict[tuple[str, str], Tensor]:
+    """Return the features of pictures by cache and image."""
+    features: dict[tuple[str, str], Tensor] = {}
+    for key, cache in cache_of.items():
+        found = cache.rows(image for name, image in pictures if name == key)
+        cache.remember(pictures[key, image][0] for image in found)
+        features.update(((key, image), row) for image, row in found.items())
+    missing = [name for name in pictures if name not in features]
+    if missing:
+        computed = tower_features(model, torch.stack([pictures[name][1] for name in missing]))
+        features.update(zip(missing, computed))
+    for key, cache in cache_of.items():
+        kept = [name for name in missing if name[0] == key and pictures[name][0]["is_kept"]]
+        if kept:
+            cache.keep([pictures[name][0] for name in kept], torch.stack([features[name] for name in kept]))
+    return features
+
+
+def _joined(part: Mapping[str, Any], uncached: Sequence[Tensor]) -> Tensor:
+    """Return the features of a collated column, ``(B, ...)`` or ``(B, K, ...)``, on the device of its pictures."""
+    device, is_cached = part["pictures"].device, part["is_cached"]
+    rows = torch.stack([row.to(device) for row in uncached])
+    places = is_cached.flatten()
+    joined = rows.new_empty(len(places), *rows.shape[1:])
+    joined[~places] = rows
+    if "features" in part:
+        joined[places] = part["features"]
+    return joined.view(*is_cached.shape, *rows.shape[1:])
+
+
+@torch.no_grad()
+def tower_features(model: HasImageTower, pictures: Tensor) -> Tensor:
+    """Return the features of pictures ``(B, 3, H, W)``, in the tower's own precision also under autocast.
+
+    A picture's features do not depend on the other pictures of the call. They could depend on the number of pictures
+    in their last bits, because matrix products with few rows are added up in another order; so a call never has fewer
+    than `LEAST_PICTURES`.
+    """
+    device = next(model.image_tower.parameters()).device
+    model.image_tower.eval()
+    count = len(pictures)
+    if count < LEAST_PICTURES:
+        pictures = pictures[torch.arange(LEAST_PICTURES, device=pictures.device) % count]
+    with torch.autocast(device.type, enabled=False):
+        return model.image_features(pictures.to(device))[:count]
 
 
 class _Segment:
-    """Appends rows and their lines to the files of one process; a row is on the disk before its line is written."""
+    """Appends rows and their lines to the files of one process, a row before its line."""
 
-    def __init__(self, folder: Path) -> None:
-        name = _new_name()
-        self._rows = (folder / f"{name}.rows").open("xb")
-        self._lines = (folder / f"{name}.jsonl").open("xb")
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = name
+        # Without a buffer, a failed write leaves nothing behind that could be written later.
+        self._rows = (folder / f"{name}.rows").open("xb", buffering=0)
+        self._lines = (folder / f"{name}.jsonl").open("xb", buffering=0)
         self._count = 0
 
-    def __enter__(self) -> _Segment:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in (self._rows, self._lines):
-            with suppress(OSError):  # valid rows are on the disk; the buffer holds at most the rest of a failed write
-                file.close()
-
-    def append(self, images: Sequence[str], features: Tensor, wrong: Mapping[str, tuple[str, int]]) -> None:
-        data = features.flatten(1).view(torch.uint8).numpy()
+    def append(self, images: Sequence[str], features: Tensor, wrong: Mapping[str, _Place]) -> list[_Place]:
+        """Append rows, whose lines name the ``wrong`` rows that they replace, and return their places."""
+        data = features.flatten(1).contiguous().view(torch.uint8).numpy()
         lines = []
         for row, (image, content) in enumerate(zip(images, data), self._count):
             line = {"image": image, "row": row, "check": _check_sum(image, content)}
             lines.append(json.dumps({**line, "instead_of": wrong[image]} if image in wrong else line) + "\n")
-        for file, content in ((self._rows, data.data), (self._lines, "".join(lines).encode())):
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        for file, content in ((self._rows, data.data.cast("B")), (self._lines, memoryview("".join(lines).encode()))):
+            while len(content):  # a full disk takes a part of a write before it refuses the rest
+                content = content[file.write(content) :]
         self._count += len(data)
-
-
-class _Pictures(Dataset[Tensor]):
-    def __init__(self, names: Sequence[str], read: Callable[[str], Tensor]) -> None:
-        self.names, self.read = names, read
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.read(self.names[index])
+        return [(self.name, row) for row in range(self._count - len(data), self._count)]
 
 
 def _identity_and_folder(
@@ -504,18 +623,38 @@ def _check_sum(image: str, row: np.ndarray[Any, Any]) -> int:
     return zlib.crc32(row.data, zlib.crc32(image.encode()))
 
 
-def _segment_and_row(line: Mapping[str, Any]) -> tuple[str, int]:
+def _place(line: Mapping[str, Any]) -> _Place:
     return line["segment"], line["row"]
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _file_key(path: Path) -> _File:
+    stat = os.stat(path)
+    return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
+
+
+def _hashed_file(path: Path) -> dict[str, Any] | None:
+    """Return path, size, time and hash of a file, or None if it cannot be read."""
+    with suppress(OSError):
+        key = _file_key(path)
+        image = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+        return {**dict(zip(_FILE_KEYS, key)), "image": image}
+    return None
+
+
+def _hashed_files(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    with ThreadPoolExecutor() as pool:
+        files = list(_progress(pool.map(_hashed_file, paths), "identify images", len(paths)))
+    return [file for file in files if file is not None]
+
+
+def _lines_of(content: bytes) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of a file's lines, and leave out torn and damaged lines."""
-    *whole, _torn = path.read_bytes().split(b"\n")
+    *whole, _torn = content.split(b"\n")
     for line in whole:
         with suppress(ValueError):
-            content = json.loads(line)
-            if isinstance(content, dict):
-                yield content
+            found = json.loads(line)
+            if isinstance(found, dict):
+                yield found
 
 
 def _new_name() -> str:
@@ -525,14 +664,3 @@ def _new_name() -> str:
 def _progress(items: Iterable[Any] | None, label: str, total: int) -> tqdm:
     """Return a progress bar that the first process shows on a terminal."""
     return tqdm(items, label, total, unit="image", leave=False, disable=True if rank_and_world()[0] else None)
-
-
-@contextmanager
-def _write_errors_explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"run.feature_cache: {folder} cannot be written ({error.strerror}); the features that are there are whole "
-            "and the next run goes on from them. Free some space or choose another folder."
-        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,19 +16,20 @@ from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lavis_cir_plugin.benchmarks.types import Benchmark
 from lavis_cir_plugin.core.settings import Limits, Section
-from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, CirDataset, cache_root
-from lavis_cir_plugin.data.feature_cache import FeatureCache, check_tower, fingerprint
+from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset
+from lavis_cir_plugin.data.feature_cache import FeatureCache, with_features
 from lavis_cir_plugin.ranking.gallery_features import DTYPES
 from lavis_cir_plugin.ranking.ranks import Ranking
 from lavis_cir_plugin.report import chance, contact_sheets, curves, result_files, tables
 from lavis_cir_plugin.report.query_results import QUERIES, write_queries
 from lavis_cir_plugin.report.run_log import EPOCHS
 from lavis_cir_plugin.tasks.evaluation import TOP, Evaluation
+from lavis_cir_plugin.tasks.feature_caching import AUTO, cache_features
 from lavis_cir_plugin.training.config import plain_split_name
 from lavis_cir_plugin.training.training_history import trained_on
 
@@ -47,7 +48,9 @@ class EvaluationSettings(Section):
     """Keys of ``run`` that the task reads.
 
     Attributes:
-        feature_cache: Whether a frozen image tower runs once per picture; a path says where its features are kept.
+        feature_cache: Whether the features of a frozen image tower are kept when a picture is first encoded; ``auto``
+            keeps them where that changes no number, spares passes and takes less than a tenth of the free space; a path
+            says where.
         gallery_dtype: Type of the gallery's features during the ranking. They lie in a file in the run's folder that is
             gone afterwards: CIRCO's 123,403 x 32 x 256 are 4 GB, or 2.
     """
@@ -55,8 +58,8 @@ class EvaluationSettings(Section):
     WHERE = "run"
 
     feature_cache: Annotated[
-        Union[bool, str], Limits(words="true, false or the path of a folder", check=_refuse_file)
-    ] = False
+        Union[bool, str], Limits(words="auto, true, false or the path of a folder", check=_refuse_file)
+    ] = AUTO
     gallery_dtype: Literal["float32", "float16"] = "float32"
 
 
@@ -87,8 +90,8 @@ class ComposedRetrievalTask(BaseTask):
 
     Training data may also come from other data sets of LAVIS, such as captions; only benchmarks are evaluated.
 
-    * ``run.feature_cache`` (``false``, ``true`` or a folder) lets a frozen image tower run once per picture, for any
-      model that is a :class:`~lavis_cir_plugin.data.feature_cache.HasImageTower`.
+    * ``run.feature_cache`` (``auto``, ``true``, ``false`` or a folder) lets a frozen image tower run once per picture,
+      for any model that is a :class:`~lavis_cir_plugin.data.feature_cache.HasImageTower`.
     * ``run.gallery_dtype`` (``float32`` or ``float16``) is the type of the gallery's features, which are kept in a file
       in the run's folder during the ranking.
     """
@@ -105,6 +108,9 @@ class ComposedRetrievalTask(BaseTask):
         self.test_splits = test_splits
         self.validation_metric: str | None = None  # the metric on `val` that chooses a checkpoint
         self.results: dict[str, tuple[Benchmark, Mapping[str, Mapping[str, float]]]] = {}
+        self.model: Any = None
+        self.caches: list[FeatureCache] = []
+        self._to_preload: list[str] = []
 
     @classmethod
     def setup_task(cls, cfg: Any, **_: Any) -> ComposedRetrievalTask:
@@ -113,7 +119,7 @@ class ComposedRetrievalTask(BaseTask):
         return cls(DTYPES[run.get("gallery_dtype", "float32")], tuple(run.get("test_splits", ())))
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
-        """Build the splits that each section names; with a feature cache, pictures are not preloaded.
+        """Build the splits that each section names; unless ``run.feature_cache`` is off, :meth:`prepare` preloads.
 
         Returns:
             Data sets by name and split; a split has the name in its section, such as ``val`` or ``cirr.val``.
@@ -125,9 +131,9 @@ class ComposedRetrievalTask(BaseTask):
         sections = copy.deepcopy(cfg.datasets_cfg)  # the config itself is logged, and a resumed run compares it
         wanted = {name: section.get("splits") for name, section in sections.items()}
         for name, section in list(sections.items()):
-            if cfg.run_cfg.get("feature_cache") and section.get("preload"):
-                logging.info("datasets.%s.preload has no effect: run.feature_cache keeps the features instead", name)
-                section.preload = False
+            if cfg.run_cfg.get("feature_cache", AUTO) and section.get("preload"):
+                section.preload = False  # `prepare` preloads the pictures unless their features are cached
+                self._to_preload.append(name)
             if wanted[name] is not None:
                 _keep_splits(section, list(dict.fromkeys(plain_split_name(split) for split in wanted[name])))
             if wanted[name] == []:
@@ -156,7 +162,7 @@ class ComposedRetrievalTask(BaseTask):
         return datasets
 
     def prepare(self, model: nn.Module, datasets: Mapping[str, Mapping[str, Any]], cfg: Any) -> None:
-        """Let the data sets return cached features of a frozen image tower, if ``run.feature_cache`` is set.
+        """Let the data sets return cached features of a frozen image tower, as ``run.feature_cache`` says.
 
         The launcher calls this method after everything is built and before it reads the checkpoint of a resumed run.
 
@@ -166,37 +172,23 @@ class ComposedRetrievalTask(BaseTask):
             cfg: Config object of LAVIS.
 
         Raises:
-            ValueError: If the tower is trained, or a processor is random; the message names the key to change.
-            OSError: If the features cannot be written.
+            ValueError: If :func:`~lavis_cir_plugin.tasks.feature_caching.cache_features` raises it.
         """
-        where = cfg.run_cfg.get("feature_cache")
-        if not where:
-            return
-        root = cache_root() / "features" if where is True else Path(os.path.expanduser(where)).absolute()
-        check_tower(model)
-        alike: dict[tuple[str, bool], list[CirDataset]] = {}
-        for name, splits in datasets.items():
-            for split, dataset in splits.items():
-                if not isinstance(dataset, CirDataset):
-                    logging.warning(
-                        "run.feature_cache: no features of datasets.%s are kept, each step computes them", name
+        self.model = model
+        self.caches = cache_features(model, datasets, cfg.run_cfg)
+        for name in self._to_preload:
+            for split, dataset in datasets.get(name, {}).items():
+                if getattr(dataset, "features", None) is None:
+                    dataset.preload()
+                else:
+                    logging.info(
+                        "datasets.%s.preload has no effect on %s: its features are cached instead", name, split
                     )
-                    continue
-                if not dataset.is_deterministic:
-                    key = f"datasets.{name}.vis_processor.{'train' if split == 'train' else 'eval'}"
-                    raise ValueError(
-                        f"run.feature_cache: {key} is {type(dataset.vis_processor).__name__}, which may return "
-                        f"something else each time; set {key}.name: target_pad or run.feature_cache: false."
-                    )
-                alike.setdefault((fingerprint(dataset.vis_processor), dataset.upright), []).append(dataset)
-        model.to(torch.device(cfg.run_cfg.device))
-        for members in alike.values():
-            cache = FeatureCache(root, model, members[0].vis_processor, members[0].upright)
-            paths = {path for dataset in members for path in dataset.image_paths.values()}
-            workers = int(cfg.run_cfg.get("num_workers", 0))
-            cache.fill(model, paths, batch_size=int(cfg.run_cfg.get("batch_size_eval", 64)), num_workers=workers)
-            for dataset in members:
-                dataset.use_features(cache)
+
+    def train_step(self, model: Callable[[dict[str, Any]], Any], samples: dict[str, Any]) -> Tensor:
+        """Return the loss of a batch; features that are in no cache yet are computed before the model's call."""
+        loss: Tensor = super().train_step(model=model, samples=with_features(samples, self.model, self.caches))
+        return loss
 
     def evaluation(self, model: nn.Module, data_loader: DataLoader, cuda_enabled: bool = True) -> Evaluation:
         """Return the evaluation of a split, which encodes and ranks when :meth:`after_evaluation` asks for rankings."""

@@ -21,7 +21,7 @@ from lavis_cir_plugin.benchmarks.types import Group, Query
 from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, share
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset
-from lavis_cir_plugin.data.feature_cache import has_image_tower
+from lavis_cir_plugin.data.feature_cache import has_image_tower, tower_features, with_features
 from lavis_cir_plugin.ranking.gallery_features import shared_rows
 from lavis_cir_plugin.ranking.ranks import Ranking, padded, rank
 from lavis_cir_plugin.report import contact_sheets
@@ -116,7 +116,7 @@ class Evaluation:
         runs_once = (
             keeps_references
             and bool(pictures.references)
-            and self.dataset.features is None  # cached features are read as fast again
+            and not self.dataset.keeps_features  # what is kept is read as fast again
             and has_image_tower(self.model)
         )
         with ReferenceFeatures(folder, pictures.references) if runs_once else nullcontext() as references:
@@ -137,10 +137,9 @@ class Evaluation:
         for batch, samples in self._loaded(pictures, batches, "encode gallery"):
             if batch[0] >= count and (references is None or not references.is_writable):
                 return
-            images = prepare_sample(samples, self.cuda_enabled)["image"]
-            if references is not None:
-                with torch.no_grad():
-                    images = self.model.image_features(images)
+            images = self._prepared(samples)["image"]
+            if references is not None and self.dataset.features is None:
+                images = tower_features(self.model, images)
             if batch[0] < count:
                 features = self.model.encode_target(images).float().cpu()
                 size = count * features[0].numel() * self.gallery_dtype.itemsize
@@ -163,8 +162,13 @@ class Evaluation:
         for batch, samples in self._loaded(rows, self._batches(indices), f"encode queries ({mode})"):
             if references is not None:
                 samples["image"] = references.of([rows.rows[index][0] for index in batch])
-            encoded.append(self.model.encode_query(prepare_sample(samples, self.cuda_enabled), mode).float().cpu())
+            encoded.append(self.model.encode_query(self._prepared(samples), mode).float().cpu())
         return torch.cat(encoded) if encoded else torch.empty(0, 0)
+
+    def _prepared(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch on the model's device, with features in place of pictures if the data set has a cache."""
+        caches = [self.dataset.features] if self.dataset.features is not None else []
+        return with_features(prepare_sample(samples, self.cuda_enabled), self.model, caches)
 
     def _batches(self, indices: Sequence[int]) -> list[Sequence[int]]:
         size = self.loader.batch_size or 1

@@ -48,7 +48,7 @@ _GROUP_KEYS = ("weight_decay", "eps", "betas")
 # The order of the data, and hence the position to go on from, depends on these keys.
 _MUST_AGREE = ("seed", "batch_size_train", "accum_grad_iters", "iters_per_inner_epoch")
 _MAY_DIFFER = ("resume_ckpt_path", "output_dir", "num_workers", "log_freq", "save_every", "distributed", "rank", "gpu",
-               "world_size", "dist_url", "dist_backend", "device")  # fmt: skip
+               "world_size", "dist_url", "dist_backend", "device", "feature_cache")  # fmt: skip
 
 
 @dataclass(frozen=True)

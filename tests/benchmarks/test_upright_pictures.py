@@ -21,7 +21,7 @@ from lavis_cir_plugin import benchmarks
 from lavis_cir_plugin.benchmarks.images import decode_rgb, image_problems, open_rgb
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query, no_metrics
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset
-from lavis_cir_plugin.data.feature_cache import FeatureCache
+from lavis_cir_plugin.data.feature_cache import FeatureCache, collate_images, with_features
 from lavis_cir_plugin.data.negatives import NegativeSets
 from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
 from lavis_cir_plugin.methods.retrieval_dpo.miner import training_benchmark
@@ -200,8 +200,8 @@ def test_cached_features_are_of_the_pictures_that_a_data_set_shows(tmp_path: Pat
     path, model = saved(tmp_path / "A.png", 6), Tower()
     caches = {upright: FeatureCache(tmp_path / "cache", model, size, upright) for upright in (False, True)}
     for upright, cache in caches.items():
-        cache.fill(model, [path])
-        assert cache[path].tolist() == (STANDING if upright else LYING)
+        with_features({"image": collate_images([cache.picture(path)])}, model, [cache])
+        assert cache.picture(path).tolist() == (STANDING if upright else LYING)
     assert caches[False].folder != caches[True].folder
     assert FeatureCache(tmp_path / "cache", model, size).folder == caches[False].folder
 

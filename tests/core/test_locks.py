@@ -13,12 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import lavis_cir_plugin
 from lavis_cir_plugin.core import locks, workers
 from lavis_cir_plugin.core.locks import FileLock, hold_lock, holder_of
-from lavis_cir_plugin.data.feature_cache import FeatureCache
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 from lavis_cir_plugin.garments import world
 from lavis_cir_plugin.tasks.evaluation import Evaluation
@@ -73,21 +71,6 @@ def train(folder):
         next(EpochLoader(training_loader(Slow(folder), seed=0, batch_size=2, num_workers=2)))
 
 
-class Pictures(FeatureCache):
-    """Cache whose pictures take for ever. Its workers run inside a run that holds a lock."""
-
-    def __init__(self, folder):
-        self.folder, self._shape, self._dtype, self.identity = folder, (1,), torch.float32, {}
-
-    def _picture(self, name):
-        work_until_killed(self.folder)
-
-
-def fill_cache(folder):
-    with resumable_runner.lock_run(folder):
-        Pictures(folder)._compute(None, ["a", "b"], {"a": "a", "b": "b"}, {}, 1, 2)
-
-
 def encode(folder):
     """Encode as evaluation and mining do."""
     dataset = Slow(folder)
@@ -101,7 +84,6 @@ LOCKS = {
     draw_world: ".world.lock",
     train: resumable_runner._LOCK,
     encode: resumable_runner._LOCK,
-    fill_cache: resumable_runner._LOCK,
 }
 
 

@@ -10,7 +10,6 @@ import pickle
 import resource
 import shutil
 import signal
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +26,12 @@ from torch.utils.data import DataLoader
 
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.benchmarks.images import open_rgb
-from lavis_cir_plugin.core.settings import section_problems
-from lavis_cir_plugin.data.feature_cache import FeatureCache, check_tower, fingerprint
+from lavis_cir_plugin.data.benchmark_datasets import CirDataset
+from lavis_cir_plugin.data.feature_cache import FeatureCache, collate_images, fingerprint, with_features
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.processors import TargetPadProcessor
-from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask, EvaluationSettings
+from lavis_cir_plugin.tasks.composed_retrieval import ComposedRetrievalTask
 from lavis_cir_plugin.training import launcher
 from lavis_cir_plugin.training.config import ConfigError
 
@@ -40,7 +39,7 @@ ROW_BYTES = 2 * 3 * 4
 
 
 class Stub(nn.Module):
-    """Model with rows (2, 3) for pictures (3, 8, 8); it remembers the number of pictures of each call."""
+    """Model with rows (2, 3) for pictures (3, 8, 8); it remembers the number of different pictures of each call."""
 
     def __init__(self, stop_at=-1):
         super().__init__()
@@ -52,7 +51,7 @@ class Stub(nn.Module):
     def image_features(self, images):
         if len(self.calls) == self.stop_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        self.calls.append(len(images))
+        self.calls.append(len(torch.unique(images, dim=0)))
         return self.image_tower(images).unflatten(1, (2, 3))
 
 
@@ -70,21 +69,24 @@ def paths(tmp_path):
     return draw(tmp_path / "images")
 
 
-def filled(root, paths, model=None, batch_size=2, transform=None, **options):
+def filled(root, paths, model=None, batch_size=2, transform=None):
     """Return a new cache, as the next run would open it, and the number of pictures in each call of its tower."""
     model = model or Stub()
     cache = FeatureCache(root, model, transform or TargetPadProcessor(8))
-    cache.fill(model, paths, batch_size=batch_size, **options)
-    assert_right(cache, paths, model, transform)
+    cache.find(paths)
+    rows = read(cache, paths, model, batch_size)
+    # Compare every row with the tower's output for its picture alone.
+    for path, row in zip(paths, rows):
+        alone = model.image_tower(cache.transform(open_rgb(path))[None])[0].view(2, 3)
+        torch.testing.assert_close(row, alone, atol=1e-6, rtol=1e-5)
     return cache, model.calls
 
 
-def assert_right(cache, paths, model, transform=None):
-    """Compare every row with the tower's output for its picture alone."""
-    transform = transform or TargetPadProcessor(8)
-    for path in paths:
-        alone = model.image_tower(transform(open_rgb(path))[None])[0].view(2, 3)
-        torch.testing.assert_close(cache[path], alone, atol=1e-6, rtol=1e-5)
+def read(cache, paths, model, batch_size=2):
+    """Return the rows of pictures as a training gets them, batch by batch."""
+    parts = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
+    columns = (collate_images([cache.picture(path) for path in part]) for part in parts)
+    return torch.cat([with_features({"image": column}, model, [cache])["image"] for column in columns])
 
 
 def the(folder, suffix):
@@ -96,9 +98,9 @@ def the(folder, suffix):
 
 
 def test_each_picture_is_computed_once_for_ever(tmp_path, paths):
-    """One call finds the shape of a row, ceil(7 / 2) calls compute the batches, and the next run calls nothing."""
+    """Each of ceil(7 / 2) batches is computed by one call, and the next run calls nothing."""
     _, calls = filled(tmp_path / "c", paths)
-    assert calls == [1, 2, 2, 2, 1]
+    assert calls == [2, 2, 2, 1]
     assert filled(tmp_path / "c", paths)[1] == []
     assert filled(tmp_path / "c", paths[3:5])[1] == []
 
@@ -106,7 +108,8 @@ def test_each_picture_is_computed_once_for_ever(tmp_path, paths):
 def test_pictures_of_equal_content_are_computed_once(tmp_path, paths):
     twin = tmp_path / "elsewhere.png"
     shutil.copy(paths[0], twin)
-    assert sum(filled(tmp_path / "c", [*paths, twin, paths[1]])[1][1:]) == len(paths)
+    assert sum(filled(tmp_path / "c", [*paths, twin, paths[1]])[1]) == len(paths)
+    assert sum(filled(tmp_path / "d", [paths[0], twin, paths[0]], batch_size=3)[1]) == 1
 
 
 def test_more_pictures_are_added(tmp_path, paths):
@@ -123,10 +126,11 @@ def test_a_changed_picture_is_computed_again_and_an_untouched_one_not_even_read(
     paths[0].write_bytes(b"x" * before.st_size)  # this is no picture any more, so reading it would raise an error
     os.utime(paths[0], ns=(before.st_atime_ns, before.st_mtime_ns))
     cache = FeatureCache(tmp_path / "c", Stub(), TargetPadProcessor(8))
-    cache.fill(Stub(), paths)
+    assert cache.find(paths) == set(paths)
+    assert torch.is_tensor(cache.picture(paths[0]))
     os.utime(paths[0])
     with pytest.raises(ValueError, match=r"0\.png cannot be read as an image"):
-        cache.fill(Stub(), paths)
+        cache.picture(paths[0])
 
 
 def change_weight(model):
@@ -156,8 +160,8 @@ def test_another_tower_has_another_folder(tmp_path, change):
 
 def test_another_transform_has_another_folder_and_both_stay(tmp_path, paths):
     wide = TargetPadProcessor(8, target_ratio=1.0)
-    assert sum(filled(tmp_path / "c", paths)[1][1:]) == 7
-    assert sum(filled(tmp_path / "c", paths, transform=wide)[1][1:]) == 7
+    assert sum(filled(tmp_path / "c", paths)[1]) == 7
+    assert sum(filled(tmp_path / "c", paths, transform=wide)[1]) == 7
     assert filled(tmp_path / "c", paths)[1] == filled(tmp_path / "c", paths, transform=wide)[1] == []
 
 
@@ -220,29 +224,51 @@ def test_what_does_not_change_the_output_keeps_the_fingerprint():
 def test_filling_draws_no_random_number_and_leaves_the_model_in_training(tmp_path, paths):
     model = Stub().train()
     state = torch.get_rng_state()
-    filled(tmp_path / "c", paths, model, num_workers=1)
+    filled(tmp_path / "c", paths, model)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
 
 
 def test_workers_and_copies_read_the_same_rows_without_carrying_the_files(tmp_path, paths):
-    cache, _ = filled(tmp_path / "c", paths)
-    rows = torch.stack([cache[path] for path in paths])
+    """Five of seven pictures are cached; the third batch of a loader holds one of them and two that are not."""
+    model = Stub()
+    cache, _ = filled(tmp_path / "c", paths[:5], model)
+    expected = read(FeatureCache(tmp_path / "d", model, TargetPadProcessor(8)), paths, model)
 
-    class Rows(torch.utils.data.Dataset):
+    class Pictures(CirDataset):
         def __len__(self):
             return len(paths)
 
         def __getitem__(self, index):
-            return cache[paths[index]]
+            return {"image": self.load_image(paths[index].name)}
 
-    assert torch.equal(torch.cat(list(DataLoader(Rows(), 3, num_workers=1))), rows)
+    dataset = Pictures({path.name: path for path in paths}, TargetPadProcessor(8), str)
+    dataset.use_features(cache)
+    model.calls.clear()
+    loader = DataLoader(dataset, 3, num_workers=1, collate_fn=dataset.collater)
+    batches = [with_features(batch, model, [cache])["image"] for batch in loader]
+    assert model.calls == [1, 1]
+    assert torch.equal(torch.cat(batches), expected)
     sent = pickle.loads(pickle.dumps(cache))
     unread = len(pickle.dumps(sent))
-    assert torch.equal(torch.stack([sent[path] for path in paths]), rows)
+    assert torch.equal(torch.stack([sent.picture(path) for path in paths]), expected)
     assert len(pickle.dumps(sent)) == unread
-    sent[paths[0]].zero_()  # a row is the reader's own
-    assert torch.equal(sent[paths[0]], rows[0])
+    sent.picture(paths[0]).zero_()  # a row is the reader's own
+    assert torch.equal(sent.picture(paths[0]), expected[0])
+
+
+def test_negatives_of_a_sample_may_be_cached_in_part(tmp_path, paths):
+    """Two samples of three images each; of the six images four are different, and two of those are cached."""
+    model = Stub()
+    cache, _ = filled(tmp_path / "c", paths[:2], model)
+    model.calls.clear()
+    places = [[0, 1, 2], [3, 0, 2]]
+    samples = [{"negatives": [cache.picture(paths[place]) for place in own], "text": "a"} for own in places]
+    batch = CirDataset({}, TargetPadProcessor(8), str).collater(samples)
+    found = with_features(batch, model, [cache])
+    assert model.calls == [2]
+    assert torch.equal(found["negatives"], torch.stack([read(cache, [paths[i] for i in own], model) for own in places]))
+    assert found["text"] == ["a", "a"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -251,40 +277,39 @@ def test_rows_have_the_towers_own_type(tmp_path, paths, dtype):
     features = model.image_features
     model.image_features = lambda images: features(images).to(dtype)
     cache = FeatureCache(tmp_path / "c", model, TargetPadProcessor(8))
-    cache.fill(model, paths)
+    read(cache, paths, model)
     pictures = torch.stack([TargetPadProcessor(8)(open_rgb(path)) for path in paths])
-    found = torch.stack([cache[path] for path in paths])
+    found = torch.stack([cache.picture(path) for path in paths])
     assert found.dtype == dtype
     torch.testing.assert_close(found, model.image_features(pictures))
-
-
-def test_it_says_what_it_will_do(tmp_path, paths, caplog):
-    """Seven rows of 2 x 3 float32 take 168 bytes."""
-    with caplog.at_level(logging.INFO):
-        cache, _ = filled(tmp_path / "c", paths)
-        filled(tmp_path / "c", paths)
-    first, *_, last = [record.message for record in caplog.records if "in all" in record.message]
-    assert "7 images of (2, 3) torch.float32, 24 bytes, in all 168 bytes; 0 are there, 7 to compute, 168 bytes" in first
-    assert "7 are there, 0 to compute" in last
-    assert f"{cache.folder}, " in first
-    assert first.endswith(" free")
 
 
 # --- what may happen to it ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 4])
+@pytest.mark.parametrize("stop_at", [1, 3])
 def test_a_killed_fill_is_continued(tmp_path, paths, stop_at):
-    """SIGKILL ends the process in call 0 (the probe), 1, ...; after call k, k - 1 batches of two are on the disk."""
+    """SIGKILL ends the process in call 1 or 3; before call k, k batches of two are on the disk."""
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
         model = Stub(stop_at=stop_at)
-        FeatureCache(tmp_path / "c", model, TargetPadProcessor(8)).fill(model, paths, batch_size=2)
+        read(FeatureCache(tmp_path / "c", model, TargetPadProcessor(8)), paths, model)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert sum(filled(tmp_path / "c", paths)[1]) == 7 - 2 * (stop_at - 1)
+    assert sum(filled(tmp_path / "c", paths)[1]) == 7 - 2 * stop_at
     assert filled(tmp_path / "c", paths)[1] == []
+
+
+def test_two_runs_at_once_use_what_the_other_has_computed(tmp_path, paths):
+    """Both open an empty cache; the second one's last batch of three holds one picture that the first has not met."""
+    first, second = ((FeatureCache(tmp_path / "c", model, TargetPadProcessor(8)), model) for model in (Stub(), Stub()))
+    rows = read(first[0], paths[:6], first[1])
+    again = read(second[0], paths, second[1], batch_size=4)
+    assert second[1].calls == [1]
+    assert torch.equal(again[:6], rows)
+    assert torch.equal(read(first[0], paths, first[1]), again)
+    assert first[1].calls == [2, 2, 2]
 
 
 def cut_the_rows(folder):
@@ -352,33 +377,39 @@ def test_a_folder_that_is_not_what_its_name_says_is_refused(tmp_path, paths):
             FeatureCache(tmp_path / "c", Stub(), TargetPadProcessor(8))
 
 
-def test_too_little_space_is_refused_before_anything_is_written(tmp_path, paths, monkeypatch):
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(7 * ROW_BYTES - 1))
-    with pytest.raises(ValueError, match=r"7 images of 24 bytes need 168 bytes and .* has 167 bytes free; free some"):
-        filled(tmp_path / "c", paths)
-    assert not (tmp_path / "c").exists()
-
-
-def test_a_disk_that_fills_up_ends_in_a_sentence_and_keeps_what_is_whole(tmp_path, paths):
+def test_a_disk_that_fills_up_ends_the_keeping_and_not_the_run(tmp_path, paths, caplog):
     """No file may grow beyond two batches of two rows and a few bytes, so the third batch is written in part."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     filled(tmp_path / "c", paths[:1])  # meta.json is longer
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"run\.feature_cache: .* cannot be written \(File too large\); .* Free some"):
-            filled(tmp_path / "c", paths)
+        _, calls = filled(tmp_path / "c", paths)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert calls == [1, 2, 2, 1]
+    (said,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert "cannot be written (File too large); the features that are there are whole, and the run goes on" in said
     _, calls = filled(tmp_path / "c", paths)
     assert 0 < sum(calls) < 6
 
 
-def test_features_that_are_no_numbers_are_not_kept(tmp_path, paths):
+def test_a_folder_that_goes_away_does_no_harm(tmp_path, paths):
+    cache, _ = filled(tmp_path / "c", paths)
+    shutil.rmtree(tmp_path / "c")
+    fresh = pickle.loads(pickle.dumps(cache))  # with nothing mapped, like a worker
+    model = Stub()
+    rows = read(fresh, paths, model)
+    assert sum(model.calls) == 7
+    assert torch.equal(rows, read(cache, paths, model))
+
+
+def test_features_that_are_no_numbers_are_not_kept(tmp_path, paths, caplog):
     model = Stub()
     model.image_tower[1].bias[0] = float("nan")
-    with pytest.raises(ValueError, match=r"the features of .*\.png are not finite"):
-        filled(tmp_path / "c", paths, model)
+    cache = FeatureCache(tmp_path / "c", model, TargetPadProcessor(8))
+    assert read(cache, paths, model).isnan().any()
+    assert f"the features of {paths[6]} are not finite and are not kept" in caplog.text
+    assert not cache.find(paths)
 
 
 def test_a_tower_that_returns_something_else_is_noticed(tmp_path, paths):
@@ -395,25 +426,26 @@ def test_a_tower_that_returns_something_else_is_noticed(tmp_path, paths):
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    root, paths = Path(folder, "c"), sorted(Path(folder, "images").glob("*.png"))
-    _, calls = filled(root, paths)
-    again = filled(root, paths)[1]
-    try:
-        filled(root, [*paths, Path(folder, "missing.png")])
-        message = ""
-    except ValueError as error:
-        message = str(error)
-    Path(folder, f"{rank}.json").write_text(json.dumps([calls, again, message]))
+    root, paths, model = Path(folder, "c"), sorted(Path(folder, "images").glob("*.png")), Stub()
+    cache = FeatureCache(root, model, TargetPadProcessor(8))
+    found = [len(cache.find(paths))]
+    read(cache, paths[rank::2], model)
+    dist.barrier()
+    again = FeatureCache(root, model, TargetPadProcessor(8))
+    if rank == 0:
+        shutil.copytree(Path(folder, "images"), Path(folder, "moved"))
+    dist.barrier()
+    moved = sorted(Path(folder, "moved").glob("*.png"))
+    found += [len(again.find(paths)), len(again.find([*moved, Path(folder, "missing.png")]))]
+    Path(folder, f"{rank}.json").write_text(json.dumps([model.calls, found]))
     dist.destroy_process_group()
 
 
-def test_two_processes_share_the_work_and_read_all(tmp_path, paths):
-    """Of 7 pictures each process probes one, then they compute 4 and 3; a failure in one process ends both."""
+def test_two_processes_compute_their_own_pictures_and_find_all(tmp_path, paths):
+    """Of 7 pictures they compute 4 and 3; moved files are recognised by their bytes, and a missing one is no error."""
     in_two_processes(work, str(tmp_path))
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert [(calls[1:], again) for calls, again, _ in results] == [([2, 2], []), ([2, 1], [])]
-    assert sorted(message.split(":")[0] for *_, message in results)[1] == "another process stopped"
-    assert all("missing.png cannot be read" in message for *_, message in results)
+    assert results == [[[2, 2], [0, 7, 7]], [[2, 1], [0, 7, 7]]]
     assert filled(tmp_path / "c", paths)[1] == []
 
 
@@ -444,44 +476,20 @@ def test_tokens_in_place_of_pictures_give_the_same_losses_gradients_and_vectors(
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
 
 
-def cfg(**run):
-    return OmegaConf.create({"run_cfg": {"device": "cpu", **run}})
-
-
-def test_what_cannot_be_cached_is_refused_with_the_key_to_change(small_model):
-    task = ComposedRetrievalTask()
-    with pytest.raises(
-        ValueError, match=r"tensors of the image tower are trained \(first: cls_token\).*freeze_vit: true"
-    ):
-        task.prepare(small_model(), {}, cfg(feature_cache=True))
-    with pytest.raises(ValueError, match=r"Linear offers no image_tower and image_features"):
-        check_tower(nn.Linear(1, 1))
-    task.prepare(nn.Linear(1, 1), {}, cfg(feature_cache=False))  # nothing is asked for, nothing is refused
-
-
-def test_pictures_are_not_preloaded_and_the_config_stays_as_it_was(project):
+def test_pictures_are_preloaded_later_and_the_config_stays_as_it_was(project):
     """The config must not change, because a resumed run is found by it."""
     section = OmegaConf.merge(
         OmegaConf.load(registry.get_builder_class("fashioniq").default_config_path()).datasets.fashioniq,
         OmegaConf.load(project).datasets.fashioniq,
     )
     preloaded = []
-    for where in (False, True):
+    for where in (False, "auto"):
         made = OmegaConf.create({"datasets_cfg": {"fashioniq": section}, "run_cfg": {"feature_cache": where}})
         before = copy.deepcopy(made)
         datasets = ComposedRetrievalTask().build_datasets(made)["fashioniq"]
         assert made == before
         preloaded.append({split: bool(dataset.preloaded) for split, dataset in datasets.items()})
     assert preloaded == [{"train": True, "val": True}, {"train": False, "val": False}]
-
-
-def test_impossible_values_are_named():
-    for value in (3, "", [1], __file__):
-        (problem,) = section_problems(EvaluationSettings, "run", {"feature_cache": value})
-        assert problem.startswith("run.feature_cache")
-    assert not [
-        p for v in (True, False, "here") for p in section_problems(EvaluationSettings, "run", {"feature_cache": v})
-    ]
 
 
 # --- lavis.train and lavis.evaluate ------------------------------------------------------------------------------
@@ -528,7 +536,7 @@ def test_training_and_evaluation_through_the_launcher(project, tmp_path, monkeyp
     folder, first = launch("train", project, tmp_path / "first", cache)
     (rows,) = (path for path in (tmp_path / "cache").glob("*/*.jsonl") if path.parent.name != "files")
     images = [json.loads(line)["image"] for line in rows.read_text().splitlines()]
-    assert sum(calls) == 1 + len(images) == 1 + len(set(images))
+    assert len(images) == len(set(images))
     assert len(images) > 3 * 14  # those of the evaluation and some more
     assert (folder / "val" / "contact_sheet_dress.png").is_file()
     leave_pictures_blank(monkeypatch)
@@ -560,7 +568,9 @@ def test_a_random_processor_is_refused_by_its_key(project, tmp_path, capsys):
 
 
 def test_a_cache_that_is_no_folder_is_refused_before_anything_is_loaded(project):
-    with pytest.raises(SystemExit, match=r"run\.feature_cache must be true, false or the path of a folder, got 3"):
+    with pytest.raises(
+        SystemExit, match=r"run\.feature_cache must be auto, true, false or the path of a folder, got 3"
+    ):
         launcher.main("train", ["--cfg-path", project, "--options", "run.feature_cache=3"])
 
 

@@ -64,7 +64,7 @@ def options_for(project, clip):
             *small_clip("triplets", "train", "eval"), weights, *injections, "model.adapter_blocks=[0,2]",
         ],
         "wrf4cir/triplets": [*SMALL_BLIP2, *SHORT],
-        "retrieval_dpo/triplets": [*SMALL_BLIP2, *SHORT, "run.negatives.count=2", "run.feature_cache=false"],
+        "retrieval_dpo/triplets": [*SMALL_BLIP2, *SHORT, "run.negatives.count=2"],
     }[project]  # fmt: skip
 
 

@@ -16,8 +16,6 @@ from lavis.runners import runner_base
 from omegaconf import OmegaConf
 
 from lavis_cir_plugin import PROJECTS
-from lavis_cir_plugin.data import feature_cache
-from lavis_cir_plugin.data.feature_cache import FeatureCache
 from lavis_cir_plugin.garments import world
 from lavis_cir_plugin.training import config, launcher, resumable_runner
 
@@ -141,11 +139,3 @@ def test_what_is_built_is_the_same_on_every_rank_and_what_follows_is_not(tmp_pat
     torch.manual_seed(5)  # the first rank's numbers are those of a process alone
     assert torch.equal(torch.nn.Linear(4, 4).weight, first)
     assert torch.equal(torch.rand(3), drawn)
-
-
-def test_towers_that_differ_between_processes_are_named_as_such(tmp_path, monkeypatch):
-    cache = FeatureCache.__new__(FeatureCache)
-    cache.folder = tmp_path / "a"
-    monkeypatch.setattr(feature_cache, "gather", lambda value: [value, str(tmp_path / "b")])
-    with pytest.raises(ValueError, match=r"the frozen tower or its transform differs between the processes"):
-        cache.fill(None, [])

@@ -119,7 +119,8 @@ class NegativeMiner:
     ) -> MinedNegatives:
         """Mine the negatives of all triplets with the present weights; each process searches for its share."""
         images = BenchmarkDataset(benchmark, dataset.vis_processor, dataset.text_processor)
-        images.features, images.preloaded = dataset.features, dataset.preloaded
+        images.features, images.keeps_features = dataset.features, dataset.keeps_features
+        images.preloaded = dataset.preloaded
         loader = DataLoader(images, self.batch_size, num_workers=self.num_workers)
         evaluation = Evaluation(self.model, loader, self.device.type == "cuda", self.gallery_dtype)
         gallery = evaluation.encode_gallery(keeps_references=self.settings.source != "positive")

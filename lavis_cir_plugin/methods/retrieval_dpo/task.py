@@ -20,6 +20,7 @@ from lavis_cir_plugin.core.processes import fail_in_all_processes, gather
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
 from lavis_cir_plugin.core.settings import as_plain
 from lavis_cir_plugin.data.benchmark_datasets import TripletDataset
+from lavis_cir_plugin.data.feature_cache import with_features
 from lavis_cir_plugin.data.negatives import NegativeSets, load_negatives, negatives_path
 from lavis_cir_plugin.methods.retrieval_dpo import negatives_sheet
 from lavis_cir_plugin.methods.retrieval_dpo.losses import PreferenceSettings
@@ -127,9 +128,8 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         run = cfg.run_cfg
         self.device = torch.device(run.device)
         self.in_use: dict[str, int] = {}
-        self.model: Any = model.to(self.device)
         self.miner = NegativeMiner(
-            model,
+            model.to(self.device),
             self.mining,
             self.preference.positive,
             int(run.seed),
@@ -177,15 +177,15 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         return loss
 
     def _with_features(self, samples: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the samples with the features of a frozen image tower in place of pictures."""
-        result = dict(samples)
+        """Return the samples with the features of a frozen image tower in place of pictures, cached or not."""
+        result = with_features(samples, self.model, self.caches)
         tower = getattr(self.model, "image_tower", None)
-        if samples["image"].dim() != 4 or tower is None or any(weight.requires_grad for weight in tower.parameters()):
+        if result["image"].dim() != 4 or tower is None or any(weight.requires_grad for weight in tower.parameters()):
             return result
-        pictures = [samples["image"], samples["target"], samples["negatives"].flatten(0, 1)]
+        pictures = [result["image"], result["target"], result["negatives"].flatten(0, 1)]
         with torch.no_grad():
             tokens = self.model.image_features(torch.cat(pictures)).split([len(part) for part in pictures])
-        wrong = tokens[2].unflatten(0, samples["negatives"].shape[:2])
+        wrong = tokens[2].unflatten(0, result["negatives"].shape[:2])
         return {**result, "image": tokens[0], "target": tokens[1], "negatives": wrong}
 
     def _report_run(self, run: Path, curve_metric: str) -> list[Path]:
@@ -305,7 +305,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         random.seed(0)
         samples = dataset.collater([dataset[index % len(dataset)] for index in range(count)])
         set_random_state(state)
-        return dict(prepare_sample(samples, self.device.type == "cuda"))
+        return with_features(prepare_sample(samples, self.device.type == "cuda"), self.model, self.caches)
 
     @torch.no_grad()
     def _policy_scores(self, samples: Mapping[str, Any]) -> Tensor:
