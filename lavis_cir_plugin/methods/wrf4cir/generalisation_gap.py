@@ -147,7 +147,7 @@ def with_losses(run: RunCurves, folder: Path, batches: int) -> RunCurves:
         run = dataclasses.replace(run, label=label)
         with _one_process():
             model, samples, is_mixed = _rebuild(saved, str(path), batches)
-            losses = loss_along(model, samples, is_mixed, label)
+            losses = loss_along(model, samples, is_mixed, label, MULTIPLES)
     except (ValueError, OSError) as error:
         return dataclasses.replace(run, notes=(*run.notes, f"the loss is not drawn: {error}"))
     return dataclasses.replace(run, losses=losses)
