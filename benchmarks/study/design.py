@@ -38,7 +38,7 @@ class Start:
     """
 
     share: float = 1.0
-    width: int = 64
+    width: int = 128
     fresh: bool = False
 
     @property
@@ -97,7 +97,7 @@ class Design:
     caption_steps: int = 1500
     world_triplets: int = 3400  # per category
     world_images: int = 3600
-    steps: int = 480
+    steps: int = 400
     validations: int = 16
     batch: int = 64
     choosing_seeds: tuple[int, ...] = (100, 101)
@@ -234,7 +234,7 @@ def why_rows(chosen: Chosen, steps: int, validations: int) -> dict[str, Row]:
     for factor in (2, 4):
         longer = (f"run.max_iters={factor * steps}", f"run.iters_per_inner_epoch={factor * steps // validations}")
         found.update({f"steps x {factor}: {name}": row.with_options(*longer) for name, row in two.items()})
-    starts = {"head 32": Start(width=32), "head 128": Start(width=128), "weak tower": Start(share=0.1),
+    starts = {"head 32": Start(width=32), "head 64": Start(width=64), "weak tower": Start(share=0.1),
               "fresh head": Start(fresh=True)}  # fmt: skip
     for label, start in starts.items():
         found.update({f"{label}: {name}": Row(row.options, start, row.matched) for name, row in three.items()})
@@ -327,8 +327,8 @@ def table(design: Design, chosen: Chosen) -> list[Run]:
     def runs(part: str, rows: Mapping[str, Row], amounts: Sequence[int], seeds: Sequence[int]) -> list[Run]:
         return [
             Run(part, name, row, TABLE_WORLD, amount, seed, design.settings)
+            for seed in seeds  # outermost, so that an interrupted study has whole tables of fewer seeds
             for amount in amounts
-            for seed in seeds
             for name, row in rows.items()
         ]
 

@@ -187,7 +187,7 @@ def model_section(start: Start, finetuned: Path | None) -> dict[str, Any]:
 def run_section(design: Design, work: Path) -> dict[str, Any]:
     return {
         "task": "composed_retrieval", "batch_size_train": design.batch, "batch_size_eval": 256, "min_lr": 1.0e-5,
-        "warmup_lr": 1.0e-5, "warmup_steps": 30, "beta2": 0.98, "num_workers": 0, "device": "cpu", "log_freq": 5,
+        "warmup_lr": 1.0e-5, "warmup_steps": 20, "beta2": 0.98, "num_workers": 0, "device": "cpu", "log_freq": 5,
         "train_splits": ["train"], "test_splits": [], "feature_cache": str(work / "features"),
     }  # fmt: skip
 

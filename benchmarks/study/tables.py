@@ -35,7 +35,7 @@ WHY = {
     "steps x 4": "steps x 4: ",
     "perturbed in the second half": "second half: ",
     "Q-Former of width 32": "head 32: ",
-    "Q-Former of width 128": "head 128: ",
+    "Q-Former of width 64": "head 64: ",
     "tower with a tenth of the steps": "weak tower: ",
     "Q-Former without captions": "fresh head: ",
 }
