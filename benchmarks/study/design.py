@@ -13,8 +13,11 @@ from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 VERSION = 1
 """Part of every run's digest. Raise it when a change of the code makes older rows of the CSV another experiment's."""
 
-CHOOSING_WORLD, TABLE_WORLD, CAPTION_WORLD = 101, 202, 303
-"""Seeds of the drawn worlds: one to choose settings, one for the table, one for the captions of the first training."""
+CHOOSING_WORLD, TABLE_WORLD, CAPTION_WORLD = 101, 404, 303
+"""Seeds of the drawn worlds: one to choose settings, one for the table, one for the captions of the first training.
+
+The small designs stay in the choosing world, because a world of another size has the same validation queries.
+"""
 
 GAMMAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 PAPER = 1e-3
@@ -326,7 +329,7 @@ def table(design: Design, chosen: Chosen) -> list[Run]:
 
     def runs(part: str, rows: Mapping[str, Row], amounts: Sequence[int], seeds: Sequence[int]) -> list[Run]:
         return [
-            Run(part, name, row, TABLE_WORLD, amount, seed, design.settings)
+            Run(part, name, row, TABLE_WORLD if design.has_parts else CHOOSING_WORLD, amount, seed, design.settings)
             for seed in seeds  # outermost, so that an interrupted study has whole tables of fewer seeds
             for amount in amounts
             for name, row in rows.items()

@@ -44,6 +44,9 @@ WHY = {
 POINT = 1.0
 """Points of recall that count as a gain worth a second pass."""
 
+LEAST_SEEDS = 3
+"""Seeds that an interval over seeds alone needs."""
+
 Keys = Mapping[tuple[str, str], Result]
 Values = NDArray[np.float64]
 Table = list[list[str]]
@@ -107,9 +110,12 @@ class Study:
         return bootstrap(np.stack([per_query(one[seed], column) - per_query(other[seed], column) for seed in seeds]))
 
     def gap_difference(self, one: Mapping[int, Result], other: Mapping[int, Result]) -> Interval | None:
-        """Return the mean of one row's gap less another's at the last step; the interval is over seeds alone."""
+        """Return the mean of one row's gap less another's at the last step; the interval is over seeds alone.
+
+        Fewer than `LEAST_SEEDS` give no interval.
+        """
         seeds = sorted(one.keys() & other.keys())
-        if not seeds:
+        if len(seeds) < LEAST_SEEDS:
             return None
         return bootstrap(np.array([[gap(one[seed]) - gap(other[seed])] for seed in seeds]))
 
@@ -259,7 +265,7 @@ def comparisons(study: Study) -> Table:
         for words, interval in differences.items():
             table.append([f"{amount:,}", words, "–" if interval is None else str(interval), verdict(interval)])
         narrower = study.gap_difference(rows[study.wrf], rows[PLAIN])
-        said = "not run yet" if narrower is None else "narrower" if narrower.high < 0 else "not narrower"
+        said = verdict(narrower) if narrower is None else "narrower" if narrower.high < 0 else "not narrower"
         table.append([f"{amount:,}", "gap: WRF less plain", "–" if narrower is None else str(narrower), said])
     return table
 

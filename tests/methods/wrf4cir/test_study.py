@@ -87,6 +87,7 @@ def test_settings_are_never_chosen_in_the_world_of_the_table():
     runs = plan(FULL, everything_finished(FULL)).runs
     worlds = {run.part: run.world for run in runs}
     assert worlds["main"] == worlds["why"] == worlds["noise"] != worlds["choose"]
+    assert {run.world for design in (QUICK, DEMO) for run in plan(design, {}).runs} == {worlds["choose"]}
     assert not set(FULL.choosing_seeds) & set(FULL.main_seeds)
     seeds = Counter((run.triplets, len(FULL.main_seeds)) for run in runs if run.part == "main" and run.name == PLAIN)
     assert seeds == {(1000, 5): 5, (3000, 5): 5, (300, 5): 3, (10000, 5): 3}
@@ -267,6 +268,9 @@ def test_differences_are_of_the_seeds_that_both_rows_have():
     rest = Study(SMALL, {key: row for key, row in study.rows.items() if key != (run.key, run.digest)})
     difference = rest.difference(rest.of("main", rest.wrf, 30), rest.of("main", PLAIN, 30))
     assert difference.mean == pytest.approx(25.0)
+    one, other = rest.of("main", rest.wrf, 30), rest.of("main", PLAIN, 30)
+    assert rest.gap_difference(one, other) == Interval(0.0, 0.0, 0.0)
+    assert rest.gap_difference({1: one[1], 2: one[2]}, other) is None, "two seeds say nothing about the spread of seeds"
 
 
 def test_the_conclusion_follows_the_rules_of_the_plan():
