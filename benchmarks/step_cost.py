@@ -77,7 +77,9 @@ def main() -> None:
                 if build == "older" and kind == QUARTER:
                     continue
                 for what in ("seconds", "mib") if number == 0 else ("seconds",):
-                    found.setdefault((build, kind, what), []).extend(run_child(folder, what, kind))
+                    values = run_child(folder, what, kind)
+                    print(f"  {build}, {kind}, {what}: {', '.join(f'{value:.2f}' for value in values)}", flush=True)
+                    found.setdefault((build, kind, what), []).extend(values)
     show({key: statistics.median(values) for key, values in found.items()})
     if arguments.older:
         show_differences(builds)
