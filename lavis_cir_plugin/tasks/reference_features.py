@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -117,11 +118,9 @@ class ReferenceFeatures:
 
     def _announce(self, row: Tensor) -> None:
         self._is_announced = True
-        logging.info(
-            "each picture is encoded once: the image features of %s references take %s in %s until the evaluation ends",
-            f"{len(self._row):,}",
-            size_text(len(self._row) * row.nbytes),
-            self._folder,
+        _tell_once(
+            f"each picture is encoded once: the image features of {len(self._row):,} references take "
+            f"{size_text(len(self._row) * row.nbytes)} in {self._folder} until the evaluation ends"
         )
 
     def _close(self) -> None:
@@ -137,3 +136,9 @@ class ReferenceFeatures:
         except (OSError, ValueError) as error:  # a ValueError says that another process failed
             self._failure = str(error)
             self._close()
+
+
+@functools.cache
+def _tell_once(words: str) -> None:
+    """Log a line that is equal in every validation of a run before the first of them alone."""
+    logging.info(words)
