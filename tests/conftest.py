@@ -7,11 +7,15 @@ test and before which no other one starts, reads this file too.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Examples are looked for in every file, and this one needs Qdrant's engine, which Python 3.9 cannot have.
+collect_ignore = [] if importlib.util.find_spec("qdrant_edge") else ["engine_in_process.py"]
 
 # Tests run in as many processes as there are cores. With more threads than cores, each step of a small model waits for
 # threads that do not run; torch reads this when it is imported.

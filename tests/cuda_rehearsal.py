@@ -264,7 +264,9 @@ def _move(stock: Any) -> Any:
 
 @contextmanager
 def rehearsal() -> Iterator[Rehearsal]:
-    """Let "cuda" be a rehearsed GPU while the context lasts."""
+    """Let "cuda" be a rehearsed GPU while the context lasts; a test is skipped if torch is too old for it."""
+    if not hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
+        pytest.skip(f"torch {torch.__version__} asks a driver for a stream, which a rehearsed GPU lacks")
     torch._C._ensureCUDADeviceGuardSet()  # without it torch asks the driver for a stream; a real GPU keeps its own
     mode = Rehearsal()
     with pytest.MonkeyPatch.context() as patch, torch.backends.cudnn.flags(enabled=False):
