@@ -76,7 +76,8 @@ def no_group():
     if dist.is_initialized():
         dist.destroy_process_group()
     yield
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def test_a_run_with_amp_on_a_gpu_computes_in_half_precision_and_goes_on_as_if_never_stopped(
