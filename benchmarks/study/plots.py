@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from stages import frame, save
 
@@ -14,11 +15,10 @@ from study.tables import Study, average
 
 def draw_gammas(study: Study, path: Path) -> bool:
     """Draw the recall over gamma for each main amount; plain is a line. Return whether there is anything to draw."""
-    amounts = [amount for amount in study.design.main_amounts if study.of("main", PLAIN, amount)]
-    if not amounts:
+    figure, panels = _panels(study)
+    if not panels:
         return False
-    figure = Figure(figsize=(4.6 * len(amounts), 3.6), constrained_layout=True)
-    for panel, amount in zip(figure.subplots(1, len(amounts), squeeze=False)[0], amounts):
+    for amount, panel in panels.items():
         for column, colour, label in (("val_stopped", "#1f5fa8", "validation"), ("train_last", "#bdbdbd", "training")):
             for scope, style in (("tensor", "-"), ("global", "--")):
                 points = [
@@ -39,11 +39,10 @@ def draw_gammas(study: Study, path: Path) -> bool:
 
 def draw_curves(study: Study, path: Path) -> bool:
     """Draw the recall of plain, random and WRF over the training, training queries dashed; return whether any."""
-    amounts = [amount for amount in study.design.main_amounts if study.of("main", PLAIN, amount)]
-    if not amounts:
+    figure, panels = _panels(study)
+    if not panels:
         return False
-    figure = Figure(figsize=(4.6 * len(amounts), 3.6), constrained_layout=True)
-    for panel, amount in zip(figure.subplots(1, len(amounts), squeeze=False)[0], amounts):
+    for amount, panel in panels.items():
         for name, colour in ((PLAIN, "#555555"), (RANDOM, "#d9822b"), (study.wrf, "#1f5fa8")):
             rows = study.of("main", name, amount).values()
             for column, style in (("val_curve", "-"), ("train_curve", "--")):
@@ -56,3 +55,10 @@ def draw_curves(study: Study, path: Path) -> bool:
     figure.axes[0].legend(frameon=False, fontsize=8)
     save(figure, path)
     return True
+
+
+def _panels(study: Study) -> tuple[Figure, dict[int, Axes]]:
+    """Return a figure with a panel for each main amount that has a plain run."""
+    amounts = [amount for amount in study.design.main_amounts if study.of("main", PLAIN, amount)]
+    figure = Figure(figsize=(4.6 * max(len(amounts), 1), 3.6), constrained_layout=True)
+    return figure, dict(zip(amounts, figure.subplots(1, max(len(amounts), 1), squeeze=False)[0]))

@@ -80,9 +80,10 @@ def cache_features(model: Any, datasets: Mapping[str, Mapping[str, Any]], run: M
     root = named or benchmark_datasets.features_root()
     splits = list(_splits(datasets, run))
     model.to(torch.device(run["device"]))
-    _leave_out_impossible(splits, tower_problem(model) or (_amp_problem(model, splits, run) if is_auto else None))
+    problem = tower_problem(model)
+    _leave_out_impossible(splits, problem or (_amp_problem(model, splits, run) if is_auto else None))
     if not is_auto:
-        _refuse_impossible(model, splits)
+        _refuse_impossible(splits, problem)
     _open_caches(root, model, splits, is_auto)
     row = _row(model, splits)
     folder = next(folder for folder in (root, *root.parents) if folder.is_dir())
@@ -176,8 +177,7 @@ def _is_mixed(run: Mapping[str, Any]) -> bool:
     return bool(run.get("amp")) and str(run["device"]).startswith("cuda")
 
 
-def _refuse_impossible(model: Any, splits: Sequence[_Split]) -> None:
-    problem = tower_problem(model)
+def _refuse_impossible(splits: Sequence[_Split], problem: tuple[str, str] | None) -> None:
     for reason, remedy in [
         *([problem] if problem else []),
         *((split.reason, split.remedy) for split in splits if split.remedy),
