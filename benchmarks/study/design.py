@@ -28,6 +28,9 @@ SMOOTHING, EMA, DROPOUT, DECAY = "label smoothing", "EMA of weights", "dropout",
 REGULARISERS = {DECAY: "weight decay", DROPOUT: "dropout", SMOOTHING: "label smoothing", EMA: "EMA"}
 """The usual regularisers, each with the setting that is chosen for it."""
 NOISE_RATIOS = (0.0, 0.2, 0.5, 0.8)
+ELSEWHERE = {"clip_cir": 5e-4, "tscir": 1e-3, "vqa": 1e-3, "captioning": 1e-3}
+"""Parts of the study that train other models or tasks than ``blip2_cir``, each with its learning rate."""
+ELSEWHERE_GAMMAS = (3e-4, PAPER, 3e-3)
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,8 @@ class Design:
     main_rows: tuple[str, ...] = ()  # empty: all
     why_triplets: int = 1000
     noise_triplets: int = 3000
-    has_parts: bool = True  # why, noise, and the choice of settings
+    elsewhere_examples: int = 1000
+    has_parts: bool = True  # why, noise, elsewhere, and the choice of settings
 
     @property
     def settings(self) -> str:
@@ -255,6 +259,20 @@ def noise_rows(chosen: Chosen) -> dict[str, Row]:
     }
 
 
+def elsewhere_rows(part: str) -> dict[str, Row]:
+    """Return the rows for another model or task. Nothing is chosen for it: all have one learning rate."""
+    base = Row((f"run.init_lr={ELSEWHERE[part]:g}",))
+    gamma = f"run.wrf.gamma={PAPER:g}"
+    sam = base.with_options(gamma, "run.wrf.radius=absolute", "run.wrf.scope=global")
+    wrf = {wrf_name(value): base.with_options(f"run.wrf.gamma={value:g}") for value in ELSEWHERE_GAMMAS}
+    return {
+        PLAIN: base,
+        RANDOM: base.with_options(gamma, "run.wrf.direction=random"),
+        SAM: Row(sam.options, matched=SAM),
+        **wrf,
+    }
+
+
 def other_names(chosen: Chosen) -> list[str]:
     """Return the main table's rows that are run for the other sizes too: of WRF those per tensor without warm-up."""
     left_out = {wrf_name(value, *place) for value in GAMMAS for place in GRID[1:]}
@@ -325,7 +343,7 @@ def best_value(runs: Mapping[float, Sequence[Run]], scores: Scores) -> float | N
 
 
 def table(design: Design, chosen: Chosen) -> list[Run]:
-    """Return the runs of the table's world: the main table, the other sizes, the hypotheses, and label noise."""
+    """Return the runs of the table's world: the main table, the other sizes, hypotheses, label noise, other models."""
 
     def runs(part: str, rows: Mapping[str, Row], amounts: Sequence[int], seeds: Sequence[int]) -> list[Run]:
         return [
@@ -344,6 +362,8 @@ def table(design: Design, chosen: Chosen) -> list[Run]:
         found += runs("main", others, design.other_amounts, design.other_seeds)
         found += runs("why", why, [design.why_triplets], design.other_seeds)
         found += runs("noise", noise_rows(chosen), [design.noise_triplets], design.other_seeds)
+        for part in ELSEWHERE:
+            found += runs(part, elsewhere_rows(part), [design.elsewhere_examples], design.other_seeds)
     return found
 
 

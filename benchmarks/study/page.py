@@ -15,6 +15,7 @@ from study.tables import (
     comparisons,
     conclusion,
     counts,
+    elsewhere_table,
     main_table,
     markdown,
     noise_table,
@@ -101,6 +102,8 @@ def page_parts(study: Study, links: Sequence[str] = ()) -> Iterator[str]:
     why, noise = pair_table(study, "why", WHY, design.why_triplets), noise_table(study, design.noise_triplets)
     yield f"## Why, or why not: {design.why_triplets:,} triplets\n\n{shown(why)}\n"
     yield f"## Under label noise: {design.noise_triplets:,} triplets\n\n{shown(noise)}\n"
+    heading = f"## Other models and tasks: {design.elsewhere_examples:,} training examples"
+    yield f"{heading}\n\n{shown(elsewhere_table(study))}\n"
     yield FOOT.format(
         seeds=", ".join(map(str, design.choosing_seeds)),
         choices=markdown(choice_table(study)),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,8 @@ COLUMNS = (
 )  # fmt: skip
 
 Result = Mapping[str, str]
-Hits = NDArray[np.bool_]
-"""Whether a query's target is among the first K: ``(cutoffs, queries)``."""
+Scores = NDArray[Any]
+"""How well examples are answered, ``(scores per example, examples)``: bools, or floats."""
 
 
 def key_of(row: Result) -> tuple[str, str]:
@@ -58,15 +59,19 @@ def append_result(path: Path, row: Result) -> None:
         replace_file(path, text.getvalue().encode())
 
 
-def pack_hits(hits: Sequence[Sequence[bool]]) -> str:
-    """Return hits ``(cutoffs, queries)`` as text, a bit each: ``825:`` and base64."""
-    array = np.array(hits, dtype=bool)
-    return f"{array.shape[1]}:" + base64.b64encode(np.packbits(array).tobytes()).decode()
+def pack_scores(scores: Scores) -> str:
+    """Return scores as text: bools a bit each, ``825:`` and base64; others in half precision, ``600f:`` and base64."""
+    is_exact = scores.dtype == np.bool_
+    content = np.packbits(scores) if is_exact else scores.astype("<f2")
+    return f"{scores.shape[1]}{'' if is_exact else 'f'}:" + base64.b64encode(content.tobytes()).decode()
 
 
-def unpack_hits(text: str) -> Hits:
-    """Return the hits of `pack_hits`."""
-    queries, _, encoded = text.partition(":")
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(encoded), dtype=np.uint8))
-    cutoffs = len(bits) // int(queries)
-    return bits[: cutoffs * int(queries)].reshape(cutoffs, int(queries)).astype(bool)
+def unpack_scores(text: str) -> Scores:
+    """Return the scores of `pack_scores`."""
+    kind, _, encoded = text.partition(":")
+    content, count = base64.b64decode(encoded), int(kind.rstrip("f"))
+    if kind.endswith("f"):
+        return np.frombuffer(content, dtype="<f2").reshape(-1, count).astype(np.float64)
+    bits = np.unpackbits(np.frombuffer(content, dtype=np.uint8))
+    cutoffs = len(bits) // count
+    return bits[: cutoffs * count].reshape(cutoffs, count).astype(bool)

@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 
 from study.design import (
     CANDIDATES,
+    ELSEWHERE,
+    ELSEWHERE_GAMMAS,
     NOISE_RATIOS,
+    PAPER,
     PLAIN,
     RANDOM,
     REGULARISERS,
@@ -26,7 +29,7 @@ from study.design import (
     wrf_name,
 )
 from study.intervals import LEVEL, Interval, bootstrap
-from study.results import Result, unpack_hits
+from study.results import Result, unpack_scores
 
 WHY = {
     "as in the main table": "",
@@ -40,6 +43,13 @@ WHY = {
     "Q-Former without captions": "fresh head: ",
 }
 
+ELSEWHERE_LABELS = {
+    "clip_cir": "`clip_cir`'s text tower, FashionIQ's `mean`",
+    "tscir": "TSCIR's stage II, FashionIQ's `mean`",
+    "vqa": "LAVIS's BLIP, right answers in percent",
+    "captioning": "LAVIS's BLIP, 100 x CIDEr",
+}
+"""What is trained and measured in the parts of the study that train other models or tasks."""
 
 POINT = 1.0
 """Points of recall that count as a gain worth a second pass."""
@@ -121,8 +131,8 @@ class Study:
 
 
 def per_query(row: Result, column: str = "hits_stopped") -> Values:
-    """Return each query's mean of R@10 and R@50 in percent, ``(queries,)``: 0, 50 or 100."""
-    values: Values = 100 * unpack_hits(row[column]).mean(axis=0)
+    """Return each example's score in percent, ``(examples,)``; a query's is the mean of R@10 and R@50: 0, 50 or 100."""
+    values: Values = 100 * unpack_scores(row[column]).mean(axis=0)
     return values
 
 
@@ -215,6 +225,25 @@ def noise_table(study: Study, amount: int) -> Table:
             difference = study.difference(rows[study.wrf], rows[PLAIN])
             recalls = [number(average(own, "val_stopped")) for own in rows.values()]
             table.append([f"{ratio:g}", *recalls, "–" if difference is None else str(difference)])
+    return table
+
+
+def elsewhere_table(study: Study) -> Table:
+    """Return for each other model or task the scores of its rows, and what WRF gains over plain and over random."""
+    amount, radii = study.design.elsewhere_examples, [wrf_name(value) for value in ELSEWHERE_GAMMAS]
+    names, claimed = (PLAIN, RANDOM, SAM, *radii), wrf_name(PAPER)
+    differences = [f"{name} less plain" for name in radii] + [f"{claimed} less random"]
+    table = [["what is trained, and measured", *names, *differences, "gap, plain", f"gap, {claimed}"]]
+    for part in ELSEWHERE:
+        rows = {name: study.of(part, name, amount) for name in names}
+        if not any(rows.values()):
+            continue
+        pairs = [(name, PLAIN) for name in radii] + [(claimed, RANDOM)]
+        found = [study.difference(rows[one], rows[other]) for one, other in pairs]
+        gaps = [mean(gap(row) for row in rows[name].values()) if rows[name] else None for name in (PLAIN, claimed)]
+        scores = [number(average(own, "val_stopped")) for own in rows.values()]
+        words = ["–" if interval is None else str(interval) for interval in found]
+        table.append([ELSEWHERE_LABELS[part], *scores, *words, *map(number, gaps)])
     return table
 
 

@@ -272,7 +272,7 @@ def write_questions(
         write_json(root / "answer_list.json", answers())
         for split, garments in plan.items():
             questions = plan_questions(config, split, garments, section)
-            write_json(root / f"vqa_{split}.json", _records(questions, with_answers=split == "train"))
+            write_json(root / f"vqa_{split}.json", lavis_records(questions, with_answers=split == "train"))
             described = plan_captions(config, split, garments)
             if split == "train":
                 rows: list[dict[str, Any]] = [
@@ -282,8 +282,8 @@ def write_questions(
                 ]
             else:
                 rows = [{"image": name, "caption": texts} for name, texts in described.items()]
-                write_json(root / f"questions_{split}.json", _coco_questions(questions))
-                write_json(root / f"annotations_{split}.json", _coco_annotations(questions))
+                write_json(root / f"questions_{split}.json", coco_questions(questions))
+                write_json(root / f"annotations_{split}.json", coco_annotations(questions))
             write_json(root / f"caption_{split}.json", rows)
         write_pictures(root / "images", pictures, size, progress, workers)
     return root
@@ -298,8 +298,8 @@ def question_words() -> list[str]:
     return sorted({word for text in (*texts, *answers()) for word in tokens(text)})
 
 
-def _records(questions: Sequence[Question], with_answers: bool) -> list[dict[str, Any]]:
-    """Return LAVIS's own records. The id of a question is its index."""
+def lavis_records(questions: Sequence[Question], with_answers: bool) -> list[dict[str, Any]]:
+    """Return LAVIS's records, which its data sets of questions read. The id of a question is its index."""
     return [
         {
             "question_id": place,
@@ -315,7 +315,8 @@ def _records(questions: Sequence[Question], with_answers: bool) -> list[dict[str
 _COCO_HEADER = {"info": {}, "task_type": "Open-Ended", "data_type": "garments", "data_subtype": "val", "license": {}}
 
 
-def _coco_questions(questions: Sequence[Question]) -> dict[str, Any]:
+def coco_questions(questions: Sequence[Question]) -> dict[str, Any]:
+    """Return VQA's file of questions, which its scorer reads."""
     rows = [
         {"question_id": place, "image_id": image_id(question.image), "question": question.text}
         for place, question in enumerate(questions)
@@ -323,7 +324,8 @@ def _coco_questions(questions: Sequence[Question]) -> dict[str, Any]:
     return {**_COCO_HEADER, "questions": rows}
 
 
-def _coco_annotations(questions: Sequence[Question]) -> dict[str, Any]:
+def coco_annotations(questions: Sequence[Question]) -> dict[str, Any]:
+    """Return VQA's file of answers, ten equal ones per question, which its scorer reads."""
     rows = [
         {
             "question_id": place,

@@ -6,17 +6,20 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import wrf_study
 from omegaconf import OmegaConf
+from study import projects, worlds
 from study import runs as study_runs
-from study.design import ASAM, DEMO, FULL, PLAIN, QUICK, RANDOM, Run, plan, table_rows
+from study.design import ASAM, DEMO, ELSEWHERE, FULL, PLAIN, QUICK, RANDOM, Run, elsewhere_rows, plan, table_rows
 from study.intervals import Interval, bootstrap
 from study.page import write_page
-from study.results import COLUMNS, append_result, key_of, pack_hits, read_results, unpack_hits
+from study.results import COLUMNS, append_result, key_of, pack_scores, read_results, unpack_scores
+from study.scores import scores_of, stopped_scores
 from study.tables import Study, comparisons, conclusion, main_table, scores, verdict
 
 from lavis_cir_plugin import PROJECTS
@@ -27,12 +30,16 @@ ROOT = Path(__file__).parents[3]
 SMALL = dataclasses.replace(FULL, name="small", main_amounts=(30,), other_amounts=(60,), choosing_seeds=(7,))
 
 
+def packed(hits: list[list[bool]]) -> str:
+    return pack_scores(np.array(hits, dtype=bool))
+
+
 def row_of(run: Run, recall: float = 40.0, hits: list[list[bool]] | None = None) -> dict[str, str]:
     """Return the row that a finished run would leave."""
     hits = [[True, False], [True, True]] if hits is None else hits
     numbers = dict.fromkeys(COLUMNS, "1.5")
     texts = {"part": run.part, "row": run.name, "triplets": run.triplets, "seed": run.seed, "digest": run.digest,
-             "val_stopped": recall, "hits_last": pack_hits(hits), "hits_stopped": pack_hits(hits),
+             "val_stopped": recall, "hits_last": packed(hits), "hits_stopped": packed(hits),
              "val_curve": "30 40", "train_curve": "50 80", "commit": "abc"}  # fmt: skip
     return {**numbers, **{name: str(value) for name, value in texts.items()}}
 
@@ -85,9 +92,11 @@ def test_the_number_of_runs_is_known_before_the_choice():
 
 def test_settings_are_never_chosen_in_the_world_of_the_table():
     runs = plan(FULL, everything_finished(FULL)).runs
-    worlds = {run.part: run.world for run in runs}
-    assert worlds["main"] == worlds["why"] == worlds["noise"] != worlds["choose"]
-    assert {run.world for design in (QUICK, DEMO) for run in plan(design, {}).runs} == {worlds["choose"]}
+    of_part = {run.part: run.world for run in runs}
+    assert len({of_part[part] for part in of_part if part != "choose"}) == 1
+    assert of_part["main"] != of_part["choose"]
+    assert {"main", "why", "noise", *ELSEWHERE, "choose"} == set(of_part)
+    assert {run.world for design in (QUICK, DEMO) for run in plan(design, {}).runs} == {of_part["choose"]}
     assert not set(FULL.choosing_seeds) & set(FULL.main_seeds)
     seeds = Counter((run.triplets, len(FULL.main_seeds)) for run in runs if run.part == "main" and run.name == PLAIN)
     assert seeds == {(1000, 5): 5, (3000, 5): 5, (300, 5): 3, (10000, 5): 3}
@@ -187,9 +196,16 @@ def test_a_row_is_added_once_and_the_others_stay_as_they_are(tmp_path):
 
 def test_hits_are_packed_a_bit_each():
     hits = np.random.default_rng(0).random((2, 825)) < 0.4
-    text = pack_hits(hits.tolist())
-    assert (unpack_hits(text) == hits).all()
+    text = pack_scores(hits)
+    assert (unpack_scores(text) == hits).all()
     assert len(text) < 825 * 2 / 8 * 4 / 3 + 10
+
+
+def test_other_scores_are_packed_in_half_precision():
+    scores = np.array([[0.0, 0.5, 3.140625, 10.0]])
+    text = pack_scores(scores)
+    assert text.startswith("4f:")
+    assert unpack_scores(text).tolist() == scores.tolist()
 
 
 # -- intervals -------------------------------------------------------------------------------------------------------
@@ -239,8 +255,18 @@ def test_each_half_of_the_queries_chooses_the_epoch_of_the_other_half():
     """Queries 0 and 2 are best in epoch 1, and 1 and 3 in epoch 0: each half gets the epoch of the other."""
     epochs = [[True, False, True, False], [False, True, False, True]]
     hits = torch.tensor([[row, row] for row in (epochs[1], epochs[0])])
-    assert study_runs.stopped_hits(hits).tolist() == [[False] * 4] * 2
-    assert study_runs.stopped_hits(torch.ones(3, 2, 4, dtype=torch.bool)).all()
+    assert stopped_scores(hits).tolist() == [[False] * 4] * 2
+    assert stopped_scores(torch.ones(3, 2, 4, dtype=torch.bool)).all()
+
+
+def test_right_answers_and_captions_are_scored_for_each_example():
+    """CIDEr is 10 for a caption that is equal to its only reference, and 0 without a common word."""
+    asked = [{"question_id": 3, "answer": ["red"]}, {"question_id": 1, "answer": ["no"]}]
+    given = [{"question_id": 1, "answer": "yes"}, {"question_id": 3, "answer": "red"}]
+    assert scores_of(given, SimpleNamespace(annotation=asked)).tolist() == [[True, False]]
+    shown = [{"caption": ["a red dress with dots"]}, {"caption": ["long blue shirt here"]}]
+    said = [{"instance_id": 1, "caption": "nothing of that"}, {"instance_id": 0, "caption": "A red dress with dots."}]
+    assert scores_of(said, SimpleNamespace(annotation=shown)).tolist() == [[pytest.approx(10.0), 0.0]]
 
 
 # -- tables and page -------------------------------------------------------------------------------------------------
@@ -280,9 +306,7 @@ def test_the_conclusion_follows_the_rules_of_the_plan():
     assert "undecided" in conclusion(finished_study(SMALL, 5))
     study = finished_study(SMALL, 5)
     hits = {True: [[True] * 400] * 2, False: [[index % 4 > 0 for index in range(400)]] * 2}
-    rows = {
-        key: {**row, "hits_stopped": pack_hits(hits[row["row"].startswith("WRF")])} for key, row in study.rows.items()
-    }
+    rows = {key: {**row, "hits_stopped": packed(hits[row["row"].startswith("WRF")])} for key, row in study.rows.items()}
     assert "support the paper" in conclusion(Study(SMALL, rows))
     verdicts = {row[1]: row[3] for row in comparisons(Study(SMALL, rows))}
     assert verdicts[f"{study.wrf} less plain"] == "a gain of a point"
@@ -322,23 +346,27 @@ TINY = dataclasses.replace(
 
 
 @pytest.fixture
-def small_world(tmp_path, monkeypatch):
-    """Let the study draw small worlds in a cache of its own."""
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def small_world(tmp_path, monkeypatch, cache):
+    """Let the study draw small worlds in a cache of its own."""
     settings = {"train_triplets": 12, "train_images": 16, "val_queries": 6, "val_images": 8, "test_queries": 1,
                 "test_images": 4, "image_width": 64, "image_height": 64}  # fmt: skip
 
     def world(design, seed):
         return make_garments(tmp_path / "worlds", GarmentsConfig(seed=seed, **settings))
 
-    monkeypatch.setattr(study_runs, "world", world)
+    monkeypatch.setattr(worlds, "world", world)
 
 
 def test_a_seeds_smaller_amount_is_part_of_its_larger_one(small_world, tmp_path):
     run = plan(TINY, {}).runs[0]
 
     def triplets(amount, seed=0):
-        folder = study_runs.training_annotations(TINY, dataclasses.replace(run, triplets=amount, seed=seed), tmp_path)
+        folder = worlds.training_annotations(TINY, dataclasses.replace(run, triplets=amount, seed=seed), tmp_path)
         return {
             category: [json.dumps(record) for record in json.loads(path.read_text())]
             for category in ("dress", "shirt", "toptee")
@@ -354,6 +382,57 @@ def test_a_seeds_smaller_amount_is_part_of_its_larger_one(small_world, tmp_path)
         triplets(100)
 
 
+@pytest.fixture
+def few_questions(monkeypatch):
+    """Let the study draw a small world of questions and captions."""
+    sizes = {"train_images": 80, "val_images": 60, "image_width": 64, "image_height": 64}
+    settings = worlds.questions.QuestionGarments(seed=5, **sizes)
+    monkeypatch.setattr(worlds, "_question_settings", lambda run: settings)
+
+
+def test_the_seed_draws_the_questions_and_captions_and_some_of_them_are_asked_again(few_questions, tmp_path, cache):
+    run = Run("vqa", PLAIN, elsewhere_rows("vqa")[PLAIN], 5, 20, 0, TINY.settings)
+    for files in (worlds.vqa_files, worlds.caption_files):
+        records = {
+            (amount, seed): {
+                split: json.loads(Path(paths[0]).read_text())
+                for split, paths in files(dataclasses.replace(run, triplets=amount, seed=seed), tmp_path).items()
+            }
+            for amount, seed in ((20, 0), (10, 0), (20, 1))
+        }
+        whole = records[20, 0]
+        assert records[10, 0]["train"] == whole["train"][:10]
+        assert records[20, 1]["train"] != whole["train"]
+        assert records[20, 1]["val"] == whole["val"]
+        assert {record["image"] for record in whole["test"]} == {record["image"] for record in whole["train"]}
+    with pytest.raises(ValueError, match="training examples, and 9999 are asked for"):
+        worlds.caption_files(dataclasses.replace(run, triplets=9999), tmp_path)
+
+
+@pytest.mark.usefixtures("blank_pictures", "cache")
+@pytest.mark.parametrize(("part", "examples"), [("vqa", "answers"), ("captioning", "captions")])
+def test_other_tasks_leave_the_same_row(part, examples, few_questions, tmp_path):
+    run = Run(part, "WRF 0.001", elsewhere_rows(part)["WRF 0.001"], 5, 20, 0, TINY.settings)
+    row = study_runs.execute(TINY, run, tmp_path / "work")
+    assert set(row) == set(COLUMNS)
+    scores = unpack_scores(row["hits_last"])
+    assert (scores.dtype == bool) == (examples == "answers")
+    assert 100 * scores.mean() == pytest.approx(float(row["val_last"]), abs=0.05)
+    assert float(row["radius"]) > 0
+
+
+@pytest.mark.parametrize("part", ELSEWHERE)
+def test_projects_of_other_models_and_tasks_are_taken(part, small_world, few_questions, tmp_path, monkeypatch):
+    for name in ("clip_checkpoint", "mapping_checkpoint"):
+        monkeypatch.setattr(projects, name, lambda design, work: Path(__file__))
+    monkeypatch.setattr(worlds, "synthetic_triplets", lambda *_: tmp_path)
+    monkeypatch.setattr(worlds, "caption_world", lambda *_: tmp_path)
+    for row in elsewhere_rows(part).values():
+        run = Run(part, "any", row, 5, 20, 0, TINY.settings)
+        OmegaConf.save(OmegaConf.create(projects.project(TINY, run, tmp_path / "work")), tmp_path / "project.yaml")
+        read_config(str(tmp_path / "project.yaml"), row.options)
+
+
 @pytest.mark.usefixtures("blank_pictures")
 def test_a_run_is_measured_and_leaves_its_row_alone(small_world, tmp_path):
     """The random perturbation, and ASAM, whose radius is computed at the start to give the same norm."""
@@ -364,7 +443,7 @@ def test_a_run_is_measured_and_leaves_its_row_alone(small_world, tmp_path):
         found[name] = study_runs.execute(TINY, run, tmp_path / "work")
         assert set(found[name]) == set(COLUMNS)
     random_row = found[RANDOM]
-    hits = unpack_hits(random_row["hits_last"])
+    hits = unpack_scores(random_row["hits_last"])
     assert hits.shape == (2, 18)
     assert 100 * hits.mean() == pytest.approx(float(random_row["val_last"]), abs=1e-3)
     assert [len(random_row[column].split()) for column in ("val_curve", "train_curve")] == [2, 2]
