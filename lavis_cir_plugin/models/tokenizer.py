@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+
+import torch
 
 # LAVIS's own name for it: under transformers 5, what stands there decodes as transformers 4.26 does.
 from lavis.models.blip2_models.blip2 import BertTokenizer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.settings import Limits
@@ -40,3 +46,28 @@ def load_tokenizer(name: str) -> BertTokenizer:
         ) from error
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     return tokenizer
+
+
+def token_ids(tokenizer: BertTokenizer, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens of texts, padded on the right to the longest text of the batch.
+
+    A text's tokens are remembered: LAVIS's tokenizer is written in Python, and a text comes again in every epoch, in
+    every evaluation, and in both passes of a perturbed step.
+
+    Args:
+        tokenizer: Tokenizer with [CLS], [SEP] and [PAD].
+        texts: B texts.
+        max_length: Largest number of tokens with [CLS] and [SEP]; longer texts are cut.
+
+    Returns:
+        Ids ``(B, T)`` int64, and the mask ``(B, T)`` int64, 1 where a token stands and 0 at padding.
+    """
+    rows = [torch.tensor(_ids_of_text(tokenizer, text, max_length)) for text in texts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+
+@lru_cache(maxsize=2**16)  # FashionIQ's training has 36,000 texts, of some 300 bytes with their tokens
+def _ids_of_text(tokenizer: BertTokenizer, text: str, max_length: int) -> tuple[int, ...]:
+    return tuple(tokenizer(text, truncation=True, max_length=max_length)["input_ids"])

@@ -37,7 +37,7 @@ from lavis_cir_plugin.methods.blip2_cir.losses import LOSSES, TrainingOutputs
 from lavis_cir_plugin.methods.blip2_cir.qformer import ImageTokens, Sequences, encode
 from lavis_cir_plugin.models.fused_attention import fuse_attention
 from lavis_cir_plugin.models.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
-from lavis_cir_plugin.models.tokenizer import TOKENIZER, load_tokenizer
+from lavis_cir_plugin.models.tokenizer import TOKENIZER, load_tokenizer, token_ids
 
 DEFAULT_LOSS_WEIGHTS = {"joint": {"itc": 1.0}, "sentence_prompt": {"itc": 1.0, "rtc": 1.0, "align": 1.0}}
 
@@ -465,12 +465,9 @@ class Blip2Cir(Blip2Base):
 
     def _tokenize(self, text: Sequence[str]) -> tuple[Tensor, Tensor]:
         # Padded positions are masked everywhere, so padding to max_txt_len would not change the outputs.
-        tokens = self.tokenizer(
-            list(text), padding="longest", truncation=True, max_length=self.max_txt_len, return_tensors="pt"
-        )
+        ids, mask = token_ids(self.tokenizer, text, self.max_txt_len)
         # A copy that blocks would wait until a GPU has done everything queued before it.
-        ids, mask = (tokens[key].to(self.device, non_blocking=True) for key in ("input_ids", "attention_mask"))
-        return ids, mask
+        return ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
 
     def _embed_words(self, text: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return word embeddings ``(B, T, hidden)`` without positions, and the mask ``(B, T)`` of the padding.
