@@ -155,9 +155,9 @@ DEMO = Design(
 )
 
 CANDIDATES: dict[str, tuple[float, ...]] = {
-    "learning rate": (2.5e-4, 5e-4, 1e-3),
+    "learning rate": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
     "gamma": GAMMAS,
-    "momentum": (5e-3, 1.5e-2),
+    "momentum": (1.5e-3, 5e-3, 1.5e-2),
     "weight decay": (0.5,),
     "dropout": (0.1, 0.2),
     "label smoothing": (0.1, 0.2),

@@ -71,7 +71,7 @@ def everything_finished(design, **recalls):
 
 def test_settings_are_chosen_by_the_best_mean_and_the_learning_rate_first():
     first = plan(SMALL, {})
-    assert {run.name for run in first.runs} == {f"learning rate {value}" for value in ("0.00025", "0.0005", "0.001")}
+    assert {run.name for run in first.runs} == {f"learning rate {value}" for value in ("0.00025", "0.0005", "0.001", "0.002", "0.004")}
     assert first.chosen == {}
     scored = {(run.key, run.digest): 50.0 if run.name.endswith("0.001") else 40.0 for run in first.runs}
     second = plan(SMALL, scored)
