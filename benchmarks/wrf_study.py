@@ -11,6 +11,7 @@ import argparse
 import fnmatch
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -110,7 +111,8 @@ def outcomes(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(runs)), mp_context=context) as pool:
         pool.submit(prepare_starts, design, list(runs), work).result()
-        futures = {pool.submit(run_once, design, run, work, results): run for run in runs}
+        commit = checkout()  # now, because the processes keep the code that they import
+        futures = {pool.submit(run_once, design, run, work, results, commit): run for run in runs}
         for future in as_completed(futures):
             yield futures[future], future.result()
 
@@ -122,12 +124,22 @@ def prepare_starts(design: Design, runs: list[Run], work: Path) -> None:
     prepare(design, runs, work)
 
 
-def run_once(design: Design, run: Run, work: Path, results: Path) -> Result | str:
+def checkout() -> str:
+    """Return the first digits of the commit, with ``+`` where files other than the results were changed."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False).stdout
+
+    changed = git("status", "--porcelain", "-uno", "--", ".", ":!docs/results", ":!docs/results.md").strip()
+    return (git("rev-parse", "HEAD").strip()[:7] or "unknown") + ("+" if changed else "")
+
+
+def run_once(design: Design, run: Run, work: Path, results: Path, commit: str) -> Result | str:
     """Run, and write the row; return the row, or the error's text."""
     from study.runs import execute
 
     try:
-        row = execute(design, run, work)
+        row = execute(design, run, work, commit)
     except Exception:
         return traceback.format_exc()
     append_result(results, row)

@@ -109,6 +109,7 @@ class Design:
     choosing_seeds: tuple[int, ...] = (100, 101)
     main_amounts: tuple[int, ...] = (1000, 3000)
     main_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    deciding_seeds: tuple[int, ...] = tuple(range(12))  # of plain, random and WRF in the main table
     other_amounts: tuple[int, ...] = (300, 10000)
     other_seeds: tuple[int, ...] = (0, 1, 2)
     main_rows: tuple[str, ...] = ()  # empty: all
@@ -134,6 +135,7 @@ QUICK = Design(
     validations=8,
     main_amounts=(1000,),
     main_seeds=(0,),
+    deciding_seeds=(),
     other_amounts=(),
     main_rows=(PLAIN, *REGULARISERS, RANDOM, SAM, ASAM, "momentum", "every 5th", "WRF 0.001", "WRF 0.003",
                "WRF 0.001 global", "LoRA", "LoRA + WRF"),
@@ -149,6 +151,7 @@ DEMO = Design(
     validations=12,
     main_amounts=(1000,),
     main_seeds=(0,),
+    deciding_seeds=(),
     other_amounts=(),
     main_rows=(PLAIN, RANDOM, "WRF 0.001"),
     has_parts=False,
@@ -301,7 +304,7 @@ Scores = Mapping[tuple[str, str], float]
 def plan(design: Design, scores: Scores) -> Plan:
     """Return the runs of a design; the results so far choose settings."""
     if not design.has_parts:
-        return Plan(tuple(table(design, UNCHOSEN)), 0, UNCHOSEN)
+        return Plan(unique(table(design, UNCHOSEN)), 0, UNCHOSEN)
     chosen: dict[str, float] = {}
     runs: list[Run] = []
     for stage in (["learning rate"], [name for name in CANDIDATES if name != "learning rate"]):
@@ -314,7 +317,7 @@ def plan(design: Design, scores: Scores) -> Plan:
                 chosen[name] = best
         if any(name not in chosen for name in stage):
             provisional = {**UNCHOSEN, **chosen}
-            later = len(table(design, provisional))
+            later = len(unique(table(design, provisional)))
             if stage == ["learning rate"]:
                 others = (len(values) for name, values in CANDIDATES.items() if name != "learning rate")
                 later += sum(others) * len(design.main_amounts) * len(design.choosing_seeds)
@@ -355,12 +358,16 @@ def table(design: Design, chosen: Chosen) -> list[Run]:
 
     rows = table_rows(chosen)
     main = {name: rows[name] for name in design.main_rows} if design.main_rows else rows
-    found = runs("main", main, design.main_amounts, design.main_seeds)
+    deciding = {name: rows[name] for name in (PLAIN, RANDOM, wrf_name(chosen["gamma"]))}
+    found = runs("main", deciding, design.main_amounts, design.deciding_seeds)
+    found += runs("main", main, design.main_amounts, design.main_seeds)
     if design.has_parts:
         others = {name: rows[name] for name in other_names(chosen)}
         why = why_rows(chosen, design.steps, design.validations)
         found += runs("main", others, design.other_amounts, design.other_seeds)
         found += runs("why", why, [design.why_triplets], design.other_seeds)
+        longer = {name: row for name, row in why.items() if name.startswith("steps x 2")}
+        found += runs("why", longer, design.main_amounts, design.other_seeds)
         found += runs("noise", noise_rows(chosen), [design.noise_triplets], design.other_seeds)
         for part in ELSEWHERE:
             found += runs(part, elsewhere_rows(part), [design.elsewhere_examples], design.other_seeds)

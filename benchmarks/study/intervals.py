@@ -1,4 +1,4 @@
-"""Paired differences of two rows with bootstrap intervals over seeds and queries."""
+"""Paired differences of two rows with intervals: over seeds and queries, or over seeds alone."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student  # type: ignore[import-untyped]
 
 DRAWS, SEED, LEVEL = 4000, 0, 95
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the limits of its bootstrap interval, in the unit of the values."""
+    """A mean with the limits of its interval, in the unit of the values."""
 
     mean: float
     low: float
@@ -42,3 +43,15 @@ def bootstrap(values: NDArray[np.float64], draws: int = DRAWS, level: float = LE
     rest = (100 - level) / 2
     low, high = np.percentile(means, [rest, 100 - rest])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def over_seeds(values: NDArray[np.float64], level: float = LEVEL) -> Interval:
+    r"""Return the mean of n values, one per seed, and Student's interval.
+
+    .. math:: \bar x \pm t_{n - 1} \, s / \sqrt n
+
+    A bootstrap of so few values is too narrow: of five normal ones its 95 % interval holds the mean in 84 %.
+    """
+    mean, error = float(values.mean()), float(values.std(ddof=1)) / len(values) ** 0.5
+    reach = float(student.ppf((1 + level / 100) / 2, len(values) - 1)) * error
+    return Interval(mean, mean - reach, mean + reach)

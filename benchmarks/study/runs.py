@@ -16,12 +16,12 @@ from torch import Tensor
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint
 from lavis_cir_plugin.core.model_parts import frozen_names
 from lavis_cir_plugin.core.random_state import get_random_state, seed_all, set_random_state
-from lavis_cir_plugin.data.feature_cache import fingerprint
+from lavis_cir_plugin.data.feature_cache import fingerprint, with_features
 from lavis_cir_plugin.methods.wrf4cir.generalisation_gap import loss_along
 from lavis_cir_plugin.methods.wrf4cir.optimizer import select_tensors
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.report.run_log import STEPS, read_steps
-from lavis_cir_plugin.report.run_record import commit, hardware, software
+from lavis_cir_plugin.report.run_record import hardware, software
 from study import worlds
 from study.design import ASAM, Design, Run
 from study.projects import PROJECTS, project
@@ -32,8 +32,8 @@ from study.starts import launch, start_checkpoint
 MEASURED_BATCHES = 8
 
 
-def execute(design: Design, run: Run, work: Path) -> dict[str, str]:
-    """Train and measure, and return the row of the CSV. Nothing of the run's folder is left."""
+def execute(design: Design, run: Run, work: Path, commit: str) -> dict[str, str]:
+    """Train and measure, and return the row of the CSV, which names the commit. Nothing of the run's folder is left."""
     torch.set_num_threads(1)
     watch = Watch(run)
     output = work / "runs" / f"{run.part}_{run.digest}"
@@ -45,17 +45,11 @@ def execute(design: Design, run: Run, work: Path) -> dict[str, str]:
         "part": run.part, "row": run.name, "world": run.world, "triplets": run.triplets, "seed": run.seed,
         "digest": run.digest, **watch.numbers(folder), "run_seconds": f"{time.process_time() - began:.1f}",
         "settings": " ".join(watch.settings),
-        "start": start_of(config.model), "commit": short_commit(),
+        "start": start_of(config.model), "commit": commit,
         "cpu": hardware()["cpu"], "torch": software().get("torch", ""), "python": software()["python"],
     }  # fmt: skip
     shutil.rmtree(output)
     return {name: str(value) for name, value in row.items()}
-
-
-def short_commit() -> str:
-    """Return the first digits of the commit, with ``+`` where files were changed."""
-    found = commit() or "unknown"
-    return found[:7] + ("+" if found.endswith("+") else "")
 
 
 def start_of(model: Any) -> str:
@@ -119,7 +113,9 @@ class Watch:
         size = int(self.runner.config.run_cfg.batch_size_train)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
         parts = [order[at : at + size] for at in range(0, len(order) - size + 1, size)][:MEASURED_BATCHES]
-        return [dataset.collater([dataset[index] for index in part]) for part in parts]
+        batches = [dataset.collater([dataset[index] for index in part]) for part in parts]
+        caches = getattr(self.runner.task, "caches", [])
+        return [with_features(batch, self.model, caches) if caches else batch for batch in batches]
 
     def numbers(self, folder: Path) -> dict[str, Any]:
         """Return the measured columns of a finished run."""

@@ -28,7 +28,7 @@ from study.design import (
     plan,
     wrf_name,
 )
-from study.intervals import LEVEL, Interval, bootstrap
+from study.intervals import LEVEL, Interval, bootstrap, over_seeds
 from study.results import Result, unpack_scores
 
 WHY = {
@@ -51,11 +51,17 @@ ELSEWHERE_LABELS = {
 }
 """What is trained and measured in the parts of the study that train other models or tasks."""
 
+WITHOUT_GAP = ("tscir",)
+"""Parts whose training examples are of another kind than validation's, so that their difference says nothing."""
+
 POINT = 1.0
 """Points of recall that count as a gain worth a second pass."""
 
 LEAST_SEEDS = 3
 """Seeds that an interval over seeds alone needs."""
+
+ELSEWHERE_LEAST = 3
+"""Other models and tasks that have to agree for a conclusion."""
 
 Keys = Mapping[tuple[str, str], Result]
 Values = NDArray[np.float64]
@@ -114,7 +120,7 @@ class Study:
         self, one: Mapping[int, Result], other: Mapping[int, Result], column: str = "hits_stopped"
     ) -> Interval | None:
         """Return the mean of one row less another over the seeds that both have, in points of recall."""
-        seeds = sorted(one.keys() & other.keys())
+        seeds = paired_seeds(one, other)
         if not seeds:
             return None
         return bootstrap(np.stack([per_query(one[seed], column) - per_query(other[seed], column) for seed in seeds]))
@@ -124,10 +130,15 @@ class Study:
 
         Fewer than `LEAST_SEEDS` give no interval.
         """
-        seeds = sorted(one.keys() & other.keys())
+        seeds = paired_seeds(one, other)
         if len(seeds) < LEAST_SEEDS:
             return None
-        return bootstrap(np.array([[gap(one[seed]) - gap(other[seed])] for seed in seeds]))
+        return over_seeds(np.array([gap(one[seed]) - gap(other[seed]) for seed in seeds]))
+
+
+def paired_seeds(one: Mapping[int, Result], other: Mapping[int, Result]) -> list[int]:
+    """Return the seeds of both rows whose runs began with the same weights; another machine trains other ones."""
+    return [seed for seed in sorted(one.keys() & other.keys()) if one[seed]["start"] == other[seed]["start"]]
 
 
 def per_query(row: Result, column: str = "hits_stopped") -> Values:
@@ -240,7 +251,10 @@ def elsewhere_table(study: Study) -> Table:
             continue
         pairs = [(name, PLAIN) for name in radii] + [(claimed, RANDOM)]
         found = [study.difference(rows[one], rows[other]) for one, other in pairs]
-        gaps = [mean(gap(row) for row in rows[name].values()) if rows[name] else None for name in (PLAIN, claimed)]
+        gaps = [
+            mean(gap(row) for row in rows[name].values()) if rows[name] and part not in WITHOUT_GAP else None
+            for name in (PLAIN, claimed)
+        ]
         scores = [number(average(own, "val_stopped")) for own in rows.values()]
         words = ["–" if interval is None else str(interval) for interval in found]
         table.append([ELSEWHERE_LABELS[part], *scores, *words, *map(number, gaps)])
@@ -288,9 +302,9 @@ def comparisons(study: Study) -> Table:
                 rows[study.wrf], rows.get(best or "", {})
             ),
             f"{study.wrf} less plain, last step": study.difference(rows[study.wrf], rows[PLAIN], "hits_last"),
+            f"{study.wrf} less random, last step": study.difference(rows[study.wrf], rows[RANDOM], "hits_last"),
+            f"{study.wrf} less plain with twice the steps": study.difference(rows[study.wrf], longer),
         }
-        if amount == study.design.why_triplets:
-            differences[f"{study.wrf} less plain with twice the steps"] = study.difference(rows[study.wrf], longer)
         for words, interval in differences.items():
             table.append([f"{amount:,}", words, "–" if interval is None else str(interval), verdict(interval)])
         narrower = study.gap_difference(rows[study.wrf], rows[PLAIN])
@@ -300,23 +314,60 @@ def comparisons(study: Study) -> Table:
 
 
 def conclusion(study: Study) -> str:
-    """Return one sentence: what the runs say of the paper's claim, by the rules of the plan."""
-    primary = {
-        amount: [study.difference(study.of("main", study.wrf, amount), study.of("main", name, amount))
-                 for name in (PLAIN, RANDOM)]
-        for amount in study.design.main_amounts
-    }  # fmt: skip
-    found = [interval for pair in primary.values() for interval in pair]
-    wanted = len(study.design.main_seeds)
-    is_whole = all(len(study.of("main", name, amount)) == wanted
-                   for amount in primary for name in (PLAIN, RANDOM, study.wrf))  # fmt: skip
-    if not is_whole or any(interval is None for interval in found):
-        return "The runs that decide are not all there, so nothing is concluded yet."
-    if all(interval is not None and interval.low > 0 for interval in found):
-        return "The runs support the paper: WRF gains over plain training and over a random perturbation at both sizes."
-    if all(pair[0] is not None and pair[0].high < POINT for pair in primary.values()):
+    """Return what the runs say of the paper's claim, by the rules of the plan."""
+    amounts, wanted = study.design.main_amounts, len(study.design.deciding_seeds or study.design.main_seeds)
+    rows = {(amount, name): study.of("main", name, amount) for amount in amounts
+            for name in (PLAIN, RANDOM, study.wrf)}  # fmt: skip
+    against_plain, against_random, gaps = [], [], []
+    for amount in amounts:
+        own, plain, drawn = (rows[amount, name] for name in (study.wrf, PLAIN, RANDOM))
+        if min(len(paired_seeds(own, plain)), len(paired_seeds(own, drawn))) < wanted:
+            return "The runs that decide are not all there, so nothing is concluded yet."
+        against_plain.append(_known(study.difference(own, plain)))
+        against_random.append(_known(study.difference(own, drawn)))
+        gaps.append(study.gap_difference(own, plain))
+    is_narrower = all(interval is not None and interval.high < 0 for interval in gaps)
+    gains, gains_over_random = (
+        all(interval.low > 0 for interval in found) for found in (against_plain, against_random)
+    )
+    if all(interval.high < POINT for interval in against_plain):
         return "The runs speak against the paper: WRF gains less than a point over plain training at both sizes."
-    return "The runs leave it undecided whether WRF gains what the paper claims."
+    if gains and gains_over_random and is_narrower:
+        return (
+            "The runs support the paper: at both sizes WRF gains over plain training and over a random perturbation, "
+            "and the gap is narrower."
+        )
+    undecided = "The runs leave it undecided whether WRF gains what the paper claims"
+    if gains and gains_over_random:
+        return f"{undecided}: it gains over plain and over random at both sizes, and the gap is not narrower."
+    if gains:
+        return f"{undecided}: it gains over plain training at both sizes, and not over a random perturbation at both."
+    if is_narrower and not any(interval.low > 0 for interval in against_plain):
+        return f"{undecided}: it narrows the gap without a gain on validation, so it only slows training down."
+    return f"{undecided}: what it gains differs between the sizes or is too small for these runs."
+
+
+def _known(interval: Interval | None) -> Interval:
+    assert interval is not None, "rows with pairs have a difference"
+    return interval
+
+
+def elsewhere_conclusion(study: Study) -> str:
+    """Return what the other models and tasks say of the paper's claim, by the rule of the plan."""
+    amount, claimed, wanted = study.design.elsewhere_examples, wrf_name(PAPER), len(study.design.other_seeds)
+    gains = losses = 0
+    for part in ELSEWHERE:
+        own, plain, drawn = (study.of(part, name, amount) for name in (claimed, PLAIN, RANDOM))
+        if min(len(paired_seeds(own, plain)), len(paired_seeds(own, drawn))) < wanted:
+            return "These runs are not all there, so nothing is concluded yet."
+        against = [_known(study.difference(own, other)) for other in (plain, drawn)]
+        gains += all(interval.low > 0 for interval in against)
+        losses += against[0].high < POINT
+    said = f"WRF at γ = {PAPER:g} gains over plain and over random in {gains} of {len(ELSEWHERE)}"
+    said += f", and less than a point over plain in {losses}: "
+    if losses >= ELSEWHERE_LEAST:
+        return f"{said}this speaks against the paper."
+    return said + ("this supports the paper." if gains >= ELSEWHERE_LEAST else "this is undecided.")
 
 
 # -- where the numbers are from ---------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any, Callable, Protocol
@@ -100,13 +101,16 @@ def fingerprint(thing: Any, name_of: NameOf | None = None) -> str:
     """Return a hash of everything in an object that could change its results.
 
     The hash is equal in every process and on every device. It covers class, settings, weights and buffers (name, type,
-    shape, bytes) of a module, the code of a function, and class and attributes of any other object. Of an object
-    without attributes it covers the class alone.
+    shape, bytes) of a module, the code of a function, and class and attributes of any other object, or what pickle
+    would store of it if it has no attributes.
 
     Args:
         thing: Any object.
         name_of: Names a class or function in the hash. The default takes the name of the top-level package and the
             qualified name, so that a module may be renamed.
+
+    Raises:
+        ValueError: If something in the object has neither attributes nor a form that pickle could store.
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in _describe(thing, (), name_of or _present_name):
@@ -191,8 +195,10 @@ class FeatureCache:
         known = {path: self._known_file(path) for path in places}
         image_of = {path: file["image"] for path, file in known.items() if file is not None}
         images = sorted({image for image in image_of.values() if image in self._unchecked})
-        checked = gather(self._damaged_rows(images[rank::world]))
-        wrong = {image: place for part in checked for image, place in part.items()}
+        # Processes on machines with folders of their own have other rows, which each has to check itself.
+        is_shared = len(set(gather(str([_place(self._unchecked[image]) for image in images])))) == 1
+        checked = gather(self._damaged_rows(images[rank::world] if is_shared else images))
+        wrong = {image: place for part in (checked if is_shared else [checked[rank]]) for image, place in part.items()}
         for image in images:
             self._take_checked(image, wrong.get(image))
         return {path for path, image in image_of.items() if image in self._rows}
@@ -212,7 +218,8 @@ class FeatureCache:
         row = self._checked_row(file.get("image"))
         if row is not None:
             return row
-        about = {"cache": self.folder.name, "is_kept": is_kept and bool(file), **file}
+        # A picture that was never hashed is told apart by its path.
+        about = {"cache": self.folder.name, "is_kept": is_kept and bool(file), "path": os.path.abspath(path), **file}
         return UncachedPicture(self.transform(open_rgb(Path(path), self.upright)), json.dumps(about))
 
     def rows(self, images: Iterable[str]) -> dict[str, Tensor]:
@@ -266,7 +273,11 @@ class FeatureCache:
                 self._write_meta()
                 self._segment = _Segment(self.folder, self._name)
             places = self._segment.append([file["image"] for file in kept], rows, self._wrong)
-        except OSError as error:
+        except BaseException as error:
+            # What was written in part, by an interrupt or on a full disk, shifts all later rows of this segment.
+            self._segment, self._name = None, _new_name()
+            if not isinstance(error, OSError):
+                raise
             self._has_failed = True
             logging.warning(
                 "run.feature_cache: %s cannot be written (%s); the features that are there are whole, and the run goes "
@@ -464,7 +475,7 @@ def with_features(samples: Mapping[str, Any], model: HasImageTower, caches: Iter
     names: dict[str, list[tuple[str, str]]] = {}
     for key, part in parts.items():
         abouts = [json.loads(about) for about in part["about"]]
-        names[key] = [(about["cache"], about.get("image", text)) for about, text in zip(abouts, part["about"])]
+        names[key] = [(about["cache"], about.get("image", about["path"])) for about in abouts]
         pictures.update(zip(names[key], zip(abouts, part["pictures"])))
     features = _found_or_computed(pictures, model, cache_of)
     return {**samples, **{key: _joined(part, [features[name] for name in names[key]]) for key, part in parts.items()}}
@@ -602,8 +613,11 @@ def _parts(thing: Any, name_of: NameOf) -> Iterator[Any]:
         yield sorted(fingerprint(part, name_of) for part in thing)
     elif isinstance(thing, MethodType):
         yield from (thing.__func__, thing.__self__)
+    elif isinstance(thing, partial):
+        yield from (thing.func, thing.args, thing.keywords)
     elif isinstance(thing, FunctionType):
         yield from (name_of(thing), thing.__code__, thing.__defaults__)
+        yield from ((thing.__kwdefaults__,) if thing.__kwdefaults__ else ())
         yield from (cell.cell_contents for cell in thing.__closure__ or ())
     elif isinstance(thing, CodeType):
         yield from (thing.co_code, thing.co_consts, thing.co_names)
@@ -617,6 +631,36 @@ def _parts(thing: Any, name_of: NameOf) -> Iterator[Any]:
                 yield from (name, value)
     elif hasattr(thing, "__dict__"):
         yield vars(thing)
+        yield from ((slots,) if (slots := _slots(thing)) else ())
+    else:
+        yield from _reduced(thing)
+
+
+def _slots(thing: Any) -> dict[str, Any]:
+    """Return the values of an object's ``__slots__`` by name."""
+    found = {}
+    for owner in type(thing).__mro__:
+        named = vars(owner).get("__slots__", ())
+        for name in (named,) if isinstance(named, str) else named:
+            is_private = name.startswith("__") and not name.endswith("__")
+            place = f"_{owner.__name__.lstrip('_')}{name}" if is_private else name
+            if place not in ("__dict__", "__weakref__") and hasattr(thing, place):
+                found[place] = getattr(thing, place)
+    return found
+
+
+def _reduced(thing: Any) -> Iterator[Any]:
+    """Yield what pickle would store of an object without attributes, such as a path, a number or a pattern."""
+    try:
+        stored = thing.__reduce_ex__(2)
+    except TypeError as error:
+        raise ValueError(
+            f"run.feature_cache: the tower or its transform holds a {type(thing).__name__}, whose value cannot be "
+            f"recognised again ({error}), so that features could be out of date unnoticed; keep it out of them, or set "
+            "run.feature_cache: false."
+        ) from error
+    for part in (stored,) if isinstance(stored, str) else stored:
+        yield list(part) if isinstance(part, Iterator) else part
 
 
 def _check_sum(image: str, row: np.ndarray[Any, Any]) -> int:

@@ -85,9 +85,8 @@ def cache_features(model: Any, datasets: Mapping[str, Mapping[str, Any]], run: M
     if not is_auto:
         _refuse_impossible(splits, problem)
     _open_caches(root, model, splits, is_auto)
-    row = _row(model, splits)
-    folder = next(folder for folder in (root, *root.parents) if folder.is_dir())
-    free = shutil.disk_usage(folder).free
+    row = _row(model, splits, is_auto)
+    folder, free = _free_space(root, splits, is_auto)
     if is_auto:
         _choose(splits, row, folder, free)
     else:
@@ -150,7 +149,11 @@ def _leave_out_impossible(splits: Sequence[_Split], problem: tuple[str, str] | N
             split.leave_out(
                 f"{key} is {processor}, which may return something else each time", f"set {key}.name: target_pad"
             )
-    # LAVIS joins the training data into mixed batches, which can hold features or pictures only as a whole.
+    _leave_out_mixed(splits)
+
+
+def _leave_out_mixed(splits: Sequence[_Split]) -> None:
+    """Leave out all training data if some is left out: LAVIS joins it into batches, which hold features or pictures."""
     training = [split for split in splits if split.name.endswith(".train")]
     uncached = [split.name for split in training if split.reason]
     for split in training if uncached else ():
@@ -162,9 +165,12 @@ def _amp_problem(model: Any, splits: Sequence[_Split], run: Mapping[str, Any]) -
     dataset = next((split.dataset for split in splits if isinstance(split.dataset, CirDataset)), None)
     if not _is_mixed(run) or dataset is None:
         return None
-    with torch.autocast(torch.device(run["device"]).type):
-        rounded = _probe(model, dataset)
-    plain = _probe(model, dataset)
+    try:
+        with torch.autocast(torch.device(run["device"]).type):
+            rounded = _probe(model, dataset)
+        plain = _probe(model, dataset)
+    except Exception as error:
+        return _without_probe(error), ""
     if rounded.dtype == plain.dtype and torch.equal(rounded, plain):
         return None
     return (
@@ -212,17 +218,29 @@ def _open_caches(root: Path, model: Any, splits: Sequence[_Split], is_auto: bool
             continue
         for split in members:
             split.cache, split.found = cache, found & split.paths
+    _leave_out_mixed(splits)
 
 
-def _row(model: Any, splits: Sequence[_Split]) -> Tensor:
-    """Return features of one picture in shape and type; an empty tensor if the model has none."""
+def _row(model: Any, splits: Sequence[_Split], is_auto: bool) -> Tensor:
+    """Return features of one picture in shape and type; an empty tensor if they are not known."""
     for cache in _caches(splits):
         if cache.row_shape:
             return torch.empty(cache.row_shape, dtype=cache.row_dtype, device="meta")
     datasets = [split.dataset for split in splits if hasattr(split.dataset, "vis_processor")]
     if not datasets or not has_image_tower(model):
         return torch.empty(0, device="meta")
-    return _probe(model, datasets[0]).to("meta")
+    try:
+        return _probe(model, datasets[0]).to("meta")
+    except Exception as error:  # a processor of the user's may refuse the grey picture, or return no tensor
+        if _caches(splits) and not is_auto:
+            raise
+        for split in splits:
+            split.leave_out(_without_probe(error))
+        return torch.empty(0, device="meta")
+
+
+def _without_probe(error: Exception) -> str:
+    return f"the features of a grey picture, which tell their size, cannot be computed ({error})"
 
 
 @torch.no_grad()
@@ -243,6 +261,19 @@ def _probe(model: Any, dataset: Any) -> Tensor:
 
 
 # What fits.
+
+
+def _free_space(root: Path, splits: Sequence[_Split], is_auto: bool) -> tuple[Path, int]:
+    """Return the nearest folder of the caches that is there, and the bytes free in it."""
+    try:
+        folder = next(folder for folder in (root, *root.parents) if folder.is_dir())
+        return folder, shutil.disk_usage(folder).free
+    except OSError as error:  # such as a home folder that this user may not enter
+        if not is_auto:
+            raise
+        for split in splits:
+            split.leave_out(f"{root} cannot be used ({error.strerror or error})")
+        return root, 0
 
 
 def _found(splits: Iterable[_Split]) -> set[tuple[Path, Path]]:
@@ -269,21 +300,27 @@ def _choose(splits: Sequence[_Split], row: Tensor, folder: Path, free: int) -> N
     """Let ``auto`` keep what spares passes and fits, and read only what is there of the rest."""
     for split in splits:
         split.keeps = split.reads > split.pictures
+    missing = _missing(splits)
+    fits = gather(missing * (row.nbytes + _LINE_BYTES) < AUTO_SHARE * free)[0]
+    too_large = [split for split in splits if split.keeps and not fits and split.paths - split.found]
+    for split in too_large:
+        split.keeps = False
+    size = (
+        f"its features and those of the other splits would take {size_text(missing * row.nbytes)}, more than a tenth "
+        f"of the {size_text(free)} free in {folder}",
+        "free some space, or set run.feature_cache: true or a folder on another disk",
+    )
+    _leave_out_useless(splits, too_large, size)
+    _leave_out_mixed(splits)
+    _leave_out_useless(splits, too_large, size)  # those that shared pictures with training data
+
+
+def _leave_out_useless(splits: Sequence[_Split], too_large: Sequence[_Split], size: tuple[str, str]) -> None:
+    """Leave out the splits that keep nothing, find nothing, and have no picture that another split keeps."""
     kept = {picture for split in splits if split.keeps for picture in split.cached_pictures}
     for split in splits:
         if not (split.keeps or split.found or split.cached_pictures & kept):
-            split.leave_out("this run encodes each of its pictures once")
-    missing = _missing(splits)
-    fits = gather(missing * (row.nbytes + _LINE_BYTES) < AUTO_SHARE * free)[0]
-    for split in splits:
-        if split.cache is not None and split.keeps and not fits and split.paths - split.found:
-            reason = (
-                f"its features and those of the other splits would take {size_text(missing * row.nbytes)}, more than a "
-                f"tenth of the {size_text(free)} free in {folder}"
-            )
-            split.keeps = False
-            if not split.found:
-                split.leave_out(reason, "free some space, or set run.feature_cache: true or a folder on another disk")
+            split.leave_out(*(size if split in too_large else ("this run encodes each of its pictures once", "")))
 
 
 # What is said.

@@ -427,6 +427,11 @@ def _dataset_problems(datasets: Mapping[str, Any]) -> Iterator[str]:
         if not _is_ours(builder):
             splits = settings_of(DatasetSection)["splits"]
             yield from splits.problems(f"datasets.{name}.splits", section.get("splits"))
+            if section.get("noise_ratio"):
+                yield (
+                    f"datasets.{name}.noise_ratio is read by this package's data sets and has no effect on {name}; "
+                    "leave it out, or train on garments_vqa, garments_caption, image_captions or a set of triplets."
+                )
         if not isinstance(section.get("build_info", {}), Mapping):
             yield f"datasets.{name}.build_info must be a mapping, got {section['build_info']!r}."
         elif _is_ours(builder):

@@ -41,12 +41,13 @@ class ImageTokens:
         is_head_trained = torch.is_grad_enabled() and norm.weight.requires_grad and not self.tokens.requires_grad
         # A replaced or hooked layer, such as one with an adapter, does more than its product.
         if not is_head_trained or type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
-            return linear(self._affine)  # type: ignore[no-any-return]
+            return linear(self.affine)  # type: ignore[no-any-return]
         bias = linear.bias + (linear.weight * norm.bias).sum(dim=1)  # autocast would make a matrix product half
         return F.linear(self._normalised, linear.weight * norm.weight, bias)
 
     @cached_property
-    def _affine(self) -> Tensor:
+    def affine(self) -> Tensor:
+        """The layer norm of the tokens, ``(B, P, W)``."""
         return self.norm(self.tokens.float())  # type: ignore[no-any-return]
 
     @cached_property
@@ -107,9 +108,12 @@ def encode(encoder: Any, kinds: Sequence[Sequences]) -> list[Tensor]:
     Returns:
         For each kind what it reads: ``(B, K, H)`` of the queries, or ``(B, H)`` of one text position.
     """
+    is_recomputed = getattr(encoder.config, "gradient_checkpointing", False) and encoder.training
+    for images in (kind.images for kind in kinds if kind.images is not None and is_recomputed):
+        images.affine  # noqa: B018 (a layer that is recomputed must find what its first pass found)
     for layer in encoder.layer[:-1]:
         run = partial(_layer, layer)
-        if getattr(encoder.config, "gradient_checkpointing", False) and encoder.training:
+        if is_recomputed:
             run = partial(checkpoint, run, use_reentrant=False)
         kinds = run(kinds, kinds)
     outputs = _layer(encoder.layer[-1], [kind.only_read() for kind in kinds], kinds)

@@ -118,7 +118,8 @@ class PreferenceModel(nn.Module):
         loss = found["dpo"]
         if settings.anchor:
             ids = samples.get("target_id" if settings.positive == "target" else "image_id")
-            found["itc"] = contrastive_loss(query, features[:, 0], self.temperature, ids)  # type: ignore[arg-type]
+            smoothing = getattr(self, "label_smoothing", 0.0)
+            found["itc"] = contrastive_loss(query, features[:, 0], self.temperature, ids, smoothing)  # type: ignore[arg-type]
             loss = loss + settings.anchor * found["itc"]
         measured = {
             "reward_accuracy": _mean_of(present, (margins > 0).float()),

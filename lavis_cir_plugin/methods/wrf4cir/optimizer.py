@@ -136,10 +136,10 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         tables = _embedding_tables(bare)
         self.by_row = [settings.embeddings == "row" and id(weight) in tables for weight in self.weights.values()]
         self.pairs = _pairs(bare, self.weights, settings) if self.weights else []
-        if self.weights and settings.direction_share < 1 and not hasattr(bare, "loss_of_share"):
+        if self.weights and settings.direction_share < 1 and not _offers_loss_of_share(bare):
             raise ValueError(
-                f"run.wrf.direction_share: {settings.direction_share:g} needs a model that offers loss_of_share, as "
-                f"blip2_cir and clip_cir do, and {type(bare).__name__} does not; set 1."
+                f"run.wrf.direction_share: {settings.direction_share:g} needs a model that offers loss_of_share for "
+                f"its own loss, as blip2_cir and clip_cir do, and {type(bare).__name__} does not; set 1."
             )
         if self.weights and copies and (settings.direction != "gradient" or settings.every > 1):
             raise ValueError(
@@ -410,6 +410,18 @@ class PerturbedModel:
             parts = flat.split([gradient.numel() for gradient in gradients])
             gradients = [part.view(gradient.shape) for part, gradient in zip(parts, gradients)]
         return gradients
+
+
+def _offers_loss_of_share(model: nn.Module) -> bool:
+    """Return whether ``loss_of_share`` belongs to the loss that ``forward`` computes.
+
+    A class that inherits it and has another ``forward``, as TSCIR's models and Retrieval-DPO's, has another loss.
+    """
+
+    def owner(name: str) -> type | None:
+        return next((base for base in type(model).__mro__ if name in vars(base)), None)
+
+    return owner("loss_of_share") is not None and owner("loss_of_share") is owner("forward")
 
 
 def _pairs(
