@@ -14,6 +14,7 @@ picture that has two rows does no harm. A row that the disk has lost with the po
 
 from __future__ import annotations
 
+import copyreg
 import hashlib
 import json
 import logging
@@ -652,7 +653,8 @@ def _slots(thing: Any) -> dict[str, Any]:
 def _reduced(thing: Any) -> Iterator[Any]:
     """Yield what pickle would store of an object without attributes, such as a path, a number or a pattern."""
     try:
-        stored = thing.__reduce_ex__(2)
+        registered = copyreg.dispatch_table.get(type(thing))
+        stored = registered(thing) if registered else thing.__reduce_ex__(2)
     except TypeError as error:
         raise ValueError(
             f"run.feature_cache: the tower or its transform holds a {type(thing).__name__}, whose value cannot be "

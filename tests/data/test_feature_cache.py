@@ -7,10 +7,16 @@ import json
 import logging
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
+import threading
+from collections import deque
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,10 +210,42 @@ def test_fingerprints_tell_apart_what_computes_differently():
         [[1], 2], [[1, 2]], [1.0], (1,), {"a": 1}, {"b": 1}, {1, 2}, "a", b"a", None, len, torch.float16,
         torch.zeros(2), torch.zeros(2, 1), torch.zeros(2).half(), np.zeros(2), scaled(1), scaled(2), lambda x: x + 1,
         TargetPadProcessor, TargetPadProcessor(8), TargetPadProcessor(9), nn.Linear(2, 2), nn.Dropout(0.1),
-        nn.Dropout(0.2),
+        nn.Dropout(0.2), partial(scaled, 1), partial(scaled, factor=1), partial(scaled, factor=2), np.float32(1),
+        np.int64(2), np.int64(3), Path("a"), Path("b"), range(3), range(4), deque([1]), deque([2]), re.compile("a"),
+        re.compile("b"), Decimal(1), Decimal(2), complex(1, 2), complex(2, 1), Slotted(1), Slotted(2), SlottedToo(1, 2),
+        SlottedToo(1, 3), SlottedToo(2, 2), torch.device("cpu"), torch.device("meta"), slice(1), slice(2),
+        with_keyword(1), with_keyword(2),
     ]  # fmt: skip
     assert len({fingerprint(thing) for thing in different}) == len(different)
-    assert fingerprint(scaled(1)) == fingerprint(scaled(1))
+    for same in (lambda: scaled(1), lambda: partial(scaled, factor=1), lambda: Slotted(1), lambda: SlottedToo(1, 2)):
+        assert fingerprint(same()) == fingerprint(same())
+
+
+def with_keyword(default):
+    def scaled(x, *, factor=default):
+        return x * factor
+
+    return scaled
+
+
+class Slotted:
+    __slots__ = ("__hidden",)
+
+    def __init__(self, value):
+        self.__hidden = value
+
+
+class SlottedToo(Slotted):
+    """Has slots of its base and attributes of its own."""
+
+    def __init__(self, hidden, value):
+        super().__init__(hidden)
+        self.value = value
+
+
+def test_what_cannot_be_recognised_again_is_refused():
+    with pytest.raises(ValueError, match=r"the tower or its transform holds a lock, whose value cannot be recognised"):
+        fingerprint([threading.Lock()])
 
 
 def test_what_does_not_change_the_output_keeps_the_fingerprint():
@@ -412,6 +450,34 @@ def test_features_that_are_no_numbers_are_not_kept(tmp_path, paths, caplog):
     assert not cache.find(paths)
 
 
+def test_pictures_that_nobody_hashes_are_told_apart(tmp_path, paths):
+    """A split that keeps nothing asks an empty cache for pictures: each has to get its own features."""
+    model, cache = Stub(), FeatureCache(tmp_path / "c", Stub(), TargetPadProcessor(8))
+    column = collate_images([cache.picture(path, is_kept=False) for path in paths])
+    rows = with_features({"image": column}, model, [cache])["image"]
+    expected = read(FeatureCache(tmp_path / "other", model, TargetPadProcessor(8)), paths, Stub())
+    torch.testing.assert_close(rows, expected)
+    assert model.calls == [7]
+    assert not list((tmp_path / "c").glob("*"))
+
+
+def test_an_interrupt_while_rows_are_written_shifts_none_of_the_later_ones(tmp_path, paths):
+    model, cache = Stub(), FeatureCache(tmp_path / "c", Stub(), TargetPadProcessor(8))
+    read(cache, paths[:2], model)
+    lines = cache._segment._lines
+    cache._segment._lines = SimpleNamespace(write=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read(cache, paths[2:4], model)
+    lines.close()
+    rows = read(cache, paths[4:], model)
+    torch.testing.assert_close(torch.stack([cache.picture(path) for path in paths[4:]]), rows)
+    assert FeatureCache(tmp_path / "c", Stub(), TargetPadProcessor(8)).find(paths) == {*paths[:2], *paths[4:]}
+
+
+def interrupted(content):
+    raise KeyboardInterrupt
+
+
 def test_a_tower_that_returns_something_else_is_noticed(tmp_path, paths):
     filled(tmp_path / "c", paths[:3])
     model = Stub()
@@ -447,6 +513,30 @@ def test_two_processes_compute_their_own_pictures_and_find_all(tmp_path, paths):
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert results == [[[2, 2], [0, 7, 7]], [[2, 1], [0, 7, 7]]]
     assert filled(tmp_path / "c", paths)[1] == []
+
+
+def find_own(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    paths = sorted(Path(folder, "images").glob("*.png"))
+    cache = FeatureCache(Path(folder, f"cache{rank}"), Stub(), TargetPadProcessor(8))
+    found = sorted(path.name for path in cache.find(paths))
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def test_processes_with_folders_of_their_own_check_all_of_their_rows(tmp_path, paths):
+    """One byte of the second process's first row is wrong, which the first process's share would cover."""
+    for rank in range(2):
+        filled(tmp_path / f"cache{rank}", paths)
+    (rows,) = (tmp_path / "cache1").glob("*/*.rows")
+    content = bytearray(rows.read_bytes())
+    for row in range(7):
+        content[row * ROW_BYTES] ^= 1 if row < 4 else 0
+    rows.write_bytes(bytes(content))
+    in_two_processes(find_own, str(tmp_path))
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found == [[path.name for path in paths], [path.name for path in paths[4:]]]
 
 
 # --- the model and the task --------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from conftest import make_scoring_model
 
+from lavis_cir_plugin.methods.retrieval_dpo.losses import PreferenceSettings
+from lavis_cir_plugin.methods.retrieval_dpo.preference_model import learn_preferences
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation, ascent_step
 from lavis_cir_plugin.models.contrastive_losses import with_gradient_of
@@ -92,3 +94,14 @@ def test_models_without_such_a_loss_are_refused():
     model, settings = torch.nn.Linear(2, 2), WeightPerturbation(direction_share=0.25)
     with pytest.raises(ValueError, match=r"run\.wrf\.direction_share: 0\.25 needs a model .* Linear does not; set 1"):
         PerturbingOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, settings)
+
+
+@pytest.mark.parametrize("name", ["composing", "mapping", "preferences"])
+def test_models_that_inherit_such_a_loss_and_compute_another_are_refused(name):
+    """TSCIR's models and Retrieval-DPO replace `forward` and inherit clip_cir's or blip2_cir's `loss_of_share`."""
+    model = make_scoring_model("joint" if name == "preferences" else name)
+    if name == "preferences":
+        learn_preferences(model, PreferenceSettings())
+    trained = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    with pytest.raises(ValueError, match="needs a model that offers loss_of_share for its own loss"):
+        PerturbingOptimizer(trained, model, WeightPerturbation(direction_share=0.25))

@@ -392,6 +392,81 @@ def test_features_that_are_there_are_read_also_where_no_more_would_be_kept(
     assert sum(path.stat().st_size for path in root.glob("*/*.rows")) == kept
 
 
+@pytest.mark.parametrize("is_full", [False, True], ids=["training keeps a part", "nothing fits"])
+def test_a_gallery_that_is_larger_than_what_is_kept_has_its_own_features(is_full, root, data, monkeypatch):
+    """Training shows four of nine pictures. Or validation would keep all, and its features are too large."""
+
+    def gallery(where):
+        model = make_scoring_model("frozen tower").eval()
+        training = data()
+        training.image_paths = {name: path for name, path in training.image_paths.items() if int(name) < 4}
+        training.triplets = [Triplet(str(i % 4), str((i + 1) % 4), ("is red",)) for i in range(8)]
+        parts = {"train": training, "val": evaluation(data()), "test": evaluation(data())}
+        splits = {"valid_splits": ["val"]} if is_full else {}
+        if not is_full:
+            del parts["val"]
+        task = ComposedRetrievalTask()
+        task.prepare(model, {"drawn": parts}, settings(where, test_splits=["test"], **splits))
+        loader = DataLoader(parts["test"], batch_size=3, collate_fn=parts["test"].collater)
+        found = Evaluation(model, loader, cuda_enabled=False)
+        found.rankings()
+        return found.gallery.clone()
+
+    free(monkeypatch, 20000 if is_full else 10**9)
+    assert torch.equal(gallery(None), gallery(False))
+
+
+def test_two_training_sets_are_cached_both_or_not_at_all(root, tmp_path, small_model, monkeypatch):
+    """One has features of an earlier run, and those of the other do not fit: a batch would mix rows and pictures."""
+    sets = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        draw(tmp_path / name / "images")
+        sets.append(triplets_of(tmp_path / name))
+    for number, path in enumerate(sorted((tmp_path / "b/images").glob("*.png"))):
+        Image.new("RGB", (20, 20), (20 * number, 0, 0)).save(path)
+    Training(small_model(freeze_vit=True), sets[0], None).epochs(0)
+    free(monkeypatch, 20000)
+    first, second = (triplets_of(tmp_path / name) for name in "ab")
+    ComposedRetrievalTask().prepare(
+        small_model(freeze_vit=True), {"a": {"train": first}, "b": {"train": second}}, settings()
+    )
+    assert first.features is None
+    assert second.features is None
+
+
+class Refusing(TargetPadProcessor):
+    """A processor that takes large pictures alone."""
+
+    def __call__(self, picture):
+        if picture.width == picture.height == 64:
+            raise ValueError("64 is too small")
+        return super().__call__(picture)
+
+
+def test_a_processor_that_refuses_the_probe_is_left_out(root, data, small_model, caplog):
+    training = data(Refusing(16))
+    (said,) = prepared(small_model(freeze_vit=True), {"drawn": {"train": training}}, caplog)
+    assert "the features of a grey picture, which tell their size, cannot be computed (64 is too small)" in said
+    (said,) = prepared(small_model(), {"drawn": {"train": training}}, caplog)
+    assert "tensors of the image tower are trained" in said
+    with pytest.raises(ValueError, match="64 is too small"):
+        prepared(small_model(freeze_vit=True), {"drawn": {"train": training}}, caplog, True)
+
+
+def test_a_folder_that_may_not_be_entered_turns_auto_off(root, data, small_model, monkeypatch, caplog):
+    def refused(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(feature_caching.shutil, "disk_usage", refused)
+    training = data()
+    (said,) = prepared(small_model(freeze_vit=True), {"drawn": {"train": training}}, caplog)
+    assert f"because {root} cannot be used (Permission denied)" in said
+    assert training.features is None
+    with pytest.raises(PermissionError):
+        prepared(small_model(freeze_vit=True), {"drawn": {"train": data()}}, caplog, True)
+
+
 class Random(TargetPadProcessor):
     is_deterministic = False
 

@@ -275,6 +275,13 @@ RECIPES = Path(lavis.__file__).parent / "projects"
 BROKEN_IN_LAVIS = {"blip/coco_cap_ft_iter.yaml", "blip2/eval/caption_coco_flant5xl_eval.yaml"}
 
 
+def test_label_noise_of_a_data_set_that_does_not_read_it_is_refused():
+    with pytest.raises(
+        config.ConfigError, match=r"datasets\.coco_vqa\.noise_ratio is read by this package's data sets"
+    ):
+        config.read_config(str(PROJECTS / "wrf4cir/vqa.yaml"), ["datasets.coco_vqa.noise_ratio=0.5"])
+
+
 @pytest.mark.parametrize("recipe", sorted({str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml")}))
 def test_lavis_own_recipes_are_let_through(recipe):
     """Keys that only LAVIS's tasks know are accepted."""

@@ -377,3 +377,15 @@ def test_unit_vectors_are_what_the_models_return():
         for features in (model.query_features(batch), model.target_features(batch["target"])):
             assert features.requires_grad or name in ("clip text", "mapping", "composing", "frozen tower")
             torch.testing.assert_close(features, F.normalize(features, dim=-1))
+
+
+def test_the_anchor_is_smoothed_as_the_models_own_loss():
+    batch = make_preferences(4, 2)
+    losses = []
+    for smoothing in (0.0, 0.3):
+        model, reference = trained_by("joint", PreferenceSettings(anchor=1.0), label_smoothing=smoothing)
+        losses.append(model.eval()(with_reference(batch, reference))["loss_itc"])
+    query, features = model.query_features(batch), model.target_features(batch["target"])
+    expected = contrastive_loss(query, features, model.temperature, batch.get("target_id"), 0.3)
+    torch.testing.assert_close(losses[1], expected)
+    assert not torch.allclose(losses[0], losses[1])
