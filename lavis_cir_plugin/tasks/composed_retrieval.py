@@ -177,7 +177,9 @@ class ComposedRetrievalTask(BaseTask):
         self.model = model
         self.caches = cache_features(model, datasets, cfg.run_cfg)
         for name in self._to_preload:
-            for split, dataset in datasets.get(name, {}).items():
+            # A benchmark may be there twice, as val and as cirr.val.
+            splits = {id(dataset): (split, dataset) for split, dataset in datasets.get(name, {}).items()}
+            for split, dataset in splits.values():
                 if getattr(dataset, "features", None) is None:
                     dataset.preload()
                 else:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,10 @@ def cache_features(model: Any, datasets: Mapping[str, Mapping[str, Any]], run: M
 # What a run reads.
 
 
-def _splits(datasets: Mapping[str, Mapping[str, Any]], run: Mapping[str, Any]) -> Iterator[_Split]:
+def _splits(datasets: Mapping[str, Mapping[str, Any]], run: Mapping[str, Any]) -> Iterable[_Split]:
+    """Return the data sets of a run, each once: a benchmark may be read as ``val`` and as ``cirr.val``."""
     trains = any("train" in parts for parts in datasets.values()) and not run.get("evaluate")
+    splits: dict[int, _Split] = {}
     for name, parts in datasets.items():
         for part, dataset in parts.items():
             pictures = len(set(dataset.image_paths.values())) if isinstance(dataset, CirDataset) else _length(dataset)
@@ -113,7 +115,9 @@ def _splits(datasets: Mapping[str, Mapping[str, Any]], run: Mapping[str, Any]) -
             else:
                 times = float(part in run.get("test_splits", ()))
                 times += _validations(run) if trains and part in run.get("valid_splits", ()) else 0.0
-            yield _Split(f"datasets.{name}.{part}", dataset, pictures, round(read * times))
+            split = splits.setdefault(id(dataset), _Split(f"datasets.{name}.{part}", dataset, pictures, 0))
+            split.reads += round(read * times)
+    return splits.values()
 
 
 def _length(dataset: Any) -> int:

@@ -20,6 +20,7 @@ import torch
 import yaml
 from lavis.common.config import Config
 from lavis.common.registry import registry
+from lavis.runners.runner_base import RunnerBase
 from lavis.runners.runner_iter import RunnerIter
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -471,15 +472,21 @@ def _processor_problems(key: str, stage: str, processor: Any) -> Iterator[str]:
 
 
 def _run_conflicts(run: DictConfig, command: str) -> Iterator[str]:
-    counts_iterations = issubclass(registry.get_runner_class(run.runner), RunnerIter)
+    runner = registry.get_runner_class(run.runner)
+    counts_iterations = issubclass(runner, RunnerIter)
     required = ["init_lr", "batch_size_train"] if command == "train" else []
     if counts_iterations:  # LAVIS's constructor reads these two in an evaluation too
         required += ["max_iters", "iters_per_inner_epoch"]
-    elif command == "train" and run.get("max_iters") is None:
+    elif command == "train" and (run.get("max_iters") is None or issubclass(runner, RunnerBase)):
         required.append("max_epoch")
     yield from (f"run.{key} is missing." for key in required if run.get(key) is None)
     if run.lr_sched == "linear_warmup_step_lr" and not run.get("lr_decay_rate"):
         yield "run.lr_decay_rate must be a number > 0 under run.lr_sched: linear_warmup_step_lr."
+    if run.get("train_dataset_ratios") is not None:
+        yield (
+            "run.train_dataset_ratios must stay null: LAVIS 1.0.2 ends with an error of its own where it reads the "
+            "key; leave it out, and data sets are joined by their sizes."
+        )
     if run.device == "cuda" and not torch.cuda.is_available():
         yield f"run.device: {run.device!r} was asked for and torch sees no GPU; set run.device: cpu."
     if run.amp and run.device == "cpu":
@@ -496,8 +503,16 @@ def _run_conflicts(run: DictConfig, command: str) -> Iterator[str]:
 
 def _split_conflicts(cfg: Config, command: str) -> Iterator[str]:
     keys = ("train_splits", "valid_splits", "test_splits")
-    if command == "train" and not cfg.run_cfg.evaluate and "train" not in cfg.run_cfg.train_splits:
-        yield f"run.train_splits must name train, got {list(cfg.run_cfg.train_splits)}."
+    if command == "train" and not cfg.run_cfg.evaluate and list(cfg.run_cfg.train_splits) != ["train"]:
+        given = list(cfg.run_cfg.train_splits)
+        yield f"run.train_splits must be [train], the one split that LAVIS trains on, got {given}."
+    for key in keys[1:]:
+        for split in cfg.run_cfg[key]:
+            if plain_split_name(split) == "train":
+                yield (
+                    f"run.{key}: {split} is read for training alone and cannot be evaluated; benchmarks have seen, "
+                    "which holds training queries."
+                )
     if command == "evaluate" and not cfg.run_cfg.test_splits:
         yield "run.test_splits is empty, so lavis.evaluate has nothing to do; set run.test_splits: [val]."
     for key in keys:

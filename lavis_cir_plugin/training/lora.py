@@ -124,7 +124,7 @@ class LoraRun(Section):
     lora: Optional[LoraSettings] = None
 
 
-def build_model(task: Any, cfg: Any) -> nn.Module:
+def build_model(task: Any, cfg: Any, base: str | None = None) -> nn.Module:
     """Build the model of a config as its task does, and add adapters to it if ``run.lora`` is set.
 
     With ``run.lora``, ``model.finetuned`` may be a checkpoint of a LoRA run with the same ``run.lora``. The model is
@@ -134,6 +134,7 @@ def build_model(task: Any, cfg: Any) -> nn.Module:
     Args:
         task: Task of LAVIS.
         cfg: LAVIS's config, or an object with its attributes ``model_cfg`` and ``run_cfg``.
+        base: Checkpoint that the LoRA run started from, if it lies elsewhere now.
 
     Raises:
         ValueError: If ``run.lora`` does not fit the model or the checkpoint, or if a checkpoint with adapters is given
@@ -156,7 +157,7 @@ def build_model(task: Any, cfg: Any) -> nn.Module:
         _check_settings(lora, saved, str(path))
         first = _first_run(saved)
         seed = int(first["run"].get("seed", seed))
-        base = _finetuned(first["model"])
+        base = base or _finetuned(first["model"])
         below = OmegaConf.merge(cfg.model_cfg, {"load_finetuned": base is not None, "finetuned": base})
         _warn_of_other_frozen_weights(below, first["model"])
         cfg = SimpleNamespace(model_cfg=below, run_cfg=cfg.run_cfg)

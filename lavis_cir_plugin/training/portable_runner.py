@@ -26,6 +26,8 @@ from lavis_cir_plugin.core.model_parts import frozen_names
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 
+BEST = "checkpoint_best.pth"
+
 
 class PortableRunner:
     """Mix-in before a runner of LAVIS; it overrides no loop and changes no arithmetic.
@@ -95,9 +97,13 @@ class PortableRunner:
         return super().evaluate(cur_epoch="best", skip_reload=skip_reload or not self.valid_splits)
 
     def _reload_best_model(self, model: nn.Module) -> nn.Module:
-        path = os.path.join(self.output_dir, "checkpoint_best.pth")
+        path = os.path.join(self.output_dir, BEST)
         if not os.path.isfile(path):
-            logging.warning("no epoch of this run had a validation metric above 0; the last weights are evaluated.")
+            logging.warning(
+                "%s is not there: no epoch had a validation metric above 0, or the file was lost. The last weights are "
+                "evaluated.",
+                path,
+            )
             return model
         # The runner wrote the file with the model's own names, so no prefix has to be removed.
         load_strictly(model, read_checkpoint(path)["model"], path, may_lack=frozen_names(model))

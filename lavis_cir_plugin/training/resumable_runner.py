@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +34,7 @@ from lavis_cir_plugin.core.random_state import get_random_state, set_random_stat
 from lavis_cir_plugin.core.settings import Limits, Positive, Section
 from lavis_cir_plugin.data.resumable_loader import EpochLoader
 from lavis_cir_plugin.report.run_log import RunLog, progress
-from lavis_cir_plugin.training.portable_runner import PortableRunner
+from lavis_cir_plugin.training.portable_runner import BEST, PortableRunner
 from lavis_cir_plugin.training.weight_average import WeightAverage
 
 LAST, PREVIOUS = "checkpoint_last.pth", "checkpoint_previous.pth"
@@ -203,7 +204,7 @@ class ResumableRunner(PortableRunner):
             )
         return (
             f"{Path(self.output_dir) / LAST} holds the run up to {self._kept}; add --options "
-            "run.resume_ckpt_path=auto to the same command to go on from there."
+            f"run.resume_ckpt_path={shlex.quote(str(Path(self.output_dir)))} to the same command to go on from there."
         )
 
     def eval_epoch(self, split_name: str, cur_epoch: Any, skip_reload: bool = False) -> Any:
@@ -294,7 +295,7 @@ class ResumableRunner(PortableRunner):
             if self._validation_metric <= self.best["metric"]:
                 return
             self.best = {"epoch": cur_epoch, "metric": self._validation_metric}
-        self._write(self._checkpoint(cur_epoch), f"checkpoint_{'best' if is_best else cur_epoch}.pth")
+        self._write(self._checkpoint(cur_epoch), BEST if is_best else f"checkpoint_{cur_epoch}.pth")
 
     def _save_last(self, place: int, batches: int, meters: dict[str, tuple[int, float]]) -> None:
         """Write ``checkpoint_last.pth`` after ``batches`` batches of the epoch that begins at ``place``."""
@@ -441,7 +442,13 @@ class ResumableRunner(PortableRunner):
         if not self._continues:
             logging.warning("%s is another run's; this one begins a folder and a best epoch of its own", path)
             return
-        self.best = dict(state["best"])
+        if (folder / BEST).is_file():
+            self.best = dict(state["best"])
+        elif state["best"]["metric"] > 0:
+            logging.warning(
+                "%s lacks the %s of epoch %s, so the best epoch is chosen among those that follow",
+                folder, BEST, state["best"]["epoch"],
+            )  # fmt: skip
         if is_main_process():
             for log in (folder / name for name in _LOGS):
                 if log.is_file():  # a log that the checkpoint does not know was begun later
@@ -518,7 +525,8 @@ class _RemainingEpoch:
             return
         self._finish_batch(self.loss)
         every, accumulated = self.runner.config.run_cfg.get("save_every"), self.runner.accum_grad_iters
-        if every and self.done % every == 0 and self.done % accumulated == 0:
+        is_due = every and self.done // every > (self.done - accumulated) // every
+        if is_due and self.done % accumulated == 0:  # gradients that are summed up are not saved in between
             self.runner._save_last(self.place, self.done, self.meters)
         self._measure()
 

@@ -117,14 +117,15 @@ def _build_trained(
         found = _build_from_sections(model, config.run)
         _load_trained(found, state, path, starts_elsewhere)
         return found
-    return _build_from_sections(OmegaConf.merge(model, {"load_finetuned": True, "finetuned": path}), config.run)
+    trained = OmegaConf.merge(model, {"load_finetuned": True, "finetuned": path})
+    return _build_from_sections(trained, config.run, changes.get("finetuned"))
 
 
-def _build_from_sections(model: DictConfig, run: DictConfig) -> nn.Module:
+def _build_from_sections(model: DictConfig, run: DictConfig, base: str | None = None) -> nn.Module:
     """Build the model as the run did; frozen weights without a file are drawn again from the run's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(run.get("seed", 42)))
-        return lora.build_model(BaseTask(), SimpleNamespace(model_cfg=model, run_cfg=run))
+        return lora.build_model(BaseTask(), SimpleNamespace(model_cfg=model, run_cfg=run), base)
 
 
 def _load_trained(model: nn.Module, state: Mapping[str, Any], path: str, has_start: bool) -> None:

@@ -94,7 +94,7 @@ class LavisRun(RunDefaults):
         lr_decay_rate: Factor of ``linear_warmup_step_lr`` per epoch.
         beta2: AdamW's decay rate of the second moment.
         log_freq: Batches between lines of the log, and between measurements of a perturbation.
-        train_dataset_ratios: Weight of each data set, by name, in the batches of the runners that count iterations.
+        train_dataset_ratios: LAVIS's key, which must stay null: LAVIS 1.0.2 ends with an error where it reads it.
         distributed: LAVIS's key, which the launcher sets from torchrun's environment.
         use_dist_eval_sampler: Whether processes share an evaluation of LAVIS's own tasks.
         max_len: Largest number of tokens of a generated text.

@@ -392,6 +392,17 @@ def test_features_that_are_there_are_read_also_where_no_more_would_be_kept(
     assert sum(path.stat().st_size for path in root.glob("*/*.rows")) == kept
 
 
+def test_a_split_that_is_read_under_two_names_is_counted_once(root, data, small_model, caplog):
+    """`cirr.val` and `val` may be one data set: what its validations keep, its final evaluation reads."""
+    both = evaluation(data())
+    datasets = {"drawn": {"train": data(Random(16)), "val": both, "drawn.val": both}}
+    lines = prepared(
+        small_model(freeze_vit=True), datasets, caplog, valid_splits=["val"], test_splits=["drawn.val"], max_epoch=2
+    )
+    assert "runs for 9 pictures in place of 27 (datasets.drawn.val)" in lines[0]
+    assert both.keeps_features
+
+
 @pytest.mark.parametrize("is_full", [False, True], ids=["training keeps a part", "nothing fits"])
 def test_a_gallery_that_is_larger_than_what_is_kept_has_its_own_features(is_full, root, data, monkeypatch):
     """Training shows four of nine pictures. Or validation would keep all, and its features are too large."""

@@ -145,7 +145,12 @@ def test_an_unknown_name_is_answered_with_the_nearest(option, message):
         ("run.warmup_lr=abc", r"run\.warmup_lr must be a number >= 0, got 'abc'"),
         ("run.lr_sched=linear_warmup_step_lr", r"run\.lr_decay_rate must be a number > 0 under"),
         ("run.seed=${nope}", r"cannot be resolved \(Interpolation key 'nope' not found"),
-        ("run.train_splits=[]", r"run\.train_splits must name train, got \[\]"),
+        ("run.train_splits=[]", r"run\.train_splits must be \[train\], the one split that LAVIS trains on, got \[\]"),
+        ("run.train_splits=[train,val]", r"run\.train_splits must be \[train\], .* got \['train', 'val'\]"),
+        ("run.test_splits=[val,train]", r"run\.test_splits: train is read for training alone and cannot be evaluated"),
+        ("run.valid_splits=[fashioniq.train]", r"run\.valid_splits: fashioniq\.train is read for training alone"),
+        ("run.max_epoch=null run.max_iters=4", r"run\.max_epoch is missing"),
+        ("run.train_dataset_ratios={fashioniq: 1}", r"run\.train_dataset_ratios must stay null"),
         ("datasets.fashioniq=null", r"datasets\.fashioniq must be a mapping, \{\} for its defaults, got None"),
         ("datasets.fashioniq.preload=maybe", r"datasets\.fashioniq\.preload must be true or false, got 'maybe'"),
         (

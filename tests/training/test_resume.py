@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import random
@@ -15,6 +16,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from lavis_cir_plugin.core import checkpoints
 from lavis_cir_plugin.core.checkpoints import read_checkpoint, verify_checkpoint
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.training import launcher, resumable_runner
+from lavis_cir_plugin.training.portable_runner import BEST
 from lavis_cir_plugin.training.resumable_runner import check_saved_run
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -417,6 +420,35 @@ def test_a_finished_run_only_evaluates_again(stopped):
     assert (folder / "steps.csv").read_text() == steps
 
 
+def test_a_run_that_has_lost_its_best_checkpoint_chooses_among_the_epochs_that_follow(stopped, caplog):
+    folder, go_on = stopped
+    assert (folder / BEST).is_file()
+    (folder / BEST).unlink()
+    with caplog.at_level(logging.WARNING):
+        go_on()
+    assert (
+        f"{folder} lacks the checkpoint_best.pth of epoch 0, so the best epoch is chosen among those that"
+        in caplog.text
+    )
+    assert read_checkpoint(str(folder / BEST))["epoch"] > 0
+
+
+def test_checkpoints_are_saved_at_the_next_batch_that_ends_an_accumulation():
+    """Every fifth batch is due; with two batches a step that is the sixth, and then the tenth."""
+    saved = []
+    part = object.__new__(resumable_runner._RemainingEpoch)
+    part.place, part.done, part.meters, part.loss = 0, 0, {}, torch.zeros(())
+    part.runner = SimpleNamespace(
+        config=SimpleNamespace(run_cfg={"save_every": 5}), accum_grad_iters=2,
+        _save_last=lambda place, batches, meters: saved.append(batches),
+    )  # fmt: skip
+    part._measure = lambda: None
+    for part.done in range(1, 13):
+        part._finish_batch = lambda loss: None
+        part.before_batch()
+    assert saved == [6, 10]
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch pwned",)
@@ -482,7 +514,7 @@ def test_what_ends_the_first_validation_loses_nothing_of_the_epoch(style, projec
     place = "epoch 0, batch 9" if style == "epochs" else "iteration 5"
     assert lines == [
         f"lavis.train: stopped by SIGTERM; {folder}/checkpoint_last.pth holds the run up to {place}; add --options "
-        "run.resume_ckpt_path=auto to the same command to go on from there."
+        f"run.resume_ckpt_path={folder} to the same command to go on from there."
     ]
     steps = (folder / "steps.csv").read_text()
     train("stopped")

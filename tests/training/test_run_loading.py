@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -150,6 +151,18 @@ def test_a_moved_file_is_named_by_changes(tmp_path):
     assert torch.equal(scores(loaded, make_triplets(3)), scores(built, make_triplets(3)))
     with pytest.raises(ValueError, match=r"changes\.pretrianed is not a known key; did you mean 'pretrained'\?"):
         load_run(tmp_path / "run", changes={"pretrianed": "x"})
+
+
+def test_a_moved_start_of_a_lora_run_is_named_by_changes(tmp_path):
+    tuned = {**BLIP2, "fusion": "sentence_prompt"}
+    base = Path(whole_file(tmp_path / "base.pth", tuned, 5))
+    built = write_run(tmp_path / "run", {**tuned, "load_finetuned": True, "finetuned": str(base)}, lora=LORA)
+    moved = base.rename(tmp_path / "moved.pth")
+    loaded = load_run(tmp_path / "run", changes={"finetuned": str(moved)}).model
+    assert torch.equal(scores(loaded, make_triplets(3)), scores(built, make_triplets(3)))
+    whole_file(base, tuned, 6)  # another file in the old place is not read
+    loaded = load_run(tmp_path / "run", changes={"finetuned": str(moved)}).model
+    assert torch.equal(scores(loaded, make_triplets(3)), scores(built, make_triplets(3)))
 
 
 def test_stage_two_needs_the_file_of_stage_one_no_more(tmp_path):
