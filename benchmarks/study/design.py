@@ -164,7 +164,7 @@ CANDIDATES: dict[str, tuple[float, ...]] = {
     "weight decay": (0.5,),
     "dropout": (0.1, 0.2),
     "label smoothing": (0.1, 0.2),
-    "EMA": (0.98, 0.995),
+    "EMA": (0.9, 0.98, 0.995),
     "LoRA rate": (1e-3, 3e-3),
 }
 """Values among which the choosing world decides; the learning rate first, because the others are chosen with it.
