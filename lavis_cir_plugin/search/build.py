@@ -250,8 +250,8 @@ class _Writer:
             shape = part.shape
             with self.catalogue.transaction():
                 self.catalogue.note(per_picture=shape[0], width=shape[1])
-            self.features.append_from(count, part.features, rows)
-            self.looks.append_from(count, part.looks, rows)
+            self.features.take_over(count, part.features, rows)
+            self.looks.take_over(count, part.looks, rows)
         # What was appended counts from here on, and the part is known to be taken over, in one step.
         with self.catalogue.transaction():
             self.catalogue.add_contents((sha256, count + place) for place, sha256 in enumerate(new))

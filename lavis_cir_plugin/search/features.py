@@ -62,12 +62,18 @@ class RowFile:
             ) from error
 
     def append_from(self, count: int, other: RowFile, rows: np.ndarray[Any, Any]) -> None:
-        """Append some rows of another file of this kind, some at a time; into an empty file, all of them at once."""
-        if not len(rows) or (not count and self._is_linked(other, rows)):
+        """Append some rows of another file of this kind, some at a time."""
+        if not len(rows):
             return
         source = other.array(int(rows.max()) + 1)
         for part in memory_slices(len(rows), _BLOCK_BYTES, self.row_bytes):
             self.append(count + part.start, source[rows[part]])
+
+    def take_over(self, count: int, other: RowFile, rows: np.ndarray[Any, Any]) -> None:
+        """Append some rows of a file that nobody writes or reads any more; into an empty file without copying it."""
+        if not len(rows) or (not count and self._is_linked(other, rows)):
+            return
+        self.append_from(count, other, rows)
 
     def _is_linked(self, other: RowFile, rows: np.ndarray[Any, Any]) -> bool:
         """Make this file a second name of another one, where the rows are its first ones and the file system can."""

@@ -302,6 +302,24 @@ def test_features_of_forgotten_pictures_leave_the_file_once_they_are_many(tmp_pa
     assert all(torch.equal(row, expected[name]) for name, row in stored.items())
 
 
+def test_rows_that_are_added_after_a_compaction_do_not_change_what_a_reader_has_open(tmp_path, encoder, monkeypatch):
+    """Also where those that are left are the first rows of the file, which need no copying."""
+    monkeypatch.setattr(build, "FEWEST_DEAD", 3)
+    folder, out = tmp_path / "p", tmp_path / "i"
+    paths = draw_some(folder, 8)
+    index(folder, out, encoder)
+    reader = open_index(out, encoder)
+    expected = reader.gallery.features.clone()
+    for path in paths[3:]:
+        path.unlink()
+    index(folder, out, encoder)
+    assert (out / "features-2.f16").exists()
+    draw_some(folder, 5, start=100)
+    index(folder, out, encoder)
+    assert torch.equal(reader.gallery.features, expected)
+    assert len(features(out, encoder)) == 8
+
+
 def test_a_full_disk_stops_with_a_sentence_and_loses_nothing(tmp_path, encoder, monkeypatch):
     folder, out = tmp_path / "p", tmp_path / "i"
     draw_some(folder, 3)
