@@ -30,7 +30,7 @@ class Metadata:
     Attributes:
         columns: `NUMBER` or `TEXT` by column name, in the file's order.
         rows: Values by absolute path of a picture; ``None`` where one is missing.
-        unmatched: Rows that name no picture, as the file names them.
+        unmatched: Rows that name no picture or may mean several, as the file names them.
         mixed: Columns that hold numbers and texts, which are texts from now on.
     """
 
@@ -43,9 +43,10 @@ class Metadata:
 def read_metadata(path: str | Path, pictures: Iterable[str], folders: Sequence[str], taken: Iterable[str]) -> Metadata:
     """Read a file of columns and find the picture of every row.
 
-    A row names its picture by absolute path, by its path below an indexed folder or below the file's own folder, or by
-    the file name alone where one picture has it. CSV: numbers where all of a column's values are, empty is missing.
-    JSON lines: numbers, texts, true and false (as 1 and 0), null is missing.
+    A row names its picture by absolute path, by its path below the file's own folder, by its path below an indexed
+    folder if only one of them has such a picture, or by the file name alone if only one picture has it. CSV: numbers
+    where all of a column's values are, empty is missing. JSON lines: numbers, texts, true and false (as 1 and 0), null
+    is missing.
 
     Args:
         path: A ``.csv`` file with a header, or ``.jsonl``.
@@ -64,14 +65,14 @@ def read_metadata(path: str | Path, pictures: Iterable[str], folders: Sequence[s
     by_name: dict[str, list[str]] = {}
     for known_path in known:
         by_name.setdefault(os.path.basename(known_path), []).append(known_path)
-    bases = [*folders, absolute(path.parent)]
+    own = absolute(path.parent)
     found = Metadata()
     lines: dict[str, int] = {}
     for line, record in records:
         value = record.get(key)
         if not isinstance(value, str) or not value:
             raise line_error(path, line, f"has {key} = {shown(value)}; it must name a picture")
-        picture = _picture(value, known, bases, by_name)
+        picture = _picture(value, known, own, folders, by_name)
         if picture is None:
             found.unmatched.append(value)
             continue
@@ -155,13 +156,15 @@ def _key_and_columns(
     return key, columns
 
 
-def _picture(value: str, known: set[str], bases: Iterable[str], by_name: Mapping[str, list[str]]) -> str | None:
-    for base in bases:
-        path = absolute(os.path.join(base, value))
-        if path in known:
-            return path
-    alike = by_name.get(value, [])
-    return alike[0] if len(alike) == 1 else None
+def _picture(
+    value: str, known: set[str], own: str, folders: Iterable[str], by_name: Mapping[str, Sequence[str]]
+) -> str | None:
+    beside = absolute(os.path.join(own, value))
+    if beside in known:
+        return beside
+    below = known.intersection(absolute(os.path.join(folder, value)) for folder in folders)
+    meant = list(below or by_name.get(value, ()))
+    return meant[0] if len(meant) == 1 else None
 
 
 def _plain(value: Any, path: Path, line: int, name: str) -> Any:
@@ -188,7 +191,10 @@ def summary(metadata: Metadata, pictures: int) -> list[str]:
     """Say what became of the rows, a sentence each."""
     lines = [f"metadata: {len(metadata.rows):,} of {pictures:,} pictures have {', '.join(metadata.columns)}"]
     if metadata.unmatched:
-        lines.append(f"metadata: {len(metadata.unmatched):,} rows name no picture ({listed(metadata.unmatched)})")
+        lines.append(
+            f"metadata: {len(metadata.unmatched):,} rows name no picture, or may mean several "
+            f"({listed(metadata.unmatched)})"
+        )
     if metadata.mixed:
         lines.append(f"metadata: {', '.join(metadata.mixed)} hold numbers and texts, so all are texts")
     return lines

@@ -28,7 +28,7 @@ def test_csv_names_pictures_by_path_below_a_folder_or_by_the_name_alone(tmp_path
     assert found.unmatched == ["none.jpg"]
     assert summary(found, len(PICTURES)) == [
         "metadata: 3 of 4 pictures have price, code, note",
-        "metadata: 1 rows name no picture (first: none.jpg)",
+        "metadata: 1 rows name no picture, or may mean several (first: none.jpg)",
     ]
 
 
@@ -36,6 +36,22 @@ def test_a_name_that_several_pictures_have_means_the_one_below_a_folder_and_else
     found = read_metadata_of(tmp_path, ["/a/x/two.jpg", "/a/y/two.jpg"], "two.jpg")
     assert found.rows == {}
     assert found.unmatched == ["two.jpg"]
+
+
+@pytest.mark.parametrize("name", ["one.jpg", "sub/two.jpg"])
+def test_a_path_that_exists_below_several_folders_means_none_of_them(tmp_path, name):
+    path = tmp_path / "m.csv"
+    path.write_text(f"path,price\n{name},1\n/b/{name},2\n")
+    found = read_metadata(path, [f"/a/{name}", f"/b/{name}"], ["/a", "/b"], [])
+    assert found.rows == {f"/b/{name}": [2]}
+    assert found.unmatched == [name]
+
+
+def test_a_path_below_the_files_own_folder_is_meant_though_it_exists_below_others(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text("path,price\none.jpg,1\n")
+    pictures = ["/a/one.jpg", f"{tmp_path}/one.jpg"]
+    assert read_metadata(path, pictures, ["/a", str(tmp_path)], []).rows == {f"{tmp_path}/one.jpg": [1]}
 
 
 def read_metadata_of(tmp_path, pictures, name):
