@@ -63,7 +63,7 @@ class Built:
         pictures: Number of pictures that are in the index now.
         encoded: Number of contents that all processes of this call encoded.
         read: Number of files that this call read.
-        forgotten: Number of pictures that left the index.
+        forgotten: Number of pictures that left the index, or that an interrupted call had read for it.
         not_indexed: The reason, by path, for every file that is not in the index.
         seconds: Time that the call took.
         notes: What else there is to say, a sentence each.
@@ -277,8 +277,9 @@ class _Writer:
         notes: list[str] = []
         with self.catalogue.transaction():
             self.catalogue.set_folders(self.folders)
-            self.forgotten = self.catalogue.keep_only(self.scan, self.scanned)
-            self.forgotten += self.catalogue.forget_below(self.forget, self.folders)
+            # An interrupted call may have read folders that this one does not name.
+            self.forgotten = self.catalogue.forget_outside(self.folders)
+            self.forgotten += self.catalogue.keep_only(self.scan, self.scanned)
             if metadata is not None:
                 paths = self.catalogue.paths()
                 columns = read_metadata(metadata, paths, self.folders, FILE_COLUMNS)

@@ -264,13 +264,11 @@ class WritableCatalogue:
         )
         return len(left)
 
-    def forget_below(self, folders: Sequence[str], kept: Sequence[str]) -> int:
-        """Forget the files of some folders that are not in others; return how many pictures these were."""
-        if not folders:
-            return 0
+    def forget_outside(self, folders: Sequence[str]) -> int:
+        """Forget the files that are in none of some folders; return how many pictures these were."""
         for table in ("not_indexed", "pictures"):
-            paths = self._below(table, folders)
-            paths = [path for path in paths if not any(is_below(path, folder) for folder in kept)]
+            kept = set(self._below(table, folders))
+            paths = [path for (path,) in self._database.execute(f"SELECT path FROM {table}") if path not in kept]
             self._delete(table, paths)
         return len(paths)
 

@@ -134,6 +134,29 @@ def killed_build(folder, out, batches):
     index(folder, out, encoder, batch_size=2)
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+def test_what_an_interrupted_call_read_of_a_wrong_folder_is_not_in_the_index(tmp_path, encoder, is_new):
+    wrong, right, out = tmp_path / "wrong", tmp_path / "right", tmp_path / "i"
+    draw_some(wrong, 6)
+    (wrong / "00.png").touch()
+    draw_some(right, 3, start=10)
+    if not is_new:
+        index(right, out, encoder)
+
+    def stop(encoder):
+        if encoder.encoded >= 5 + (0 if is_new else 3):
+            raise KeyboardInterrupt
+
+    encoder.before = stop
+    with pytest.raises(KeyboardInterrupt):
+        index(wrong, out, encoder, batch_size=1)
+    encoder.before = None
+    built = index(right, out, encoder)
+    assert (built.pictures, built.not_indexed) == (3, {})
+    assert set(ids_by_name(out, encoder)) == {"010.png", "011.png", "012.png"}
+    assert index(wrong, out, encoder).encoded == 1, "what was encoded stays known"
+
+
 @pytest.mark.parametrize("step", ["rmtree", "append_from", "_publish", "write_blocks", "_remove_older"])
 def test_stopped_at_any_step_readers_see_a_whole_state_and_the_next_call_goes_on(tmp_path, encoder, monkeypatch, step):
     folder, out = tmp_path / "p", tmp_path / "i"
