@@ -118,8 +118,12 @@ class QdrantIndex(Searcher):
         features = torch.from_numpy(np.array([point.features for point in points], dtype=np.float16).reshape(shape))
         looks = np.array([point.look for point in points], dtype=np.uint8)
         best = Gallery(features, self.state.longest).best(asked.vector, max(1, len(points)))
-        by_row = self._catalogue(points).of_rows([point.row for point in points], asked.condition)
-        pictures = {place: by_row[point.row] for place, point in enumerate(points)}
+        by_row = self._catalogue(points).of_rows(sorted({point.row for point in points}), asked.condition)
+        # While a compacted index is being copied, two contents may have the same row.
+        pictures = {
+            place: [picture for picture in by_row[point.row] if picture.sha256 == point.records[0].sha256.hex()]
+            for place, point in enumerate(points)
+        }
         return Ranked(best.rows, best.scores, pictures, features, looks, is_exact, total)
 
 

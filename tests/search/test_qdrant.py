@@ -218,6 +218,34 @@ def test_killed_and_started_again_it_goes_on_where_it_was(tmp_path, monkeypatch)
     assert answers(QdrantIndex(there, encoder)) == answers(open_index(tmp_path / "i", encoder))
 
 
+def test_while_a_compacted_index_is_copied_every_picture_has_its_own_score(tmp_path, monkeypatch):
+    """Its contents have new rows, and some of those in the collection still have the old ones."""
+    monkeypatch.setattr("lavis_cir_plugin.search.build.FEWEST_DEAD", 3)
+    paths = draw_some(tmp_path / "p", 8)
+    encoder = make_encoder()
+    index(tmp_path / "p", tmp_path / "i", encoder)
+    there = collection()
+    keep_in(there, tmp_path / "i", quiet=True)
+    expected = {hit.path: hit.score for hit in QdrantIndex(there, encoder).search(text="red").hits}
+    for path in paths[:5]:
+        path.unlink()
+    index(tmp_path / "p", tmp_path / "i", encoder)
+    change, changed = there.change, []
+
+    def dying(*arguments):
+        if len(changed) == 2:
+            raise KilledError
+        changed.append(change(*arguments))
+
+    monkeypatch.setattr(there, "change", dying)
+    with pytest.raises(KilledError):
+        keep_in(there, tmp_path / "i", quiet=True)
+    for fold in (True, False):
+        hits = QdrantIndex(there, encoder).search(text="red", fold=fold).hits
+        assert {hit.path: hit.score for hit in hits} == expected
+        assert [len(hit.duplicates) for hit in hits] == [0] * 8
+
+
 def test_other_columns_are_shown_when_all_points_have_them(tmp_path, monkeypatch):
     draw_some(tmp_path / "p", 4)
     encoder = make_encoder()
