@@ -336,7 +336,11 @@ class ReadableCatalogue:
     def __init__(self, path: Path) -> None:
         # Nobody writes to this file any more, so that no lock is needed, and a folder without write permission is read.
         uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
-        self._use(sqlite3.connect(uri, uri=True, check_same_thread=False), path)
+        try:
+            database = sqlite3.connect(uri, uri=True, check_same_thread=False)
+        except sqlite3.OperationalError as error:
+            raise ValueError(f"{path} cannot be read ({error}); build the index again.") from None
+        self._use(database, path)
 
     @classmethod
     def of_records(cls, columns: Mapping[str, str], records: Iterable[Record]) -> ReadableCatalogue:

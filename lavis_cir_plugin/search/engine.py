@@ -43,7 +43,8 @@ class SearchIndex(Searcher):
             try:
                 self._open_files()
                 return
-            except FileNotFoundError:  # a writer may have replaced the state between two steps; the new one is whole
+            except (FileNotFoundError, ValueError):
+                # A writer may have replaced the state between two steps; the new one is whole.
                 if _stamp(self.path) == stamp:
                     raise
 

@@ -17,7 +17,8 @@ from PIL import Image
 from search_world import draw, draw_some, index, make_encoder
 
 from lavis_cir_plugin.core.locks import FileLock
-from lavis_cir_plugin.search import build, open_index
+from lavis_cir_plugin.search import build, engine, open_index
+from lavis_cir_plugin.search.catalogue import ReadableCatalogue
 from lavis_cir_plugin.search.folders import WRITER
 
 
@@ -199,6 +200,30 @@ def test_a_reader_keeps_the_state_that_it_opened(tmp_path, encoder):
     fresh = reader.refreshed()
     assert fresh is not reader
     assert (len(reader), len(fresh)) == (4, 6)
+
+
+@pytest.mark.parametrize("step", ["read_manifest", "ReadableCatalogue", "np.load"])
+def test_a_state_that_is_replaced_while_it_is_opened_is_left_for_the_new_one(tmp_path, encoder, monkeypatch, step):
+    """Its features too, since most of the pictures are gone."""
+    monkeypatch.setattr(build, "FEWEST_DEAD", 3)
+    folder, out = tmp_path / "p", tmp_path / "i"
+    paths = draw_some(folder, 8)
+    index(folder, out, encoder)
+    original = {"read_manifest": engine.read_manifest, "ReadableCatalogue": ReadableCatalogue, "np.load": np.load}[step]
+    done = []
+
+    def replaced_after(*args, **settings):
+        found = original(*args, **settings)
+        if not done:
+            done.append(step)
+            for path in paths[:5]:
+                path.unlink()
+            index(folder, out, encoder)
+        return found
+
+    monkeypatch.setattr(f"lavis_cir_plugin.search.engine.{step}", replaced_after)
+    assert len(open_index(out, encoder)) == 3
+    assert done == [step]
 
 
 def test_a_second_writer_is_refused_by_the_name_of_the_first(tmp_path, encoder):
