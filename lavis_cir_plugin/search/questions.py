@@ -25,6 +25,7 @@ from lavis_cir_plugin.search.build import refuse_another_model
 from lavis_cir_plugin.search.catalogue import Picture
 from lavis_cir_plugin.search.duplicates import Kinds
 from lavis_cir_plugin.search.encoder import Encoder, encoder_of, load_encoder
+from lavis_cir_plugin.search.originals import open_indexed
 
 MOST_RESULTS = 10_000
 
@@ -242,6 +243,7 @@ class Searcher(ABC):
         Raises:
             ValueError: there is neither picture nor text, or a value is out of its range.
             FileNotFoundError: a picture's file does not exist.
+            ChangedError: the file of a picture that is named by its id is not what was indexed.
         """
         sources = _listed(images)
         text, without = (text or "").strip() or None, (without or "").strip() or None
@@ -280,7 +282,8 @@ class Searcher(ABC):
             picture = self.picture(source)
             if picture is None:
                 raise ValueError(f"the index has no picture {source}; take an id from its results.")
-            source = picture.path
+            with open_indexed(picture) as file:
+                return decode_rgb(file.read(), picture.path, upright=True), picture.sha256
         name = "the picture" if isinstance(source, bytes) else os.fspath(source)
         if not isinstance(source, bytes):
             path = Path(source).expanduser()

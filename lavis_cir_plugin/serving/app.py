@@ -16,12 +16,13 @@ from starlette.formparsers import MultiPartParser
 
 from lavis_cir_plugin import __version__
 from lavis_cir_plugin.search.answers import as_json, picture_as_json
+from lavis_cir_plugin.search.originals import ChangedError, open_indexed
 from lavis_cir_plugin.search.questions import WITHOUT_WEIGHT
 from lavis_cir_plugin.serving import schemas
 from lavis_cir_plugin.serving.guard import COOKIE, Guard, cookie_of, is_same
 from lavis_cir_plugin.serving.limits import Limits
 from lavis_cir_plugin.serving.opened import Opened
-from lavis_cir_plugin.serving.pictures import Kept, chunks, mime_type, open_indexed, small_copy
+from lavis_cir_plugin.serving.pictures import Kept, chunks, mime_type, small_copy
 from lavis_cir_plugin.serving.refusals import problem, refusal
 from lavis_cir_plugin.serving.turns import Turns
 from lavis_cir_plugin.serving.uploads import KINDS, check_upload
@@ -92,8 +93,6 @@ class Service:
             begin = time.perf_counter()
             try:
                 answer = index.search(pictures, **question)
-            except FileNotFoundError:
-                raise refusal(409, "the file of a reference is gone; bring the index up to date.") from None
             except ValueError as error:
                 raise refusal(422, str(error)) from None
             seconds = time.perf_counter() - begin
@@ -181,6 +180,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> JSONResponse:
         return JSONResponse(problem(error.status_code, str(error.detail)), error.status_code, error.headers)
+
+    @app.exception_handler(ChangedError)
+    async def changed(request: Request, error: ChangedError) -> JSONResponse:
+        return JSONResponse(problem(409, str(error)), 409)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

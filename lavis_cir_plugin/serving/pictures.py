@@ -1,11 +1,8 @@
-"""Serve files of an index and thumbnails of them, only with the content that was indexed."""
+"""Draw thumbnails of pictures of an index, keep some in memory, and send files piece by piece."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
-import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -16,9 +13,9 @@ from PIL import Image
 
 from lavis_cir_plugin.benchmarks.images import FORMATS, decode_rgb
 from lavis_cir_plugin.search.catalogue import Picture
+from lavis_cir_plugin.search.originals import CHUNK, open_indexed
 from lavis_cir_plugin.serving.refusals import refusal
 
-CHUNK = 256 * 1024
 MIME = {
     "JPEG": "image/jpeg",
     "MPO": "image/jpeg",
@@ -29,42 +26,6 @@ MIME = {
     "TIFF": "image/tiff",
     "AVIF": "image/avif",
 }
-
-
-def open_indexed(picture: Picture) -> BinaryIO:
-    """Open the file of a picture after its bytes have been found to be those that were indexed.
-
-    A path may have become a link to something else, and a file may hold something else, since it was indexed. So the
-    checksum is compared, on the same open file that is then read.
-
-    Raises:
-        HTTPException: 409, the file is gone or is not what was indexed.
-    """
-    try:
-        # Without O_NONBLOCK the opening of a named pipe would wait for ever.
-        number = os.open(picture.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        file = os.fdopen(number, "rb")
-    except OSError:
-        raise refusal(409, "the file of this picture is gone; bring the index up to date.") from None
-    try:
-        state = os.fstat(file.fileno())
-        if not stat.S_ISREG(state.st_mode) or state.st_size != picture.bytes or _sha256(file) != picture.sha256:
-            raise refusal(409, "the file of this picture has changed since it was indexed; bring the index up to date.")
-    except OSError:
-        file.close()
-        raise refusal(409, "the file of this picture cannot be read; bring the index up to date.") from None
-    except BaseException:
-        file.close()
-        raise
-    file.seek(0)
-    return file
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def chunks(file: BinaryIO) -> Iterator[bytes]:
@@ -89,7 +50,8 @@ def small_copy(picture: Picture, side: int) -> bytes:
     """Return a picture as JPEG, upright, its longer side of at most so many pixels.
 
     Raises:
-        HTTPException: 409, as `open_indexed`, or it cannot be decoded.
+        ChangedError: the file is not what was indexed.
+        HTTPException: 409, it cannot be decoded.
     """
     with open_indexed(picture) as file:
         content = file.read()

@@ -15,6 +15,7 @@ from search_world import draw, draw_some, index, make_encoder
 
 from lavis_cir_plugin.search import open_index
 from lavis_cir_plugin.search.answers import as_json, as_lines
+from lavis_cir_plugin.search.originals import ChangedError
 
 COUNT = 40
 
@@ -122,6 +123,25 @@ def test_a_picture_is_named_by_path_content_id_or_in_memory(world):
     assert opened.search(picture.id, "is red") == expected
     in_memory = opened.search(Image.open(paths[3]), "is red", keep_references=True)
     assert in_memory.hits == opened.search(str(paths[3]), "is red", keep_references=True).hits
+
+
+def test_a_reference_by_its_id_is_the_picture_that_was_indexed_or_is_refused(tmp_path):
+    paths = draw_some(tmp_path / "p", 3)
+    encoder = make_encoder()
+    index(tmp_path / "p", tmp_path / "i", encoder)
+    opened = open_index(tmp_path / "i", encoder)
+    number = next(hit.picture.id for hit in opened.search(text="red").hits if hit.path == str(paths[1]))
+    expected = opened.search(paths[1], "is red")
+    assert opened.search(number, "is red") == expected
+    content = paths[1].read_bytes()
+    draw(paths[1], 77)
+    with pytest.raises(ChangedError, match=r"001\.png has changed since it was indexed; bring the index up to date"):
+        opened.search(number, "is red")
+    paths[1].unlink()
+    with pytest.raises(ChangedError, match=r"001\.png cannot be opened \(No such file or directory\); bring the"):
+        opened.search(number, "is red")
+    paths[1].write_bytes(content)
+    assert opened.search(number, "is red") == expected
 
 
 def test_the_reference_itself_is_left_out_and_said(world):

@@ -255,7 +255,7 @@ def own(world, tmp_path, make_client):
     return paths, make_client(indexes={"toys": open_index(tmp_path / "i", world.encoder)}), tmp_path
 
 
-@pytest.mark.parametrize("what", ["file", "thumbnail"])
+@pytest.mark.parametrize("what", ["file", "thumbnail", "search"])
 @pytest.mark.parametrize("change", ["link", "same size", "other picture", "folder", "pipe", "gone"])
 def test_a_file_that_is_not_what_was_indexed_is_not_handed_out(own, change, what):
     paths, client, folder = own
@@ -272,10 +272,25 @@ def test_a_file_that_is_not_what_was_indexed_is_not_handed_out(own, change, what
         path.mkdir()
     elif change == "pipe":
         os.mkfifo(path)
-    response = client.get(f"/api/v1/indexes/toys/pictures/1/{what}")
+    response = asked(client, 1, what)
     assert "bring the index up to date" in message(response, 409)
     assert SECRET not in response.text
-    assert client.get(f"/api/v1/indexes/toys/pictures/2/{what}").status_code == 200
+    assert asked(client, 2, what).status_code == 200
+
+
+def asked(client, picture_id, what):
+    """Ask for a picture, or for others like it."""
+    if what == "search":
+        return client.post(SEARCH, data={"picture_id": picture_id})
+    return client.get(f"/api/v1/indexes/toys/pictures/{picture_id}/{what}")
+
+
+def test_a_model_that_is_gone_is_not_said_to_be_a_picture(own, make_client):
+    _, _, folder = own
+    found = open_index(folder / "i")
+    object.__setattr__(found.manifest, "name", str(folder / "gone.pth"))
+    client = make_client(indexes={"toys": found}, raise_server_exceptions=False)
+    assert "the server failed; its log says why" in message(client.post(SEARCH, data={"picture_id": 1}), 500)
 
 
 def test_a_link_to_the_very_content_is_as_good_as_the_file(own):
