@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from lavis_cir_plugin import serving
+from lavis_cir_plugin.search.filters import Column, parse
+
 pytest_plugins = ["serving_world"]
+SCRIPT = Path(serving.__file__).parent / "static" / "app.js"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
 
 
 @pytest.fixture
-def drawn(running, tmp_path):
-    """Return what the page of an address looks like once its script has run, as HTML."""
-    place = running()
+def browsed(tmp_path):
+    """Return what an address looks like once its script has run, as HTML."""
 
-    def draw(address):
+    def browse(address):
         words = [
             BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-            "--timeout=20000", "--virtual-time-budget=20000", "--dump-dom", f"http://{place.host}:{place.port}/{address}",
+            "--timeout=20000", "--virtual-time-budget=20000", "--dump-dom", address,
         ]  # fmt: skip
         return subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
 
-    return draw
+    return browse
+
+
+@pytest.fixture
+def drawn(running, browsed):
+    """Return what the server's page of an address looks like."""
+    place = running()
+    return lambda address: browsed(f"http://{place.host}:{place.port}/{address}")
 
 
 def test_the_page_begins_with_pictures_of_the_index(drawn):
@@ -47,6 +60,23 @@ def test_a_condition_that_cannot_be_read_is_said_on_the_page(drawn):
     page = drawn("#text=a&where=prize+%3C+6")
     assert "The condition names 'prize', which is no column of this index" in page
     assert 'aria-invalid="true"' in page
+
+
+COLUMNS = {"price": Column("p", True), "brand": Column("b", False)}
+
+
+def test_a_condition_is_added_to_the_whole_of_what_is_there(browsed, tmp_path):
+    """The page's own function runs in a page of the test's."""
+    (both,) = re.findall(r"^const both = .*$", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+    before = ["price < 5", "price < 5 or brand = 'x'", "price = 1 OR price = 2 and brand = 'y'", "brand = 'a or b'"]
+    asked = f"document.title = JSON.stringify({json.dumps(before)}.map((text) => both(text, 'price > 1')))"
+    (tmp_path / "page.html").write_text(f"<title></title><script>{both}\n{asked}</script>", encoding="utf-8")
+    (title,) = re.findall("<title>(.*?)</title>", browsed((tmp_path / "page.html").as_uri()))
+    added = json.loads(html.unescape(title))
+    assert added[0] == "price < 5 and price > 1"
+    for text, found in zip(before, added):
+        whole, expected = parse(found, COLUMNS), parse(f"({text}) and (price > 1)", COLUMNS)
+        assert (whole.sql, whole.values) == (expected.sql, expected.values)
 
 
 def test_what_an_address_holds_is_shown_as_text(drawn):

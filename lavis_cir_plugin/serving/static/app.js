@@ -212,6 +212,9 @@ function fillOperators() {
   showMarks();
 }
 
+// "or" binds less than "and"; a text that holds the word gets parentheses too, which change nothing.
+const both = (before, condition) => `${/\bor\b/i.test(before) ? `(${before})` : before} and ${condition}`;
+
 function addCondition() {
   const kind = columnKind(), name = $('column').value, sign = $('operator').value, value = $('value').value.trim();
   const needsNone = sign.startsWith('is ');
@@ -225,7 +228,7 @@ function addCondition() {
   const quoted = kind === 'number' ? value : `'${value.replaceAll("'", "''")}'`;
   const condition = needsNone ? `${written} ${sign}` : `${written} ${sign} ${quoted}`;
   const before = $('where').value.trim();
-  $('where').value = before ? `${before} and ${condition}` : condition;
+  $('where').value = before ? both(before, condition) : condition;
   $('value').value = '';
   showMarks();
 }
