@@ -106,15 +106,18 @@ class Service:
             raise refusal(404, f"the index has no picture {picture_id}; take an id from its results.")
         return picture
 
-    def copy(self, name: str, picture_id: int, side: int) -> tuple[str, bytes]:
-        """Return a picture's checksum and a small copy, drawn if it is not kept."""
+    def copy(self, name: str, picture_id: int, side: int, known: Optional[str]) -> tuple[str, Optional[bytes]]:
+        """Return the entity tag of a small copy, and the copy, drawn if it is not kept; none if the tag is known."""
         picture = self.picture(name, picture_id)
+        tag = f'"{picture.sha256[:32]}-{side}"'
+        if tag == known:
+            return tag, None
         key = (picture.sha256, side)
         content = self.kept.get(key)
         if content is None:
             content = small_copy(picture, side)
             self.kept.put(key, content)
-        return picture.sha256, content
+        return tag, content
 
     def file(self, name: str, picture_id: int) -> tuple[Any, Any, str]:
         """Return a picture, its open file and its type."""
@@ -306,9 +309,11 @@ def _add_pictures(app: FastAPI, service: Service) -> None:
         request: Request, index: IndexName, picture_id: PictureId, side: schemas.Side = schemas.Side.MEDIUM
     ) -> Response:
         """Return a small copy as JPEG, upright."""
-        sha256, content = await service.drawing.run(lambda: service.copy(index, picture_id, side.value))
-        headers = {"ETag": f'"{sha256[:32]}-{side.value}"', "Cache-Control": "private, max-age=600"}
-        if request.headers.get("if-none-match") == headers["ETag"]:
+        known = request.headers.get("if-none-match")
+        tag, content = await service.drawing.run(lambda: service.copy(index, picture_id, side.value, known))
+        # Another index may stand under this address tomorrow, so a browser has to ask each time.
+        headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
+        if content is None:
             return Response(status_code=304, headers=headers)
         return Response(content, media_type="image/jpeg", headers=headers)
 

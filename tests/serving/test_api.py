@@ -138,8 +138,13 @@ def test_a_picture_comes_as_it_is_and_small(client, world):
     assert small.headers["content-type"] == "image/jpeg"
     with Image.open(io.BytesIO(small.content)) as found:
         assert found.size == (32, 32), "a small picture is not made larger"
+    assert small.headers["cache-control"] == "private, no-cache", "another index may come to this address"
     again = client.get(f"{place}/thumbnail?side=160", headers={"If-None-Match": small.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
+    other = client.get(
+        "/api/v1/indexes/toys/pictures/2/thumbnail?side=160", headers={"If-None-Match": again.headers["etag"]}
+    )
+    assert other.status_code == 200
     assert "Input should be 160" in refused(client.get(f"{place}/thumbnail?side=161"), 422)
     assert "the index has no picture 99" in refused(client.get("/api/v1/indexes/toys/pictures/99/file"), 404)
 
