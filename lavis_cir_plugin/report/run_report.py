@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Run:
     """What a report says of a run.
 
     Attributes:
-        label: Name of its folder.
+        label: Name of its folder; `report` puts folders above it before it where runs would have the same one.
         folder: Path of the folder.
         starts: As `run_record.read_starts` returns them.
         config: Value and origin by dotted key.
@@ -102,6 +102,7 @@ def report(
         images: How many images of each ranking.
         embed: Makes pictures small; a new one by default. Afterwards it says which pictures could not be read.
     """
+    runs = _told_apart(runs)
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs side by side"
     sections = {
@@ -120,6 +121,14 @@ def report(
     )
     head = f"<header><p>lavis_cir_plugin report</p><h1>{escaped(title)}</h1><nav>{links}</nav></header>"
     return page(title, css, f"{head}<main>{body}</main>")
+
+
+def _told_apart(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs, labelled by as many of the last folders of their paths as tell them apart."""
+    paths = [run.folder.resolve().parts for run in runs]
+    depths = range(1, max(map(len, paths)) + 1)
+    depth = next((depth for depth in depths if len({parts[-depth:] for parts in paths}) == len(runs)), 1)
+    return [replace(run, label=Path(*parts[-depth:]).as_posix()) for run, parts in zip(runs, paths)]
 
 
 def _chip(runs: Sequence[Run], index: int) -> str:

@@ -16,7 +16,7 @@ from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query
 from lavis_cir_plugin.commands import main
 from lavis_cir_plugin.ranking.metrics import recall_at
 from lavis_cir_plugin.ranking.ranks import Ranking
-from lavis_cir_plugin.report import query_results, run_record
+from lavis_cir_plugin.report import query_results, run_record, run_report
 from lavis_cir_plugin.report.html_parts import THUMBNAIL, Thumbnails
 from lavis_cir_plugin.report.query_results import QueryResult, read_queries, write_queries
 from lavis_cir_plugin.report.result_files import write_metrics
@@ -208,6 +208,18 @@ def test_several_runs_stand_side_by_side(make_run):
     differ = text.split("Where the runs differ most")[1].split("Best ranks")[0]
     assert "is red / is long" in differ
     assert "is blue" not in differ, "both runs rank its answer alike"
+
+
+def test_runs_in_folders_of_one_name_are_told_apart_and_each_has_its_curve(make_run, monkeypatch):
+    drawn = []
+    figure = run_report.comparison_figure
+    monkeypatch.setattr(
+        run_report, "comparison_figure", lambda places, metric: drawn.append(places) or figure(places, metric)
+    )
+    folders = [make_run("seed0/x"), make_run("seed1/x")]
+    text = Page(report([read_run(folder) for folder in folders])).text
+    assert {label: folder for label, (folder, _) in drawn[0].items()} == dict(zip(["seed0/x", "seed1/x"], folders))
+    assert "Best ranks of seed0/x" in text
 
 
 def test_numbers_of_different_protocols_are_said_not_to_compare(make_run):
