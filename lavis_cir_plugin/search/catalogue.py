@@ -411,7 +411,11 @@ class ReadableCatalogue:
 
     def row_of_content(self, sha256: str) -> int | None:
         """Return the row of a content that some picture has."""
-        found = self._all("SELECT row FROM pictures WHERE sha256 = ? LIMIT 1", (bytes.fromhex(sha256),))
+        statement = (
+            "SELECT row FROM contents WHERE sha256 = ? "
+            "AND EXISTS (SELECT * FROM pictures WHERE pictures.row = contents.row)"
+        )
+        found = self._all(statement, (bytes.fromhex(sha256),))
         return found[0][0] if found else None
 
     def not_indexed(self) -> list[tuple[str, str]]:

@@ -128,9 +128,12 @@ class Service:
     def sample(self, name: str, count: int, seed: Optional[int]) -> dict[str, Any]:
         """Return some pictures of an index, drawn at random, one of each content."""
         with self.opened(name).in_use() as index:
-            rows = random.Random(seed).sample(range(index.manifest.rows), min(index.manifest.rows, 2 * count))
-            found = [pictures[0] for pictures in index.catalogue.of_rows(rows).values() if pictures]
-        return {"pictures": [picture_as_json(picture) for picture in found[:count]]}
+            live = index.gallery.live  # the rows that pictures still have; none says that all have
+            total = index.manifest.rows if live is None else len(live)
+            rows = random.Random(seed).sample(range(total), min(total, count))
+            rows = rows if live is None else live[rows].tolist()
+            found = [pictures[0] for pictures in index.catalogue.of_rows(rows).values()]
+        return {"pictures": [picture_as_json(picture) for picture in found]}
 
 
 def _index_info(opened: Opened) -> dict[str, Any]:

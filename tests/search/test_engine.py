@@ -154,6 +154,28 @@ def test_the_reference_itself_is_left_out_and_said(world):
     assert kept.left_out == ()
 
 
+def test_a_reference_that_was_forgotten_is_not_said_to_be_left_out(tmp_path):
+    paths = draw_some(tmp_path / "p", 4)
+    encoder = make_encoder()
+    index(tmp_path / "p", tmp_path / "i", encoder)
+    content = paths[0].read_bytes()
+    paths[0].unlink()
+    index(tmp_path / "p", tmp_path / "i", encoder)
+    answer = open_index(tmp_path / "i", encoder).search(content)
+    assert (len(answer.hits), answer.left_out) == (3, ())
+
+
+def test_whether_a_reference_is_in_the_index_is_found_without_reading_all_pictures(world):
+    """Counted in steps of SQLite's machine, which takes several for each picture that it reads."""
+    catalogue, steps = world[2].catalogue, []
+    catalogue._database.set_progress_handler(lambda: steps.append(1), 1)
+    try:
+        assert catalogue.row_of_content("00" * 32) is None
+    finally:
+        catalogue._database.set_progress_handler(None, 1)
+    assert 0 < len(steps) < COUNT
+
+
 def test_the_share_below_counts_the_index_and_not_the_filtered_part(world):
     paths, encoder, opened = world
     scores = [score for score, _ in naive(encoder, encoded(encoder, text="is red"), paths)]

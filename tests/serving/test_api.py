@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from search_world import draw_some, index
 
+from lavis_cir_plugin.search import build_index_folder, open_index
 from lavis_cir_plugin.search.answers import as_json
 from lavis_cir_plugin.serving.app import PAGES, STATIC
 
@@ -124,6 +126,18 @@ def test_a_sample_is_drawn_by_its_seed(client):
     assert len(set(ids)) == 5
     every = client.get("/api/v1/indexes/toys/sample", params={"count": 100}).json()["pictures"]
     assert len(every) == 12
+
+
+def test_a_sample_is_as_large_where_most_pictures_were_forgotten(make_client, world, tmp_path):
+    draw_some(tmp_path / "gone", 40, start=100)
+    index(tmp_path / "gone", tmp_path / "i", world.encoder)
+    draw_some(tmp_path / "kept", 4)
+    index(tmp_path / "kept", tmp_path / "i", world.encoder)
+    build_index_folder([], tmp_path / "i", world.encoder, forget=[tmp_path / "gone"], quiet=True, workers=0)
+    client = make_client(indexes={"toys": open_index(tmp_path / "i", world.encoder)})
+    for seed in range(3):
+        sample = client.get("/api/v1/indexes/toys/sample", params={"count": 4, "seed": seed}).json()["pictures"]
+        assert {Path(picture["path"]).name for picture in sample} == {"000.png", "001.png", "002.png", "003.png"}
 
 
 def test_a_picture_comes_as_it_is_and_small(client, world):
