@@ -101,6 +101,7 @@ def build_candidates(gallery: Tensor, path: Path, probes: int = 16) -> Candidate
 
     Raises:
         ValueError: FAISS is not installed, or the gallery has under 39 feature vectors.
+        OSError: the file cannot be written.
     """
     faiss = _faiss()
     vectors = gallery.flatten(0, 1)
@@ -116,10 +117,18 @@ def build_candidates(gallery: Tensor, path: Path, probes: int = 16) -> Candidate
     for part in memory_slices(count, _ADDED_AT_ONCE, 4 * width):
         found.add(vectors[part].float().numpy())
     unfinished = path.with_name(f".{path.name}.unfinished")
-    faiss.write_index(found, str(unfinished))
-    with unfinished.open("r+b") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        faiss.write_index(found, str(unfinished))
+        with unfinished.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (RuntimeError, OSError) as error:  # FAISS says by a RuntimeError that the disk is full
+        raise OSError(
+            f"{path} cannot be written: {str(error).rpartition(' failed: ')[2]}; free some space and run the command "
+            "again, which goes on where it was."
+        ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
     return Candidates(path, len(gallery), gallery.shape[1], probes)
 
 

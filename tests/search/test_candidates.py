@@ -106,3 +106,30 @@ def test_an_index_with_candidates_says_what_they_find(tmp_path):
     index(tmp_path / "p", tmp_path / "i", encoder, candidates="always")
     assert not file.exists()
     assert len(open_index(tmp_path / "i", encoder).search(text="is red", k=100, fold=False).hits) == 93
+
+
+def test_a_disk_that_is_full_when_candidates_are_written_stops_with_a_sentence_and_loses_nothing(tmp_path, monkeypatch):
+    faiss = pytest.importorskip("faiss")
+    draw_some(tmp_path / "p", 45)
+    encoder, out = make_encoder(), tmp_path / "i"
+    index(tmp_path / "p", out, encoder)
+    draw_some(tmp_path / "p", 5, start=100)
+
+    def full(_, path):
+        with open(path, "wb") as file:
+            file.write(b"begun")
+        raise RuntimeError(
+            "Error in void faiss::write_InvertedLists(const InvertedLists*, IOWriter*) at index_write.cpp:341: Error: "
+            f"'ret == (n * ails->code_size)' failed: write error in {path}: 5 != 1504 (No space left on device)"
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(faiss, "write_index", full)
+        message = r"faiss cannot be written: write error in .* \(No space left on device\); free some space and run"
+        with pytest.raises(OSError, match=message):
+            index(tmp_path / "p", out, encoder, candidates="always")
+    assert not list(out.glob("*candidates*"))
+    assert not list(out.glob(".candidates*"))
+    assert len(open_index(out, encoder)) == 45
+    assert index(tmp_path / "p", out, encoder, candidates="always").encoded == 0
+    assert len(open_index(out, encoder)) == 50
