@@ -391,8 +391,17 @@ def count_blocks(clip_model: str) -> int:
 
 def _build(clip_model: str, config: dict[str, Any], image_size: int | None) -> nn.Module:
     """Build a model with random weights, without open_clip's own function, which would warn of random weights."""
+    own_size = config["vision_cfg"].get("image_size")
     if image_size is not None:
         config["vision_cfg"] = {**config["vision_cfg"], "image_size": image_size}
+        if own_size not in (None, image_size):
+            logging.warning(
+                "model.image_size: %s is trained on pictures of %s pixels and gets %d, with interpolated position "
+                "embeddings; for its own size set model.image_size and the image_size of each vis_processor",
+                clip_model,
+                own_size,
+                image_size,
+            )
     build = open_clip_library().CustomTextCLIP if config.pop("custom_text", False) else open_clip_library().CLIP
     try:
         clip: nn.Module = build(**config)

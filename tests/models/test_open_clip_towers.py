@@ -75,6 +75,13 @@ def test_row_0_is_open_clips_image_feature_and_the_rest_its_patches_in_the_same_
     torch.testing.assert_close(tokens[:, 1:], (clip.visual.ln_post(last["tokens"]) @ clip.visual.proj)[:, 1:])
 
 
+def test_a_size_that_is_not_the_models_own_is_said(caplog):
+    load_clip("small_clip", None, 16)
+    assert not caplog.text
+    load_clip("small_clip", None, 32)
+    assert "model.image_size: small_clip is trained on pictures of 16 pixels and gets 32" in caplog.text
+
+
 def test_without_patches_there_is_one_row(clip):
     tower = ImageTower(clip.visual)
     assert tower.grid == 0
