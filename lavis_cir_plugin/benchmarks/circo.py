@@ -377,8 +377,8 @@ def _query(record: _Record, names: Mapping[int, str], text: str) -> Query:
 def _find_images(settings: CIRCOConfig, names: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
     guesses = [base / folder for base in _bases(settings) for folder in _IMAGE_FOLDERS]
     folders = image_folders([Path(settings.images)] if settings.images else guesses, "circo")
-    folder = folders[0]  # the last folder contains the first
-    return find_images(names, [folder], "circo", settings.missing_images, settings.verify_images)
+    # The last folder contains the first. A survey may find none.
+    return find_images(names, folders[:1], "circo", settings.missing_images, settings.verify_images)
 
 
 # -- lavis-cir check ------------------------------------------------------------------------------------------------

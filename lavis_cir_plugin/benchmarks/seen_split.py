@@ -32,9 +32,9 @@ def drawn_like(training: Group, val: Group, seed: int = 0) -> Group:
     room = len(val.gallery)
     chosen: set[str] = set()
     for query in (query for cluster in clusters for query in cluster):
-        images = images_of(query)
-        if len(chosen.union(images)) <= room:
-            chosen.update(images)
+        new = set(images_of(query)) - chosen
+        if len(chosen) + len(new) <= room:
+            chosen |= new
     others = [name for name in training.gallery if name not in chosen]
     chosen.update(rng.sample(others, min(room - len(chosen), len(others))))
     queries = [query for query in training.queries if chosen.issuperset(images_of(query))]

@@ -85,15 +85,22 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
     )
     pairs = [Triplet(sample + _SOURCE, sample + _TARGET, captions=()) for sample in samples]
     complete = complete_triplets(pairs, paths, "synthtriplets18m")
-    files = [paths[pair.reference].parent / f"{pair.reference[: -len(_SOURCE)]}.json" for pair in complete]
-    triplets = [_with_captions(pair, file) for pair, file in zip(complete, files)]
-    without = [file for triplet, file in zip(triplets, files) if not triplet.reference_caption]
-    if 0 < len(without) < len(files):
+    files = [_captions_file(pair, scanned) for pair in complete]
+    triplets = [pair if file is None else _with_captions(pair, file) for pair, file in zip(complete, files)]
+    read = [(triplet, file) for triplet, file in zip(triplets, files) if file is not None]
+    without = [file for triplet, file in read if not triplet.reference_caption]
+    if 0 < len(without) < len(read):
         raise ValueError(
-            f"{without[0]} has no 'source_caption' and {len(files) - len(without):,} of {len(files):,} samples have "
+            f"{without[0]} has no 'source_caption' and {len(read) - len(without):,} of {len(read):,} samples have "
             f"one; give it in every file or in none."
         )
     return triplets, paths
+
+
+def _captions_file(pair: Triplet, scanned: Mapping[str, Path]) -> Path | None:
+    """Return the JSON beside a sample's pictures; ``None`` if neither is there, which only a survey passes on."""
+    picture = scanned.get(pair.reference) or scanned.get(str(pair.target))
+    return None if picture is None else picture.parent / f"{pair.reference[: -len(_SOURCE)]}.json"
 
 
 def training_text(captions: tuple[str, ...], rng: random.Random) -> str:

@@ -13,6 +13,7 @@ import torch
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query
 from lavis_cir_plugin.ranking.ranks import Ranking, padded
 
+_MOST_ROWS = 2**20  # of a ranking in which each rank occurs equally often
 RANDOM_QUERIES = 20_000  # random rankings in total; their mean is within a few hundredths of its value
 
 
@@ -29,7 +30,7 @@ def expected_random(benchmark: Benchmark) -> dict[str, float]:
 
     A metric of several labelled images (mAP, soft labels) depends on their joint ranks and on those of the members. If
     a query has such labels, the value is the mean over rankings that are drawn with a fixed seed, `RANDOM_QUERIES`
-    queries in total.
+    queries in total. So it is where equally often would take too many ranks, in a large gallery with many members.
 
     Queries of a group with different :math:`n` are weighted by their number. If a query's target is unknown, removed or
     not in the gallery, its rank is -1. ``top`` is empty.
@@ -37,6 +38,8 @@ def expected_random(benchmark: Benchmark) -> dict[str, float]:
     if any(query.relevance for group in benchmark.groups for query in group.queries):
         return _mean_of_random_rankings(benchmark)
     chances = {group.name: sorted(_candidates(group)) or [(0, 0)] for group in benchmark.groups}
+    if any(_rows(*pair) > _MOST_ROWS for pairs in chances.values() for pair in set(pairs)):
+        return _mean_of_random_rankings(benchmark)
     # Usually all queries of a group have the same chances, so the cuts are 0 and 1 and metrics is called once.
     cuts = {Fraction(1)}
     for pairs in chances.values():
@@ -102,9 +105,14 @@ def _candidates(group: Group) -> list[tuple[int, int]]:
     return [among(query) for query in group.queries]
 
 
+def _rows(candidates: int, members: int) -> int:
+    """Return the least number of rows in which ranks and subset ranks can both occur equally often."""
+    return math.lcm(candidates or 1, members or 1)
+
+
 def _uniform_ranking(candidates: int, members: int) -> Ranking:
     """Return a ranking with equally frequent ranks below candidates and subset ranks below members; 0 makes all -1."""
-    order = torch.arange(math.lcm(candidates or 1, members or 1))
+    order = torch.arange(_rows(candidates, members))
     missing = torch.full_like(order, -1)
     return Ranking(
         ranks=order % candidates if candidates else missing,

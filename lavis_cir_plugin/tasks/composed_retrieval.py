@@ -101,6 +101,8 @@ class ComposedRetrievalTask(BaseTask):
     evaluates_benchmarks = True
     """Whether the task evaluates benchmarks alone, each separately; see
     :func:`~lavis_cir_plugin.training.config.choose_splits`."""
+    replaces_loss = False
+    """Whether :meth:`prepare` gives the model another loss than its own."""
 
     def __init__(self, gallery_dtype: torch.dtype = torch.float32, test_splits: Sequence[str] = ()) -> None:
         super().__init__()

@@ -173,6 +173,41 @@ def test_triplets(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     ]
 
 
+def test_the_current_folder_is_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"reference": "x.jpg", "text": "in red", "target": "y.jpg"}))
+    (tmp_path / "images").mkdir()
+    for name in ("x.jpg", "y.jpg"):
+        (tmp_path / "images" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    output, code = run(capsys, ".")
+    assert code == 0
+    assert "files    ./ (1 .jsonl)" in part(output, "Triplets of your own")
+    assert "training: yes" in part(output, "Triplets of your own")
+
+
+def test_circo_before_its_pictures_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """COCO's list unpacks into the folder of the annotations."""
+    (tmp_path / "annotations").mkdir()
+    record = {"id": 0, "reference_img_id": 1, "target_img_id": 2, "gt_img_ids": [2], "relative_caption": "has two",
+              "shared_concept": "a dog"}  # fmt: skip
+    (tmp_path / "annotations/val.json").write_text(json.dumps([record]))
+    images = [{"id": number, "file_name": f"{number:012}.jpg"} for number in (1, 2)]
+    (tmp_path / "annotations/image_info_unlabeled2017.json").write_text(json.dumps({"images": images}))
+    output, _ = run(capsys, tmp_path)
+    assert any(line.startswith("images   0 of 2 that are needed") for line in part(output, "CIRCO"))
+
+
+def test_a_sample_with_one_picture_is_counted_as_incomplete(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for number, sides in ((1, ("source", "target")), (2, ("target",))):
+        for side in sides:
+            Image.new("RGB", (4, 4)).save(tmp_path / f"00000000{number}.{side}_image.jpg")
+        (tmp_path / f"00000000{number}.json").write_text(json.dumps({"target_caption": "a dog"}))
+    output, code = run(capsys, tmp_path)
+    assert code == 0
+    lines = part(output, "SynthTriplets18M")
+    assert "training: partly, 1 of 2 triplets have their images, needs missing_images: skip" in lines
+
+
 def test_a_folder_of_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     lines = [{"image": "a/x.jpg", "caption": "one"}, {"image": "y.png", "caption": ["two", "2"]}]
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))

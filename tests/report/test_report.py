@@ -96,6 +96,16 @@ def test_expected_random_of_cirr_counts_neither_the_reference_nor_strangers_to_t
     assert {metric: expected[metric] for metric in by_hand} == pytest.approx(by_hand, abs=1e-6)
 
 
+def test_expected_random_is_drawn_where_equally_often_would_take_too_many_ranks(cirr, monkeypatch):
+    """Ranks below 2,296 and places below five occur equally often in 11,480 rows; the mean of draws is near theirs."""
+    expected = chance.expected_random(cirr)
+    monkeypatch.setattr(chance, "_MOST_ROWS", 11479)
+    drawn = chance.expected_random(cirr)
+    assert drawn.keys() == expected.keys()
+    assert drawn != expected
+    assert all(drawn[metric] == pytest.approx(value, rel=0.05, abs=0.1) for metric, value in expected.items())
+
+
 def test_expected_random_is_100_where_k_exceeds_the_gallery():
     expected = chance.expected_random(make_benchmark([make_group("dress", 2, 12)]))
     assert expected["dress_R@10"] == pytest.approx(100 * 10 / 12)

@@ -86,6 +86,7 @@ class RetrievalDpoTask(ComposedRetrievalTask):
     """
 
     RUN_SETTINGS = DpoRun
+    replaces_loss = True
     CURVE_PANELS = (
         Panel(
             "share",

@@ -196,6 +196,8 @@ def _rebuild(saved: Mapping[str, Any], path: str, batches: int) -> tuple[nn.Modu
     choose_splits(cfg, "train")
     seed_all(int(cfg.run_cfg.seed))  # frozen tensors without a file are drawn again from the run's seed
     task = tasks.setup_task(cfg)
+    if getattr(task, "replaces_loss", False):
+        raise ValueError(f"run.task: {cfg.run_cfg.task} trains another loss than the model's own, of mined negatives.")
     datasets = concat_datasets(reorg_datasets_by_split(task.build_datasets(cfg)))
     model = lora.build_model(task, cfg)
     load_strictly(model, saved["model"], path, may_lack=frozen_names(model))

@@ -227,6 +227,19 @@ def test_a_run_whose_loss_cannot_be_computed_is_drawn_without(trained, tmp_path,
     assert Image.open(tmp_path / "gap.png").width == 7 * 150
 
 
+def test_another_loss_than_the_models_own_is_not_drawn(trained, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(trained, moved)
+    saved = torch.load(moved / "checkpoint_best.pth", weights_only=True)
+    saved["config"]["run"]["task"] = "retrieval_dpo"
+    torch.save(saved, moved / "checkpoint_best.pth")
+    command(moved, "--output", tmp_path / "gap.png")
+    said = (
+        "the loss is not drawn: run.task: retrieval_dpo trains another loss than the model's own, of mined negatives."
+    )
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("content", [[1], {"x": torch.zeros(1)}, {"model": {}, "config": {"run": None}}])
 def test_a_checkpoint_without_a_runs_config_becomes_a_note(content, tmp_path):
     torch.save(content, tmp_path / "checkpoint_best.pth")
