@@ -310,10 +310,10 @@ def _folders(paths: Collection[Path], root: Path) -> str:
     for path in paths:
         folder, name = os.path.split(path)
         above = os.path.dirname(folder)
-        place = os.path.join(above, "*") if siblings[above] > MANY_FOLDERS else folder
+        place = os.path.join(above, "*") if siblings[above] > MANY_FOLDERS else folder or os.curdir
         suffixes.setdefault(place, Counter())[os.path.splitext(name)[1]] += 1
     written = [
-        f"{os.path.relpath(place or os.curdir, root)}/ ({', '.join(f'{count:,} {suffix}' for suffix, count in found.most_common())})"
+        f"{os.path.relpath(place, root)}/ ({', '.join(f'{count:,} {suffix}' for suffix, count in found.most_common())})"
         for place, found in suffixes.items()
     ]
     more = len(written) - MANY_FOLDERS
