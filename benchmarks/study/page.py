@@ -41,6 +41,7 @@ Differences are in points of the mean of R@10 and R@50 on 825 validation queries
 otherwise. Each half of the queries chooses the epoch of the other half. Brackets hold {level} % bootstrap intervals
 over seeds and queries; with three seeds they are somewhat too narrow. Those of the gap are Student's, over seeds alone.
 Runs with one seed share triplets and order, and differences are of runs with one start, so they are paired.
+Here the rows that decide have {deciding} seeds; the tables below show the {main} seeds that all rows have.
 
 {tests}
 """
@@ -95,6 +96,8 @@ def page_parts(study: Study, links: Sequence[str] = ()) -> Iterator[str]:
         counts=markdown(counts(study)),
         stale=f"\n{stale} rows of the file belong to other settings than these and are left out.\n" if stale else "",
         level=LEVEL,
+        deciding=len(design.deciding_seeds),
+        main=len(design.main_seeds),
         tests=markdown(comparisons(study)),
     )
     for amount in sorted({*design.main_amounts, *design.other_amounts}):

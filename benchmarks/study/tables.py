@@ -113,8 +113,17 @@ class Study:
                 found[run.part, run.name, run.triplets][run.seed] = self.rows[run.key, run.digest]
         return found
 
-    def of(self, part: str, name: str, amount: int) -> dict[int, Result]:
-        return self.finished.get((part, name, amount), {})
+    def of(self, part: str, name: str, amount: int, decides: bool = False) -> dict[int, Result]:
+        """Return a row's results by seed; of the main table those of the seeds that all of its rows have.
+
+        Args:
+            part, name, amount: What identifies the row.
+            decides: Whether to return all seeds, also where the rows that decide have more than the others.
+        """
+        found = self.finished.get((part, name, amount), {})
+        if decides or part != "main":
+            return found
+        return {seed: row for seed, row in found.items() if seed in self.design.main_seeds}
 
     def difference(
         self, one: Mapping[int, Result], other: Mapping[int, Result], column: str = "hits_stopped"
@@ -290,7 +299,8 @@ def comparisons(study: Study) -> Table:
     """Return the comparisons that the plan named before the runs, with their verdicts."""
     table = [["triplets", "comparison", f"difference ({LEVEL} %)", "verdict"]]
     for amount in study.design.main_amounts:
-        rows = {name: study.of("main", name, amount) for name in (PLAIN, RANDOM, SAM, study.wrf, *REGULARISERS)}
+        names = (PLAIN, RANDOM, SAM, study.wrf, *REGULARISERS)
+        rows = {name: study.of("main", name, amount, decides=True) for name in names}
         longer = study.of("why", f"steps x 2: {PLAIN}", amount)
         best = study.best_regulariser
         differences = {
@@ -316,7 +326,7 @@ def comparisons(study: Study) -> Table:
 def conclusion(study: Study) -> str:
     """Return what the runs say of the paper's claim, by the rules of the plan."""
     amounts, wanted = study.design.main_amounts, len(study.design.deciding_seeds or study.design.main_seeds)
-    rows = {(amount, name): study.of("main", name, amount) for amount in amounts
+    rows = {(amount, name): study.of("main", name, amount, decides=True) for amount in amounts
             for name in (PLAIN, RANDOM, study.wrf)}  # fmt: skip
     against_plain, against_random, gaps = [], [], []
     for amount in amounts:

@@ -591,6 +591,8 @@ def _describe(thing: Any, ancestors: tuple[int, ...], name_of: NameOf) -> Iterat
         yield repr(thing).encode()
     elif isinstance(thing, Enum):
         yield thing.name.encode()
+    elif isinstance(thing, torch.device):
+        return  # features are the same on every device
     elif isinstance(thing, Tensor):
         yield f"{thing.dtype} {tuple(thing.shape)}".encode()
         yield thing.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
@@ -630,6 +632,8 @@ def _parts(thing: Any, name_of: NameOf) -> Iterator[Any]:
         for name, value in vars(thing).items():
             if name in registered or not (name.startswith("_") or name == "training"):
                 yield from (name, value)
+    elif hasattr(thing, "pattern") and hasattr(thing, "flags"):  # regex pickles code whose order varies
+        yield from (thing.pattern, int(thing.flags))
     elif hasattr(thing, "__dict__"):
         yield vars(thing)
         yield from ((slots,) if (slots := _slots(thing)) else ())
@@ -655,7 +659,7 @@ def _reduced(thing: Any) -> Iterator[Any]:
     try:
         registered = copyreg.dispatch_table.get(type(thing))
         stored = registered(thing) if registered else thing.__reduce_ex__(2)
-    except TypeError as error:
+    except Exception as error:
         raise ValueError(
             f"run.feature_cache: the tower or its transform holds a {type(thing).__name__}, whose value cannot be "
             f"recognised again ({error}), so that features could be out of date unnoticed; keep it out of them, or set "

@@ -38,7 +38,9 @@ def expected_random(benchmark: Benchmark) -> dict[str, float]:
     if any(query.relevance for group in benchmark.groups for query in group.queries):
         return _mean_of_random_rankings(benchmark)
     chances = {group.name: sorted(_candidates(group)) or [(0, 0)] for group in benchmark.groups}
-    if any(_rows(*pair) > _MOST_ROWS for pairs in chances.values() for pair in set(pairs)):
+    if any(
+        members and _rows(found, members) > _MOST_ROWS for pairs in chances.values() for found, members in set(pairs)
+    ):
         return _mean_of_random_rankings(benchmark)
     # Usually all queries of a group have the same chances, so the cuts are 0 and 1 and metrics is called once.
     cuts = {Fraction(1)}

@@ -81,7 +81,9 @@ def cache_features(model: Any, datasets: Mapping[str, Mapping[str, Any]], run: M
     splits = list(_splits(datasets, run))
     model.to(torch.device(run["device"]))
     problem = tower_problem(model)
-    _leave_out_impossible(splits, problem or (_amp_problem(model, splits, run) if is_auto else None))
+    # What one process cannot do, such as a probe on a full GPU, all processes leave out.
+    found = gather(problem or (_amp_problem(model, splits, run) if is_auto else None))
+    _leave_out_impossible(splits, next((one for one in found if one is not None), None))
     if not is_auto:
         _refuse_impossible(splits, problem)
     _open_caches(root, model, splits, is_auto)
@@ -200,9 +202,15 @@ def _refuse_impossible(splits: Sequence[_Split], problem: tuple[str, str] | None
 def _open_caches(root: Path, model: Any, splits: Sequence[_Split], is_auto: bool) -> None:
     """Open a cache for each transform, and look up in it the pictures of the splits with this transform."""
     alike: dict[tuple[str, bool], list[_Split]] = {}
-    for split in splits:
-        if not split.reason:
-            alike.setdefault((fingerprint(split.dataset.vis_processor), split.dataset.upright), []).append(split)
+    for split in (split for split in splits if not split.reason):
+        try:
+            key = fingerprint(split.dataset.vis_processor), split.dataset.upright
+        except ValueError as error:
+            if not is_auto:
+                raise
+            split.leave_out(_reason_in(error))
+            continue
+        alike.setdefault(key, []).append(split)
     for members in alike.values():
         try:
             with fail_in_all_processes():
@@ -218,11 +226,15 @@ def _open_caches(root: Path, model: Any, splits: Sequence[_Split], is_auto: bool
             if not is_auto:
                 raise
             for split in members:
-                split.leave_out(str(error).removeprefix("run.feature_cache: ").rstrip("."))
+                split.leave_out(_reason_in(error))
             continue
         for split in members:
             split.cache, split.found = cache, found & split.paths
     _leave_out_mixed(splits)
+
+
+def _reason_in(error: Exception) -> str:
+    return str(error).removeprefix("run.feature_cache: ").rstrip(".")
 
 
 def _row(model: Any, splits: Sequence[_Split], is_auto: bool) -> Tensor:
@@ -306,7 +318,9 @@ def _choose(splits: Sequence[_Split], row: Tensor, folder: Path, free: int) -> N
         split.keeps = split.reads > split.pictures
     missing = _missing(splits)
     fits = gather(missing * (row.nbytes + _LINE_BYTES) < AUTO_SHARE * free)[0]
-    too_large = [split for split in splits if split.keeps and not fits and split.paths - split.found]
+    too_large = [
+        split for split in splits if split.cache is not None and split.keeps and not fits and split.paths - split.found
+    ]
     for split in too_large:
         split.keeps = False
     size = (

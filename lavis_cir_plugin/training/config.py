@@ -506,8 +506,9 @@ def _split_conflicts(cfg: Config, command: str) -> Iterator[str]:
     if command == "train" and not cfg.run_cfg.evaluate and list(cfg.run_cfg.train_splits) != ["train"]:
         given = list(cfg.run_cfg.train_splits)
         yield f"run.train_splits must be [train], the one split that LAVIS trains on, got {given}."
-    for key in keys[1:]:
-        for split in cfg.run_cfg[key]:
+    if command == "train" or _evaluates_benchmarks(cfg.run_cfg):
+        evaluated = keys[1:] if command == "train" else keys[2:]
+        for key, split in [(kind, split) for kind in evaluated for split in cfg.run_cfg[kind]]:
             if plain_split_name(split) == "train":
                 yield (
                     f"run.{key}: {split} is read for training alone and cannot be evaluated; benchmarks have seen, "

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -463,6 +464,28 @@ def test_a_processor_that_refuses_the_probe_is_left_out(root, data, small_model,
     assert "tensors of the image tower are trained" in said
     with pytest.raises(ValueError, match="64 is too small"):
         prepared(small_model(freeze_vit=True), {"drawn": {"train": training}}, caplog, True)
+
+
+class Locked(TargetPadProcessor):
+    def __init__(self, size):
+        super().__init__(size)
+        self.lock = threading.Lock()
+
+
+def test_a_processor_that_cannot_be_recognised_is_left_out(root, data, small_model, caplog):
+    training = data(Locked(16))
+    (said,) = prepared(small_model(freeze_vit=True), {"drawn": {"train": training}}, caplog)
+    assert "holds a lock, whose value cannot be recognised again" in said
+    assert training.features is None
+    with pytest.raises(ValueError, match="holds a lock"):
+        prepared(small_model(freeze_vit=True), {"drawn": {"train": data(Locked(16))}}, caplog, True)
+
+
+def test_foreign_training_data_beside_a_full_disk_do_no_harm(root, data, small_model, monkeypatch, caplog):
+    free(monkeypatch, 0)
+    datasets = {"foreign": {"train": Foreign()}, "drawn": {"val": evaluation(data())}}
+    lines = prepared(small_model(freeze_vit=True), datasets, caplog, valid_splits=["val"])
+    assert any("more than a tenth of the 0 bytes free" in line for line in lines)
 
 
 def test_a_folder_that_may_not_be_entered_turns_auto_off(root, data, small_model, monkeypatch, caplog):

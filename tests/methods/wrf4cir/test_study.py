@@ -300,7 +300,8 @@ def test_differences_are_of_the_seeds_that_both_rows_have():
     heading = table["row"]
     assert table[study.wrf][heading.index("less plain (95 %)")].startswith("+25.00 (")
     assert table[PLAIN][heading.index("less plain (95 %)")] == "–"
-    assert table[PLAIN][heading.index("seeds")] == "12"
+    assert table[PLAIN][heading.index("seeds")] == "5", "those that all rows have"
+    assert len(study.of("main", PLAIN, 30, decides=True)) == 12
     run = next(run for run in study.plan.runs if run.key == "main/plain/30/0")
     rest = Study(SMALL, {key: row for key, row in study.rows.items() if key != (run.key, run.digest)})
     difference = rest.difference(rest.of("main", rest.wrf, 30), rest.of("main", PLAIN, 30))
