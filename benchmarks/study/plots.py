@@ -14,9 +14,9 @@ from study.tables import Study, average
 
 
 def draw_gammas(study: Study, path: Path) -> bool:
-    """Draw the recall over gamma for each main amount; plain is a line. Return whether there is anything to draw."""
+    """Draw the recall over gamma for each main amount; plain is a line. Return whether there are several gammas."""
     figure, panels = _panels(study)
-    if not panels:
+    if not any(sum(bool(study.of("main", wrf_name(value), amount)) for value in GAMMAS) > 1 for amount in panels):
         return False
     for amount, panel in panels.items():
         for column, colour, label in (("val_stopped", "#1f5fa8", "validation"), ("train_last", "#bdbdbd", "training")):
