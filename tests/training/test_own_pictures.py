@@ -85,7 +85,7 @@ def run(words, catalogue, output, clip):
     for at, word in enumerate(words):
         key, _, earlier = word.partition("=output/")
         if earlier:
-            folder, _, name = earlier.partition("/x/")
+            folder, _, name = earlier.partition("/RUN/")
             (made,) = (output / folder).iterdir()
             words[at] = f"{key}={made / name}"
     options = [*LESS, *options_for(project, clip), f"run.output_dir={output / project}"]
