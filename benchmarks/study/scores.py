@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pycocoevalcap.cider.cider import Cider  # type: ignore[import-untyped]
 from torch import Tensor
 
-from lavis_cir_plugin.tasks.local_captioning import tokenized
+from lavis_cir_plugin.tasks.local_captioning import cider_of_each
 
 CUTOFFS = (10, 50)
 
@@ -39,10 +38,9 @@ def _right_answers(results: list[dict[str, Any]], annotation: list[dict[str, Any
 
 
 def _cider(results: list[dict[str, Any]], annotation: list[dict[str, Any]]) -> Tensor:
-    given = {int(result["instance_id"]): [tokenized(result["caption"])] for result in results}
-    truth = {place: [tokenized(text) for text in record["caption"]] for place, record in enumerate(annotation)}
-    _, each = Cider().compute_score(truth, {place: given[place] for place in truth})
-    return torch.tensor(each, dtype=torch.float32)[None]
+    given = {int(result["instance_id"]): result["caption"] for result in results}
+    captions = [given[place] for place in range(len(annotation))]
+    return torch.tensor([cider_of_each(captions, [record["caption"] for record in annotation])])
 
 
 def stopped_scores(scores: Tensor) -> Tensor:

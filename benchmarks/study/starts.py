@@ -7,6 +7,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,21 @@ PROCESSORS = {stage: {"name": "target_pad", "image_size": 64} for stage in ("tra
 
 def start_checkpoint(design: Design, start: Start, work: Path) -> Path:
     """Return the checkpoint that runs start from; the first call trains it on captions."""
-    path = _file(design, start.name, work)
+
+    def make(path: Path) -> None:
+        state = _make_start(design, start, work)
+        with replacing(path) as file:
+            torch.save({"model": state}, file)
+
+    return _once(_file(design, start.name, work), make)
+
+
+def _once(path: Path, make: Callable[[Path], None]) -> Path:
+    """Return a file, which the first of several processes makes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(path.with_suffix(".lock"), f"training {path.name}"):
         if not path.is_file():
-            state = _make_start(design, start, work)
-            with replacing(path) as file:
-                torch.save({"model": state}, file)
+            make(path)
     return path
 
 
@@ -81,8 +90,7 @@ def _train_on_captions(design: Design, start: Start, work: Path, untrained: Path
             "triplets": {"build_info": {"root": str(folder), "images": str(root / "images")},
                          "vis_processor": PROCESSORS, "splits": ["train"], "preload": untrained is None},
         },
-        "run": {**run_section(design, work), "runner": "runner_iter", "max_iters": steps,
-                "iters_per_inner_epoch": max(steps // 10, 1), "valid_splits": [], "init_lr": 5.0e-4, "seed": 0,
+        "run": {**_start_section(design, work, steps), "init_lr": 5.0e-4,
                 "feature_cache": str(work / "features") if untrained is not None else False},
     }  # fmt: skip
     runners: list[Any] = []
@@ -92,6 +100,11 @@ def _train_on_captions(design: Design, start: Start, work: Path, untrained: Path
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     shutil.rmtree(output)
     return state
+
+
+def _start_section(design: Design, work: Path, steps: int) -> dict[str, Any]:
+    return {**run_section(design, work), "runner": "runner_iter", "max_iters": steps,
+            "iters_per_inner_epoch": max(steps // 10, 1), "valid_splits": [], "seed": 0}  # fmt: skip
 
 
 def clip_checkpoint(design: Design, work: Path) -> Path:
@@ -113,31 +126,28 @@ def _trained_once(
     design: Design, work: Path, name: str, model: Mapping[str, Any], pictures: Mapping[str, Any], run: Mapping[str, Any]
 ) -> Path:
     """Return the checkpoint of a model that learns from pictures with their captions, "a photo of ..."."""
-    path = _file(design, name, work)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    world = {"seed": worlds.CAPTION_WORLD, "train_images": design.caption_pictures, "val_images": 40,
-             "captions": "full", "image_width": worlds.WIDTH, "image_height": worlds.HEIGHT}  # fmt: skip
     steps = design.caption_steps // 3  # with batches of twice the size, as in the demos of TSCIR
     config = {
         "model": dict(model),
         "datasets": {
-            "garments_caption": {"splits": ["train"], "garments": world, "vis_processor": {"train": dict(pictures)},
+            "garments_caption": {"splits": ["train"], "garments": asdict(worlds.caption_settings(design)),
+                                 "vis_processor": {"train": dict(pictures)},
                                  "text_processor": {"train": {"prompt": "a photo of "}}},
         },
-        "run": {**run_section(design, work), "runner": "runner_iter", "batch_size_train": 2 * design.batch,
-                "max_iters": steps, "iters_per_inner_epoch": max(steps // 10, 1), "valid_splits": [], "seed": 0,
-                "feature_cache": False, **run},
+        "run": {**_start_section(design, work, steps), "batch_size_train": 2 * design.batch, "feature_cache": False,
+                **run},
     }  # fmt: skip
-    with hold_lock(path.with_suffix(".lock"), f"training {path.name}"):
-        if not path.is_file():
-            output = _file(design, name, work, "_run")
-            runners: list[Any] = []
-            launch(config, output, runners.append)
-            last = Path(runners[0].output_dir) / "checkpoint_last.pth"
-            # The checkpoint itself, because TSCIR's stages read the settings that stand in it.
-            replace_file(path, last.read_bytes())
-            shutil.rmtree(output)
-    return path
+
+    def make(path: Path) -> None:
+        output = _file(design, name, work, "_run")
+        runners: list[Any] = []
+        launch(config, output, runners.append)
+        last = Path(runners[0].output_dir) / "checkpoint_last.pth"
+        # The checkpoint itself, because TSCIR's stages read the settings that stand in it.
+        replace_file(path, last.read_bytes())
+        shutil.rmtree(output)
+
+    return _once(_file(design, name, work), make)
 
 
 def model_section(start: Start, finetuned: Path | None) -> dict[str, Any]:

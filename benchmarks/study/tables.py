@@ -173,6 +173,14 @@ def number(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def words(interval: Interval | None) -> str:
+    return "–" if interval is None else str(interval)
+
+
+def average_gap(rows: Mapping[int, Result]) -> float | None:
+    return mean(gap(row) for row in rows.values()) if rows else None
+
+
 def main_table(study: Study, amount: int) -> Table:
     """Return the main table of one amount of triplets; rows without a finished run are left out."""
     heading = ["row", "seeds", "train", "val", "gap", "val, stopped", f"less plain ({LEVEL} %)", "loss", "rise along δ",
@@ -192,9 +200,9 @@ def main_table(study: Study, amount: int) -> Table:
             name,
             str(len(own)),
             *(number(average(own, column)) for column in ("train_last", "val_last")),
-            number(mean(gap(row) for row in own.values())),
+            number(average_gap(own)),
             number(average(own, "val_stopped")),
-            "–" if difference is None else str(difference),
+            words(difference),
             number(average(own, "loss"), 3),
             *(number(average(own, column), 4) for column in ("rise_gradient", "rise_random")),
             number(radius / start if radius and start else None, 5),
@@ -227,11 +235,10 @@ def pair_table(study: Study, part: str, labels: Mapping[str, str], amount: int) 
         plain, drawn, wrf = (study.of(place, prefix + name, amount) for name in (PLAIN, RANDOM, study.wrf))
         if not (plain or drawn or wrf):
             continue
-        gaps = [mean(gap(row) for row in own.values()) if own else None for own in (plain, wrf)]
+        gaps = [average_gap(own) for own in (plain, wrf)]
         against = [study.difference(wrf, other) for other in (plain, drawn)]
         recalls = [number(average(own, "val_stopped")) for own in (plain, drawn, wrf)]
-        words = ["–" if interval is None else str(interval) for interval in against]
-        table.append([label, *recalls, *words, *map(number, gaps)])
+        table.append([label, *recalls, *map(words, against), *map(number, gaps)])
     return table
 
 
@@ -244,7 +251,7 @@ def noise_table(study: Study, amount: int) -> Table:
         if any(rows.values()):
             difference = study.difference(rows[study.wrf], rows[PLAIN])
             recalls = [number(average(own, "val_stopped")) for own in rows.values()]
-            table.append([f"{ratio:g}", *recalls, "–" if difference is None else str(difference)])
+            table.append([f"{ratio:g}", *recalls, words(difference)])
     return table
 
 
@@ -260,13 +267,9 @@ def elsewhere_table(study: Study) -> Table:
             continue
         pairs = [(name, PLAIN) for name in radii] + [(claimed, RANDOM)]
         found = [study.difference(rows[one], rows[other]) for one, other in pairs]
-        gaps = [
-            mean(gap(row) for row in rows[name].values()) if rows[name] and part not in WITHOUT_GAP else None
-            for name in (PLAIN, claimed)
-        ]
+        gaps = [None if part in WITHOUT_GAP else average_gap(rows[name]) for name in (PLAIN, claimed)]
         scores = [number(average(own, "val_stopped")) for own in rows.values()]
-        words = ["–" if interval is None else str(interval) for interval in found]
-        table.append([ELSEWHERE_LABELS[part], *scores, *words, *map(number, gaps)])
+        table.append([ELSEWHERE_LABELS[part], *scores, *map(words, found), *map(number, gaps)])
     return table
 
 
@@ -315,11 +318,11 @@ def comparisons(study: Study) -> Table:
             f"{study.wrf} less random, last step": study.difference(rows[study.wrf], rows[RANDOM], "hits_last"),
             f"{study.wrf} less plain with twice the steps": study.difference(rows[study.wrf], longer),
         }
-        for words, interval in differences.items():
-            table.append([f"{amount:,}", words, "–" if interval is None else str(interval), verdict(interval)])
+        for compared, interval in differences.items():
+            table.append([f"{amount:,}", compared, words(interval), verdict(interval)])
         narrower = study.gap_difference(rows[study.wrf], rows[PLAIN])
         said = verdict(narrower) if narrower is None else "narrower" if narrower.high < 0 else "not narrower"
-        table.append([f"{amount:,}", "gap: WRF less plain", "–" if narrower is None else str(narrower), said])
+        table.append([f"{amount:,}", "gap: WRF less plain", words(narrower), said])
     return table
 
 

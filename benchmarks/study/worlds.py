@@ -60,11 +60,14 @@ def training_annotations(design: Design, run: Run, work: Path) -> Path:
 
 def caption_world(design: Design) -> Path:
     """Return the folder of a drawn world of captioned pictures; the first call draws it."""
-    settings = questions.QuestionGarments(
+    return questions.WORLD.make(cache_root(), caption_settings(design), section="garments_caption")
+
+
+def caption_settings(design: Design) -> questions.QuestionGarments:
+    return questions.QuestionGarments(
         seed=CAPTION_WORLD, train_images=design.caption_pictures, val_images=40, captions="full",
         image_width=WIDTH, image_height=HEIGHT,
     )  # fmt: skip
-    return questions.WORLD.make(cache_root(), settings, section="garments_caption")
 
 
 def caption_triplets(root: Path, work: Path) -> Path:

@@ -197,7 +197,8 @@ class FeatureCache:
         image_of = {path: file["image"] for path, file in known.items() if file is not None}
         images = sorted({image for image in image_of.values() if image in self._unchecked})
         # Processes on machines with folders of their own have other rows, which each has to check itself.
-        is_shared = len(set(gather(str([_place(self._unchecked[image]) for image in images])))) == 1
+        rows = repr([_place(self._unchecked[image]) for image in images]).encode()
+        is_shared = len(set(gather(hashlib.blake2b(rows, digest_size=16).digest()))) == 1
         checked = gather(self._damaged_rows(images[rank::world] if is_shared else images))
         wrong = {image: place for part in (checked if is_shared else [checked[rank]]) for image, place in part.items()}
         for image in images:

@@ -113,13 +113,32 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
 
     Source: CIDEr-D (arXiv 1411.5726) and corpus BLEU with the closest reference length, by pycocoevalcap.
     """
-    given = {place: [tokenized(text)] for place, text in enumerate(captions)}
-    truth = {place: [tokenized(text) for text in texts] for place, texts in enumerate(references)}
-    if not any(text for texts in truth.values() for text in texts):  # pycocoevalcap takes the maximum of no numbers
+    given, truth = _words_of(captions, references)
+    if not _has_words(truth):
         return {"CIDEr": 0.0, "Bleu_4": 0.0}
     cider, _ = Cider().compute_score(truth, given)
     bleu, _ = Bleu(4).compute_score(truth, given, verbose=0)
     return {"CIDEr": float(cider), "Bleu_4": float(bleu[3])}
+
+
+def cider_of_each(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Return each caption's ``CIDEr``, whose mean is that of :func:`caption_scores`."""
+    given, truth = _words_of(captions, references)
+    return list(map(float, Cider().compute_score(truth, given)[1])) if _has_words(truth) else [0.0] * len(captions)
+
+
+_Words = Mapping[int, Sequence[str]]
+
+
+def _words_of(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[_Words, _Words]:
+    """Return captions and references as pycocoevalcap takes them, by the number of the picture."""
+    given = {place: [tokenized(text)] for place, text in enumerate(captions)}
+    return given, {place: [tokenized(text) for text in texts] for place, texts in enumerate(references)}
+
+
+def _has_words(truth: _Words) -> bool:
+    """Return whether a reference holds a word; without one pycocoevalcap takes the maximum of no numbers."""
+    return any(text for texts in truth.values() for text in texts)
 
 
 def tokenized(text: str) -> str:
