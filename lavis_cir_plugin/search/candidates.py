@@ -58,7 +58,7 @@ class Candidates:
             allowed: Sorted rows to choose from; ``None`` for all.
         """
         faiss = _faiss()
-        vectors = self._opened(faiss)
+        vectors = self.open()
         settings: dict[str, Any] = {"nprobe": min(self.probes, vectors.nlist)}
         if allowed is not None:
             bits = np.zeros(self.rows, dtype=bool)
@@ -82,7 +82,13 @@ class Candidates:
         rows: np.ndarray[Any, Any] = np.unique(numbers[numbers >= 0] // self.per_picture)
         return rows
 
-    def _opened(self, faiss: Any) -> Any:
+    def open(self) -> Any:
+        """Map the file, once, and return FAISS's index, which is there for good even if the file is replaced.
+
+        Raises:
+            ValueError: FAISS is not installed, or the file is missing or damaged.
+        """
+        faiss = _faiss()
         if self._vectors is None:
             try:
                 self._vectors = faiss.read_index(str(self.path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lavis_cir_plugin.search.build import refuse_another_model
-from lavis_cir_plugin.search.candidates import Candidates
+from lavis_cir_plugin.search.candidates import Candidates, has_faiss
 from lavis_cir_plugin.search.catalogue import Picture, ReadableCatalogue
 from lavis_cir_plugin.search.filters import Column
 from lavis_cir_plugin.search.folders import MANIFEST
@@ -84,7 +84,10 @@ class SearchIndex(Searcher):
         if not facts:
             return None
         path = self.path / self.manifest.files["candidates"]
-        return Candidates(path, int(facts["rows"]), self.manifest.shape[0], int(facts["probes"]))
+        found = Candidates(path, int(facts["rows"]), self.manifest.shape[0], int(facts["probes"]))
+        if has_faiss():
+            found.open()  # now, because a writer may replace the file before the first search
+        return found
 
     def __len__(self) -> int:
         return self.manifest.pictures

@@ -102,9 +102,13 @@ def test_an_index_with_candidates_says_what_they_find(tmp_path):
     draw_some(tmp_path / "p", 3, start=100)
     index(tmp_path / "p", tmp_path / "i", encoder, candidates="always")
     assert [path.name for path in (tmp_path / "i").glob("candidates-*")] == [file.name]  # 3 rows are not worth it
+    never_searched = open_index(tmp_path / "i", encoder)
     draw_some(tmp_path / "p", 30, start=200)
     index(tmp_path / "p", tmp_path / "i", encoder, candidates="always")
     assert not file.exists()
+    answer = never_searched.search(text="is red", k=5, fold=False)
+    assert not answer.is_exact
+    assert len(answer.hits) == 5
     assert len(open_index(tmp_path / "i", encoder).search(text="is red", k=100, fold=False).hits) == 93
 
 
