@@ -37,7 +37,8 @@ class RunDefaults:
         weight_decay: AdamW's weight decay.
         batch_size_eval: Images or queries of a batch in evaluation, per process.
         num_workers: Processes that load data, per process of the run.
-        seed: Seed of all generators; a process adds its rank.
+        seed: Seed of all generators; a process adds its rank. The order of the data depends on seed plus epoch: seeds
+            whose runs shall share no order lie further apart than a run has epochs.
         output_dir: Folder of all runs; each run makes its own sub-folder.
         amp: Whether to compute in mixed precision, which needs a GPU.
         resume_ckpt_path: Where a training goes on: the folder of a run, a checkpoint, or ``auto`` for the newest
