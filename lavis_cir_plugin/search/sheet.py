@@ -7,8 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from lavis_cir_plugin.benchmarks.images import open_rgb
+from lavis_cir_plugin.benchmarks.images import decode_rgb
 from lavis_cir_plugin.report.sheet_layout import BLUE, GREY, Cell, Column, Picture, Words, draw_sheet, font
+from lavis_cir_plugin.search.originals import ChangedError, open_indexed
 from lavis_cir_plugin.search.questions import Answer, Hit
 
 BOX = (180, 200)
@@ -26,7 +27,7 @@ def draw_answer(answer: Answer, references: Sequence[Image.Image], question: Seq
     """Draw an answer as a PNG: the question's pictures on the left, the first `MOST_SHOWN` results on the right.
 
     Args:
-        answer: The answer; a picture whose file is gone or damaged is said to be so.
+        answer: The answer; a picture whose file is gone, changed or damaged is said to be so.
         references: RGB pictures of the question.
         question: At least one line that says what was asked.
     """
@@ -57,9 +58,12 @@ def _result(hit: Hit, number: int) -> Cell:
     more = f" (+{len(hit.duplicates)} alike)" if hit.duplicates else ""
     label = _shortened(f"{number}.  {hit.score:.3f}{more}  ", Path(hit.path).name)
     try:
-        return Picture(open_rgb(Path(hit.path), upright=True), label)
-    except (FileNotFoundError, ValueError):
-        return Words("the file is gone or damaged", GREY, label)
+        with open_indexed(hit.picture) as file:
+            return Picture(decode_rgb(file.read(), hit.path, upright=True), label)
+    except ChangedError:
+        return Words("the file is gone or has changed", GREY, label)
+    except ValueError:
+        return Words("the file is damaged", GREY, label)
 
 
 def _shortened(start: str, name: str) -> str:
