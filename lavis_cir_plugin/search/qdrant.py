@@ -348,11 +348,12 @@ def keep_in(collection: Collection, path: str | Path, quiet: bool = False) -> Ke
         ConnectionError: the server does not answer, or refuses.
     """
     index = Path(path).expanduser().absolute()
-    manifest = read_manifest(index)
+    read_manifest(index)  # which raises where there is no index to lock
     lock = locked(index)
     try:
-        wanted = State(manifest.name, manifest.identity, _source(index), list(manifest.shape), manifest.longest)
         folder = _Folder(index)
+        manifest = folder.manifest
+        wanted = State(manifest.name, manifest.identity, _source(index), list(manifest.shape), manifest.longest)
         known = _prepared(collection, wanted, folder.columns)
         digests = collection.digests()
         added, changed = _copy(collection, folder, digests, quiet)
@@ -387,7 +388,7 @@ class _Folder:
     """The state of an index's folder, as points."""
 
     def __init__(self, index: Path) -> None:
-        manifest = read_manifest(index)
+        self.manifest = manifest = read_manifest(index)
         self._catalogue = ReadableCatalogue(index / manifest.files["catalogue"])
         self.columns = self._catalogue.own_columns
         self.features = manifest.features(index).array(manifest.rows)

@@ -16,6 +16,7 @@ from qdrant_client.http.exceptions import UnexpectedResponse
 
 from lavis_cir_plugin.commands.main import main
 from lavis_cir_plugin.search import open_collection, open_index, qdrant, qdrant_filters
+from lavis_cir_plugin.search.build import locked
 from lavis_cir_plugin.search.qdrant import Collection, connect, keep_in
 from lavis_cir_plugin.search.qdrant_index import QdrantIndex
 
@@ -216,6 +217,21 @@ def test_killed_and_started_again_it_goes_on_where_it_was(tmp_path, monkeypatch)
     monkeypatch.setattr(there, "put", put)
     assert keep_in(there, tmp_path / "i", quiet=True).added == 5
     assert answers(QdrantIndex(there, encoder)) == answers(open_index(tmp_path / "i", encoder))
+
+
+def test_what_another_process_adds_before_the_lock_is_had_is_copied_and_counted(tmp_path, monkeypatch):
+    there, encoder = collection(), make_encoder()
+    draw_some(tmp_path / "p", 3)
+    index(tmp_path / "p", tmp_path / "i", encoder)
+
+    def waiting(path):
+        draw_some(tmp_path / "p", 2, start=10)
+        index(tmp_path / "p", path, encoder)
+        return locked(path)
+
+    monkeypatch.setattr(qdrant, "locked", waiting)
+    kept = keep_in(there, tmp_path / "i", quiet=True)
+    assert (kept.pictures, kept.added) == (5, 5)
 
 
 def test_while_a_compacted_index_is_copied_every_picture_has_its_own_score(tmp_path, monkeypatch):
