@@ -59,7 +59,7 @@ What to keep in mind:
   learns more slowly, so a difference there can be one of speed; the row with twice the steps for both is the test.
 - γ was chosen for WRF. Random, SAM and ASAM have a perturbation of the same norm, and might do better with one of their
   own; the learning rate, in turn, was chosen for plain training. The gain over random is that of the direction at
-  WRF's best radius.
+  the radius chosen for WRF.
 - The regulariser that stands for all was the best on average over both sizes in the other world, where another was best
   with 1,000 triplets (see the end of the page). Values at an end of their grid may not be the best there are.
 - A gap narrows when training recall falls, too: `train` and `val` below tell which of them moved.

@@ -198,7 +198,7 @@ def average_gap(rows: Mapping[int, Result]) -> float | None:
 def main_table(study: Study, amount: int) -> Table:
     """Return the main table of one amount of triplets; rows without a finished run are left out."""
     heading = ["row", "seeds", "train", "val", "gap", "val, stopped", f"less plain ({LEVEL} %)", "loss", "rise along δ",
-               "rise, random", "‖δ‖/‖θ‖", "‖θ‖ grows", "time"]  # fmt: skip
+               "rise, random", "‖δ‖/‖θ‖", "‖θ‖, end / start", "time"]  # fmt: skip
     plain = study.of("main", PLAIN, amount)
     plain_time = average(plain, "step_seconds")
     table = [heading]
