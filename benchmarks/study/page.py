@@ -28,8 +28,8 @@ HEAD = """# Results: does WRF4CIR do what it claims?
 
 `python benchmarks/wrf_study.py --page` writes this page from `docs/results/wrf_study.csv`, which has a row per run.
 `make study` runs what is missing and writes it anew. [The plan](results/wrf_study_plan.md) was committed before any run
-of the table. All of it is on drawn garments and a small model: it shows what the method does there, and nothing about
-photographs.
+of the table; what was changed later is told there. All of it is on drawn garments and a small model: it shows what the
+method does there, and nothing about photographs.
 
 **{finished} of {total} runs are finished, {missing} are missing.** {conclusion}
 
@@ -38,24 +38,54 @@ photographs.
 ## What the plan asks
 
 Differences are in points of the mean of R@10 and R@50 on 825 validation queries, with early stopping unless a row says
-otherwise. Each half of the queries chooses the epoch of the other half. Brackets hold {level} % bootstrap intervals
-over seeds and queries; with three seeds they are somewhat too narrow. Those of the gap are Student's, over seeds alone.
-Runs with one seed share triplets and order, and differences are of runs with one start, so they are paired.
-Here the rows that decide have {deciding} seeds; the tables below show the {main} seeds that all rows have.
+otherwise: each half of the queries chooses the epoch of the other half. Runs with one seed share triplets and order,
+and differences are of runs with one start, so they are paired. {wrf} is the method with the γ that the other world
+chose; the paper's is 0.001. The rows that decide have {deciding} seeds here, and the tables further below at most
+{main}.
+
+Brackets hold {level} % bootstrap intervals over seeds and queries, or Student's over seeds alone for the gap. A gain
+has its whole interval above 0, and is one of a point if its mean is at least 1, so the interval may begin below 1. "No
+gain of a point" means that the interval ends below 1; a smaller gain or a loss is possible. One or two seeds get no
+verdict.
 
 {tests}
+
+What to keep in mind:
+
+- One drawn world, one set of queries and one start are behind all of these differences. Seeds vary the triplets and
+  their order alone, so no interval says how another world or another start would turn out. (Neighbouring seeds share
+  orders of places in the data, but other triplets stand at these places.)
+- With 3,000 triplets plain training does not overfit in these steps: its validation recall still rises at the end. WRF
+  learns more slowly, so a difference there can be one of speed; the row with twice the steps for both is the test.
+- γ was chosen for WRF. Random, SAM and ASAM have a perturbation of the same norm, and might do better with one of their
+  own; the learning rate, in turn, was chosen for plain training. The gain over random is that of the direction at
+  the radius chosen for WRF.
+- The regulariser that stands for all was the best on average over both sizes in the other world, where another was best
+  with 1,000 triplets (see the end of the page). Values at an end of their grid may not be the best there are.
+- A gap narrows when training recall falls, too: `train` and `val` below tell which of them moved.
+- The bootstrap counts the chance of a single answer in both of its draws, so intervals of many seeds are rather too
+  wide. Those of three can be too narrow. Queries of one family of garments share pictures; whole families drawn instead
+  of queries move the limits of the rows that decide by about a tenth of a point.
+- There are many rows, so some intervals will miss 0 by chance. Two lines are not compared by their brackets: that one
+  difference is a gain and another is none does not make the two different.
 """
 
-AFTER_TABLES = """`train` and `val` are after the last step, `gap` is their difference. `train` is recall on training
-queries, in galleries of val's size or, with 300 triplets, of the half that their pictures fill, which makes the gap
-larger there. `loss` is on fixed training batches without label smoothing. It rises along δ, the
-paper's perturbation at γ = 0.001, and along a random direction of equal length. `time` is processor time per step
-relative to plain.
+AFTER_TABLES = """`train` and `val` are after the last step, and `gap` is their difference. `less plain` is of `val,
+stopped` and paired; the other columns are averages of a row's own seeds, which do not compare rows with unequal
+numbers of seeds. `train` is recall on training queries, in galleries of val's size or, with 300 triplets, of the half
+that their pictures fill, which makes the gap larger there. With 10,000 triplets all seeds have nearly the same ones,
+so intervals there are of their order alone. `loss` is on fixed training batches without label smoothing. It rises
+along δ, the paper's perturbation at γ = 0.001 whatever a row was trained with, and along a random direction of equal
+length. `time` is processor time per step relative to plain, with features that are computed beforehand.
 """
+
+SIDE_BY_SIDE = """Here and below, a line has the seeds that all of its runs have, so what is also in the table above is
+of fewer seeds than there."""
 
 FOOT = """## How the settings were chosen
 
-In another world (seeds {seeds}), the learning rate first and everything else with it, by the recall in the table.
+In another world (seeds {seeds}), the learning rate first and everything else with it, by the mean recall under early
+stopping. Two seeds at a size differ by several points, so neighbouring values are not told apart.
 
 {choices}
 
@@ -96,6 +126,7 @@ def page_parts(study: Study, links: Sequence[str] = ()) -> Iterator[str]:
         counts=markdown(counts(study)),
         stale=f"\n{stale} rows of the file belong to other settings than these and are left out.\n" if stale else "",
         level=LEVEL,
+        wrf=study.wrf,
         deciding=len(design.deciding_seeds),
         main=len(design.main_seeds),
         tests=markdown(comparisons(study)),
@@ -105,7 +136,7 @@ def page_parts(study: Study, links: Sequence[str] = ()) -> Iterator[str]:
     yield AFTER_TABLES
     yield from (f"{link}\n" for link in links)
     why, noise = pair_table(study, "why", WHY, design.why_triplets), noise_table(study, design.noise_triplets)
-    yield f"## Why, or why not: {design.why_triplets:,} triplets\n\n{shown(why)}\n"
+    yield f"## Why, or why not: {design.why_triplets:,} triplets\n\n{SIDE_BY_SIDE}\n\n{shown(why)}\n"
     yield f"## Under label noise: {design.noise_triplets:,} triplets\n\n{shown(noise)}\n"
     heading = f"## Other models and tasks: {design.elsewhere_examples:,} training examples"
     yield f"{heading}\n\n{elsewhere_conclusion(study)}\n\n{shown(elsewhere_table(study))}\n"

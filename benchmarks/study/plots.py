@@ -49,7 +49,7 @@ def draw_curves(study: Study, path: Path) -> bool:
                 curves = [[float(value) for value in row[column].split()] for row in rows]
                 if curves:
                     panel.plot(np.mean(curves, axis=0), style, color=colour, label=name if style == "-" else None)
-        panel.set_xlabel("validation")
+        panel.set_xlabel("validation (dashed: on training queries)")
         frame(panel, f"{amount:,} triplets")
     figure.axes[0].set_ylabel("mean of R@10 and R@50, percent")
     figure.axes[0].legend(frameon=False, fontsize=8)
@@ -61,4 +61,4 @@ def _panels(study: Study) -> tuple[Figure, dict[int, Axes]]:
     """Return a figure with a panel for each main amount that has a plain run."""
     amounts = [amount for amount in study.design.main_amounts if study.of("main", PLAIN, amount)]
     figure = Figure(figsize=(4.6 * max(len(amounts), 1), 3.6), constrained_layout=True)
-    return figure, dict(zip(amounts, figure.subplots(1, max(len(amounts), 1), squeeze=False)[0]))
+    return figure, dict(zip(amounts, figure.subplots(1, max(len(amounts), 1), squeeze=False, sharey=True)[0]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean
@@ -58,7 +58,7 @@ POINT = 1.0
 """Points of recall that count as a gain worth a second pass."""
 
 LEAST_SEEDS = 3
-"""Seeds that an interval over seeds alone needs."""
+"""Seeds that a verdict and an interval over seeds alone need."""
 
 ELSEWHERE_LEAST = 3
 """Other models and tasks that have to agree for a conclusion."""
@@ -125,6 +125,15 @@ class Study:
             return found
         return {seed: row for seed, row in found.items() if seed in self.design.main_seeds}
 
+    def side_by_side(self, part: str, names: Iterable[str], amount: int) -> dict[str, dict[int, Result]]:
+        """Return rows whose averages are compared, by name: each has the seeds that all rows with a result have.
+
+        Of the main table these are at most the seeds of the other parts, whose averages stand below.
+        """
+        rows = {name: self.of(part, name, amount) for name in names}
+        seeds = set(self.design.other_seeds).intersection(*filter(None, rows.values()))
+        return {name: {seed: row for seed, row in own.items() if seed in seeds} for name, own in rows.items()}
+
     def difference(
         self, one: Mapping[int, Result], other: Mapping[int, Result], column: str = "hits_stopped"
     ) -> Interval | None:
@@ -166,6 +175,11 @@ def average(rows: Mapping[int, Result], column: str) -> float | None:
     return mean(values) if values else None
 
 
+def seeds_of(rows: Mapping[str, Mapping[int, Result]]) -> str:
+    """Return how many seeds the rows of `Study.side_by_side` have."""
+    return str(max(map(len, rows.values())))
+
+
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +198,7 @@ def average_gap(rows: Mapping[int, Result]) -> float | None:
 def main_table(study: Study, amount: int) -> Table:
     """Return the main table of one amount of triplets; rows without a finished run are left out."""
     heading = ["row", "seeds", "train", "val", "gap", "val, stopped", f"less plain ({LEVEL} %)", "loss", "rise along δ",
-               "rise, random", "‖δ‖/‖θ‖", "‖θ‖ grows", "time"]  # fmt: skip
+               "rise, random", "‖δ‖/‖θ‖", "‖θ‖, end / start", "time"]  # fmt: skip
     plain = study.of("main", PLAIN, amount)
     plain_time = average(plain, "step_seconds")
     table = [heading]
@@ -213,14 +227,17 @@ def main_table(study: Study, amount: int) -> Table:
 
 
 def choice_table(study: Study) -> Table:
-    table = [["setting", "value", "runs", "val, stopped", ""]]
+    """Return the recall of each candidate in the choosing world: at each size, and the mean that chooses."""
+    amounts = study.design.main_amounts
+    table = [["setting", "value", "runs", *(f"{amount:,} triplets" for amount in amounts), "mean", ""]]
     for name, values in CANDIDATES.items():
         for value in values:
-            found = [row for amount in study.design.main_amounts
-                     for row in study.of("choose", f"{name} {value:g}", amount).values()]  # fmt: skip
+            of_amount = [study.of("choose", f"{name} {value:g}", amount) for amount in amounts]
+            found = [float(row["val_stopped"]) for own in of_amount for row in own.values()]
             is_chosen = study.plan.chosen.get(name) == value
-            recall = mean(float(row["val_stopped"]) for row in found) if found else None
-            table.append([name, f"{value:g}", str(len(found)), number(recall, 2), "chosen" if is_chosen else ""])
+            recalls = [average(own, "val_stopped") for own in of_amount] + [mean(found) if found else None]
+            said = [number(recall, 2) for recall in recalls]
+            table.append([name, f"{value:g}", str(len(found)), *said, "chosen" if is_chosen else ""])
     return table
 
 
@@ -229,29 +246,30 @@ def pair_table(study: Study, part: str, labels: Mapping[str, str], amount: int) 
 
     ``labels`` names the prefix of a row under each change; "" is the main table's row.
     """
-    table = [["", "plain", "random", "WRF", "WRF less plain", "WRF less random", "gap, plain", "gap, WRF"]]
+    table = [["", "seeds", "plain", "random", "WRF", "WRF less plain", "WRF less random", "gap, plain", "gap, WRF"]]
     for label, prefix in labels.items():
-        place = part if prefix else "main"
-        plain, drawn, wrf = (study.of(place, prefix + name, amount) for name in (PLAIN, RANDOM, study.wrf))
+        names = [prefix + name for name in (PLAIN, RANDOM, study.wrf)]
+        rows = study.side_by_side(part if prefix else "main", names, amount)
+        plain, drawn, wrf = rows.values()
         if not (plain or drawn or wrf):
             continue
         gaps = [average_gap(own) for own in (plain, wrf)]
         against = [study.difference(wrf, other) for other in (plain, drawn)]
         recalls = [number(average(own, "val_stopped")) for own in (plain, drawn, wrf)]
-        table.append([label, *recalls, *map(words, against), *map(number, gaps)])
+        table.append([label, seeds_of(rows), *recalls, *map(words, against), *map(number, gaps)])
     return table
 
 
 def noise_table(study: Study, amount: int) -> Table:
     names = (PLAIN, SMOOTHING, RANDOM, SAM, study.wrf)
-    table = [["share of wrong targets", *names, "WRF less plain"]]
+    table = [["share of wrong targets", "seeds", *names, "WRF less plain"]]
     for ratio in NOISE_RATIOS:
         prefix, part = (f"noise {ratio:g}: ", "noise") if ratio else ("", "main")
-        rows = {name: study.of(part, prefix + name, amount) for name in names}
+        rows = study.side_by_side(part, [prefix + name for name in names], amount)
         if any(rows.values()):
-            difference = study.difference(rows[study.wrf], rows[PLAIN])
+            difference = study.difference(rows[prefix + study.wrf], rows[prefix + PLAIN])
             recalls = [number(average(own, "val_stopped")) for own in rows.values()]
-            table.append([f"{ratio:g}", *recalls, words(difference)])
+            table.append([f"{ratio:g}", seeds_of(rows), *recalls, words(difference)])
     return table
 
 
@@ -260,16 +278,17 @@ def elsewhere_table(study: Study) -> Table:
     amount, radii = study.design.elsewhere_examples, [wrf_name(value) for value in ELSEWHERE_GAMMAS]
     names, claimed = (PLAIN, RANDOM, SAM, *radii), wrf_name(PAPER)
     differences = [f"{name} less plain" for name in radii] + [f"{claimed} less random"]
-    table = [["what is trained, and measured", *names, *differences, "gap, plain", f"gap, {claimed}"]]
+    table = [["what is trained, and measured", "seeds", *names, *differences, "gap, plain", f"gap, {claimed}"]]
     for part in ELSEWHERE:
-        rows = {name: study.of(part, name, amount) for name in names}
+        rows = study.side_by_side(part, names, amount)
         if not any(rows.values()):
             continue
         pairs = [(name, PLAIN) for name in radii] + [(claimed, RANDOM)]
         found = [study.difference(rows[one], rows[other]) for one, other in pairs]
         gaps = [None if part in WITHOUT_GAP else average_gap(rows[name]) for name in (PLAIN, claimed)]
         scores = [number(average(own, "val_stopped")) for own in rows.values()]
-        table.append([ELSEWHERE_LABELS[part], *scores, *map(words, found), *map(number, gaps)])
+        own = [ELSEWHERE_LABELS[part], seeds_of(rows)]
+        table.append([*own, *scores, *map(words, found), *map(number, gaps)])
     return table
 
 
@@ -298,31 +317,35 @@ def verdict(interval: Interval | None) -> str:
     return "no gain of a point" if interval.high < POINT else "undecided"
 
 
+def judged(interval: Interval | None, seeds: int) -> str:
+    """Return the verdict, which one or two seeds do not get: they say next to nothing about other seeds."""
+    return f"fewer than {LEAST_SEEDS} seeds" if 0 < seeds < LEAST_SEEDS else verdict(interval)
+
+
 def comparisons(study: Study) -> Table:
     """Return the comparisons that the plan named before the runs, with their verdicts."""
-    table = [["triplets", "comparison", f"difference ({LEVEL} %)", "verdict"]]
+    table = [["triplets", "comparison", "seeds", f"difference ({LEVEL} %)", "verdict"]]
+    wrf, best = study.wrf, study.best_regulariser
     for amount in study.design.main_amounts:
-        names = (PLAIN, RANDOM, SAM, study.wrf, *REGULARISERS)
-        rows = {name: study.of("main", name, amount, decides=True) for name in names}
-        longer = study.of("why", f"steps x 2: {PLAIN}", amount)
-        best = study.best_regulariser
-        differences = {
-            f"{study.wrf} less plain": study.difference(rows[study.wrf], rows[PLAIN]),
-            f"{study.wrf} less random": study.difference(rows[study.wrf], rows[RANDOM]),
-            "random less plain": study.difference(rows[RANDOM], rows[PLAIN]),
-            f"{study.wrf} less SAM": study.difference(rows[study.wrf], rows[SAM]),
-            f"{study.wrf} less {best or 'the best regulariser'}": study.difference(
-                rows[study.wrf], rows.get(best or "", {})
-            ),
-            f"{study.wrf} less plain, last step": study.difference(rows[study.wrf], rows[PLAIN], "hits_last"),
-            f"{study.wrf} less random, last step": study.difference(rows[study.wrf], rows[RANDOM], "hits_last"),
-            f"{study.wrf} less plain with twice the steps": study.difference(rows[study.wrf], longer),
-        }
-        for compared, interval in differences.items():
-            table.append([f"{amount:,}", compared, words(interval), verdict(interval)])
-        narrower = study.gap_difference(rows[study.wrf], rows[PLAIN])
-        said = verdict(narrower) if narrower is None else "narrower" if narrower.high < 0 else "not narrower"
-        table.append([f"{amount:,}", "gap: WRF less plain", words(narrower), said])
+        rows = {name: study.of("main", name, amount, decides=True) for name in (PLAIN, RANDOM, SAM, wrf, *REGULARISERS)}
+        longer = {name: study.of("why", f"steps x 2: {name}", amount) for name in (PLAIN, wrf)}
+        compared = [
+            (f"{wrf} less plain", rows[wrf], rows[PLAIN], "hits_stopped"),
+            (f"{wrf} less random", rows[wrf], rows[RANDOM], "hits_stopped"),
+            ("random less plain", rows[RANDOM], rows[PLAIN], "hits_stopped"),
+            (f"{wrf} less SAM", rows[wrf], rows[SAM], "hits_stopped"),
+            (f"{wrf} less {best or 'the best regulariser'}", rows[wrf], rows.get(best or "", {}), "hits_stopped"),
+            (f"{wrf} less plain, last step", rows[wrf], rows[PLAIN], "hits_last"),
+            (f"{wrf} less random, last step", rows[wrf], rows[RANDOM], "hits_last"),
+            (f"{wrf} less plain with twice the steps", rows[wrf], longer[PLAIN], "hits_stopped"),
+            (f"{wrf} less plain, both with twice the steps", longer[wrf], longer[PLAIN], "hits_stopped"),
+        ]
+        for label, one, other, column in compared:
+            interval, seeds = study.difference(one, other, column), len(paired_seeds(one, other))
+            table.append([f"{amount:,}", label, str(seeds), words(interval), judged(interval, seeds)])
+        narrower, seeds = study.gap_difference(rows[wrf], rows[PLAIN]), len(paired_seeds(rows[wrf], rows[PLAIN]))
+        said = judged(None, seeds) if narrower is None else "narrower" if narrower.high < 0 else "not narrower"
+        table.append([f"{amount:,}", "gap: WRF less plain", str(seeds), words(narrower), said])
     return table
 
 
@@ -357,7 +380,8 @@ def conclusion(study: Study) -> str:
         return f"{undecided}: it gains over plain training at both sizes, and not over a random perturbation at both."
     if is_narrower and not any(interval.low > 0 for interval in against_plain):
         return f"{undecided}: it narrows the gap without a gain on validation, so it only slows training down."
-    return f"{undecided}: what it gains differs between the sizes or is too small for these runs."
+    found = (f"{verdict(interval)} with {amount:,}" for interval, amount in zip(against_plain, amounts))
+    return f"{undecided}. Over plain training, by number of triplets: {', '.join(found)}."
 
 
 def _known(interval: Interval | None) -> Interval:

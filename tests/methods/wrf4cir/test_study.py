@@ -20,7 +20,19 @@ from study.intervals import Interval, bootstrap, over_seeds
 from study.page import write_page
 from study.results import COLUMNS, append_result, key_of, pack_scores, read_results, unpack_scores
 from study.scores import scores_of, stopped_scores
-from study.tables import Study, comparisons, conclusion, elsewhere_conclusion, main_table, scores, verdict
+from study.tables import (
+    WHY,
+    Study,
+    choice_table,
+    comparisons,
+    conclusion,
+    elsewhere_conclusion,
+    main_table,
+    noise_table,
+    pair_table,
+    scores,
+    verdict,
+)
 
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
@@ -326,7 +338,9 @@ def test_the_conclusion_follows_the_rules_of_the_plan():
 
     assert conclusion(Study(SMALL, {})).endswith("nothing is concluded yet.")
     assert "speak against" in conclusion(finished_study(SMALL, 0))
-    assert "undecided" in conclusion(finished_study(SMALL, 12))
+    said = conclusion(finished_study(SMALL, 12))
+    assert "undecided whether WRF gains what the paper claims." in said
+    assert said.endswith("Over plain training, by number of triplets: undecided with 30.")
     study = finished_study(SMALL, 12)
     assert "support the paper" in conclusion(of_hits(study, narrower=True))
     assert conclusion(of_hits(study, narrower=False)).endswith("and the gap is not narrower.")
@@ -337,9 +351,66 @@ def test_the_conclusion_follows_the_rules_of_the_plan():
     assert "support" not in conclusion(small_gain)
     elsewhere = {key: {**row, "start": "other" if row["row"] == PLAIN else "mine"} for key, row in study.rows.items()}
     assert conclusion(Study(SMALL, elsewhere)).endswith("nothing is concluded yet."), "other starts are no pairs"
-    verdicts = {row[1]: row[3] for row in comparisons(of_hits(study, narrower=True))}
+    verdicts = {row[1]: row[-1] for row in comparisons(of_hits(study, narrower=True))}
     assert verdicts[f"{study.wrf} less plain"] == "a gain of a point"
     assert verdicts["random less plain"] == "no gain of a point"
+
+
+def only(study, **seeds):
+    """Return the study without the runs of these parts whose seed is another than those that the part is left with."""
+    kept = {key: row for key, row in study.rows.items() if int(row["seed"]) in seeds.get(row["part"], range(1000))}
+    return Study(study.design, kept)
+
+
+def test_a_comparison_tells_its_seeds_and_one_or_two_of_them_get_no_verdict():
+    """All queries are answered by WRF and none by plain, so that every interval is 100 (100 to 100)."""
+    study = finished_study(SMALL, 12)
+    rows = {key: {**row, "hits_stopped": packed([["WRF" in row["row"]] * 4] * 2)} for key, row in study.rows.items()}
+
+    def told(seeds):
+        table = comparisons(only(Study(SMALL, rows), main=seeds))
+        return {row[1]: row[2:] for row in table[1:]}
+
+    compared = f"{study.wrf} less plain"
+    assert told(range(12))[compared] == ["12", "+100.00 (+100.00 to +100.00)", "a gain of a point"]
+    assert told(range(3))[compared] == ["3", "+100.00 (+100.00 to +100.00)", "a gain of a point"]
+    assert told(range(2))[compared] == ["2", "+100.00 (+100.00 to +100.00)", "fewer than 3 seeds"]
+    assert told(range(2))["gap: WRF less plain"] == ["2", "–", "fewer than 3 seeds"]
+    assert told([])[compared] == ["0", "–", "not run yet"]
+    longer = f"{study.wrf} less plain, both with twice the steps"
+    assert told([])[longer] == ["3", "+100.00 (+100.00 to +100.00)", "a gain of a point"]
+
+
+def test_rows_side_by_side_are_averaged_over_the_seeds_that_all_of_them_have():
+    """The recall is the seed's number: 0, 1 and 2 average to 1, where five seeds would give 2; without seed 0, 1.5."""
+    design = dataclasses.replace(SMALL, noise_triplets=30, why_triplets=30)
+    study = finished_study(design, 12)
+    rows = {key: {**row, "val_stopped": row["seed"]} for key, row in study.rows.items() if row["part"] != "choose"}
+    study = Study(design, {**study.rows, **rows})
+
+    def told(study):
+        return [row[1:7] for row in noise_table(study, 30)[1:]], [row[1:5] for row in pair_table(study, "why", WHY, 30)]
+
+    noise, why = told(study)
+    assert noise == [["3", *["1.0"] * 5]] * 4
+    assert why[1] == ["3", *["1.0"] * 3]
+    lost = {key: row for key, row in study.rows.items() if key[0] not in ("main/SAM/30/0", "noise/noise 0.2: SAM/30/0")}
+    noise, why = told(Study(design, lost))
+    assert noise == [["2", *["1.5"] * 5]] * 2 + [["3", *["1.0"] * 5]] * 2
+    assert why[1] == ["3", *["1.0"] * 3]
+
+
+def test_the_choice_is_shown_at_each_size():
+    """A candidate with 10 points less at the second size, and 40 at the first: 35 on average."""
+    design = dataclasses.replace(SMALL, main_amounts=(30, 60))
+    rows = finished_study(design, 0).rows
+    rows = {
+        key: {**row, "val_stopped": "30"} if row["row"] == "dropout 0.2" and row["triplets"] == "60" else row
+        for key, row in rows.items()
+    }
+    table = choice_table(Study(design, rows))
+    assert table[0] == ["setting", "value", "runs", "30 triplets", "60 triplets", "mean", ""]
+    assert ["dropout", "0.2", "2", "40.00", "30.00", "35.00", ""] in table
 
 
 def test_three_of_four_other_models_have_to_agree():
