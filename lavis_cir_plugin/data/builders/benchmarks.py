@@ -44,6 +44,11 @@ def mix_labels(dataset: Any, section: Mapping[str, Any]) -> None:
         raise ValueError(f"datasets.<name>.noise_ratio: {ratio} {error}; choose another one, or 0.") from error
 
 
+def unchanged(text: str) -> str:
+    """Return a text as it is, for data sets whose ``text_processor`` is null."""
+    return text
+
+
 class BenchmarkBuilder(BaseDatasetBuilder):
     """Builds the training and evaluation splits of one benchmark.
 
@@ -98,7 +103,8 @@ class BenchmarkBuilder(BaseDatasetBuilder):
         splits = self.config.get("splits")
         for split in self.known_splits()[:2] if splits is None else splits:
             stage = "train" if split == "train" else "eval"
-            processors = self.vis_processors[stage], self.text_processors[stage]
+            # LAVIS's load_preprocess takes null as "unchanged", and its builders would call None.
+            processors = self.vis_processors[stage], self.text_processors[stage] or unchanged
             dataset = self.build_split(split, build_info, *processors)
             if split == "train":
                 mix_labels(dataset, self.config)
