@@ -274,3 +274,11 @@ def test_a_null_text_processor_leaves_texts_as_they_are(tmp_path, monkeypatch):
     assert built["val"].texts[0]["text_input"] == 'Show "two" dogs. (Now)'
     assert "." not in built["train"].text_processor("Is red.")
     assert pickle.loads(pickle.dumps(built["val"].text_processor)) is built["val"].text_processor  # spawned workers
+
+
+def test_it_leaves_the_texts_of_drawn_captions_too():
+    builder = registry.get_builder_class("garments_caption")
+    section = OmegaConf.load(builder.default_config_path()).datasets.garments_caption
+    built = builder(OmegaConf.merge(section, {"text_processor": {"eval": None}}))
+    built.build_processors()
+    assert built.text_processors["eval"]("A dress. Red") == "A dress. Red"

@@ -49,7 +49,16 @@ def unchanged(text: str) -> str:
     return text
 
 
-class BenchmarkBuilder(BaseDatasetBuilder):
+class Builder(BaseDatasetBuilder):  # type: ignore[misc]
+    """Base class of the builders of this package, for which a null ``text_processor`` leaves texts as they are."""
+
+    def build_processors(self) -> None:
+        """Build the processors of both stages; LAVIS's own builders would call None, unlike its ``load_preprocess``."""
+        super().build_processors()
+        self.text_processors = {stage: chosen or unchanged for stage, chosen in self.text_processors.items()}
+
+
+class BenchmarkBuilder(Builder):
     """Builds the training and evaluation splits of one benchmark.
 
     Keys of its config section, besides LAVIS's processors:
@@ -103,8 +112,7 @@ class BenchmarkBuilder(BaseDatasetBuilder):
         splits = self.config.get("splits")
         for split in self.known_splits()[:2] if splits is None else splits:
             stage = "train" if split == "train" else "eval"
-            # LAVIS's load_preprocess takes null as "unchanged", and its builders would call None.
-            processors = self.vis_processors[stage], self.text_processors[stage] or unchanged
+            processors = self.vis_processors[stage], self.text_processors[stage]
             dataset = self.build_split(split, build_info, *processors)
             if split == "train":
                 mix_labels(dataset, self.config)
