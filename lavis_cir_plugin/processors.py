@@ -35,7 +35,8 @@ def pad_to_ratio(image: Image.Image, target_ratio: float) -> Image.Image:
         image: RGB picture. It is returned unchanged if its ratio is small enough already.
         target_ratio: Largest ratio of long to short side, >= 1.
 
-    Source: CLIP4Cir's target padding with a ratio of 1.25, which SPRC and Bi-Blip4CIR use too.
+    Source: CLIP4Cir's target padding with a ratio of 1.25, which SPRC and Bi-Blip4CIR use too. Their code rounds each
+    side of the border down, so that it may be up to two pixels narrower in all.
     """
     width, height = image.size
     short = round(max(width, height) / target_ratio)

@@ -77,7 +77,7 @@ _ROOT_NAMES = ("fashionIQ_dataset", "FashionIQ", "fashion-iq", "fashioniq", "fas
 _IMAGE_FOLDERS = ("images", "resized_images", "resized_image", "image_data")
 _CAPTION_MODES = {
     "and": "captions 'a and b'",
-    "reversed": "captions 'b and a'",
+    "reversed": "captions 'b and a' with the punctuation at their ends",
     "both_orders_avg": "features of 'a and b' and 'b and a' averaged",
     "two_queries": "two queries per triplet ('a and b', 'b and a')",
     "per_caption": "one query per caption",
@@ -120,7 +120,8 @@ class FashionIQConfig(Section):
         gallery: ``original``: the whole split file. ``val``: only the images that occur in a query of the split (the
             "VAL split", smaller and easier).
         reference: ``kept`` in the gallery or ``removed`` from its own ranking.
-        captions: Text for evaluation. ``and``: one query 'a and b'. ``reversed``: one query 'b and a' (Pic2Word).
+        captions: Text for evaluation. ``and``: one query 'a and b'. ``reversed``: one query 'b and a' of the
+            captions as they are (Pic2Word); the other values strip blanks and punctuation at their ends.
             ``both_orders_avg``: one query with the averaged features of both orders (SEARLE). ``two_queries``: one
             query per order (CosMo, ARTEMIS). ``per_caption``: one query per non-empty caption (VAL).
         average: ``per_category``: ``R@10``, ``R@50`` and ``mean`` are unweighted means over the categories.
@@ -277,13 +278,15 @@ def _training_captions(captions: tuple[str, ...], settings: FashionIQConfig) -> 
 
 def _query_texts(captions: tuple[str, ...], mode: str) -> list[tuple[str, ...]]:
     """Return the texts of each query that a record gives."""
+    if mode == "reversed":
+        return [(" and ".join(caption for caption in reversed(captions) if _clean([caption])),)]
     texts = _clean(captions)
     if mode == "per_caption":
         return [(text,) for text in texts or [""]]
     forward, backward = " and ".join(texts), " and ".join(reversed(texts))
     if mode == "two_queries":
         return [(forward,), (backward,)]
-    return [{"and": (forward,), "reversed": (backward,), "both_orders_avg": (forward, backward)}[mode]]
+    return [{"and": (forward,), "both_orders_avg": (forward, backward)}[mode]]
 
 
 def _queries(category: _Category, settings: FashionIQConfig) -> tuple[Query, ...]:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,19 +39,21 @@ def is_hub_name(source: str) -> bool:
     return is_named and not Path(source).exists()
 
 
-def read_folder(source: str | Path) -> FolderWeights:
+def read_folder(source: str | Path, beside: Sequence[str] = ()) -> FolderWeights:
     """Return the weights in a folder or in a hub repository, which is downloaded once into the hub's cache.
 
     Args:
         source: Path of a folder with ``model.safetensors`` or ``pytorch_model.bin``, whole or as shards with an index,
             or the name of a hub repository. If a folder has both formats, safetensors are read, as in transformers.
+        beside: Names of further files that are downloaded from a hub repository if it has them.
 
     Raises:
         FileNotFoundError: If the files are missing or the hub cannot be reached.
         ValueError: If the files contradict each other: a single file lies beside shards, the index does not name a
             shard, or a shard holds other tensors than the index says.
     """
-    folder = _downloaded(source) if isinstance(source, str) and is_hub_name(source) else Path(source).expanduser()
+    is_on_hub = isinstance(source, str) and is_hub_name(source)
+    folder = _downloaded(str(source), beside) if is_on_hub else Path(source).expanduser()
     return FolderWeights(_read_weights(folder), read_config(folder), folder)
 
 
@@ -123,13 +125,13 @@ def _read_object(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _downloaded(name: str) -> Path:
+def _downloaded(name: str, beside: Sequence[str]) -> Path:
     """Return the cache folder of a hub repository with its safetensors, or with the older format if it has none."""
     from huggingface_hub import snapshot_download
 
     try:
         for stem, ending in _FORMATS:
-            wanted = ["config.json", f"{stem}*{ending}", f"{stem}*{ending}.index.json"]
+            wanted = ["config.json", f"{stem}*{ending}", f"{stem}*{ending}.index.json", *beside]
             folder = Path(snapshot_download(name, allow_patterns=wanted))
             if any(folder.glob(f"{stem}*{ending}")):
                 return folder

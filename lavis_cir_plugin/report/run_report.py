@@ -401,10 +401,10 @@ def _query(
         if own.rank >= images and target is not None:
             picture = embed.image(result.images[target], target, result.upright)
             cells.append(f'<li class="lower">{picture}<span>rank {own.rank + 1:,}</span></li>')
-        verdict = f"<small>{escaped(_verdict(own))}</small>"
+        verdict = f"<small>{escaped(_verdict(own, images))}</small>"
         label = f'<p class="who">{_chip(runs, index)}{verdict}</p>' if len(runs) > 1 else ""
         strips.append(f'{label}<ol class="strip" tabindex="0" aria-label="retrieved, best first">{"".join(cells)}</ol>')
-    alone = f"<small>{escaped(_verdict(query))}</small>" if len(runs) == 1 else ""
+    alone = f"<small>{escaped(_verdict(query, images))}</small>" if len(runs) == 1 else ""
     return (
         f'<div class="query"><div class="asked"><figure>{reference}</figure>'
         f"<p><q>{escaped(' / '.join(query.texts))}</q>{alone}</p></div>"
@@ -420,9 +420,13 @@ def _found(result: Results, query: QueryResult, place: int, embed: Thumbnails) -
     return f'<li class="{"right" if right else ""}">{picture}<span>{label}</span></li>'
 
 
-def _verdict(query: QueryResult) -> str:
+def _verdict(query: QueryResult, images: int) -> str:
+    """Return the rank of the target, and of several right answers also how many are among the images shown."""
     if query.rank < 0:
         return "right answer not public or not in the gallery"
+    if len(query.answers) > 1:
+        shown = len({*query.answers}.intersection(query.top[:images]))
+        return f"{shown} of {len(query.answers)} right answers shown, the target at rank {query.rank + 1:,}"
     return f"right answer at rank {query.rank + 1:,}"
 
 

@@ -454,6 +454,8 @@ def _all_processor_problems(datasets: Any) -> Iterator[str]:
 def _processor_problems(key: str, stage: str, processor: Any) -> Iterator[str]:
     if stage not in ("train", "eval"):
         yield f"{key} is not a known key{did_you_mean(stage, ('train', 'eval'))}"
+    elif processor is None and ".vis_processor." in key:
+        yield f"{key} must be a mapping such as {{name: target_pad}}, got null."
     elif processor is not None and not isinstance(processor, Mapping):
         yield f"{key} must be a mapping such as {{name: target_pad}}, got {processor!r}."
     elif processor is not None:

@@ -153,9 +153,9 @@ def _preprocessing(config: DictConfig) -> DictConfig:
             chosen["vis_processor"][stage] = OmegaConf.merge(processor, {"image_size": size})
     for stage, section in (("train", _training_section(config)), ("eval", _evaluation_section(config))):
         for kind in chosen:
-            own = ((section or {}).get(kind) or {}).get(stage)
-            if own is not None:
-                chosen[kind][stage] = own
+            own = (section or {}).get(kind) or {}
+            if stage in own:  # null leaves texts as they are
+                chosen[kind][stage] = own[stage]
     return OmegaConf.create(chosen)
 
 

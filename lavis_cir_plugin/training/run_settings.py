@@ -180,7 +180,8 @@ class DatasetSection(Section):
             stay right. ``noise.json`` in the run's folder names the wrong ones.
         noise_seed: Seed of that draw. For one seed, the wrong examples of a smaller ratio are among those of a larger.
         vis_processor: Processor of the images, by stage: ``train`` and ``eval``.
-        text_processor: Processor of the texts, by stage: ``train`` and ``eval``.
+        text_processor: Processor of the texts, by stage: ``train`` and ``eval``; null in a stage leaves texts as they
+            are.
     """
 
     type: str = "default"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 
 import numpy as np
@@ -263,3 +264,21 @@ def test_an_impossible_padding_is_refused():
         ValueError, match=r"datasets\.<name>\.vis_processor\.target_ratio must be a number >= 1, got 0\.5"
     ):
         TargetPadProcessor(target_ratio=0.5)
+
+
+def test_a_null_text_processor_leaves_texts_as_they_are(tmp_path, monkeypatch):
+    """LAVIS's builders would call None; the other stage keeps its processor, which drops full stops."""
+    built = build(tmp_path, monkeypatch, text_processor={"eval": None})
+    query = built["val"].benchmark.groups[0].queries[0]
+    built["val"].texts.rows[0] = (query.reference, 'Show "two" dogs. (Now)')
+    assert built["val"].texts[0]["text_input"] == 'Show "two" dogs. (Now)'
+    assert "." not in built["train"].text_processor("Is red.")
+    assert pickle.loads(pickle.dumps(built["val"].text_processor)) is built["val"].text_processor  # spawned workers
+
+
+def test_it_leaves_the_texts_of_drawn_captions_too():
+    builder = registry.get_builder_class("garments_caption")
+    section = OmegaConf.load(builder.default_config_path()).datasets.garments_caption
+    built = builder(OmegaConf.merge(section, {"text_processor": {"eval": None}}))
+    built.build_processors()
+    assert built.text_processors["eval"]("A dress. Red") == "A dress. Red"

@@ -18,7 +18,7 @@ from lavis_cir_plugin.ranking.metrics import recall_at
 from lavis_cir_plugin.ranking.ranks import Ranking
 from lavis_cir_plugin.report import query_results, run_record, run_report
 from lavis_cir_plugin.report.html_parts import THUMBNAIL, Thumbnails
-from lavis_cir_plugin.report.query_results import QueryResult, read_queries, write_queries
+from lavis_cir_plugin.report.query_results import QueryResult, Results, read_queries, write_queries
 from lavis_cir_plugin.report.result_files import write_metrics
 from lavis_cir_plugin.report.run_report import read_run, report
 
@@ -193,6 +193,16 @@ def test_right_answers_are_marked_in_words(make_run):
     assert "2 ✓ right" in text
     assert "1 reference" in text
     assert "rank 2" in Page(report([read_run(make_run("two"))], images=1)).text.split("At random")[1]
+
+
+def test_of_several_right_answers_the_page_counts_those_shown(pictures):
+    """The target is sixth and another right answer first: "right answer at rank 6" would contradict the mark."""
+    answer = QueryResult("a", ("is red",), ("f", "b", "e"), 5, tuple("bacdef"))
+    images = {name: str(path) for name, path in pictures.items()}
+    run = run_report.Run("r", Path("r"), (), {}, {}, {}, {"val": Results({"toys": (answer,)}, images, False)})
+    text = Page(report([run], images=3)).text
+    assert "1 of 3 right answers shown, the target at rank 6" in text
+    assert "right answer at rank" not in text
 
 
 def test_several_runs_stand_side_by_side(make_run):

@@ -162,6 +162,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(option, message):
         ("datasets.fashioniq.garments.held_out=2", r"garments\.held_out must be a number >= 0 and <= 0\.5"),
         ("datasets.fashioniq.build_info.refrence=kept", r"build_info\.refrence is not a known key; did you mean 'ref"),
         ("datasets.fashioniq.vis_processor=target_pad", r"vis_processor must be a mapping, got 'target_pad'"),
+        ("datasets.fashioniq.vis_processor.eval=null", r"vis_processor\.eval must be a mapping such as .*, got null"),
         (
             "datasets.fashioniq.vis_processor.train={name: target_pad, target_rato: 9}",
             r"target_rato is not a known key; did you mean",

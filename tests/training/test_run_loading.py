@@ -214,6 +214,17 @@ def test_lavis_own_tasks_models_load_with_their_types_processors(arch, tmp_path)
     assert loaded.vis_processors["eval"](Image.new("RGB", (50, 40))).shape == (3, 32, 32)
 
 
+def test_texts_that_a_run_left_as_they_are_stay_so(tmp_path):
+    """Null in the run's section is its choice and must not become the processor of the model's type."""
+    write_run(tmp_path / "run", BLIP2)
+    path = tmp_path / "run" / "checkpoint_best.pth"
+    content = torch.load(path, weights_only=False)
+    content["config"]["datasets"]["cirr"]["text_processor"]["eval"] = None
+    torch.save(content, path)
+    processors = load_run(tmp_path / "run").txt_processors
+    assert (processors["eval"]("Red. Now"), processors["train"]("Red. Now")) == ("Red. Now", "red now")
+
+
 def test_the_best_checkpoint_of_a_folder_is_taken_else_the_last(tmp_path):
     write_run(tmp_path / "run", BLIP2)
     best = tmp_path / "run" / "checkpoint_best.pth"

@@ -91,6 +91,15 @@ def test_a_project_trains_on_the_splits_it_means(name):
     assert trained_splits(cfg) == EXPECTED[name]
 
 
+@pytest.mark.parametrize("name", ["clip_cir/eval_clip4cir.yaml", "tscir/eval_pic2word.yaml", "tscir/eval_searle.yaml"])
+def test_weights_published_with_a_clip_read_captions_with_their_punctuation(name):
+    """Their authors pass captions to CLIP's tokenizer as they are; ``blip_caption`` would drop CIRR's full stops."""
+    path = PROJECTS / name
+    options = [f"{key}=given" for key in OmegaConf.missing_keys(OmegaConf.load(path))]
+    for section in completed(path, options, "evaluate").datasets_cfg.values():
+        assert section.text_processor["eval"] is None
+
+
 @pytest.fixture
 def protocols(tmp_path, tmp_path_factory, monkeypatch):
     """Return a function that gives the protocol lines of FashionIQ's val under a project with these changes."""

@@ -44,7 +44,21 @@ def mix_labels(dataset: Any, section: Mapping[str, Any]) -> None:
         raise ValueError(f"datasets.<name>.noise_ratio: {ratio} {error}; choose another one, or 0.") from error
 
 
-class BenchmarkBuilder(BaseDatasetBuilder):
+def unchanged(text: str) -> str:
+    """Return a text as it is, for data sets whose ``text_processor`` is null."""
+    return text
+
+
+class Builder(BaseDatasetBuilder):  # type: ignore[misc]
+    """Base class of the builders of this package, for which a null ``text_processor`` leaves texts as they are."""
+
+    def build_processors(self) -> None:
+        """Build the processors of both stages; LAVIS's own builders would call None, unlike its ``load_preprocess``."""
+        super().build_processors()
+        self.text_processors = {stage: chosen or unchanged for stage, chosen in self.text_processors.items()}
+
+
+class BenchmarkBuilder(Builder):
     """Builds the training and evaluation splits of one benchmark.
 
     Keys of its config section, besides LAVIS's processors:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lavis.common.registry import registry
-from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.datasets.coco_caption_datasets import COCOCapDataset, COCOCapEvalDataset
 from lavis.datasets.datasets.coco_vqa_datasets import COCOVQADataset, COCOVQAEvalDataset
 from omegaconf import OmegaConf
@@ -17,7 +16,7 @@ from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.benchmarks.images import check_format
 from lavis_cir_plugin.core.settings import as_plain
 from lavis_cir_plugin.data.benchmark_datasets import cache_root
-from lavis_cir_plugin.data.builders.benchmarks import mix_labels, split_problems, world_problems
+from lavis_cir_plugin.data.builders.benchmarks import Builder, mix_labels, split_problems, world_problems
 from lavis_cir_plugin.data.label_noise import LabelNoise, mixed_sources
 from lavis_cir_plugin.garments.questions import SPLITS, WORLD, QuestionGarments
 
@@ -85,7 +84,7 @@ class GarmentsCaptionEval(_ChecksFormat, COCOCapEvalDataset):  # type: ignore[mi
     """Captions of drawn garments, for evaluation."""
 
 
-class GarmentsBuilder(BaseDatasetBuilder):  # type: ignore[misc]
+class GarmentsBuilder(Builder):
     """Base class of the builders that let LAVIS's COCO data sets read a drawn world.
 
     Keys of its config section, besides LAVIS's processors:

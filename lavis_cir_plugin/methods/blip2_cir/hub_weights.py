@@ -277,7 +277,7 @@ def _read_url(url: str) -> dict[str, Tensor]:
 
 def _read_folder(source: str) -> FolderWeights:
     try:
-        return read_folder(source)
+        return read_folder(source, beside=(EXTRA_FILE,))
     except FileNotFoundError as error:
         file = next((file for file, name in HUB_NAMES.items() if name == source), None)
         if file is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
+import shutil
 from contextlib import nullcontext
 from functools import partial
 from unittest import mock
@@ -22,7 +24,13 @@ from safetensors.torch import load_file, save_file
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.methods.blip2_cir import hub_weights
-from lavis_cir_plugin.methods.blip2_cir.hub_weights import hub_config, read_blip2_weights, to_hub_names, to_lavis_names
+from lavis_cir_plugin.methods.blip2_cir.hub_weights import (
+    EXTRA_FILE,
+    hub_config,
+    read_blip2_weights,
+    to_hub_names,
+    to_lavis_names,
+)
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 
 
@@ -199,6 +207,27 @@ def test_a_hub_name_is_downloaded(tmp_path):
         model = our_model("Salesforce/blip2-itm-vit-g")
     assert download.call_args.args == ("Salesforce/blip2-itm-vit-g",)
     assert torch.equal(model.query_tokens, load_file(tmp_path / "model.safetensors")["query_tokens"])
+
+
+def test_an_exported_model_comes_back_whole_from_the_hub(tmp_path):
+    """Only the files that the patterns name arrive; without the file beside the weights the prompt would start anew."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    there.mkdir()
+    here.mkdir()
+    write(there, small_state())
+    extra = {"temp": torch.tensor(0.5), "prompt_tokens": torch.randn(1, 3, 8)}
+    save_file(extra, there / EXTRA_FILE)
+
+    def download(name, allow_patterns):
+        for path in there.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, here)
+        return str(here)
+
+    with mock.patch("huggingface_hub.snapshot_download", side_effect=download):
+        model = our_model("owner/mine", fusion="sentence_prompt")
+    assert model.temp.item() == 0.5
+    assert torch.equal(model.prompt_tokens, extra["prompt_tokens"])
 
 
 def test_without_a_network_each_source_names_the_others():
