@@ -15,7 +15,8 @@ from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
-from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint, state_in
+from lavis_cir_plugin.core.model_parts import frozen_names
 from lavis_cir_plugin.core.settings import (
     Folder,
     Limits,
@@ -109,6 +110,9 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         super().__init__()
         self.label_smoothing = label_smoothing
         self._build_towers(clip_model, pretrained, image_size, tokenizer, pixels, with_patches=False)
+        self.silent_settings = self._silent_settings(
+            {"clip_model": clip_model, "pretrained": pretrained, "pixels": pixels}
+        )
         self.fusion = fusion
         if fusion == "text":
             self.row_label = "text as query"
@@ -202,13 +206,35 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         return model
 
     def load_checkpoint(self, url_or_filename: str) -> None:
-        """Load a checkpoint of this model; the file may lack frozen towers.
+        """Load a checkpoint of this model; the file may lack frozen weights.
 
         Raises:
-            ValueError: If the checkpoint does not match the model.
+            ValueError: If the checkpoint does not match the model, or was trained with other settings that no tensor
+                shows.
         """
-        may_lack = tuple(f"{name}." for name, child in self.named_children() if child in self.frozen)
-        load_strictly(self, read_state(url_or_filename), url_or_filename, may_lack=may_lack)
+        content = read_checkpoint(url_or_filename)
+        self._check_settings(content, url_or_filename)
+        load_strictly(self, state_in(content, url_or_filename), url_or_filename, may_lack=frozen_names(self))
+
+    def _check_settings(self, content: Any, source: str) -> None:
+        """Refuse a run's checkpoint if settings differ that change the model's output but no tensor's name or shape."""
+        config = content.get("config") if isinstance(content, Mapping) else None
+        if not config:
+            return
+        values = self._values(config["model"])
+        there = self._silent_settings(values)
+        for key, here in self.silent_settings.items():
+            if there.get(key, here) != here:
+                raise ValueError(
+                    f"checkpoint {source} was trained with model.{key}: {there[key]}, here it is {here}; set it to that."
+                )
+
+    @classmethod
+    def _silent_settings(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings, of all arguments of the constructor, that :meth:`_check_settings` compares."""
+        normalisation = pixel_normalisation(values["clip_model"], values["pretrained"], values["pixels"])
+        named = next((name for name, pair in PIXELS.items() if pair == normalisation), values["pixels"])
+        return {"clip_model": values["clip_model"], "pixels": named}
 
     def train(self, mode: bool = True) -> ClipCir:
         """Switch between training and evaluation mode; frozen modules stay in evaluation mode."""

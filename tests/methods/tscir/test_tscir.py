@@ -360,6 +360,36 @@ def test_settings_that_no_tensor_tells_are_compared(make, tmp_path, change, prob
         make(TscirComposing, mapping_checkpoint=str(path), **{"pretrained": pretrained, **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"pixels": "inception"}, r"was trained with model\.pixels: clip, here it is inception"),
+        ({"clip_model": "small_clip-quickgelu"}, r"was trained with model\.clip_model: small_clip, here it is small_"),
+    ],
+)
+def test_clip_cirs_checkpoint_compares_them_too(make, tmp_path, change, problem):
+    """QuickGELU's weights have the names and shapes of GELU's, and pixels have none."""
+    path, pretrained = tmp_path / "tuned.pth", str(tmp_path / "small_clip.pt")
+    theirs = {"arch": "clip_cir", "clip_model": "small_clip", "pretrained": pretrained}
+    torch.save({"model": make(ClipCir).state_dict(), "config": {"model": theirs}}, path)
+    make(ClipCir, seed=1).load_checkpoint(str(path))
+    with pytest.raises(ValueError, match=problem):
+        make(ClipCir, **{"pretrained": pretrained, **change}).load_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("freeze_vit", [True, False])
+def test_a_trained_clip_cir_is_found_again(make, clip_model, tmp_path, freeze_vit):
+    """SigLIP's bias of the logits is never trained, so that no checkpoint holds it."""
+    trained = make(ClipCir, clip_model, freeze_vit=freeze_vit)
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight += 0.01 * weight.requires_grad
+    again = make(ClipCir, clip_model, freeze_vit=freeze_vit)
+    again.load_checkpoint(saved(trained, tmp_path / "trained.pth"))
+    samples = {"image": pictures(), "text_input": TEXTS}
+    torch.testing.assert_close(again.encode_query(samples), trained.encode_query(samples))
+
+
 def test_a_merged_checkpoint_brings_its_own_clip(make, tmp_path):
     """``lavis-cir lora --merge`` writes the whole model; later checkpoints lack CLIP, which must then be named."""
     merged = make(TscirMapping).eval()
