@@ -36,6 +36,7 @@ from lavis_cir_plugin.models.open_clip_towers import (
     TextTower,
     check_clip_model,
     load_clip,
+    model_of_run,
     pixel_normalisation,
 )
 
@@ -218,15 +219,15 @@ class ClipCir(BaseModel):  # type: ignore[misc]
 
     def _check_settings(self, content: Any, source: str) -> None:
         """Refuse a run's checkpoint if settings differ that change the model's output but no tensor's name or shape."""
-        config = content.get("config") if isinstance(content, Mapping) else None
-        if not config:
+        model = model_of_run(content)
+        if not model:
             return
-        values = self._values(config["model"])
-        there = self._silent_settings(values)
+        there = self._silent_settings(self._values(model))
         for key, here in self.silent_settings.items():
             if there.get(key, here) != here:
                 raise ValueError(
-                    f"checkpoint {source} was trained with model.{key}: {there[key]}, here it is {here}; set it to that."
+                    f"checkpoint {source} was trained with model.{key}: {there[key]}, here it is {here}; set it to "
+                    "that."
                 )
 
     @classmethod
