@@ -43,7 +43,7 @@ from lavis_cir_plugin.models.open_clip_towers import (
 TYPES = {path.stem[len("clip_") :]: str(path) for path in sorted((CONFIGS / "models").glob("clip_*.yaml"))}
 """Config file by model type. A type is named after the open_clip model; all models on open_clip share these files."""
 
-_LARGEST_LOGIT_SCALE = 100.0
+_LARGEST_LOG_SCALE = math.log(100)
 ClipModel = Annotated[str, Limits(words="the name of a model of open_clip")]
 ClipWeights = Annotated[str, Limits(words="a tag of open_clip, a path")]
 
@@ -290,8 +290,11 @@ class ClipCir(BaseModel):  # type: ignore[misc]
 
     @property
     def temperature(self) -> Tensor:
-        """CLIP's learned temperature, by which scores are divided."""
-        return 1 / self.text_tower.clip.logit_scale.exp().clamp(max=_LARGEST_LOGIT_SCALE)
+        """CLIP's learned temperature, by which scores are divided: at least 0.01."""
+        log_scale = self.text_tower.clip.logit_scale
+        # The gradient passes the limit, or else a scale beyond it (SigLIP's begin there) would never be trained again.
+        excess = (log_scale - _LARGEST_LOG_SCALE).clamp(min=0).detach()
+        return 1 / (log_scale - excess).exp()
 
     def query_features(self, samples: Mapping[str, Any]) -> Tensor:
         """Return :meth:`encode_query` of ``image`` and ``text_input``, with gradients."""

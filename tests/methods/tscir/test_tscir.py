@@ -103,6 +103,19 @@ def test_clip_cir_trains_on_captions_as_clip_and_on_triplets(make, clip_model):
     assert without == [], "DistributedDataParallel would wait for these"
 
 
+def test_a_temperature_below_its_limit_is_still_trained(make):
+    """CLIP's own weights end at the limit and SigLIP's lie beyond it: the gradient is the one at the limit."""
+    gradients = []
+    for scale in (100.0, 118.0):
+        model = make(ClipCir)
+        model.text_tower.clip.logit_scale.data.fill_(scale).log_()
+        assert float(model.temperature) == pytest.approx(0.01)
+        model({"image": pictures(), "text_input": TEXTS, "target": pictures(seed=2)})["loss"].backward()
+        gradients.append(float(model.text_tower.clip.logit_scale.grad))
+    assert gradients[1] == pytest.approx(gradients[0], rel=1e-3)
+    assert abs(gradients[1]) > 1e-3
+
+
 def test_frozen_towers_stay_as_loaded_and_in_eval_mode(make):
     model = make(ClipCir, freeze_vit=True, freeze_text=False).train()
     assert not model.image_tower.training
