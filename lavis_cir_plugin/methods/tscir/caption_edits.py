@@ -188,14 +188,15 @@ class Phrases:
         totals = np.bincount(left, counts, size)
         share = counts / totals[left]
         entropy = np.bincount(left, -share * np.log(share), size)
-        self._is_participle = self._participles(left, right, counts)
-        loose = np.bincount(left, share * (self._is_function | self._is_participle)[right], size)
+        loose = np.bincount(left, share * self._is_function[right], size)
+        self._is_participle = self._participles(left, right, counts) & (loose >= 0.5)
+        loose += np.bincount(left, share * self._is_participle[right], size)
         self._is_tied = tied = (loose < 0.2) & ~self._is_function & (totals > 0)
         self._needs_next = tied & (np.exp(entropy) <= FEW_FOLLOWERS)
         self._modifies_next = tied & (np.exp(entropy) <= FEW_MODIFIED)
 
     def _participles(self, left: _Array, right: _Array, counts: _Array) -> _Array:
-        """Return a mask of the words in -ing that hardly follow an article, as a noun ("a building") would."""
+        """Return a mask of the words in -ing that hardly follow an article, as a noun ("a building") does."""
         size = len(self._words)
         articles = np.array([word in ARTICLES for word in self._words])
         has_ending = np.array([len(word) > 4 and word.endswith("ing") for word in self._words])

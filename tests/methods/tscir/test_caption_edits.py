@@ -168,6 +168,14 @@ def test_a_participle_is_no_part_of_the_noun_before_it():
     assert not any(text.endswith((" red", " blue")) for *_, text in texts(known, 9))
 
 
+def test_a_participle_before_a_noun_belongs_to_it():
+    fits = ("tight", "loose")
+    known = phrases(*([f"a {fit} fitting {noun} {end}"] for fit in fits for noun in NOUNS for end in ("here", "there")))
+    said = {text for *_, text in texts(known, 0)}
+    assert "is loose fitting instead of tight fitting" in said
+    assert not any(text.endswith(("tight", "loose")) for text in said)
+
+
 def test_an_edit_says_where_it_leads():
     known = phrases(*([f"A {colour} {noun}, seen here."] for colour in ("red", "blue", "green") for noun in NOUNS))
     edit = known.draw(0, random.Random(0))
