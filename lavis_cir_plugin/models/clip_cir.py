@@ -15,7 +15,8 @@ from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
-from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint, state_in
+from lavis_cir_plugin.core.model_parts import frozen_names
 from lavis_cir_plugin.core.settings import (
     Folder,
     Limits,
@@ -35,13 +36,14 @@ from lavis_cir_plugin.models.open_clip_towers import (
     TextTower,
     check_clip_model,
     load_clip,
+    model_of_run,
     pixel_normalisation,
 )
 
 TYPES = {path.stem[len("clip_") :]: str(path) for path in sorted((CONFIGS / "models").glob("clip_*.yaml"))}
 """Config file by model type. A type is named after the open_clip model; all models on open_clip share these files."""
 
-_LARGEST_LOGIT_SCALE = 100.0
+_LARGEST_LOG_SCALE = math.log(100)
 ClipModel = Annotated[str, Limits(words="the name of a model of open_clip")]
 ClipWeights = Annotated[str, Limits(words="a tag of open_clip, a path")]
 
@@ -109,6 +111,9 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         super().__init__()
         self.label_smoothing = label_smoothing
         self._build_towers(clip_model, pretrained, image_size, tokenizer, pixels, with_patches=False)
+        self.silent_settings = self._silent_settings(
+            {"clip_model": clip_model, "pretrained": pretrained, "pixels": pixels}
+        )
         self.fusion = fusion
         if fusion == "text":
             self.row_label = "text as query"
@@ -202,13 +207,35 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         return model
 
     def load_checkpoint(self, url_or_filename: str) -> None:
-        """Load a checkpoint of this model; the file may lack frozen towers.
+        """Load a checkpoint of this model; the file may lack frozen weights.
 
         Raises:
-            ValueError: If the checkpoint does not match the model.
+            ValueError: If the checkpoint does not match the model, or was trained with other settings that no tensor
+                shows.
         """
-        may_lack = tuple(f"{name}." for name, child in self.named_children() if child in self.frozen)
-        load_strictly(self, read_state(url_or_filename), url_or_filename, may_lack=may_lack)
+        content = read_checkpoint(url_or_filename)
+        self._check_settings(content, url_or_filename)
+        load_strictly(self, state_in(content, url_or_filename), url_or_filename, may_lack=frozen_names(self))
+
+    def _check_settings(self, content: Any, source: str) -> None:
+        """Refuse a run's checkpoint if settings differ that change the model's output but no tensor's name or shape."""
+        model = model_of_run(content)
+        if not model:
+            return
+        there = self._silent_settings(self._values(model))
+        for key, here in self.silent_settings.items():
+            if there.get(key, here) != here:
+                raise ValueError(
+                    f"checkpoint {source} was trained with model.{key}: {there[key]}, here it is {here}; set it to "
+                    "that."
+                )
+
+    @classmethod
+    def _silent_settings(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings, of all arguments of the constructor, that :meth:`_check_settings` compares."""
+        normalisation = pixel_normalisation(values["clip_model"], values["pretrained"], values["pixels"])
+        named = next((name for name, pair in PIXELS.items() if pair == normalisation), values["pixels"])
+        return {"clip_model": values["clip_model"], "pixels": named}
 
     def train(self, mode: bool = True) -> ClipCir:
         """Switch between training and evaluation mode; frozen modules stay in evaluation mode."""
@@ -263,8 +290,11 @@ class ClipCir(BaseModel):  # type: ignore[misc]
 
     @property
     def temperature(self) -> Tensor:
-        """CLIP's learned temperature, by which scores are divided."""
-        return 1 / self.text_tower.clip.logit_scale.exp().clamp(max=_LARGEST_LOGIT_SCALE)
+        """CLIP's learned temperature, by which scores are divided: at least 0.01."""
+        log_scale = self.text_tower.clip.logit_scale
+        # The gradient passes the limit, or else a scale beyond it (SigLIP's begin there) would never be trained again.
+        excess = (log_scale - _LARGEST_LOG_SCALE).clamp(min=0).detach()
+        return 1 / (log_scale - excess).exp()
 
     def query_features(self, samples: Mapping[str, Any]) -> Tensor:
         """Return :meth:`encode_query` of ``image`` and ``text_input``, with gradients."""

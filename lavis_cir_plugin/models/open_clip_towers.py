@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
-from lavis_cir_plugin.core.checkpoints import as_float32, first_line, load_strictly, read_state, verify_checkpoint
+from lavis_cir_plugin.core.checkpoints import (
+    as_float32,
+    first_line,
+    load_strictly,
+    read_checkpoint,
+    state_in,
+    verify_checkpoint,
+)
 from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.normalisation import CLIP_MEAN_AND_STD
 from lavis_cir_plugin.core.torchscript_weights import read_torchscript
@@ -380,6 +387,13 @@ def check_clip_model(clip_model: Any) -> Mapping[str, Any]:
     return dict(config)
 
 
+def model_of_run(content: Any) -> Mapping[str, Any]:
+    """Return the section ``model`` of the run that wrote a checkpoint; it is empty if no run on open_clip wrote it."""
+    config = content.get("config") if isinstance(content, Mapping) else None
+    model = config.get("model") if isinstance(config, Mapping) else None
+    return model if isinstance(model, Mapping) and "clip_model" in model else {}
+
+
 def count_blocks(clip_model: str) -> int:
     """Return the number of blocks of a model's text tower.
 
@@ -474,7 +488,11 @@ def _clip_state(path: Path, clip_model: str, quick_gelu: bool) -> dict[str, Tens
         verify_checkpoint(path)
         state = read_torchscript(path)
     else:
-        state = read_state(str(path))
+        content = read_checkpoint(str(path))
+        trained = open_clip_library().get_model_config(str(model_of_run(content).get("clip_model")))
+        if trained is not None:
+            _check_activation(clip_model, f"the weights in {path}", bool(trained.get("quick_gelu")), quick_gelu)
+        state = state_in(content, str(path))
     state = {name[7:] if name.startswith("module.") else name: tensor for name, tensor in state.items()}
     towers = {"image_tower.visual.": "visual.", "text_tower.clip.": ""}  # prefixes in a checkpoint of clip_cir
     if any(name.startswith(tuple(towers)) for name in state):  # TSCIR's checkpoints with merged adapters have more

@@ -294,6 +294,20 @@ def test_openais_archive_is_read_without_unpickling_and_only_into_quickgelu(tmp_
         load_clip("small_clip", str(tmp_path / "ViT.pt"))
 
 
+def test_weights_that_a_run_trained_keep_their_activation(tmp_path, monkeypatch):
+    """Their names and shapes do not tell it, but the run's config does; a file of others may have any ``config``."""
+    config = open_clip.get_model_config("small_clip")
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small_clip-quickgelu", {**config, "quick_gelu": True})
+    clip, path = load_clip("small_clip"), tmp_path / "checkpoint_best.pth"
+    torch.save({"model": clip.state_dict(), "config": {"model": {"clip_model": "small_clip"}}}, path)
+    assert same(load_clip("small_clip", str(path)), clip)
+    with pytest.raises(ValueError, match=r"weights in .*best\.pth were trained with GELU and small_clip-quickgelu has"):
+        load_clip("small_clip-quickgelu", str(path))
+    for foreign in ({"model": "ViT"}, ["ViT"], {"model": {"clip_model": "no model of open_clip"}}):
+        torch.save({"model": clip.state_dict(), "config": foreign}, path)
+        assert same(load_clip("small_clip-quickgelu", str(path)), clip)
+
+
 def test_a_damaged_archive_of_openai_is_refused(tmp_path, monkeypatch):
     config = open_clip.get_model_config("small_clip")
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small_clip-quickgelu", {**config, "quick_gelu": True})

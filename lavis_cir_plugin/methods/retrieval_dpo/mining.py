@@ -123,13 +123,15 @@ class MiningSettings(Section):
 def forbidden_images(triplets: Sequence[Triplet]) -> list[set[str]]:
     """Return, for each triplet, the names of the images that may never be its negatives.
 
-    These are the target, the targets of triplets with the same reference and captions, and the images that the
-    annotation lists as also right (CIRR's soft labels). Twins of the target are found later, by their features.
+    These are the target, the targets of triplets with the same reference and a caption in common, which may be the
+    query's whole text, and the images that the annotation lists as also right (CIRR's soft labels). Twins of the target
+    are found later, by their features.
     """
-    answers: dict[tuple[str, tuple[str, ...]], set[str]] = {}
+    answers: dict[tuple[str, str], set[str]] = {}
     for triplet in triplets:
-        answers.setdefault((triplet.reference, triplet.captions), set()).update((triplet.target, *triplet.also_right))
-    return [answers[triplet.reference, triplet.captions] for triplet in triplets]
+        for caption in triplet.captions:
+            answers.setdefault((triplet.reference, caption), set()).update((triplet.target, *triplet.also_right))
+    return [{own.target}.union(*(answers[own.reference, caption] for caption in own.captions)) for own in triplets]
 
 
 class MinedNegatives(NamedTuple):

@@ -57,6 +57,9 @@ EMPTY = 0
 """Number of the phrase without words. An exchange with it adds or drops a phrase."""
 
 _TOKEN = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*|[^\w\s]")
+_BEFORE_VOWEL = re.compile(r"^a (?=hour|honest|heir|(?!eu|ewe|onc?e\b|u\b|uni(?![dmnr])|us[aeu]|ut[aeio])[aeiou])")
+"""The article of a word that begins with the sound of a vowel, as "hour" does and "uniform" does not."""
+
 _BOUNDARY = 0
 _Array = Any  # a numpy array; its type parameters differ between numpy's versions
 
@@ -186,9 +189,19 @@ class Phrases:
         share = counts / totals[left]
         entropy = np.bincount(left, -share * np.log(share), size)
         loose = np.bincount(left, share * self._is_function[right], size)
-        tied = (loose < 0.2) & ~self._is_function & (totals > 0)
+        self._is_participle = self._participles(left, right, counts) & (loose >= 0.5)
+        loose += np.bincount(left, share * self._is_participle[right], size)
+        self._is_tied = tied = (loose < 0.2) & ~self._is_function & (totals > 0)
         self._needs_next = tied & (np.exp(entropy) <= FEW_FOLLOWERS)
         self._modifies_next = tied & (np.exp(entropy) <= FEW_MODIFIED)
+
+    def _participles(self, left: _Array, right: _Array, counts: _Array) -> _Array:
+        """Return a mask of the words in -ing that hardly follow an article, as a noun ("a building") does."""
+        size = len(self._words)
+        articles = np.array([word in ARTICLES for word in self._words])
+        has_ending = np.array([len(word) > 4 and word.endswith("ing") for word in self._words])
+        share = np.bincount(right, counts * articles[left], size) / np.bincount(right, counts, size).clip(1)
+        return has_ending & (share < 0.1)
 
     def _find_phrases(self) -> None:
         """Number the phrases and the slots, and list every occurrence of a phrase in a slot."""
@@ -343,11 +356,11 @@ class Phrases:
         joiners = [phrase[0] for phrase in (old, put) if phrase and phrase[0] in JOINERS]
         kind = _phrase_role([*before, *joiners])
         shown = [phrase[1:] if joiners and phrase else phrase for phrase in (old, put)]
-        while after and not _is_function_word(after[0]) and (kind != "subject" or self._is_unfinished(shown)):
+        while after and not self._ends_phrases(shown, after[0]) and (kind != "subject" or self._is_unfinished(shown)):
             if not put:
                 return None
             shown, after = [[*phrase, after[0]] if phrase else phrase for phrase in shown], after[1:]
-        is_noun = not after or _is_function_word(after[0])
+        is_noun = not after or self._ends_phrases(shown, after[0])
         while before and not joiners and put and not _is_function_word(before[-1]):
             if not is_noun and not (old and self._modifies_next[self._numbers[before[-1]]]):
                 break
@@ -363,6 +376,12 @@ class Phrases:
         )
         holder = (new, -1) if new != EMPTY else (EMPTY, int(self._slot[place]))
         return CaptionEdit(image, row, edited, old_text, new_text, holder, text)
+
+    def _ends_phrases(self, shown: Sequence[Sequence[str]], following: str) -> bool:
+        """Return whether phrases end before a word: a function word, or a participle after nouns ("a dog sitting")."""
+        if _is_function_word(following) or not self._is_participle[self._numbers[following]]:
+            return _is_function_word(following)
+        return not any(phrase and self._is_tied[self._numbers[phrase[-1]]] for phrase in shown)
 
     def _is_unfinished(self, shown: Sequence[Sequence[str]]) -> bool:
         return any(phrase and self._needs_next[self._numbers[phrase[-1]]] for phrase in shown)
@@ -436,7 +455,7 @@ def _with_article(article: str, phrase: str) -> str:
 
 
 def _an(text: str) -> str:
-    return f"an{text[1:]}" if text.startswith("a ") and text[2:3] in tuple("aeiou") else text
+    return _BEFORE_VOWEL.sub("an ", text)
 
 
 def _modification_text(old: str, new: str, kind: str, is_noun: bool, rng: random.Random) -> str:

@@ -39,7 +39,6 @@ from lavis_cir_plugin.models.open_clip_towers import (
     PSEUDO_WORD,
     HiddenStateEdit,
     count_blocks,
-    pixel_normalisation,
 )
 
 PLAIN_SENTENCE = f"a photo of {PSEUDO_WORD}"
@@ -158,7 +157,15 @@ class TscirMapping(ClipCir):
             }
         )
         self.register_buffer("clip_fingerprint", weights_fingerprint(self.image_tower, self.text_tower))
-        self.silent_settings = _silent_settings(clip_model, pretrained, pixels, injection_heads)
+        self.silent_settings = self._silent_settings(
+            {
+                "clip_model": clip_model,
+                "pretrained": pretrained,
+                "pixels": pixels,
+                "injection_blocks": self.injection_blocks,
+                "injection_heads": injection_heads,
+            }
+        )
         self._freeze(image=True, text=True)
 
     def _build_mapping(self, phi: str | None, hidden_width: int, dropout: float) -> None:
@@ -260,19 +267,10 @@ class TscirMapping(ClipCir):
         """Return the names of CLIP's weights, which only a checkpoint with merged adapters holds."""
         return {name for name, _ in self.named_parameters() if name.startswith(_TOWERS)}
 
-    def _check_settings(self, content: Any, source: str) -> None:
-        """Refuse a run's checkpoint if settings differ that no tensor shows."""
-        config = content.get("config") if isinstance(content, Mapping) else None
-        if not config:
-            return
-        values = self._values(config["model"])
-        given = (values[key] for key in ("clip_model", "pretrained", "pixels", "injection_heads"))
-        for key, there in _silent_settings(*given).items():
-            here = self.silent_settings[key]
-            if here != there and (self.injection_blocks or key != "injection_heads"):
-                raise ValueError(
-                    f"checkpoint {source} was trained with model.{key}: {there}, here it is {here}; set it to that."
-                )
+    @classmethod
+    def _silent_settings(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        heads = {"injection_heads": values["injection_heads"]} if values["injection_blocks"] else {}
+        return {**super()._silent_settings(values), **heads}
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the training losses of a batch of image-caption pairs.
@@ -383,13 +381,6 @@ class TscirMapping(ClipCir):
             return edit
 
         return [(int(block), inject(injection)) for block, injection in self.injections.items()]
-
-
-def _silent_settings(clip_model: str, pretrained: str | None, pixels: str, injection_heads: int) -> dict[str, Any]:
-    """Return the settings that change a model's output but no name, shape or value of a weight."""
-    normalisation = pixel_normalisation(clip_model, pretrained, pixels)
-    named = next((name for name, pair in PIXELS.items() if pair == normalisation), pixels)
-    return {"clip_model": clip_model, "pixels": named, "injection_heads": injection_heads}
 
 
 def weights_fingerprint(*modules: nn.Module) -> Tensor:

@@ -371,6 +371,17 @@ def test_forbidden_by_hand():
     assert forbidden_images(triplets) == [{"b", "c", "x"}, {"b", "c", "x"}, {"d"}, {"f", "y", "z"}]
 
 
+def test_one_caption_in_common_forbids():
+    """A training text may be one caption alone, which asks for the targets of both triplets that have it."""
+    triplets = [
+        Triplet("a", "b", ("is red", "has a belt")),
+        Triplet("a", "c", ("has long sleeves", "is red")),
+        Triplet("a", "d", ("has long sleeves", "has dots")),
+        Triplet("a", "e", ("is blue", "has a zip")),
+    ]
+    assert forbidden_images(triplets) == [{"b", "c"}, {"b", "c", "d"}, {"c", "d"}, {"e"}]
+
+
 def test_random_negatives_are_uniform_among_what_is_allowed():
     """Each of 600 triplets draws 2 of the images 2 to 5: an image is drawn 300 times, within 4 deviations of 12.2."""
     drawn = random_negatives(

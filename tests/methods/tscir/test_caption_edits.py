@@ -144,6 +144,38 @@ def test_articles():
     assert "change a dress to an apron" in {text for *_, text in texts(known, 0)}
 
 
+@pytest.mark.parametrize(
+    ("word", "article"),
+    [("apron", "an"), ("unicorn", "a"), ("one-shoulder", "a"), ("hourglass", "an"), ("unusual", "an"), ("euro", "a")],
+)
+def test_the_article_follows_the_sound(word, article):
+    known = phrases(*([f"a {noun} {end}"] for noun in (*NOUNS, word) for end in ("with dots", "in town")))
+    assert f"change a dress to {article} {word}" in {text for *_, text in texts(known, 0)}
+
+
+def test_a_participle_is_no_part_of_the_noun_before_it():
+    """ "sitting" follows nouns, which also stand alone. "building" is a noun, and "red" says nothing without it."""
+    known = phrases(
+        *([f"a {pet} {end}"] for pet in ("dog", "cat", "owl") for end in ("sitting on grass", "lying here", "in town")),
+        *([f"the {colour} building {end}"] for colour in ("red", "blue") for end in ("sitting on grass", "in town")),
+        *([f"my {colour} building"] for colour in ("red", "blue")),
+        ["a building in town"],
+    )
+    said = {text for image in range(9) for *_, text in texts(known, image)}
+    assert "is a cat instead of a dog" in said
+    assert not any("sitting" in text or "lying" in text for text in said if "cat" in text)
+    assert "is the blue building instead of the red building" in {text for *_, text in texts(known, 9)}
+    assert not any(text.endswith((" red", " blue")) for *_, text in texts(known, 9))
+
+
+def test_a_participle_before_a_noun_belongs_to_it():
+    fits = ("tight", "loose")
+    known = phrases(*([f"{the} {fit} fitting {noun}"] for fit in fits for noun in NOUNS for the in ("a", "the")))
+    said = {text for *_, text in texts(known, 0)}
+    assert "is loose fitting instead of tight fitting" in said
+    assert not any(text.endswith(("tight", "loose")) for text in said)
+
+
 def test_an_edit_says_where_it_leads():
     known = phrases(*([f"A {colour} {noun}, seen here."] for colour in ("red", "blue", "green") for noun in NOUNS))
     edit = known.draw(0, random.Random(0))

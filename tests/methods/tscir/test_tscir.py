@@ -103,6 +103,19 @@ def test_clip_cir_trains_on_captions_as_clip_and_on_triplets(make, clip_model):
     assert without == [], "DistributedDataParallel would wait for these"
 
 
+def test_a_temperature_below_its_limit_is_still_trained(make):
+    """CLIP's own weights end at the limit and SigLIP's lie beyond it: the gradient is the one at the limit."""
+    gradients = []
+    for scale in (100.0, 118.0):
+        model = make(ClipCir)
+        model.text_tower.clip.logit_scale.data.fill_(scale).log_()
+        assert float(model.temperature) == pytest.approx(0.01)
+        model({"image": pictures(), "text_input": TEXTS, "target": pictures(seed=2)})["loss"].backward()
+        gradients.append(float(model.text_tower.clip.logit_scale.grad))
+    assert gradients[1] == pytest.approx(gradients[0], rel=1e-3)
+    assert abs(gradients[1]) > 1e-3
+
+
 def test_frozen_towers_stay_as_loaded_and_in_eval_mode(make):
     model = make(ClipCir, freeze_vit=True, freeze_text=False).train()
     assert not model.image_tower.training
@@ -358,6 +371,36 @@ def test_settings_that_no_tensor_tells_are_compared(make, tmp_path, change, prob
         make(TscirMapping, **{"pretrained": pretrained, **change}).load_checkpoint(str(path))
     with pytest.raises(ValueError, match=problem):
         make(TscirComposing, mapping_checkpoint=str(path), **{"pretrained": pretrained, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"pixels": "inception"}, r"was trained with model\.pixels: clip, here it is inception"),
+        ({"clip_model": "small_clip-quickgelu"}, r"was trained with model\.clip_model: small_clip, here it is small_"),
+    ],
+)
+def test_clip_cirs_checkpoint_compares_them_too(make, tmp_path, change, problem):
+    """QuickGELU's weights have the names and shapes of GELU's, and pixels have none."""
+    path, pretrained = tmp_path / "tuned.pth", str(tmp_path / "small_clip.pt")
+    theirs = {"arch": "clip_cir", "clip_model": "small_clip", "pretrained": pretrained}
+    torch.save({"model": make(ClipCir).state_dict(), "config": {"model": theirs}}, path)
+    make(ClipCir, seed=1).load_checkpoint(str(path))
+    with pytest.raises(ValueError, match=problem):
+        make(ClipCir, **{"pretrained": pretrained, **change}).load_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("freeze_vit", [True, False])
+def test_a_trained_clip_cir_is_found_again(make, clip_model, tmp_path, freeze_vit):
+    """SigLIP's bias of the logits is never trained, so that no checkpoint holds it."""
+    trained = make(ClipCir, clip_model, freeze_vit=freeze_vit)
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight += 0.01 * weight.requires_grad
+    again = make(ClipCir, clip_model, freeze_vit=freeze_vit)
+    again.load_checkpoint(saved(trained, tmp_path / "trained.pth"))
+    samples = {"image": pictures(), "text_input": TEXTS}
+    torch.testing.assert_close(again.encode_query(samples), trained.encode_query(samples))
 
 
 def test_a_merged_checkpoint_brings_its_own_clip(make, tmp_path):
