@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -57,7 +58,8 @@ def token_ids(tokenizer: BertTokenizer, texts: Sequence[str], max_length: int) -
     Args:
         tokenizer: Tokenizer with [CLS], [SEP] and [PAD].
         texts: B texts.
-        max_length: Largest number of tokens with [CLS] and [SEP]; longer texts are cut.
+        max_length: Largest number of tokens with [CLS] and [SEP]; longer texts are cut, and a warning names the first
+            that fills them all, because it may have been.
 
     Returns:
         Ids ``(B, T)`` int64, and the mask ``(B, T)`` int64, 1 where a token stands and 0 at padding.
@@ -65,6 +67,13 @@ def token_ids(tokenizer: BertTokenizer, texts: Sequence[str], max_length: int) -
     rows = [torch.tensor(_ids_of_text(tokenizer, text, max_length)) for text in texts]
     ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     lengths = torch.tensor([len(row) for row in rows])
+    if ids.shape[1] == max_length and not getattr(tokenizer, "has_told_of_a_cut", False):
+        tokenizer.has_told_of_a_cut = True
+        logging.warning(
+            "a text fills all %d tokens of model.max_txt_len, and the end of longer ones is not read (said once): %s",
+            max_length,
+            texts[int(lengths.argmax())],
+        )
     return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
 

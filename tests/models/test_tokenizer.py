@@ -32,3 +32,13 @@ def test_a_text_is_tokenized_once_for_each_tokenizer_and_length(monkeypatch):
         counts.append(len(calls))
         monkeypatch.undo()
     assert counts == [6, 6]
+
+
+def test_a_text_that_may_have_been_cut_is_named_once(caplog):
+    tokenizer = load_tokenizer("blip2_cir_tiny_vocab.txt")
+    token_ids(tokenizer, ["is red"], 5)  # 4 tokens with [CLS] and [SEP]
+    assert not caplog.records
+    for _ in range(2):
+        token_ids(tokenizer, ["is red", "is red and has no sleeves"], 5)
+    (record,) = caplog.records
+    assert record.message.endswith("(said once): is red and has no sleeves")
