@@ -157,6 +157,11 @@ class FashionIQConfig(Section):
         free: dict[str, Any] = {key: value for key, value in chosen.items() if key not in mapping}
         settings = replace(given, **free)
         names = metric_names(settings.categories, settings.average)
+        if _MERGED in settings.categories and len(settings.categories) > 1:
+            raise ValueError(
+                f"datasets.fashioniq.build_info.categories: {', '.join(settings.categories)} would count triplets twice, "
+                f"because {_MERGED} is all of them; name {_MERGED} alone, or categories without it."
+            )
         if settings.selection_metric not in names:
             raise ValueError(
                 f"datasets.fashioniq.build_info.selection_metric: {settings.selection_metric} is not computed with "

@@ -284,9 +284,10 @@ def test_the_mean_per_query_by_hand(tmp_path: Path):
         ({"selection_metric": "R@5"}, r"selection_metric must be one of mean, dress_R@10, .*, got 'R@5'; did you mean"),
         ({"selection_metric": "shirt_R@10"}, "shirt_R@10 is not computed with categories dress and average per_categ"),
         ({"selection_metric": "query_mean"}, "query_mean is not computed .*; choose one of dress_R@10, dress_R@50, R@"),
+        ({"categories": ["all", "dress"]}, "categories: all, dress would count triplets twice, because all is all of"),
     ],
 )
-def test_a_selection_metric_that_is_not_computed_is_refused(tmp_path: Path, changes: dict[str, str], message: str):
+def test_metrics_that_are_not_computed_or_would_count_twice_are_refused(tmp_path: Path, changes: Any, message: str):
     with pytest.raises(ValueError, match=message):
         FashionIQConfig.from_mapping({**write_world(tmp_path), **changes})
 
