@@ -159,8 +159,8 @@ class FashionIQConfig(Section):
         names = metric_names(settings.categories, settings.average)
         if _MERGED in settings.categories and len(settings.categories) > 1:
             raise ValueError(
-                f"datasets.fashioniq.build_info.categories: {', '.join(settings.categories)} would count triplets twice, "
-                f"because {_MERGED} is all of them; name {_MERGED} alone, or categories without it."
+                f"datasets.fashioniq.build_info.categories: {', '.join(settings.categories)} would count triplets "
+                f"twice, because {_MERGED} is all of them; name {_MERGED} alone, or categories without it."
             )
         if settings.selection_metric not in names:
             raise ValueError(
