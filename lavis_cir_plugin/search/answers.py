@@ -9,7 +9,7 @@ from lavis_cir_plugin.search.questions import Answer, Hit
 
 
 def as_json(answer: Answer) -> dict[str, Any]:
-    """Return an answer as plain values; docs/search.md says what each is."""
+    """Return an answer as plain values; `/docs` of ``lavis-cir serve`` says what each is."""
     return {
         "hits": [_hit(hit) for hit in answer.hits],
         "searched": answer.searched,

@@ -36,9 +36,11 @@ class GenerationSettings(Section):
     """Keys of ``run`` that LAVIS's task needs.
 
     Attributes:
-        num_beams: Beams of the search for a caption.
-        max_len: Largest number of tokens of a caption.
-        min_len: Smallest number of tokens of a caption.
+        num_beams: Beams of the search for a text. Captioning requires it, and LAVIS's ``vqa`` has 3 by default.
+        max_len: Largest number of tokens of a generated text. Captioning requires it, and LAVIS's ``vqa`` has 10 by
+            default.
+        min_len: Smallest number of tokens of a generated text. Captioning requires it, and LAVIS's ``vqa`` has 1 by
+            default.
     """
 
     WHERE = "run"

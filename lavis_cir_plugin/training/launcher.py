@@ -239,6 +239,7 @@ def _sentence_for_user(error: BaseException) -> str | None:
         if error.errno in _REFUSALS:
             return (
                 f"{error.filename or 'a file'} cannot be written or read ({os.strerror(error.errno)}); free some space "
-                "there, or choose another folder (runs are below run.output_dir, the cache below XDG_CACHE_HOME)."
+                "there, or choose another folder (runs are below run.output_dir, the cache below XDG_CACHE_HOME, and "
+                "LAVIS's downloads below env.cache_root of LAVIS's own configs/default.yaml)."
             )
     return str(error) if is_ours else None

@@ -12,6 +12,7 @@ from lavis.common.registry import registry
 import lavis_cir_plugin
 from lavis_cir_plugin.core.settings import REQUIRED, Setting, plain_value, settings_of
 from lavis_cir_plugin.training import config
+from lavis_cir_plugin.training.resumable_runner import ResumableRunner
 from lavis_cir_plugin.training.run_settings import DatasetSection, LavisModel, LavisRun
 
 _Classes = Sequence[type]
@@ -19,7 +20,7 @@ _Classes = Sequence[type]
 
 def sections() -> dict[str, _Classes]:
     """Return the classes of every section of this package by its name, such as ``run.wrf`` or ``model clip_cir``."""
-    kinds = [*_ours("runner").values(), *_ours("task").values()]
+    kinds = [ResumableRunner, *_ours("runner").values(), *_ours("task").values()]
     readers = dict.fromkeys([config.LoraRun, *(entry.RUN_SETTINGS for entry in kinds)])
     # A task's section that another one extends is the other one's first part.
     most = [cls for cls in readers if not any(other is not cls and issubclass(other, cls) for other in readers)]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from lavis.common.registry import registry
 
 from lavis_cir_plugin import CONFIGS, PROJECTS
 from lavis_cir_plugin.core.settings import REQUIRED, settings_of
-from lavis_cir_plugin.training import reference
+from lavis_cir_plugin.training import config, reference
 from lavis_cir_plugin.training.run_settings import LavisModel
 
 SECTIONS = reference.sections()
@@ -27,6 +29,14 @@ def test_there_are_sections_of_every_kind():
     expected = {"run", "run.wrf", "run.lora", "run.dpo", "run.negatives", "datasets", "datasets.cirr.garments"}
     expected |= {"model blip2_cir", "model tscir_mapping", "datasets.triplets.build_info", "processor target_pad"}
     assert expected <= set(SECTIONS)
+
+
+def test_the_table_of_run_has_every_key_of_every_runner_and_task():
+    told = {name for cls in SECTIONS["run"] for name in settings_of(cls)}
+    for runner, task in itertools.product(registry.list_runners(), registry.list_tasks()):
+        known = {name for cls in config.run_sections({"runner": runner, "task": task}) for name in settings_of(cls)}
+        assert known <= told, (runner, task)
+    assert {"save_every", "ema_decay", "adam_eps", "feature_cache"} <= told
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -108,7 +108,8 @@ def test_a_refusal_in_any_library_is_one_sentence(tmp_path):
         os.makedirs(tmp_path / "file" / "folder")
     assert launcher._sentence_for_user(caught.value) == (
         f"{tmp_path}/file/folder cannot be written or read (Not a directory); free some space there, or choose another "
-        "folder (runs are below run.output_dir, the cache below XDG_CACHE_HOME)."
+        "folder (runs are below run.output_dir, the cache below XDG_CACHE_HOME, and LAVIS's downloads below "
+        "env.cache_root of LAVIS's own configs/default.yaml)."
     )
 
 

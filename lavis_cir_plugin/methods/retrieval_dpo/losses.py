@@ -32,7 +32,7 @@ class PreferenceSettings(Section):
     r"""Settings under ``run.dpo`` of Retrieval-DPO's loss :math:`L = L_\mathrm{DPO} + a L_\mathrm{InfoNCE}`.
 
     Attributes:
-        variant: Loss of a right and its wrong images, by its name in :func:`preference_losses`.
+        variant: Loss of a right and its wrong images; :func:`preference_losses` has the equations.
         beta: Slope per cosine, DPO's :math:`\beta` divided by the temperature; 10 to 20 is usual. The seed paper's
             0.1 at CLIP's logit scale of 100 is 10 here.
         epsilon: Assumed share of wrong preferences, >= 0 and < 0.5, for ``label_smoothed`` and ``robust``.

@@ -51,8 +51,8 @@ class MiningSettings(Section):
             right image itself, as in the seed paper; or ``image_set``, the query within CIRR's set of six images.
         count: Number of negatives in each step, >= 1, drawn without repetition from the window; a triplet may have
             fewer.
-        window: Ranks ``[first, last)`` from 0 among the images that are not left out, at most `DEEPEST` of them. The
-            search ends after the first `DEEPEST` of the whole ranking, unless the window ends later.
+        window: Ranks ``[first, last)`` from 0 among the images that are not left out, at most 1,000 of them. The
+            search ends after the first 1,000 of the whole ranking (`DEEPEST`), unless the window ends later.
         within_category: Whether a triplet with a category (FashionIQ) is ranked among the images of its category's
             triplets alone, as in its evaluation. A dress is no hard negative of a shirt, and a top may be a right one.
         cap: Share of the right image's score that a negative's score must stay below (positive-aware mining,
@@ -64,8 +64,9 @@ class MiningSettings(Section):
             (arXiv 2507.12416) with ``cap: null`` and a window of 1,000.
         warmup_epochs: Number of epochs with random negatives before the first mining, >= 0.
         refresh: Number of epochs from one mining to the next, which uses the weights of that moment; 0 mines once.
-        index: One of `KINDS` of :mod:`~lavis_cir_plugin.ranking.index`, or ``auto``: exact below `LARGE_GALLERY`
-            images, ivf otherwise. All kinds but ``hnsw`` find the same images each time.
+        index: How the ranking is searched: ``exact``; by FAISS's index ``flat``, ``ivf`` or ``hnsw``; or ``auto``,
+            which is ``exact`` below 10,000 images (`LARGE_GALLERY`) and ``ivf`` otherwise. All kinds but ``hnsw`` find
+            the same images each time.
         file: File with negatives of an earlier run, ``<run>/negatives/<data set>_<epoch>.npz``, which replaces mining.
             It requires ``refresh`` and ``warmup_epochs`` to be 0, and the rules that choose images have no effect.
 

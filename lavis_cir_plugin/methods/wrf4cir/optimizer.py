@@ -59,7 +59,8 @@ def select_tensors(model: nn.Module, settings: WeightPerturbation) -> dict[str, 
             raise ValueError(
                 f"run.wrf perturbs {len(inside)} tensors (first: {inside[0]}) inside '{prefix.rstrip('.')}', which "
                 "recomputes its activations in the backward pass with unperturbed weights. Set "
-                "model.use_grad_checkpoint: false, freeze that module, or leave it out through run.wrf.tensors."
+                "model.use_grad_checkpoint: false (in LAVIS's BLIP and ALBEF model.vit_grad_ckpt), freeze that module, "
+                "or leave it out through run.wrf.tensors."
             )
     return chosen
 
