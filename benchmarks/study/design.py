@@ -244,6 +244,8 @@ def why_rows(chosen: Chosen, steps: int, validations: int) -> dict[str, Row]:
     for factor in (2, 4):
         longer = (f"run.max_iters={factor * steps}", f"run.iters_per_inner_epoch={factor * steps // validations}")
         found.update({f"steps x {factor}: {name}": row.with_options(*longer) for name, row in two.items()})
+    regularised = {option for option in rows[DROPOUT].options if option not in rows[PLAIN].options}
+    found.update({f"dropout: {name}": row.with_options(*sorted(regularised)) for name, row in three.items()})
     starts = {"head 32": Start(width=32), "head 64": Start(width=64), "weak tower": Start(share=0.1),
               "fresh head": Start(fresh=True)}  # fmt: skip
     for label, start in starts.items():

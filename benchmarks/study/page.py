@@ -62,6 +62,8 @@ What to keep in mind:
   the radius chosen for WRF.
 - The regulariser that stands for all was the best on average over both sizes in the other world, where another was best
   with 1,000 triplets (see the end of the page). Values at an end of their grid may not be the best there are.
+- BLIP-2's Q-Former trains with BERT's dropout of 0.1, and this small one without. "All with dropout" below asks whether
+  WRF adds to it.
 - A gap narrows when training recall falls, too: `train` and `val` below tell which of them moved.
 - The bootstrap counts the chance of a single answer in both of its draws, so intervals of many seeds are rather too
   wide. Those of three can be too narrow. Queries of one family of garments share pictures; whole families drawn instead

@@ -34,6 +34,7 @@ from study.results import Result, unpack_scores
 WHY = {
     "as in the main table": "",
     "weight decay x 10": "weight decay x 10: ",
+    "all with dropout": "dropout: ",
     "steps x 2": "steps x 2: ",
     "steps x 4": "steps x 4: ",
     "perturbed in the second half": "second half: ",

@@ -119,6 +119,18 @@ def test_settings_are_never_chosen_in_the_world_of_the_table():
     assert seeds[SAM] == {1000: 5, 3000: 5, 300: 3, 10000: 3}
 
 
+def test_the_hypothesis_of_dropout_trains_each_method_with_the_same_dropout():
+    runs = plan(FULL, everything_finished(FULL)).runs
+    own = {run.name: run.row.options for run in runs if run.part == "why" and run.name.startswith("dropout: ")}
+    without = {run.name: run.row.options for run in runs if run.part == "main"}
+    assert len(own) == 3
+    for name, options in own.items():
+        assert set(options) - set(without[name[len("dropout: ") :]]) == {
+            "model.qformer_config.hidden_dropout_prob=0.1",
+            "model.qformer_config.attention_probs_dropout_prob=0.1",
+        }
+
+
 def test_a_run_is_another_one_with_other_settings_and_the_same_with_more_seeds():
     run = plan(SMALL, {}).runs[0]
     more = plan(dataclasses.replace(SMALL, choosing_seeds=(7, 8)), {}).runs
