@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -464,6 +465,14 @@ def test_the_committed_page_is_that_of_the_committed_file(tmp_path):
     rows = read_results(ROOT / "docs/results/wrf_study.csv")
     write_page(Study(FULL, rows), tmp_path / "results.md", tmp_path / "results")
     assert (tmp_path / "results.md").read_text() == (ROOT / "docs/results.md").read_text()
+
+
+def test_every_difference_on_the_page_of_regularisers_is_one_of_the_results():
+    interval = r"[+-]\d+\.\d\d \([+-]\d+\.\d\d to [+-]\d+\.\d\d\)"
+    page, results = ((ROOT / "docs" / name).read_text() for name in ("regularisers.md", "results.md"))
+    named = re.findall(interval, " ".join(page.split()))
+    assert len(named) > 5
+    assert set(named) <= set(re.findall(interval, results))
 
 
 # -- data and a run --------------------------------------------------------------------------------------------------
