@@ -182,8 +182,9 @@ class _Writer:
                 f"{self.index} has lost what its writer knows ({WRITER}); build the index again in a new folder."
             )
         refuse_another_model(self.index, known, self.encoder)
+        self.identity = known or self.encoder.identity
         with self.catalogue.transaction():
-            self.catalogue.note(**{f"identity_{name}": value for name, value in self.encoder.identity.items()})
+            self.catalogue.note(**{f"identity_{name}": value for name, value in self.identity.items()})
 
     def _known_identity(self) -> dict[str, str]:
         """Return what made the features that are there; nothing where there are none."""
@@ -336,7 +337,7 @@ class _Writer:
         manifest = Manifest(
             generation=generation,
             name=self.encoder.name,
-            identity=self.encoder.identity,
+            identity=self.identity,
             rows=self.rows,
             pictures=len(by_row),
             not_indexed=self.catalogue.count("not_indexed"),
@@ -391,7 +392,7 @@ def refuse_another_model(index: str | Path, known: Mapping[str, str], encoder: E
     Raises:
         ValueError: model or transform differ; with what differs.
     """
-    differing = [name for name, value in known.items() if encoder.identity.get(name) != value]
+    differing = encoder.differing(known)
     if differing:
         what = ", ".join(
             name if name == "weights" else f"{name} {known[name]} and not {encoder.identity.get(name)}"
