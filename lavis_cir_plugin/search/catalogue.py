@@ -234,7 +234,8 @@ class WritableCatalogue:
         for read in reads:
             if read.reason:
                 self._forget(read.path)
-                values = (read.path, read.reason, *read.signature, read.read_ns)
+                # A disk that failed may be there the next time, so what gave no bytes counts as never read.
+                values = (read.path, read.reason, *read.signature, read.read_ns if read.sha256 else None)
                 self._database.execute("INSERT OR REPLACE INTO not_indexed VALUES (?, ?, ?, ?, ?, ?)", values)
                 continue
             self._database.execute("DELETE FROM not_indexed WHERE path = ?", (read.path,))
@@ -256,9 +257,13 @@ class WritableCatalogue:
 
     def keep_only(self, scan: Scan, folders: Sequence[str]) -> int:
         """Forget the files of some folders that a scan of them did not find; return how many pictures these were."""
-        left = [path for path in self._below("pictures", folders) if path not in scan.pictures]
-        self._delete("pictures", left)
-        self._delete("not_indexed", [path for path in self._below("not_indexed", folders) if path not in scan.pictures])
+        for table in ("not_indexed", "pictures"):
+            left = [
+                path
+                for path in self._below(table, folders)
+                if path not in scan.pictures and not any(is_below(path, folder) for folder in scan.unread)
+            ]
+            self._delete(table, left)
         self._database.executemany(
             "INSERT OR REPLACE INTO not_indexed (path, reason) VALUES (?, ?)", scan.left_out.items()
         )

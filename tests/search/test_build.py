@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sqlite3
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -313,6 +314,49 @@ def test_a_disk_that_is_not_mounted_costs_no_picture(tmp_path, encoder):
     assert (built.pictures, built.forgotten) == (2, 3)
     with pytest.raises(ValueError, match="is none of the folders of"):
         build.build_index_folder([], out, encoder, forget=[folder], quiet=True)
+
+
+def test_a_file_that_could_not_be_read_is_read_the_next_time(tmp_path, encoder, monkeypatch):
+    """A disk was away for a while: the file has the same size and the same dates as before."""
+    paths = draw_some(tmp_path / "p", 3)
+    original = Path.read_bytes
+
+    def read(path):
+        if path.name in ("000.png", "001.png"):
+            raise {"000.png": FileNotFoundError, "001.png": OSError}[path.name](5, "Input/output error")
+        return original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read)
+        assert set(index(tmp_path / "p", tmp_path / "i", encoder).not_indexed) == {str(path) for path in paths[:2]}
+    built = index(tmp_path / "p", tmp_path / "i", encoder)
+    assert (built.read, built.pictures, built.not_indexed) == (2, 3, {})
+
+
+def test_the_pictures_of_a_folder_that_cannot_be_read_stay(tmp_path, encoder, monkeypatch):
+    folder, out = tmp_path / "p", tmp_path / "i"
+    draw_some(folder, 2)
+    draw_some(folder / "disk", 2, start=10)
+    (folder / "disk" / "empty.png").touch()
+    index(folder, out, encoder)
+    before = ids_by_name(out, encoder)
+    original = os.scandir
+
+    def scandir(path):
+        if path == str(folder / "disk"):
+            raise OSError(116, "Stale file handle")
+        return original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        built = index(folder, out, encoder)
+    assert (built.pictures, built.forgotten, ids_by_name(out, encoder)) == (4, 0, before)
+    assert built.not_indexed == {
+        str(folder / "disk"): "the folder cannot be read: Stale file handle; what the index had of it stays",
+        str(folder / "disk" / "empty.png"): "the file is empty",
+    }
+    built = index(folder, out, encoder)
+    assert (built.read, built.pictures, list(built.not_indexed)) == (0, 4, [str(folder / "disk" / "empty.png")])
 
 
 def test_an_index_lies_neither_in_other_files_nor_among_pictures(tmp_path, encoder):
