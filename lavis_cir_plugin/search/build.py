@@ -459,16 +459,17 @@ class _Part:
 
 
 class _Files(Dataset):  # type: ignore[type-arg]
-    """Files as tensors; what cannot be read is a reason."""
+    """Files as tensors; what cannot be read is a reason.
 
-    def __init__(self, files: Sequence[tuple[str, Signature]], transform: Callable[[Any], Tensor]) -> None:
-        self.files, self.transform = files, transform
+    The files themselves stand in for their numbers. A list of them here would be copied into every worker, since
+    Python writes to an object whenever it counts a reference to it.
+    """
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def __init__(self, transform: Callable[[Any], Tensor]) -> None:
+        self.transform = transform
 
-    def __getitem__(self, place: int) -> tuple[Read, Tensor | None, np.ndarray[Any, Any] | None]:
-        path, signature = self.files[place]
+    def __getitem__(self, file: tuple[str, Signature]) -> tuple[Read, Tensor | None, np.ndarray[Any, Any] | None]:
+        path, signature = file
         read_ns = time.time_ns()
         sha256 = b""
         try:
@@ -509,8 +510,9 @@ def _read_and_encode(
     if workers is None:
         workers = min(8, os.cpu_count() or 1) if len(files) > 2 * batch_size else 0
     loader = DataLoader(
-        _Files(files, encoder.transform),
+        _Files(encoder.transform),
         batch_size=batch_size,
+        sampler=files,
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=worker_setup(),

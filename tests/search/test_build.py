@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import sqlite3
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from launched import in_two_processes
 from PIL import Image
 from search_world import draw, draw_some, index, make_encoder
+from torch.utils.data import DataLoader
 
 from lavis_cir_plugin.core.locks import FileLock
 from lavis_cir_plugin.search import build, engine, open_index
@@ -357,6 +359,21 @@ def test_the_pictures_of_a_folder_that_cannot_be_read_stay(tmp_path, encoder, mo
     }
     built = index(folder, out, encoder)
     assert (built.read, built.pictures, list(built.not_indexed)) == (0, 4, [str(folder / "disk" / "empty.png")])
+
+
+def test_a_worker_holds_no_list_of_all_files(tmp_path, encoder, monkeypatch):
+    """Of two million files it would be half a gigabyte in each of them."""
+    made = []
+
+    def loader(dataset, **settings):
+        made.append(dataset)
+        return DataLoader(dataset, **settings)
+
+    monkeypatch.setattr(build, "DataLoader", loader)
+    for count in (1, 9):
+        draw_some(tmp_path / str(count), count)
+        assert index(tmp_path / str(count), tmp_path / f"i{count}", encoder).pictures == count
+    assert len({len(pickle.dumps(dataset)) for dataset in made}) == 1
 
 
 def test_an_index_lies_neither_in_other_files_nor_among_pictures(tmp_path, encoder):
