@@ -127,6 +127,7 @@ def build_index_folder(
                 check_folders(folders)
                 writer = _Writer(index, encoder)
                 writer.prepare(folders, forget, thorough)
+                writer.check(metadata)
         todo, known = gather((writer.todo, writer.known) if writer else None)[0]
         own = share(len(todo))
         with fail_in_all_processes():
@@ -216,6 +217,12 @@ class _Writer:
         self._refuse_emptied()
         self.todo = self.catalogue.unread(self.scan, thorough)
         self.known = self.catalogue.known_contents()
+
+    def check(self, metadata: str | Path | None) -> None:
+        """Refuse a wrong file of columns now, instead of after the hours that encoding may take."""
+        if metadata is not None and self.todo:
+            pictures = {*self.catalogue.paths(), *self.scan.pictures}
+            read_metadata(metadata, pictures, self.folders, FILE_COLUMNS)
 
     def _refuse_emptied(self) -> None:
         paths = self.catalogue.paths()

@@ -376,6 +376,25 @@ def test_a_worker_holds_no_list_of_all_files(tmp_path, encoder, monkeypatch):
     assert len({len(pickle.dumps(dataset)) for dataset in made}) == 1
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"m\.jsonl does not exist; name the .csv or .jsonl file of your columns by --metadata"),
+        ('{"picture": "000.png"}', "has no column that names the pictures"),
+        ('{"path": "000.png", "price": [1]}', r"line 1 has price = \[1\]; it must be a number"),
+        ('{"path": "000.png"}\n' * 2, "line 2 is about 000.png, as line 1 is"),
+    ],
+)
+def test_a_wrong_file_of_columns_is_refused_before_anything_is_encoded(tmp_path, encoder, content, message):
+    draw_some(tmp_path / "p", 2)
+    path = tmp_path / "m.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        index(tmp_path / "p", tmp_path / "i", encoder, metadata=path)
+    assert encoder.encoded == 0
+
+
 def test_an_index_lies_neither_in_other_files_nor_among_pictures(tmp_path, encoder):
     draw_some(tmp_path / "p", 2)
     (tmp_path / "full").mkdir()
