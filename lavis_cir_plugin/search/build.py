@@ -41,7 +41,7 @@ from lavis_cir_plugin.search.folders import (
     scan_folders,
 )
 from lavis_cir_plugin.search.manifest import Manifest, read_blocks, read_manifest, write_blocks
-from lavis_cir_plugin.search.metadata import read_metadata, summary
+from lavis_cir_plugin.search.metadata import lacking, read_metadata, summary
 
 NOT_INDEXED = "not_indexed.tsv"
 """The list of files that are not in the index, with the reason of each."""
@@ -293,6 +293,8 @@ class _Writer:
                 columns = read_metadata(metadata, paths, self.folders, FILE_COLUMNS)
                 self.catalogue.set_metadata(columns)
                 notes += summary(columns, len(paths))
+            else:
+                notes += lacking(*self.catalogue.without_metadata(), self.catalogue.count("pictures"))
         self._write_list()
         if not self.catalogue.count("pictures"):
             raise ValueError(

@@ -210,9 +210,7 @@ class WritableCatalogue:
         return [
             (path, signature)
             for path, signature in scan.pictures.items()
-            if path not in known
-            or known[path][0] != signature
-            or max(signature.modified_ns, signature.changed_ns) + _RACE_NS > known[path][1]
+            if path not in known or known[path][0] != signature or _may_have_changed(signature, known[path][1])
         ]
 
     def row_of(self, sha256: bytes) -> int | None:
@@ -295,6 +293,12 @@ class WritableCatalogue:
         """Replace the user's columns."""
         _set_metadata(self._database, metadata.columns, metadata.rows)
 
+    def without_metadata(self) -> tuple[list[str], int]:
+        """Return the names of the user's columns, and how many pictures have no row of them; 0 without columns."""
+        names = [name for (name,) in self._database.execute("SELECT name FROM columns ORDER BY place")]
+        statement = "SELECT COUNT(*) FROM pictures WHERE path NOT IN (SELECT path FROM metadata)"
+        return names, int(self._database.execute(statement).fetchone()[0]) if names else 0
+
     def pictures_by_row(self) -> np.ndarray[Any, Any]:
         """Return row and id of every picture, ``(P, 2)`` int64, sorted."""
         found = self._database.execute("SELECT row, id FROM pictures ORDER BY row, id").fetchall()
@@ -322,6 +326,14 @@ class WritableCatalogue:
             copy.close()
         with path.open("r+b") as file:
             os.fsync(file.fileno())
+
+
+def _may_have_changed(signature: Signature, read_ns: int) -> bool:
+    """Return whether a file may have changed again within the tick of the clock in which it was read.
+
+    A wrong clock of a camera or a copying program may leave a ``modified_ns`` far in the future for ever.
+    """
+    return signature.changed_ns + _RACE_NS > read_ns or abs(signature.modified_ns - read_ns) < _RACE_NS
 
 
 def _set_metadata(database: sqlite3.Connection, columns: Mapping[str, str], rows: Mapping[str, Sequence[Any]]) -> None:

@@ -395,6 +395,29 @@ def test_a_wrong_file_of_columns_is_refused_before_anything_is_encoded(tmp_path,
     assert encoder.encoded == 0
 
 
+def test_a_date_in_the_future_has_a_file_read_once(tmp_path, encoder):
+    paths = draw_some(tmp_path / "p", 2)
+    os.utime(paths[0], (2**32, 2**32))  # of the year 2106
+    assert index(tmp_path / "p", tmp_path / "i", encoder).read == 2
+    assert index(tmp_path / "p", tmp_path / "i", encoder).read == 0
+
+
+def test_pictures_that_no_condition_on_columns_finds_are_counted(tmp_path, encoder):
+    """New pictures have no columns until the file is read again, and are found by no price, say."""
+    folder, out, columns = tmp_path / "p", tmp_path / "i", tmp_path / "m.csv"
+    draw_some(folder, 2)
+    assert index(folder, out, encoder).notes == []
+    columns.write_text("path,price,brand\n000.png,1,x\n001.png,2,\n")
+    assert index(folder, out, encoder, metadata=columns).notes == ["metadata: 2 of 2 pictures have price, brand"]
+    assert index(folder, out, encoder).notes == []
+    draw_some(folder, 1, start=10)
+    assert index(folder, out, encoder).notes == [
+        "metadata: 1 of 3 pictures have no price, brand; name the .csv or .jsonl file of your columns by --metadata "
+        "again if it has them now"
+    ]
+    assert open_index(out, encoder).search(text="red", where="price < 5 or not price < 5").searched == 2
+
+
 def test_an_index_lies_neither_in_other_files_nor_among_pictures(tmp_path, encoder):
     draw_some(tmp_path / "p", 2)
     (tmp_path / "full").mkdir()
