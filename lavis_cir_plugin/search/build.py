@@ -213,6 +213,13 @@ class _Writer:
             raise ValueError(f"{self.index} would have no folder of pictures; name at least one.")
         self.scanned = list(dict.fromkeys(scanned))
         self.folders = sorted({*known, *self.scanned})
+        for folder in self.forget:
+            above = next((other for other in self.folders if is_below(folder, other)), None)
+            if above is not None:
+                raise ValueError(
+                    f"{folder} lies below {above}, which stays in the index with all of its pictures; take out {above} "
+                    "by --forget, too, or move the pictures."
+                )
         self.scan = scan_folders(self.scanned)
         self._refuse_emptied()
         self.todo = self.catalogue.unread(self.scan, thorough)

@@ -418,6 +418,18 @@ def test_pictures_that_no_condition_on_columns_finds_are_counted(tmp_path, encod
     assert open_index(out, encoder).search(text="red", where="price < 5 or not price < 5").searched == 2
 
 
+def test_a_folder_is_not_forgotten_while_one_above_it_stays(tmp_path, encoder):
+    """Its pictures would stay, and nobody would say so."""
+    folder, below, out = tmp_path / "p", tmp_path / "p" / "below", tmp_path / "i"
+    draw_some(folder, 2)
+    draw_some(below, 1, start=10)
+    build.build_index_folder([folder, below], out, encoder, quiet=True, workers=0)
+    with pytest.raises(ValueError, match=r"below lies below .*p, which stays in the index with all of its pictures"):
+        build.build_index_folder([], out, encoder, forget=[below], quiet=True, workers=0)
+    built = build.build_index_folder([below], out, encoder, forget=[folder], quiet=True, workers=0)
+    assert (built.pictures, built.forgotten) == (1, 2)
+
+
 def test_an_index_lies_neither_in_other_files_nor_among_pictures(tmp_path, encoder):
     draw_some(tmp_path / "p", 2)
     (tmp_path / "full").mkdir()
