@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -28,8 +29,14 @@ Scale = Annotated[
 ]
 
 
+PADDED_PIXELS = 2**26
+"""Pixels from which on a padded picture is made of a smaller one: a border grows as the square of the long side."""
+
+
 def pad_to_ratio(image: Image.Image, target_ratio: float) -> Image.Image:
     """Pad the short side with black until the long side is at most ``target_ratio`` times as long.
+
+    A picture that would have more than `PADDED_PIXELS` with its border is first reduced by a whole factor.
 
     Args:
         image: RGB picture. It is returned unchanged if its ratio is small enough already.
@@ -38,13 +45,22 @@ def pad_to_ratio(image: Image.Image, target_ratio: float) -> Image.Image:
     Source: CLIP4Cir's target padding with a ratio of 1.25, which SPRC and Bi-Blip4CIR use too. Their code rounds each
     side of the border down, so that it may be up to two pixels narrower in all.
     """
-    width, height = image.size
-    short = round(max(width, height) / target_ratio)
-    horizontal, vertical = max(0, short - width), max(0, short - height)
+    horizontal, vertical = _border(image.size, target_ratio)
     if not horizontal and not vertical:
         return image
+    factor = math.ceil(math.sqrt((image.width + horizontal) * (image.height + vertical) / PADDED_PIXELS))
+    if factor > 1:
+        image = image.reduce(factor)
+        horizontal, vertical = _border(image.size, target_ratio)
     left, top = horizontal // 2, vertical // 2
     return ImageOps.expand(image, border=(left, top, horizontal - left, vertical - top), fill=0)
+
+
+def _border(size: tuple[int, int], target_ratio: float) -> tuple[int, int]:
+    """Return by how many pixels a picture of a width and height is padded horizontally and vertically."""
+    width, height = size
+    short = round(max(width, height) / target_ratio)
+    return max(0, short - width), max(0, short - height)
 
 
 @registry.register_processor("clip_two_views")

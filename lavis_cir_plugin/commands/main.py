@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args = parser.parse_args(arguments)
         try:
             args.run(args)
+            sys.stdout.flush()
+        except BrokenPipeError:  # a program such as head has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the exit
+            sys.exit(128 + 13)  # as shells say that SIGPIPE ended it
         except (ValueError, OSError) as error:
             sys.exit(f"lavis-cir: {error}")
 

@@ -41,7 +41,7 @@ from lavis_cir_plugin.search.folders import (
     scan_folders,
 )
 from lavis_cir_plugin.search.manifest import Manifest, read_blocks, read_manifest, write_blocks
-from lavis_cir_plugin.search.metadata import read_metadata, summary
+from lavis_cir_plugin.search.metadata import lacking, read_metadata, summary
 
 NOT_INDEXED = "not_indexed.tsv"
 """The list of files that are not in the index, with the reason of each."""
@@ -127,6 +127,7 @@ def build_index_folder(
                 check_folders(folders)
                 writer = _Writer(index, encoder)
                 writer.prepare(folders, forget, thorough)
+                writer.check(metadata)
         todo, known = gather((writer.todo, writer.known) if writer else None)[0]
         own = share(len(todo))
         with fail_in_all_processes():
@@ -182,8 +183,9 @@ class _Writer:
                 f"{self.index} has lost what its writer knows ({WRITER}); build the index again in a new folder."
             )
         refuse_another_model(self.index, known, self.encoder)
+        self.identity = known or self.encoder.identity
         with self.catalogue.transaction():
-            self.catalogue.note(**{f"identity_{name}": value for name, value in self.encoder.identity.items()})
+            self.catalogue.note(**{f"identity_{name}": value for name, value in self.identity.items()})
 
     def _known_identity(self) -> dict[str, str]:
         """Return what made the features that are there; nothing where there are none."""
@@ -211,10 +213,23 @@ class _Writer:
             raise ValueError(f"{self.index} would have no folder of pictures; name at least one.")
         self.scanned = list(dict.fromkeys(scanned))
         self.folders = sorted({*known, *self.scanned})
+        for folder in self.forget:
+            above = next((other for other in self.folders if is_below(folder, other)), None)
+            if above is not None:
+                raise ValueError(
+                    f"{folder} lies below {above}, which stays in the index with all of its pictures; take out {above} "
+                    "by --forget, too, or move the pictures."
+                )
         self.scan = scan_folders(self.scanned)
         self._refuse_emptied()
         self.todo = self.catalogue.unread(self.scan, thorough)
         self.known = self.catalogue.known_contents()
+
+    def check(self, metadata: str | Path | None) -> None:
+        """Refuse a wrong file of columns now, instead of after the hours that encoding may take."""
+        if metadata is not None and self.todo:
+            pictures = {*self.catalogue.paths(), *self.scan.pictures}
+            read_metadata(metadata, pictures, self.folders, FILE_COLUMNS)
 
     def _refuse_emptied(self) -> None:
         paths = self.catalogue.paths()
@@ -285,6 +300,8 @@ class _Writer:
                 columns = read_metadata(metadata, paths, self.folders, FILE_COLUMNS)
                 self.catalogue.set_metadata(columns)
                 notes += summary(columns, len(paths))
+            else:
+                notes += lacking(*self.catalogue.without_metadata(), self.catalogue.count("pictures"))
         self._write_list()
         if not self.catalogue.count("pictures"):
             raise ValueError(
@@ -336,7 +353,7 @@ class _Writer:
         manifest = Manifest(
             generation=generation,
             name=self.encoder.name,
-            identity=self.encoder.identity,
+            identity=self.identity,
             rows=self.rows,
             pictures=len(by_row),
             not_indexed=self.catalogue.count("not_indexed"),
@@ -391,7 +408,7 @@ def refuse_another_model(index: str | Path, known: Mapping[str, str], encoder: E
     Raises:
         ValueError: model or transform differ; with what differs.
     """
-    differing = [name for name, value in known.items() if encoder.identity.get(name) != value]
+    differing = encoder.differing(known)
     if differing:
         what = ", ".join(
             name if name == "weights" else f"{name} {known[name]} and not {encoder.identity.get(name)}"
@@ -458,16 +475,17 @@ class _Part:
 
 
 class _Files(Dataset):  # type: ignore[type-arg]
-    """Files as tensors; what cannot be read is a reason."""
+    """Files as tensors; what cannot be read is a reason.
 
-    def __init__(self, files: Sequence[tuple[str, Signature]], transform: Callable[[Any], Tensor]) -> None:
-        self.files, self.transform = files, transform
+    The files themselves stand in for their numbers. A list of them here would be copied into every worker, since
+    Python writes to an object whenever it counts a reference to it.
+    """
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def __init__(self, transform: Callable[[Any], Tensor]) -> None:
+        self.transform = transform
 
-    def __getitem__(self, place: int) -> tuple[Read, Tensor | None, np.ndarray[Any, Any] | None]:
-        path, signature = self.files[place]
+    def __getitem__(self, file: tuple[str, Signature]) -> tuple[Read, Tensor | None, np.ndarray[Any, Any] | None]:
+        path, signature = file
         read_ns = time.time_ns()
         sha256 = b""
         try:
@@ -508,8 +526,9 @@ def _read_and_encode(
     if workers is None:
         workers = min(8, os.cpu_count() or 1) if len(files) > 2 * batch_size else 0
     loader = DataLoader(
-        _Files(files, encoder.transform),
+        _Files(encoder.transform),
         batch_size=batch_size,
+        sampler=files,
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=worker_setup(),

@@ -210,9 +210,7 @@ class WritableCatalogue:
         return [
             (path, signature)
             for path, signature in scan.pictures.items()
-            if path not in known
-            or known[path][0] != signature
-            or max(signature.modified_ns, signature.changed_ns) + _RACE_NS > known[path][1]
+            if path not in known or known[path][0] != signature or _may_have_changed(signature, known[path][1])
         ]
 
     def row_of(self, sha256: bytes) -> int | None:
@@ -234,7 +232,8 @@ class WritableCatalogue:
         for read in reads:
             if read.reason:
                 self._forget(read.path)
-                values = (read.path, read.reason, *read.signature, read.read_ns)
+                # A disk that failed may be there the next time, so what gave no bytes counts as never read.
+                values = (read.path, read.reason, *read.signature, read.read_ns if read.sha256 else None)
                 self._database.execute("INSERT OR REPLACE INTO not_indexed VALUES (?, ?, ?, ?, ?, ?)", values)
                 continue
             self._database.execute("DELETE FROM not_indexed WHERE path = ?", (read.path,))
@@ -256,9 +255,13 @@ class WritableCatalogue:
 
     def keep_only(self, scan: Scan, folders: Sequence[str]) -> int:
         """Forget the files of some folders that a scan of them did not find; return how many pictures these were."""
-        left = [path for path in self._below("pictures", folders) if path not in scan.pictures]
-        self._delete("pictures", left)
-        self._delete("not_indexed", [path for path in self._below("not_indexed", folders) if path not in scan.pictures])
+        for table in ("not_indexed", "pictures"):
+            left = [
+                path
+                for path in self._below(table, folders)
+                if path not in scan.pictures and not any(is_below(path, folder) for folder in scan.unread)
+            ]
+            self._delete(table, left)
         self._database.executemany(
             "INSERT OR REPLACE INTO not_indexed (path, reason) VALUES (?, ?)", scan.left_out.items()
         )
@@ -290,6 +293,12 @@ class WritableCatalogue:
         """Replace the user's columns."""
         _set_metadata(self._database, metadata.columns, metadata.rows)
 
+    def without_metadata(self) -> tuple[list[str], int]:
+        """Return the names of the user's columns, and how many pictures have no row of them; 0 without columns."""
+        names = [name for (name,) in self._database.execute("SELECT name FROM columns ORDER BY place")]
+        statement = "SELECT COUNT(*) FROM pictures WHERE path NOT IN (SELECT path FROM metadata)"
+        return names, int(self._database.execute(statement).fetchone()[0]) if names else 0
+
     def pictures_by_row(self) -> np.ndarray[Any, Any]:
         """Return row and id of every picture, ``(P, 2)`` int64, sorted."""
         found = self._database.execute("SELECT row, id FROM pictures ORDER BY row, id").fetchall()
@@ -317,6 +326,14 @@ class WritableCatalogue:
             copy.close()
         with path.open("r+b") as file:
             os.fsync(file.fileno())
+
+
+def _may_have_changed(signature: Signature, read_ns: int) -> bool:
+    """Return whether a file may have changed again within the tick of the clock in which it was read.
+
+    A wrong clock of a camera or a copying program may leave a ``modified_ns`` far in the future for ever.
+    """
+    return signature.changed_ns + _RACE_NS > read_ns or abs(signature.modified_ns - read_ns) < _RACE_NS
 
 
 def _set_metadata(database: sqlite3.Connection, columns: Mapping[str, str], rows: Mapping[str, Sequence[Any]]) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,23 @@ class Encoder:
         """What has to be equal for features to be comparable: weights, picture and text transform, composition."""
         return {
             "architecture": type(self.model).__name__,
-            "weights": fingerprint(self.model),
+            "weights": self._fingerprints[0],
             "transform": described(self.transform),
             "text": described(self.text_transform),
             "composition": "own" if self.composes else "sum",
         }
+
+    @cached_property
+    def _fingerprints(self) -> tuple[str, ...]:
+        return fingerprints(self.model)
+
+    def differing(self, identity: Mapping[str, str]) -> list[str]:
+        """Return the names of what another identity has otherwise; weights have the same name in all versions."""
+        return [
+            name
+            for name, value in identity.items()
+            if value != self.identity.get(name) and not (name == "weights" and value in self._fingerprints)
+        ]
 
     @torch.no_grad()
     def targets(self, pictures: Tensor) -> Tensor:
@@ -224,28 +237,47 @@ def _target_pad(image_size: int) -> Callable[[Image.Image], Tensor]:
     return made
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return a checksum of a model: of its settings and of every tensor's name, shape and up to 1,024 of its numbers.
+def fingerprints(model: nn.Module) -> tuple[str, ...]:
+    """Return a checksum of a model, and behind it those that earlier versions gave to the same model.
 
-    The numbers are compared in half precision, so that a tower is the same whether it is stored in 16 or in 32 bits.
+    It is of the settings that features depend on and of every tensor's name, shape and up to 1,024 of its numbers. The
+    numbers are compared in half precision, so that a tower is the same whether it is stored in 16 or in 32 bits.
+    """
+    digests = [hashlib.sha256(repr(settings).encode()) for settings in _known_settings(model)]
+    tensors = {**dict(model.named_buffers()), **model.state_dict()}
+    with torch.no_grad():
+        for name, tensor in sorted(tensors.items()):
+            flat = tensor.detach().reshape(-1)
+            step = max(1, len(flat) // _SAMPLED_NUMBERS)
+            sample = flat[::step].cpu()
+            numbers = (sample.half() if sample.is_floating_point() else sample).numpy().tobytes()
+            for digest in digests:
+                digest.update(f"{name} {tuple(tensor.shape)}\n".encode() + numbers)
+    return tuple(digest.hexdigest() for digest in digests)
+
+
+def _known_settings(model: nn.Module) -> list[list[tuple[str, Any]]]:
+    """Return the settings of a model as indexes know them, those of today first.
+
+    No feature depends on label smoothing, which version 0.6.1 counted as a setting, nor on whether a text has been cut
+    since the model was loaded, which all versions up to it did. Today's list has the latter as false, so that the
+    indexes of version 0.5 keep their fingerprint.
     """
     settings = [
-        (f"{place}.{name}", value)
+        (f"{place}.{name}", name, value)
         for place, module in model.named_modules()
         if type(module).__module__.startswith("lavis_cir_plugin.")  # other libraries' settings differ by version
         for name, value in vars(module).items()
         if isinstance(value, (bool, int, float, str)) and name not in ("training", "freeze_vit")
     ]
-    digest = hashlib.sha256(repr(sorted(settings)).encode())
-    tensors = {**dict(model.named_buffers()), **model.state_dict()}
-    with torch.no_grad():
-        for name, tensor in sorted(tensors.items()):
-            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-            flat = tensor.detach().reshape(-1)
-            step = max(1, len(flat) // _SAMPLED_NUMBERS)
-            sample = flat[::step].cpu()
-            digest.update((sample.half() if sample.is_floating_point() else sample).numpy().tobytes())
-    return digest.hexdigest()
+    return [
+        sorted(
+            (place, has_told if name == "has_told_of_a_cut" else value)
+            for place, name, value in settings
+            if has_smoothing or name != "label_smoothing"
+        )
+        for has_smoothing, has_told in product((False, True), repeat=2)
+    ]
 
 
 def described(transform: Any) -> str:

@@ -42,10 +42,12 @@ class Scan:
     Attributes:
         pictures: Signature by absolute path of every file that may be a picture, sorted by path.
         left_out: Reason by absolute path of every other file; hidden and system folders count as one entry.
+        unread: Absolute paths of folders that could not be read, of which nobody knows what they hold.
     """
 
     pictures: dict[str, Signature] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
 
 
 def scan_folders(folders: Sequence[str | Path]) -> Scan:
@@ -115,7 +117,8 @@ def _entries(folder: str, scan: Scan) -> Iterator[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             yield from sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        scan.left_out[folder] = f"the folder cannot be read: {error.strerror}"
+        scan.left_out[folder] = f"the folder cannot be read: {error.strerror}; what the index had of it stays"
+        scan.unread.append(folder)
 
 
 def _look_into(entry: os.DirEntry[str], waiting: list[str], scan: Scan) -> None:

@@ -150,7 +150,9 @@ def _key_and_columns(
             f"{', '.join(names)})."
         )
     columns = [name for name in names if name != key]
-    refused = [name for name in columns if name in taken or not name.strip()]
+    if any(not name.strip() for name in columns):
+        raise ValueError(f"{path} has a column without a name; name it, or remove it (a comma ends the header, say).")
+    refused = [name for name in columns if name in taken]
     if refused:
         raise ValueError(f"{path} has a column {refused[0]!r}, which is the index's own name; rename it.")
     return key, columns
@@ -185,6 +187,15 @@ def _settle_kinds(found: Metadata, names: Sequence[str]) -> None:
             found.mixed.append(name)
             for row in found.rows.values():
                 row[place] = row[place] if row[place] is None else str(row[place])
+
+
+def lacking(columns: Iterable[str], pictures: int, total: int) -> list[str]:
+    """Say how many pictures have no row of the columns that an index has, which no condition on these finds."""
+    if not pictures:
+        return []
+    return [
+        f"metadata: {pictures:,} of {total:,} pictures have no {', '.join(columns)}; {_REMEDY} again if it has them now"
+    ]
 
 
 def summary(metadata: Metadata, pictures: int) -> list[str]:

@@ -33,6 +33,9 @@ WITHOUT_WEIGHT = 0.5
 
 _FOLDED_AT_ONCE = 4
 
+_NOTHING_LEFT = 1e-4
+"""Length of a query from which on it is more than the rounding errors of two features of length 1."""
+
 Source = Union[str, "os.PathLike[str]", bytes, int, Image.Image]
 """A query's picture: a path, a file's content, the id of a picture of the index, or a picture in memory."""
 
@@ -271,7 +274,13 @@ class Searcher(ABC):
             chosen = torch.tensor(list(weights or [1.0] * len(queries)), dtype=torch.float32)
             queries = F.normalize((queries * chosen.unsqueeze(1)).sum(dim=0, keepdim=True), dim=1)
         if without:
-            queries = F.normalize(queries - without_weight * self.encoder.query([], without), dim=1)
+            queries = queries - without_weight * self.encoder.query([], without)
+            if float(queries.norm()) < _NOTHING_LEFT:
+                raise ValueError(
+                    "the text to avoid takes away all that is looked for; change it, or lower its weight "
+                    f"(without_weight {without_weight:g})."
+                )
+            queries = F.normalize(queries, dim=1)
         return queries[0], frozenset(content for _, content in loaded if content)
 
     def _loaded(self, source: Source) -> tuple[Image.Image, str]:

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Optional
 
-from fastapi import FastAPI, File, Form, Path, Query, Request, Response, UploadFile
+from fastapi import Depends, FastAPI, File, Form, Path, Query, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartParser
 
 from lavis_cir_plugin import __version__
+from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.search.answers import as_json, picture_as_json
 from lavis_cir_plugin.search.originals import ChangedError, open_indexed
 from lavis_cir_plugin.search.questions import WITHOUT_WEIGHT
@@ -38,6 +39,9 @@ PAGES = {
     "icon.svg": ("icon.svg", "image/svg+xml"),
 }
 """What is served of the page, by its path; nothing else in the folder is."""
+
+SEVERAL = ("picture", "picture_id", "weight")
+"""Fields of a question that may stand in its form several times."""
 
 LARGEST_ID = 2**63 - 1
 _REFUSED = {"model": schemas.ProblemAnswer, "description": "One sentence says what is wrong and what is allowed."}
@@ -226,10 +230,29 @@ def _add_session(app: FastAPI, service: Service) -> None:
         return await service.drawing.run(service.info)
 
 
+async def _check_fields(request: Request) -> None:
+    """Refuse what FastAPI would leave out without a word, and what it would take one of without a word."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in ("", "multipart/form-data", "application/x-www-form-urlencoded"):
+        raise refusal(415, f"a question is sent as a form (multipart/form-data), not as {kind[:100]}.")
+    if request.query_params:
+        name = next(iter(request.query_params))
+        raise refusal(422, f"{name[:100]!r} stands in the address, where it is not read; send it in the form.")
+    known = [field.alias for field in request.scope["route"].dependant.body_params]
+    names = [name for name, _ in (await request.form()).multi_items()]
+    for name in names:
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise refusal(422, f"a question has no field {name[:100]!r}, its fields are {', '.join(known)}{near}")
+        if names.count(name) > 1 and name not in SEVERAL:
+            raise refusal(422, f"{name} stands in the form {names.count(name)} times; it is taken once.")
+
+
 def _add_search(app: FastAPI, service: Service) -> None:
     limits = service.limits
+    checks = [Depends(_check_fields)]
 
-    @app.post("/api/v1/indexes/{index}/search", response_model=schemas.AnswerInfo, tags=["search"])
+    @app.post("/api/v1/indexes/{index}/search", response_model=schemas.AnswerInfo, tags=["search"], dependencies=checks)
     async def search(
         index: IndexName,
         picture: Annotated[

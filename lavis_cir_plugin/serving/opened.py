@@ -93,7 +93,7 @@ def open_indexes(paths: Sequence[str], model: str | None, device: str) -> dict[s
 
 def _share_encoder(index: Any, encoders: list[Any]) -> None:
     for encoder in encoders:
-        if index.manifest.name == encoder.name and dict(index.manifest.identity) == encoder.identity:
+        if index.manifest.name == encoder.name and not encoder.differing(index.manifest.identity):
             index.encoder = encoder
             return
     encoders.append(index.encoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -153,3 +154,16 @@ def test_a_model_of_open_clip_needs_its_weights_alone(tmp_path, capsys):
 def test_every_byte_of_an_index_is_verified(world, capsys):
     lavis_cir("index", "--out", world[1], "--verify")
     assert "all 4 files of 8 pictures are as they were written" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_read_enough_is_no_error(world, monkeypatch):
+    """``lavis-cir search ... --paths | head -1``."""
+    paths, out = world
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        with pytest.raises(SystemExit) as end:
+            lavis_cir("search", out, "--image", paths[0], "--paths")
+        monkeypatch.undo()
+    assert end.value.code == 141

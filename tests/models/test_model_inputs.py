@@ -8,7 +8,8 @@ import torch
 from conftest import SCORING_MODELS, make_scoring_model, make_triplets
 from PIL import Image
 
-from lavis_cir_plugin.processors import ClipTwoViewsProcessor, TargetPadProcessor
+from lavis_cir_plugin import processors
+from lavis_cir_plugin.processors import ClipTwoViewsProcessor, TargetPadProcessor, pad_to_ratio
 
 
 @pytest.fixture(params=SCORING_MODELS, scope="module")
@@ -121,6 +122,24 @@ def test_pictures_of_any_mode_are_processed_as_the_data_sets_open_them(mode):
     views = two(picture)
     torch.manual_seed(3)
     assert torch.equal(views, two(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize("size", [(21, 900), (900, 21)])
+def test_a_long_picture_takes_little_memory_and_looks_the_same(size, monkeypatch):
+    fields = np.random.default_rng(0).integers(0, 255, (3, 3, 3), dtype=np.uint8)
+    picture = Image.fromarray(fields).resize(size, Image.Resampling.BICUBIC)
+    process = TargetPadProcessor(image_size=16)
+    expected = process(picture)
+    assert pad_to_ratio(picture, 1.25).size in [(720, 900), (900, 720)]
+    monkeypatch.setattr(processors, "PADDED_PIXELS", 100_000)
+    assert pad_to_ratio(picture, 1.25).size in [(240, 300), (300, 240)]  # 648,000 pixels, by 3 x 3
+    torch.testing.assert_close(process(picture), expected, atol=0.1, rtol=0)  # of some 4 from black to white
+
+
+@pytest.mark.parametrize("size", [(1, 2_000_000), (2_000_000, 1)])
+def test_a_line_of_pixels_fills_no_memory(size):
+    """Padded as it is, it would have 3 x 10^12 pixels."""
+    assert TargetPadProcessor(image_size=16)(Image.new("RGB", size)).shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize(

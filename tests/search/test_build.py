@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import sqlite3
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from launched import in_two_processes
 from PIL import Image
 from search_world import draw, draw_some, index, make_encoder
+from torch.utils.data import DataLoader
 
 from lavis_cir_plugin.core.locks import FileLock
 from lavis_cir_plugin.search import build, engine, open_index
@@ -313,6 +316,118 @@ def test_a_disk_that_is_not_mounted_costs_no_picture(tmp_path, encoder):
     assert (built.pictures, built.forgotten) == (2, 3)
     with pytest.raises(ValueError, match="is none of the folders of"):
         build.build_index_folder([], out, encoder, forget=[folder], quiet=True)
+
+
+def test_a_file_that_could_not_be_read_is_read_the_next_time(tmp_path, encoder, monkeypatch):
+    """A disk was away for a while: the file has the same size and the same dates as before."""
+    paths = draw_some(tmp_path / "p", 3)
+    original = Path.read_bytes
+
+    def read(path):
+        if path.name in ("000.png", "001.png"):
+            raise {"000.png": FileNotFoundError, "001.png": OSError}[path.name](5, "Input/output error")
+        return original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read)
+        assert set(index(tmp_path / "p", tmp_path / "i", encoder).not_indexed) == {str(path) for path in paths[:2]}
+    built = index(tmp_path / "p", tmp_path / "i", encoder)
+    assert (built.read, built.pictures, built.not_indexed) == (2, 3, {})
+
+
+def test_the_pictures_of_a_folder_that_cannot_be_read_stay(tmp_path, encoder, monkeypatch):
+    folder, out = tmp_path / "p", tmp_path / "i"
+    draw_some(folder, 2)
+    draw_some(folder / "disk", 2, start=10)
+    (folder / "disk" / "empty.png").touch()
+    index(folder, out, encoder)
+    before = ids_by_name(out, encoder)
+    original = os.scandir
+
+    def scandir(path):
+        if path == str(folder / "disk"):
+            raise OSError(116, "Stale file handle")
+        return original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        built = index(folder, out, encoder)
+    assert (built.pictures, built.forgotten, ids_by_name(out, encoder)) == (4, 0, before)
+    assert built.not_indexed == {
+        str(folder / "disk"): "the folder cannot be read: Stale file handle; what the index had of it stays",
+        str(folder / "disk" / "empty.png"): "the file is empty",
+    }
+    built = index(folder, out, encoder)
+    assert (built.read, built.pictures, list(built.not_indexed)) == (0, 4, [str(folder / "disk" / "empty.png")])
+
+
+def test_a_worker_holds_no_list_of_all_files(tmp_path, encoder, monkeypatch):
+    """Of two million files it would be half a gigabyte in each of them."""
+    made = []
+
+    def loader(dataset, **settings):
+        made.append(dataset)
+        return DataLoader(dataset, **settings)
+
+    monkeypatch.setattr(build, "DataLoader", loader)
+    for count in (1, 9):
+        draw_some(tmp_path / str(count), count)
+        assert index(tmp_path / str(count), tmp_path / f"i{count}", encoder).pictures == count
+    assert len({len(pickle.dumps(dataset)) for dataset in made}) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"m\.jsonl does not exist; name the .csv or .jsonl file of your columns by --metadata"),
+        ('{"picture": "000.png"}', "has no column that names the pictures"),
+        ('{"path": "000.png", "price": [1]}', r"line 1 has price = \[1\]; it must be a number"),
+        ('{"path": "000.png"}\n' * 2, "line 2 is about 000.png, as line 1 is"),
+    ],
+)
+def test_a_wrong_file_of_columns_is_refused_before_anything_is_encoded(tmp_path, encoder, content, message):
+    draw_some(tmp_path / "p", 2)
+    path = tmp_path / "m.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        index(tmp_path / "p", tmp_path / "i", encoder, metadata=path)
+    assert encoder.encoded == 0
+
+
+def test_a_date_in_the_future_has_a_file_read_once(tmp_path, encoder):
+    paths = draw_some(tmp_path / "p", 2)
+    os.utime(paths[0], (2**32, 2**32))  # of the year 2106
+    assert index(tmp_path / "p", tmp_path / "i", encoder).read == 2
+    assert index(tmp_path / "p", tmp_path / "i", encoder).read == 0
+
+
+def test_pictures_that_no_condition_on_columns_finds_are_counted(tmp_path, encoder):
+    """New pictures have no columns until the file is read again, and are found by no price, say."""
+    folder, out, columns = tmp_path / "p", tmp_path / "i", tmp_path / "m.csv"
+    draw_some(folder, 2)
+    assert index(folder, out, encoder).notes == []
+    columns.write_text("path,price,brand\n000.png,1,x\n001.png,2,\n")
+    assert index(folder, out, encoder, metadata=columns).notes == ["metadata: 2 of 2 pictures have price, brand"]
+    assert index(folder, out, encoder).notes == []
+    draw_some(folder, 1, start=10)
+    assert index(folder, out, encoder).notes == [
+        "metadata: 1 of 3 pictures have no price, brand; name the .csv or .jsonl file of your columns by --metadata "
+        "again if it has them now"
+    ]
+    assert open_index(out, encoder).search(text="red", where="price < 5 or not price < 5").searched == 2
+
+
+def test_a_folder_is_not_forgotten_while_one_above_it_stays(tmp_path, encoder):
+    """Its pictures would stay, and nobody would say so."""
+    folder, below, out = tmp_path / "p", tmp_path / "p" / "below", tmp_path / "i"
+    draw_some(folder, 2)
+    draw_some(below, 1, start=10)
+    build.build_index_folder([folder, below], out, encoder, quiet=True, workers=0)
+    with pytest.raises(ValueError, match=r"below lies below .*p, which stays in the index with all of its pictures"):
+        build.build_index_folder([], out, encoder, forget=[below], quiet=True, workers=0)
+    built = build.build_index_folder([below], out, encoder, forget=[folder], quiet=True, workers=0)
+    assert (built.pictures, built.forgotten) == (1, 2)
 
 
 def test_an_index_lies_neither_in_other_files_nor_among_pictures(tmp_path, encoder):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from lavis.models import load_model
-from search_world import draw_some, index, make_encoder
+from search_world import draw, draw_some, index, make_encoder
 
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.search import load_encoder, open_index
+from lavis_cir_plugin.search.encoder import _known_settings
 
 
 @pytest.fixture(params=["blip2", "open_clip"])
@@ -65,3 +67,65 @@ def test_a_query_runs_the_tower_once_per_picture(kind, composes, weight, passes,
     both = unit("multimodal") if composes else F.normalize(image + text, dim=-1)
     expected = (1 - abs(2 * weight - 1)) * both + max(0, 2 * weight - 1) * image + max(0, 1 - 2 * weight) * text
     torch.testing.assert_close(query, F.normalize(expected, dim=-1), atol=1e-6, rtol=1e-5)
+
+
+def fingerprint_of_061(model):
+    """The checksum as version 0.6.1 made it; earlier ones did so, too, and had no label smoothing."""
+    settings = [
+        (f"{place}.{name}", value)
+        for place, module in model.named_modules()
+        if type(module).__module__.startswith("lavis_cir_plugin.")
+        for name, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str)) and name not in ("training", "freeze_vit")
+    ]
+    digest = hashlib.sha256(repr(sorted(settings)).encode())
+    for name, tensor in sorted({**dict(model.named_buffers()), **model.state_dict()}.items()):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // 1024)]
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update((sample.half() if sample.is_floating_point() else sample).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("has_smoothing", [False, True], ids=["0.5", "0.6.1"])
+@pytest.mark.parametrize("has_told", [False, True])
+def test_an_index_of_an_earlier_version_is_searched_and_goes_on(has_smoothing, has_told, tmp_path):
+    draw_some(tmp_path / "p", 4)
+    earlier = make_encoder("clip")
+    earlier.model.text_tower.has_told_of_a_cut = has_told
+    if not has_smoothing:
+        del earlier.model.label_smoothing
+    earlier.identity = {**earlier.identity, "weights": fingerprint_of_061(earlier.model)}
+    index(tmp_path / "p", tmp_path / "i", earlier)
+    encoder = make_encoder("clip")
+    assert len(open_index(tmp_path / "i", encoder).search(text="red").hits) == 4
+    draw(tmp_path / "p" / "new.png", 100)
+    assert index(tmp_path / "p", tmp_path / "i", encoder).encoded == 1
+    assert open_index(tmp_path / "i").manifest.identity == earlier.identity
+    with pytest.raises(ValueError, match=r"another model or transform \(weights\)"):
+        open_index(tmp_path / "i", make_encoder("clip", seed=1))
+
+
+def test_a_model_is_the_same_after_a_text_that_was_too_long(tmp_path):
+    draw_some(tmp_path / "p", 2)
+    index(tmp_path / "p", tmp_path / "i", make_encoder("clip"))
+    used = make_encoder("clip")
+    used.query([], "red " * 200)
+    assert used.model.text_tower.has_told_of_a_cut
+    assert len(open_index(tmp_path / "i", used).search(text="red").hits) == 2
+
+
+_BLIP2 = {".fusion", ".is_depth_chosen", ".max_txt_len", ".pooling"}
+_TOWERS = {
+    *(f"image_tower.{name}" for name in ("grid", "image_size", "renormalises", "width", "with_patches")),
+    *(f"text_tower.{name}" for name in ("has_told_of_a_cut", "padding", "placeholder", "placeholder_id", "pooling")),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [("joint", _BLIP2), ("sentence_prompt", _BLIP2), ("clip", {".fusion", *_TOWERS})]
+)
+def test_the_settings_by_which_indexes_know_a_model_stay_the_same(kind, names):
+    """A further attribute of a model would have every index that there is refused as another model's."""
+    (today, *_) = _known_settings(make_encoder(kind).model)
+    assert {name for name, _ in today} == names

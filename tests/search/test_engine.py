@@ -263,6 +263,10 @@ def test_what_was_not_trained_to_compose_adds_the_features_of_picture_and_text(t
         ({"images": [1], "weights": [0]}, "weights must be numbers > 0 and <= 1000"),
         ({"images": 10**6}, "the index has no picture 1000000; take an id from its results"),
         ({"images": b"x"}, "the picture cannot be read as an image"),
+        (
+            {"text": "stripes", "without": "stripes", "without_weight": 1},
+            r"the text to avoid takes away all that is looked for; change it, or lower its weight \(without_weight 1\)",
+        ),
         ({"text": "x", "where": "prize < 1"}, r"no column of this index; did you mean 'price'\?"),
     ],
 )

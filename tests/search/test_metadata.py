@@ -80,6 +80,7 @@ def test_json_lines_keep_kinds_and_mixed_columns_become_texts(tmp_path):
         ("m.csv", "path,price\none.jpg\n", "line 2 has not 2 values like the header"),
         ("m.csv", "path,price,price\none.jpg,1,2\n", "has two columns of one name"),
         ("m.csv", "path,price\n", "has no rows"),
+        ("m.csv", "path,price,\none.jpg,1,\n", "has a column without a name; name it, or remove it"),
         ("m.csv", "path,file_id\none.jpg,1\n", "has a column 'file_id', which is the index's own name"),
         ("m.csv", "path,price\n,1\n", r"line 2 has path = null; it must name a picture"),
         ("m.jsonl", '{"path": "one.jpg", "tags": ["a"]}', r'has tags = \["a"\]; it must be a number, a text'),

@@ -102,6 +102,21 @@ def test_a_question_that_makes_no_sense_is_refused_in_one_sentence(client, data,
     assert said.endswith(".")
 
 
+@pytest.mark.parametrize(
+    ("settings", "status", "message"),
+    [
+        ({"files": [("image", b"x")]}, 422, "a question has no field 'image', its fields are picture, "),
+        ({"data": {"text": "a", "keep_reference": "true"}}, 422, r"; did you mean 'keep_references'\?"),
+        ({"data": {"text": "a"}, "params": {"k": 1}}, 422, "'k' stands in the address, where it is not read"),
+        ({"data": {"text": ["in blue", "longer"]}}, 422, "text stands in the form 2 times; it is taken once."),
+        ({"json": {"text": "a"}}, 415, r"a question is sent as a form \(multipart/form-data\), not as app"),
+    ],
+)
+def test_nothing_of_a_question_is_left_out_without_a_word(client, settings, status, message):
+    """A picture under another name, say: the answer would be that of the text alone."""
+    assert re.search(message, refused(client.post(SEARCH, **settings), status))
+
+
 def test_the_server_says_what_it_has(make_client, world):
     client = make_client(indexes={"toys": world.index, "more": world.index})
     info = client.get("/api/v1/server").json()

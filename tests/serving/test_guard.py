@@ -90,6 +90,18 @@ def test_the_page_signs_in_once(make_client):
     assert client.get("/api/v1/indexes/toys/pictures/1/thumbnail").status_code == 401
 
 
+@pytest.mark.parametrize("other", ['theme={"dark": true}', "a=b c", "without_value", "a@b=1", 'open="quote'])
+def test_a_cookie_of_another_server_of_this_machine_signs_nobody_out(make_client, other):
+    """Cookies know no ports: a browser sends those of every server that it has met under one name."""
+    client = make_client(token=TOKEN)
+    client.post("/api/v1/session", json={"token": TOKEN})
+    own = "; ".join(f"{cookie.name}={cookie.value}" for cookie in client.cookies.jar)
+    client.cookies.clear()
+    headers = {"Cookie": f"{other}; {own}"}
+    assert client.get("/api/v1/session", headers=headers).json()["signed_in"]
+    assert client.get("/api/v1/server", headers=headers).status_code == 200
+
+
 def test_a_server_without_token_says_so(client):
     assert client.get("/api/v1/session").json() == {"open": True, "signed_in": True}
 
