@@ -133,25 +133,38 @@ class ResumableRunner(PortableRunner):
         """Run LAVIS's loop, from the moment of the checkpoint in ``run.resume_ckpt_path`` on.
 
         Raises:
-            ValueError: If the data give no batch, which LAVIS would notice as a division by zero, or if the checkpoint
-                does not fit this run.
+            ValueError: If the data give no batch, which LAVIS would notice as a division by zero, or too few batches
+                for one step of the optimizer, or if the checkpoint does not fit this run.
         """
         if not self.evaluate_only and any(len(loader) == 0 for loader in self._epoch_loaders()):
             raise ValueError(
                 f"the training data gives no batch of run.batch_size_train: {self.config.run_cfg.batch_size_train} in "
                 "each process (LAVIS drops an incomplete one); choose a smaller batch."
             )
-        if self._counts_iterations and self.max_iters % self.iters_per_inner_epoch:
-            logging.warning(
-                "run.max_iters: %d is no multiple of run.iters_per_inner_epoch: %d; LAVIS trains inner epochs whole, "
-                "%d batches in all",
-                self.max_iters,
-                self.iters_per_inner_epoch,
-                math.ceil(self.max_iters / self.iters_per_inner_epoch) * self.iters_per_inner_epoch,
-            )
+        if not self.evaluate_only:
+            self._check_counts()
         is_writing = is_main_process() and not self.evaluate_only
         with lock_run(Path(self.output_dir)) if is_writing else nullcontext():
             self._train()
+
+    def _check_counts(self) -> None:
+        """Refuse an accumulation that never ends, and announce an incomplete last inner epoch."""
+        total = self.iters_per_inner_epoch if self._counts_iterations else len(self.train_loader)
+        if self.accum_grad_iters > total:  # LAVIS counts batches anew in each epoch
+            epoch = f"run.iters_per_inner_epoch: {total}" if self._counts_iterations else f"the {total} of an epoch"
+            raise ValueError(
+                f"run.accum_grad_iters: {self.accum_grad_iters} is more batches than {epoch}, so no step would ever "
+                "be made; choose a smaller one."
+            )
+        if self._counts_iterations and self.max_iters % total:
+            logging.warning(
+                "run.max_iters: %d is no multiple of run.iters_per_inner_epoch: %d; LAVIS trains inner epochs whole, "
+                "%d batches in all%s",
+                self.max_iters,
+                total,
+                math.ceil(self.max_iters / total) * total,
+                ", and linear_warmup_cosine_lr is at run.min_lr in the last of them" if self.max_iters > total else "",
+            )
 
     def _train(self) -> None:
         path, decay = (self.config.run_cfg.get(key) for key in ("resume_ckpt_path", "ema_decay"))
@@ -452,7 +465,8 @@ class ResumableRunner(PortableRunner):
         if is_main_process():
             for log in (folder / name for name in _LOGS):
                 if log.is_file():  # a log that the checkpoint does not know was begun later
-                    os.truncate(log, state["logs"].get(log.name, 0))
+                    # A log that lost lines in a crash of the machine is shorter, and would be filled up with zeros.
+                    os.truncate(log, min(state["logs"].get(log.name, 0), log.stat().st_size))
             if Path(path).name == PREVIOUS:  # the last checkpoint is damaged and must not become the previous one
                 (folder / LAST).unlink(missing_ok=True)
         self._kept = self._moment(state["place"], state["batches"])

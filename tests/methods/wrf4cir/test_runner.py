@@ -24,7 +24,7 @@ from torch.utils.data import default_collate
 
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
-from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir
+from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir, RunnerWrf4CirIter
 from lavis_cir_plugin.training.resumable_runner import ResumableRunner, resumable
 
 
@@ -210,6 +210,31 @@ def test_accumulated_gradients_are_stepped_every_second_batch(make_runner):
     perturbed = make_runner(wrf={"gamma": 0.05}, accum_grad_iters=3)
     train(perturbed)
     assert perturbed.optimizer.steps["perturbed"] == 6
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({}, r"run\.accum_grad_iters: 4 is more batches than the 3 of an epoch, so no step would ever be made"),
+        ({"runner": RunnerWrf4CirIter, "max_iters": 9, "iters_per_inner_epoch": 2},
+         r"accum_grad_iters: 4 is more batches than run\.iters_per_inner_epoch: 2, so no step"),
+    ],
+)  # fmt: skip
+def test_an_accumulation_that_no_epoch_completes_is_refused(run, message, make_runner):
+    """LAVIS's loop counts batches anew in each epoch, so it would train to the end without a step."""
+    with pytest.raises(ValueError, match=message):
+        train(make_runner(**run, accum_grad_iters=4))
+
+
+@pytest.mark.parametrize("max_iters", [3, 5, 6])
+def test_an_incomplete_last_inner_epoch_is_announced_with_its_learning_rate(max_iters, make_runner, caplog):
+    """LAVIS's schedule has int(5 / 3) = 1 epoch, so the second one is at its end."""
+    runner = make_runner(RunnerWrf4CirIter, max_iters=max_iters, iters_per_inner_epoch=3)
+    train(runner)
+    rate = runner.optimizer.param_groups[0]["lr"]
+    assert rate == pytest.approx({3: 1e-2, 5: 1e-3, 6: 5.5e-3}[max_iters])
+    announced = "6 batches in all, and linear_warmup_cosine_lr is at run.min_lr in the last of them" in caplog.text
+    assert announced is (max_iters == 5)
 
 
 def test_evaluations_and_checkpoints_see_clean_weights(make_runner, tmp_path):
