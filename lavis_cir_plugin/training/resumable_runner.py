@@ -339,8 +339,20 @@ class ResumableRunner(PortableRunner):
         self._kept = self._moment(place, batches)
 
     def _checkpoint(self, done: Any) -> dict[str, Any]:
-        """Return the content of a LAVIS checkpoint, without frozen weights unless training moves them."""
+        """Return the content of a LAVIS checkpoint, without frozen weights unless training moves them.
+
+        Raises:
+            ValueError: If trained weights are not finite, so that nobody could go on from the checkpoint.
+        """
         model = self.unwrap_dist_model(self.model)
+        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        broken = [name for name, weight in trained if not weight.isfinite().all()]
+        if broken:
+            raise ValueError(
+                f"{len(broken)} of {len(trained)} trained tensors are not finite any more (first: {broken[0]}), because "
+                f"a gradient was not, though the loss was; lower run.init_lr, or look for the model's operation with "
+                f"such a gradient (torch.autograd.set_detect_anomaly). {self._last_good()}."
+            )
         left_out = set(frozen_names(model)) - set(momentum_copies(model))
         with self._averaged():
             state = model.state_dict()
@@ -351,6 +363,12 @@ class ResumableRunner(PortableRunner):
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "iters" if self._counts_iterations else "epoch": done,
         }
+
+    def _last_good(self) -> str:
+        """Return which checkpoint is from before an error, as a sentence without its stop."""
+        folder = Path(self.output_dir)
+        has_last = (folder / LAST).is_file()
+        return f"{LAST} in {folder} is from before" if has_last else "No checkpoint had been written yet"
 
     def _write(self, content: dict[str, Any], name: str, previous: str | None = None) -> None:
         folder = Path(self.output_dir)
@@ -581,12 +599,9 @@ class _RemainingEpoch:
         values = {"lr": self.optimizer.param_groups[0]["lr"], "loss": numbers[0]}
         self.not_finite = 0 if math.isfinite(values["loss"]) else self.not_finite + 1
         if self.not_finite > (_NOT_FINITE_WITH_SCALER if self.runner.scaler else 0):
-            folder = Path(self.runner.output_dir)
-            has_last = (folder / LAST).is_file()
-            kept = f"{LAST} in {folder} is from before" if has_last else "No checkpoint had been written yet"
             raise ValueError(
                 f"the training loss is {values['loss']} in epoch {self.epoch}, batch {self.done}; lower run.init_lr, "
-                f"or set run.amp: false. {kept}."
+                f"or set run.amp: false. {self.runner._last_good()}."
             )
         for name, value in {**values, **dict(zip(self.outputs, numbers[1:]))}.items():
             count, total = self.meters.get(name, (0, 0.0))

@@ -306,6 +306,20 @@ def test_no_earlier_checkpoint_is_named_where_there_is_none(make_runner, monkeyp
         train(runner)
 
 
+@pytest.mark.parametrize("splits", [(), ("val",)])
+def test_weights_that_are_not_finite_are_never_saved(splits, make_runner, tmp_path):
+    """The last gradient of the second epoch is nan and its loss is not; what the first epoch left stays."""
+    runner, gradients = make_runner(task=Scored([1.0, 2.0]), splits=splits, wrf={"gamma": 0}), []
+    weight = runner.model.temp
+    weight.register_hook(lambda gradient: gradients.append(1) or gradient * (torch.nan if len(gradients) == 6 else 1))
+    with pytest.raises(
+        ValueError, match=r"1 of \d+ trained tensors are not finite any more \(first: temp\).*last\.pth in .* before"
+    ):
+        train(runner)
+    for path in (tmp_path / "out/job").glob("*.pth"):
+        assert torch.load(path, weights_only=True)["model"]["temp"].isfinite()
+
+
 def test_no_space_left_keeps_the_earlier_checkpoint(make_runner, tmp_path, monkeypatch):
     runner = make_runner()
     train(runner)
