@@ -349,8 +349,8 @@ class ResumableRunner(PortableRunner):
         broken = [name for name, weight in trained if not weight.isfinite().all()]
         if broken:
             raise ValueError(
-                f"{len(broken)} of {len(trained)} trained tensors are not finite any more (first: {broken[0]}), because "
-                f"a gradient was not, though the loss was; lower run.init_lr, or look for the model's operation with "
+                f"{len(broken)} of {len(trained)} trained tensors are not finite any more (first: {broken[0]}): "
+                f"a gradient was not, while the loss was; lower run.init_lr, or look for the model's operation with "
                 f"such a gradient (torch.autograd.set_detect_anomaly). {self._last_good()}."
             )
         left_out = set(frozen_names(model)) - set(momentum_copies(model))

@@ -274,7 +274,7 @@ def test_without_any_score_above_zero_the_last_weights_are_evaluated(make_runner
     with caplog.at_level(logging.WARNING):
         weights = train(runner)
     assert_same(task.seen[2], weights)
-    assert "checkpoint_best.pth is not there: no epoch had a validation metric above 0" in caplog.text
+    assert "checkpoint_best.pth is not there: no epoch had a metric above 0 on val" in caplog.text
 
 
 @pytest.mark.parametrize("freeze_vit", [False, True])
@@ -390,10 +390,12 @@ def test_a_task_that_does_not_call_its_model_is_told(make_runner):
         train(make_runner(task=CallsAMethod()))
 
 
-def test_an_evaluation_writes_no_checkpoint(make_runner, tmp_path):
-    runner = make_runner(task=Scored([50.0, 50.0]), splits=("val",), test_splits=["val"], evaluate=True)
+@pytest.mark.parametrize("counted", [{}, {"runner": RunnerWrf4CirIter, "max_iters": 6, "iters_per_inner_epoch": 3}])
+def test_an_evaluation_writes_no_checkpoint_and_looks_for_none(counted, make_runner, tmp_path, caplog):
+    runner = make_runner(task=Scored([50.0, 50.0]), splits=("val",), test_splits=["val"], evaluate=True, **counted)
     train(runner)
     assert not list((tmp_path / "out/job").glob("*.pth"))
+    assert "is not there" not in caplog.text
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
