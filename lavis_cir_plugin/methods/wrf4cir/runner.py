@@ -109,6 +109,10 @@ def _fused(stock: torch.optim.AdamW, is_wanted: bool | None) -> torch.optim.Adam
     if is_wanted is False:
         return stock
     try:
+        weights = (weight for group in stock.param_groups for weight in group["params"])
+        if any(weight.device.type == "cpu" and not weight.is_contiguous() for weight in weights):
+            # torch 2.14 takes the memory of a slice for contiguous: its numbers are wrong, and it overwrites the rest.
+            raise RuntimeError("a weight is a slice of another tensor")
         return torch.optim.AdamW([dict(group, fused=True, foreach=None) for group in stock.param_groups], fused=True)
     except RuntimeError as error:
         if is_wanted:

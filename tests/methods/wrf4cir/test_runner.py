@@ -188,6 +188,23 @@ def test_a_resumed_run_keeps_the_kind_of_optimizer(began_fused, make_runner):
     assert_same(second.model.state_dict(), first.model.state_dict())
 
 
+def test_a_weight_that_is_a_slice_is_trained_by_lavis_own_optimizer(make_runner, small_model):
+    """On a CPU, torch's fused one would write into the other half of the tensor."""
+
+    def with_slice():
+        model = small_model()
+        wide = torch.cat([model.text_proj.weight.detach(), torch.ones_like(model.text_proj.weight)], dim=1)
+        model.text_proj.weight = torch.nn.Parameter(wide[:, : model.text_proj.in_features])
+        return model, wide
+
+    model, wide = with_slice()
+    trained = train(make_runner(model=model, wrf={"gamma": 0}))
+    assert_same(trained, train(make_runner(model=with_slice()[0], wrf={"gamma": 0}, fused_adamw=False)))
+    assert (wide[:, model.text_proj.in_features :] == 1).all()
+    with pytest.raises(ValueError, match=r"fused_adamw: true .*\(a weight is a slice of another tensor\); set false"):
+        _ = make_runner(model=with_slice()[0], fused_adamw=True).optimizer
+
+
 def test_a_fused_optimizer_that_torch_lacks_is_refused_or_left_out(make_runner, monkeypatch):
     stock = torch.optim.AdamW
 
