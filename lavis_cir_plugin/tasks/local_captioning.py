@@ -86,10 +86,17 @@ class LocalCaptionTask(CaptionTask):
 
     def valid_step(self, model: nn.Module, samples: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Generate captions; each result also has the position of its record in the annotation."""
-        results: list[dict[str, Any]] = super().valid_step(model, samples)
-        for result, instance in zip(results, samples["instance_id"]):
-            result["instance_id"] = int(instance)
+        # LAVIS makes a number of each picture's id, which the name of a .png file is not.
+        results: list[dict[str, Any]] = super().valid_step(model, {**samples, "image_id": samples["instance_id"]})
+        for result, picture in zip(results, samples["image_id"]):
+            result.update(image_id=_number_or_name(picture), instance_id=result["image_id"])
         return results
+
+    @staticmethod
+    def save_result(result: Any, result_dir: str, filename: str, remove_duplicate: str = "") -> str:
+        """Save one result per record. LAVIS saves one per ``image_id``, which a/1.jpg and b/1.jpg have in common."""
+        path: str = CaptionTask.save_result(result, result_dir, filename, remove_duplicate="instance_id")
+        return path
 
     @main_process
     def _report_metrics(self, eval_result_file: str, split_name: str) -> dict[str, float]:
@@ -151,6 +158,13 @@ def tokenized(text: str) -> str:
     with its marks is a token. Texts that are canonically equivalent in Unicode (NFC, NFD) give equal tokens.
     """
     return " ".join(_TOKEN.findall(unicodedata.normalize("NFC", text.lower())))
+
+
+def _number_or_name(picture: Any) -> int | str:
+    try:
+        return int(picture)
+    except ValueError:
+        return str(picture)
 
 
 def _texts(captions: str | Sequence[str]) -> list[str]:

@@ -162,7 +162,7 @@ def build_model(task: Any, cfg: Any, base: str | None = None) -> nn.Module:
         _warn_of_other_frozen_weights(below, first["model"])
         cfg = SimpleNamespace(model_cfg=below, run_cfg=cfg.run_cfg)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # models are built on the CPU; torch.manual_seed reseeds GPUs too
         model: nn.Module = task.build_model(cfg)
         add_adapters(model, lora)
     if saved is not None:

@@ -93,14 +93,16 @@ class PortableRunner:
             return super().create_loaders(*args, **kwargs)
 
     def evaluate(self, cur_epoch: Any = "best", skip_reload: bool = False) -> Any:
-        """Evaluate the test splits with the best checkpoint, or with the last weights if nothing was validated."""
-        return super().evaluate(cur_epoch="best", skip_reload=skip_reload or not self.valid_splits)
+        """Evaluate the test splits with the best checkpoint, or with the present weights if nothing was validated."""
+        # LAVIS's iteration-based loop would look for a best checkpoint after a pure evaluation too.
+        is_trained = not self.evaluate_only and bool(self.valid_splits)
+        return super().evaluate(cur_epoch="best", skip_reload=skip_reload or not is_trained)
 
     def _reload_best_model(self, model: nn.Module) -> nn.Module:
         path = os.path.join(self.output_dir, BEST)
         if not os.path.isfile(path):
             logging.warning(
-                "%s is not there: no epoch had a validation metric above 0, or the file was lost. The last weights are "
+                "%s is not there: no epoch had a metric above 0 on val, or the file was lost. The last weights are "
                 "evaluated.",
                 path,
             )

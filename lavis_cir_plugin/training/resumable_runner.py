@@ -133,25 +133,38 @@ class ResumableRunner(PortableRunner):
         """Run LAVIS's loop, from the moment of the checkpoint in ``run.resume_ckpt_path`` on.
 
         Raises:
-            ValueError: If the data give no batch, which LAVIS would notice as a division by zero, or if the checkpoint
-                does not fit this run.
+            ValueError: If the data give no batch, which LAVIS would notice as a division by zero, or too few batches
+                for one step of the optimizer, or if the checkpoint does not fit this run.
         """
         if not self.evaluate_only and any(len(loader) == 0 for loader in self._epoch_loaders()):
             raise ValueError(
                 f"the training data gives no batch of run.batch_size_train: {self.config.run_cfg.batch_size_train} in "
                 "each process (LAVIS drops an incomplete one); choose a smaller batch."
             )
-        if self._counts_iterations and self.max_iters % self.iters_per_inner_epoch:
-            logging.warning(
-                "run.max_iters: %d is no multiple of run.iters_per_inner_epoch: %d; LAVIS trains inner epochs whole, "
-                "%d batches in all",
-                self.max_iters,
-                self.iters_per_inner_epoch,
-                math.ceil(self.max_iters / self.iters_per_inner_epoch) * self.iters_per_inner_epoch,
-            )
+        if not self.evaluate_only:
+            self._check_counts()
         is_writing = is_main_process() and not self.evaluate_only
         with lock_run(Path(self.output_dir)) if is_writing else nullcontext():
             self._train()
+
+    def _check_counts(self) -> None:
+        """Refuse an accumulation that never ends, and announce an incomplete last inner epoch."""
+        total = self.iters_per_inner_epoch if self._counts_iterations else len(self.train_loader)
+        if self.accum_grad_iters > total:  # LAVIS counts batches anew in each epoch
+            epoch = f"run.iters_per_inner_epoch: {total}" if self._counts_iterations else f"the {total} of an epoch"
+            raise ValueError(
+                f"run.accum_grad_iters: {self.accum_grad_iters} is more batches than {epoch}, so no step would ever "
+                "be made; choose a smaller one."
+            )
+        if self._counts_iterations and self.max_iters % total:
+            logging.warning(
+                "run.max_iters: %d is no multiple of run.iters_per_inner_epoch: %d; LAVIS trains inner epochs whole, "
+                "%d batches in all%s",
+                self.max_iters,
+                total,
+                math.ceil(self.max_iters / total) * total,
+                ", and linear_warmup_cosine_lr is at run.min_lr in the last of them" if self.max_iters > total else "",
+            )
 
     def _train(self) -> None:
         path, decay = (self.config.run_cfg.get(key) for key in ("resume_ckpt_path", "ema_decay"))
@@ -326,8 +339,20 @@ class ResumableRunner(PortableRunner):
         self._kept = self._moment(place, batches)
 
     def _checkpoint(self, done: Any) -> dict[str, Any]:
-        """Return the content of a LAVIS checkpoint, without frozen weights unless training moves them."""
+        """Return the content of a LAVIS checkpoint, without frozen weights unless training moves them.
+
+        Raises:
+            ValueError: If trained weights are not finite, so that nobody could go on from the checkpoint.
+        """
         model = self.unwrap_dist_model(self.model)
+        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        broken = [name for name, weight in trained if not weight.isfinite().all()]
+        if broken:
+            raise ValueError(
+                f"{len(broken)} of {len(trained)} trained tensors are not finite any more (first: {broken[0]}): "
+                f"a gradient was not, while the loss was; lower run.init_lr, or look for the model's operation with "
+                f"such a gradient (torch.autograd.set_detect_anomaly). {self._last_good()}."
+            )
         left_out = set(frozen_names(model)) - set(momentum_copies(model))
         with self._averaged():
             state = model.state_dict()
@@ -338,6 +363,12 @@ class ResumableRunner(PortableRunner):
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "iters" if self._counts_iterations else "epoch": done,
         }
+
+    def _last_good(self) -> str:
+        """Return which checkpoint is from before an error, as a sentence without its stop."""
+        folder = Path(self.output_dir)
+        has_last = (folder / LAST).is_file()
+        return f"{LAST} in {folder} is from before" if has_last else "No checkpoint had been written yet"
 
     def _write(self, content: dict[str, Any], name: str, previous: str | None = None) -> None:
         folder = Path(self.output_dir)
@@ -452,7 +483,8 @@ class ResumableRunner(PortableRunner):
         if is_main_process():
             for log in (folder / name for name in _LOGS):
                 if log.is_file():  # a log that the checkpoint does not know was begun later
-                    os.truncate(log, state["logs"].get(log.name, 0))
+                    # A log that lost lines in a crash of the machine is shorter, and would be filled up with zeros.
+                    os.truncate(log, min(state["logs"].get(log.name, 0), log.stat().st_size))
             if Path(path).name == PREVIOUS:  # the last checkpoint is damaged and must not become the previous one
                 (folder / LAST).unlink(missing_ok=True)
         self._kept = self._moment(state["place"], state["batches"])
@@ -567,12 +599,9 @@ class _RemainingEpoch:
         values = {"lr": self.optimizer.param_groups[0]["lr"], "loss": numbers[0]}
         self.not_finite = 0 if math.isfinite(values["loss"]) else self.not_finite + 1
         if self.not_finite > (_NOT_FINITE_WITH_SCALER if self.runner.scaler else 0):
-            folder = Path(self.runner.output_dir)
-            has_last = (folder / LAST).is_file()
-            kept = f"{LAST} in {folder} is from before" if has_last else "No checkpoint had been written yet"
             raise ValueError(
                 f"the training loss is {values['loss']} in epoch {self.epoch}, batch {self.done}; lower run.init_lr, "
-                f"or set run.amp: false. {kept}."
+                f"or set run.amp: false. {self.runner._last_good()}."
             )
         for name, value in {**values, **dict(zip(self.outputs, numbers[1:]))}.items():
             count, total = self.meters.get(name, (0, 0.0))

@@ -124,7 +124,7 @@ def _build_trained(
 def _build_from_sections(model: DictConfig, run: DictConfig, base: str | None = None) -> nn.Module:
     """Build the model as the run did; frozen weights without a file are drawn again from the run's seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(run.get("seed", 42)))
+        torch.default_generator.manual_seed(int(run.get("seed", 42)))  # torch.manual_seed reseeds GPUs too
         return lora.build_model(BaseTask(), SimpleNamespace(model_cfg=model, run_cfg=run), base)
 
 

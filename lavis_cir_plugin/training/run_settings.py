@@ -89,7 +89,8 @@ class LavisRun(RunDefaults):
             epochs, so it is rounded up to a multiple of the next key, and the log says so.
         iters_per_inner_epoch: Number of batches between validations of these runners. Wherever a key counts epochs,
             these are meant.
-        accum_grad_iters: Batches per optimizer step.
+        accum_grad_iters: Batches per optimizer step, at most those of an epoch. LAVIS adds their gradients up, without
+            a mean, and those of an incomplete last group to the first step of the next epoch.
         warmup_lr: Learning rate at the start; -1 stands for ``init_lr``.
         warmup_steps: Steps of warm-up, in the first epoch.
         lr_decay_rate: Factor of ``linear_warmup_step_lr`` per epoch.

@@ -11,6 +11,7 @@ import random
 import re
 import unicodedata
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -462,6 +463,32 @@ def test_a_split_without_captions_is_refused_before_anything_is_generated(build)
     task = LocalCaptionTask(num_beams=1, max_len=5, min_len=1, evaluate=False)
     with pytest.raises(ValueError, match="this split has none"):
         task.before_evaluation(BlipCaptionTiny(**TINY), dataset)
+
+
+def test_pictures_whose_names_end_alike_or_are_no_numbers_are_all_scored(tmp_path):
+    """LAVIS's data set takes 1 for the id of both first pictures, and "2.pn" for that of the last one."""
+    names = ["a/1.jpg", "b/1.jpg", "2.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    records = [{"image": name, "caption": [f"number {place}"]} for place, name in enumerate(names)]
+    (tmp_path / "val.json").write_text(json.dumps(records))
+    dataset = COCOCapEvalDataset(lambda image: torch.zeros(3), None, str(tmp_path), [str(tmp_path / "val.json")])
+
+    class Said(nn.Module):
+        def before_evaluation(self, **_):
+            pass
+
+        def generate(self, samples, **_):
+            return [f"number {instance}" for instance in samples["instance_id"]]
+
+    task = LocalCaptionTask(num_beams=1, max_len=5, min_len=1, evaluate=False)
+    task.before_evaluation(Said(), dataset)
+    results = task.valid_step(Said(), dataset.collater([dataset[place] for place in (0, 1, 2, 0)]))  # as processes pad
+    path = task.save_result(results, str(tmp_path), "val", remove_duplicate="image_id")
+    saved = json.loads(Path(path).read_text())
+    assert [(row["image_id"], row["instance_id"]) for row in saved] == [(1, 0), (1, 1), ("2.pn", 2)]
+    assert [row["caption"] for row in saved] == ["number 0", "number 1", "number 2"]
 
 
 def test_missing_lengths_are_told_by_the_config():

@@ -27,6 +27,7 @@ from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.core import checkpoints
 from lavis_cir_plugin.core.checkpoints import read_checkpoint, verify_checkpoint
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
+from lavis_cir_plugin.report.run_log import read_steps
 from lavis_cir_plugin.training import launcher, resumable_runner
 from lavis_cir_plugin.training.portable_runner import BEST
 from lavis_cir_plugin.training.resumable_runner import check_saved_run
@@ -367,6 +368,16 @@ def test_a_log_that_is_younger_than_the_checkpoint_is_cut(stopped):
     (folder / "evaluate.txt").write_text("a line of the time after the checkpoint\n")
     go_on()
     assert (folder / "evaluate.txt").read_text() == ""
+
+
+def test_a_log_that_has_lost_lines_is_not_filled_up(stopped):
+    """After a crash of the machine a log can be shorter than the checkpoint says; zeros would damage it for good."""
+    folder, go_on = stopped
+    steps = folder / "steps.csv"
+    steps.write_text("".join(steps.read_text().splitlines(keepends=True)[:-1]))
+    go_on()
+    assert "\0" not in steps.read_text()
+    read_steps(steps)
 
 
 def test_a_copied_checkpoint_begins_a_run_of_its_own(stopped, tmp_path, caplog):

@@ -130,6 +130,16 @@ def test_adapters_come_back_with_their_settings(name, tmp_path):
     assert torch.equal(scores(loaded, make_triplets(3)), scores(built, make_triplets(3)))
 
 
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_loading_leaves_the_generators_of_gpus_alone(lora, tmp_path, monkeypatch):
+    """Otherwise a program that loads a run between draws gets the same numbers on a GPU again and again."""
+    write_run(tmp_path / "run", with_start(tmp_path, SCORING["sentence_prompt"]), lora=lora)
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    load_run(tmp_path / "run")
+    assert seeds == []
+
+
 def test_a_run_that_went_on_from_a_whole_file_has_its_frozen_tower_from_there(tmp_path):
     """The run's checkpoint lacks the tower of that file, such as SPRC's, not the one of model.pretrained."""
     tuned = {**BLIP2, "fusion": "sentence_prompt", "freeze_vit": True}

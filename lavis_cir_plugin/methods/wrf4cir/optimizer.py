@@ -278,17 +278,20 @@ class PerturbingOptimizer(torch.optim.Optimizer):
 
     def ascent(self, direction: list[Tensor]) -> Ascent:
         """Return the perturbation of each chosen tensor along ``direction``, computed by :func:`ascent`."""
-        settings = self.settings
-        return ascent(
-            list(self.weights.values()),
-            direction,
-            settings.gamma,
-            radius=settings.radius,
-            scope=settings.scope,
-            eps=settings.eps,
-            by_row=self.by_row,
-            low_rank=[LowRank(a, b, pair.scaling, pair.merged_norm()) for a, b, pair in self.pairs],
-        )
+        settings, weights = self.settings, list(self.weights.values())
+        # The step is part of LAVIS's forward pass under autocast, where the products of LoRA's factors would be fp16
+        # and overflow for gradients that hold GradScaler's factor.
+        with torch.autocast(weights[0].device.type, enabled=False):
+            return ascent(
+                weights,
+                direction,
+                settings.gamma,
+                radius=settings.radius,
+                scope=settings.scope,
+                eps=settings.eps,
+                by_row=self.by_row,
+                low_rank=[LowRank(a, b, pair.scaling, pair.merged_norm()) for a, b, pair in self.pairs],
+            )
 
     def measure(self, step: Ascent, direction: list[Tensor]) -> None:
         """Note the length of the perturbation, and the direction for the cosine with the gradient that comes."""

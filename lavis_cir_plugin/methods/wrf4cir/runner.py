@@ -109,6 +109,11 @@ def _fused(stock: torch.optim.AdamW, is_wanted: bool | None) -> torch.optim.Adam
     if is_wanted is False:
         return stock
     try:
+        weights = (weight for group in stock.param_groups for weight in group["params"])
+        # A slice has gaps in memory, and its copy has none. On a CPU, torch 2.14 overlooks the gaps: the numbers are
+        # wrong, and what lies in the gaps is overwritten.
+        if any(torch.empty_like(weight, device="meta").stride() != weight.stride() for weight in weights):
+            raise RuntimeError("a weight is a slice of another tensor")
         return torch.optim.AdamW([dict(group, fused=True, foreach=None) for group in stock.param_groups], fused=True)
     except RuntimeError as error:
         if is_wanted:

@@ -15,6 +15,7 @@ from torch import nn
 
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer, select_tensors
 from lavis_cir_plugin.methods.wrf4cir.perturbation import LowRank, WeightPerturbation, ascent_step
+from lavis_cir_plugin.training.lora import LoraSettings, add_adapters
 
 
 def test_tensor_scope_equals_the_formula_worked_by_hand():
@@ -409,6 +410,19 @@ def test_autocast_to_bfloat16_sees_the_perturbed_weights(direction, batch):
     assert torch.equal(loss, expected)
     for weight, other in zip(net.parameters(), naive.parameters()):
         torch.testing.assert_close(weight.grad, other.grad)
+
+
+def test_the_step_of_adapters_is_computed_in_single_precision_under_autocast(batch):
+    """Gradients near fp16's end, as GradScaler's factor makes them, have a product with the factors beyond it."""
+    net = Net()
+    add_adapters(net, LoraSettings(target_modules=["linear", "head"], r=2, init_lora_weights=False))
+    _, optimizer = make(WeightPerturbation(gamma=0.1), net)
+    direction = [torch.full_like(weight, 60_000.0) for weight in optimizer.weights.values()]
+    expected = optimizer.ascent(direction)
+    with torch.autocast("cpu", dtype=torch.float16):
+        step = optimizer.ascent(direction)
+    assert step.is_finite()
+    assert all(map(torch.equal, step.steps(), expected.steps()))
 
 
 def test_accumulated_gradients_are_the_sum_over_micro_batches(batch):

@@ -24,7 +24,7 @@ from torch.utils.data import default_collate
 
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
-from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir
+from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir, RunnerWrf4CirIter
 from lavis_cir_plugin.training.resumable_runner import ResumableRunner, resumable
 
 
@@ -188,6 +188,23 @@ def test_a_resumed_run_keeps_the_kind_of_optimizer(began_fused, make_runner):
     assert_same(second.model.state_dict(), first.model.state_dict())
 
 
+def test_a_weight_that_is_a_slice_is_trained_by_lavis_own_optimizer(make_runner, small_model):
+    """On a CPU, torch's fused one would write into the other half of the tensor."""
+
+    def with_slice():
+        model = small_model()
+        wide = torch.cat([model.text_proj.weight.detach(), torch.ones_like(model.text_proj.weight)], dim=1)
+        model.text_proj.weight = torch.nn.Parameter(wide[:, : model.text_proj.in_features])
+        return model, wide
+
+    model, wide = with_slice()
+    trained = train(make_runner(model=model, wrf={"gamma": 0}))
+    assert_same(trained, train(make_runner(model=with_slice()[0], wrf={"gamma": 0}, fused_adamw=False)))
+    assert (wide[:, model.text_proj.in_features :] == 1).all()
+    with pytest.raises(ValueError, match=r"fused_adamw: true .*\(a weight is a slice of another tensor\); set false"):
+        _ = make_runner(model=with_slice()[0], fused_adamw=True).optimizer
+
+
 def test_a_fused_optimizer_that_torch_lacks_is_refused_or_left_out(make_runner, monkeypatch):
     stock = torch.optim.AdamW
 
@@ -210,6 +227,31 @@ def test_accumulated_gradients_are_stepped_every_second_batch(make_runner):
     perturbed = make_runner(wrf={"gamma": 0.05}, accum_grad_iters=3)
     train(perturbed)
     assert perturbed.optimizer.steps["perturbed"] == 6
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({}, r"run\.accum_grad_iters: 4 is more batches than the 3 of an epoch, so no step would ever be made"),
+        ({"runner": RunnerWrf4CirIter, "max_iters": 9, "iters_per_inner_epoch": 2},
+         r"accum_grad_iters: 4 is more batches than run\.iters_per_inner_epoch: 2, so no step"),
+    ],
+)  # fmt: skip
+def test_an_accumulation_that_no_epoch_completes_is_refused(run, message, make_runner):
+    """LAVIS's loop counts batches anew in each epoch, so it would train to the end without a step."""
+    with pytest.raises(ValueError, match=message):
+        train(make_runner(**run, accum_grad_iters=4))
+
+
+@pytest.mark.parametrize("max_iters", [3, 5, 6])
+def test_an_incomplete_last_inner_epoch_is_announced_with_its_learning_rate(max_iters, make_runner, caplog):
+    """LAVIS's schedule has int(5 / 3) = 1 epoch, so the second one is at its end."""
+    runner = make_runner(RunnerWrf4CirIter, max_iters=max_iters, iters_per_inner_epoch=3)
+    train(runner)
+    rate = runner.optimizer.param_groups[0]["lr"]
+    assert rate == pytest.approx({3: 1e-2, 5: 1e-3, 6: 5.5e-3}[max_iters])
+    announced = "6 batches in all, and linear_warmup_cosine_lr is at run.min_lr in the last of them" in caplog.text
+    assert announced is (max_iters == 5)
 
 
 def test_evaluations_and_checkpoints_see_clean_weights(make_runner, tmp_path):
@@ -249,7 +291,7 @@ def test_without_any_score_above_zero_the_last_weights_are_evaluated(make_runner
     with caplog.at_level(logging.WARNING):
         weights = train(runner)
     assert_same(task.seen[2], weights)
-    assert "checkpoint_best.pth is not there: no epoch had a validation metric above 0" in caplog.text
+    assert "checkpoint_best.pth is not there: no epoch had a metric above 0 on val" in caplog.text
 
 
 @pytest.mark.parametrize("freeze_vit", [False, True])
@@ -279,6 +321,20 @@ def test_no_earlier_checkpoint_is_named_where_there_is_none(make_runner, monkeyp
     monkeypatch.setattr(runner.model, "forward", lambda samples: {"loss": forward(samples)["loss"] * torch.nan})
     with pytest.raises(ValueError, match=r"training loss is nan in epoch 0, .*No checkpoint had been written yet\.$"):
         train(runner)
+
+
+@pytest.mark.parametrize("splits", [(), ("val",)])
+def test_weights_that_are_not_finite_are_never_saved(splits, make_runner, tmp_path):
+    """The last gradient of the second epoch is nan and its loss is not; what the first epoch left stays."""
+    runner, gradients = make_runner(task=Scored([1.0, 2.0]), splits=splits, wrf={"gamma": 0}), []
+    weight = runner.model.temp
+    weight.register_hook(lambda gradient: gradients.append(1) or gradient * (torch.nan if len(gradients) == 6 else 1))
+    with pytest.raises(
+        ValueError, match=r"1 of \d+ trained tensors are not finite any more \(first: temp\).*last\.pth in .* before"
+    ):
+        train(runner)
+    for path in (tmp_path / "out/job").glob("*.pth"):
+        assert torch.load(path, weights_only=True)["model"]["temp"].isfinite()
 
 
 def test_no_space_left_keeps_the_earlier_checkpoint(make_runner, tmp_path, monkeypatch):
@@ -351,10 +407,12 @@ def test_a_task_that_does_not_call_its_model_is_told(make_runner):
         train(make_runner(task=CallsAMethod()))
 
 
-def test_an_evaluation_writes_no_checkpoint(make_runner, tmp_path):
-    runner = make_runner(task=Scored([50.0, 50.0]), splits=("val",), test_splits=["val"], evaluate=True)
+@pytest.mark.parametrize("counted", [{}, {"runner": RunnerWrf4CirIter, "max_iters": 6, "iters_per_inner_epoch": 3}])
+def test_an_evaluation_writes_no_checkpoint_and_looks_for_none(counted, make_runner, tmp_path, caplog):
+    runner = make_runner(task=Scored([50.0, 50.0]), splits=("val",), test_splits=["val"], evaluate=True, **counted)
     train(runner)
     assert not list((tmp_path / "out/job").glob("*.pth"))
+    assert "is not there" not in caplog.text
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
