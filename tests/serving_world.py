@@ -51,11 +51,11 @@ def client(make_client):
 
 @pytest.fixture
 def running(world):
-    """Start servers on free ports; each is given as its address."""
+    """Start servers on free ports, with the index of the world and others; each is given as its address."""
     with contextlib.ExitStack() as stack:
 
-        def start(limits=None, token=None):
-            opened = {"toys": Opened("toys", world.index)}
+        def start(limits=None, token=None, **others):
+            opened = {name: Opened(name, found) for name, found in {"toys": world.index, **others}.items()}
             server = server_for(opened, limits or Limits(), token, hosts_for("127.0.0.1"))
             return stack.enter_context(served(server))
 

@@ -14,6 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from lavis_cir_plugin.core.atomic_files import replace_file
@@ -130,6 +131,8 @@ def logged_panels(folder: str | Path) -> list[Panel]:
 def comparison_figure(runs: Mapping[str, tuple[str | Path, str]], metric: str) -> Figure:
     """Draw the mean loss of each epoch, and a metric on ``val`` and dashed on ``seen``, of several runs.
 
+    One legend stands below the panels, where it hides no line however many runs there are.
+
     runs: folder and colour by label. A run without finished epochs, or without this metric, has no line.
 
     Raises:
@@ -144,17 +147,25 @@ def comparison_figure(runs: Mapping[str, tuple[str | Path, str]], metric: str) -
             for split, name in (("train", "loss"), ("val", metric), ("seen", metric))
         )
         panels["training loss"].append(Curve(losses, label, colour))
-        panels[f"{metric} in percent"] += [Curve(val, label, colour), Curve(seen, f"{label}, seen", colour, style="--")]
+        panels[f"{metric} in percent"] += [Curve(val, label, colour), Curve(seen, "", colour, style="--")]
     drawn = {name: [curve for curve in curves if curve.points] for name, curves in panels.items()}
     drawn = {name: curves for name, curves in drawn.items() if curves}
     if not drawn:
         raise ValueError(f"none of {', '.join(runs)} has a finished epoch; draw their curves after the first one.")
-    figure = Figure(figsize=(7.5, 0.6 + 3.2 * len(drawn)), constrained_layout=True)
+    curves = [curve for panel in drawn.values() for curve in panel]
+    legend = [
+        Line2D([], [], color=colour, marker="o", markersize=4, label=label)
+        for label, (_, colour) in runs.items()
+        if any(curve.label == label for curve in curves)
+    ]
+    if any(curve.style == "--" for curve in curves):
+        legend.append(Line2D([], [], color=GREY, linestyle="--", label="on training queries (seen)"))
+    figure = Figure(figsize=(7.5, 0.6 + 3.2 * len(drawn) + 0.17 * len(legend)), constrained_layout=True)
     rows = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (name, curves) in zip(rows, drawn.items()):
-        draw_curves(axes, curves)
+    for axes, (name, panel) in zip(rows, drawn.items()):
+        draw_curves(axes, panel)
         axes.set_ylabel(name)
-        axes.legend(frameon=False, fontsize=8, handlelength=3.5)
+    figure.legend(handles=legend, loc="outside lower left", frameon=False, fontsize=8, handlelength=3.5)
     rows[-1].set_xlabel("epoch, counted from 0")
     rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure

@@ -17,8 +17,8 @@ from lavis_cir_plugin.report.query_results import QueryResult, Results
 from lavis_cir_plugin.report.run_log import EPOCHS, read_epochs
 from lavis_cir_plugin.report.sheet_layout import BLUE, ORANGE
 
-COLOURS = (BLUE, ORANGE, "#8a3ea8", "#b8223b", "#0e8f9c", "#8c6239")
-"""Colours of runs side by side. Green is kept for right answers."""
+COLOURS = (BLUE, ORANGE, "#8a3ea8", "#b8223b", "#0e8f9c", "#6b4423", "#d6569a", "#4aa3e0", "#7a7a00", "#5b6470")
+"""Colours of runs side by side; an eleventh run has the first one again. Green is kept for right answers."""
 
 QUERIES_SHOWN, IMAGES_SHOWN = 4, 8
 """By default, how many queries of each kind and group are shown, and how many images of each ranking."""
@@ -320,7 +320,7 @@ def _curve_metric(run: Run) -> str:
 
 
 def _figure(content: bytes, label: str) -> str:
-    return f'<figure><img src="{data_url(content, "image/svg+xml")}" alt="{escaped(label)}"></figure>'
+    return f'<figure tabindex="0"><img src="{data_url(content, "image/svg+xml")}" alt="{escaped(label)}"></figure>'
 
 
 # -- queries ---------------------------------------------------------------------------------------------------------

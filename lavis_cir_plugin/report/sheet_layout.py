@@ -26,7 +26,7 @@ LABEL_HEIGHT = 22
 FRAME = 4
 MARGIN = 32
 BLACK, GREY, LIGHT_GREY, WHITE = "#1a1a1a", "#6b6b6b", "#d4d4d4", "#ffffff"
-GREEN, ORANGE, BLUE = "#14944a", "#e67800", "#1f5fa8"
+GREEN, ORANGE, BLUE = "#0f7a3c", "#c25400", "#1f5fa8"  # dark enough for small text on white
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ class _Parser:
             return self.columns[alike[0]]
         raise ValueError(
             f"the condition names {name!r}, which is no column of this index{did_you_mean(name, self.columns)} "
-            f"(columns: {', '.join(self.columns)})."
+            f"It has {', '.join(self.columns)}."
         )
 
     def _list(self, column: Column) -> tuple[Any, ...]:

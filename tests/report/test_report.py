@@ -846,3 +846,11 @@ def test_maps_of_another_number_are_refused(shape, tmp_path):
         contact_sheets.attention_sheet(
             benchmark, benchmark.groups[0], torch.zeros(3, 3, 8, 8), torch.ones(shape), ["a", "b"], tmp_path / "x.png"
         )
+
+
+@pytest.mark.parametrize("colour", [sheet_layout.BLACK, sheet_layout.GREY, sheet_layout.GREEN, sheet_layout.ORANGE])
+def test_small_text_on_white_has_the_contrast_that_wcag_asks_for(colour):
+    """WCAG 2: (1 + 0.05) / (L + 0.05) of at least 4.5, with L the relative luminance in linear light."""
+    shares = [channel / 255 for channel in ImageColor.getrgb(colour)]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    assert 1.05 / (np.dot([0.2126, 0.7152, 0.0722], linear) + 0.05) >= 4.5

@@ -17,10 +17,11 @@ from lavis_cir_plugin.commands import main
 from lavis_cir_plugin.ranking.metrics import recall_at
 from lavis_cir_plugin.ranking.ranks import Ranking
 from lavis_cir_plugin.report import query_results, run_record, run_report
+from lavis_cir_plugin.report.curves import comparison_figure
 from lavis_cir_plugin.report.html_parts import THUMBNAIL, Thumbnails
 from lavis_cir_plugin.report.query_results import QueryResult, Results, read_queries, write_queries
 from lavis_cir_plugin.report.result_files import write_metrics
-from lavis_cir_plugin.report.run_report import read_run, report
+from lavis_cir_plugin.report.run_report import COLOURS, read_run, report
 
 PROTOCOL = "toy val, gallery of 6, reference kept"
 NASTY = 'is <script src="https://example.org/x.js"></script> & "red"'
@@ -230,6 +231,18 @@ def test_runs_in_folders_of_one_name_are_told_apart_and_each_has_its_curve(make_
     text = Page(report([read_run(folder) for folder in folders])).text
     assert {label: folder for label, (folder, _) in drawn[0].items()} == dict(zip(["seed0/x", "seed1/x"], folders))
     assert "Best ranks of seed0/x" in text
+
+
+def test_every_run_has_a_colour_of_its_own_and_the_legend_lies_over_no_panel(make_run):
+    folders = {str(number): make_run(str(number)) for number in range(len(COLOURS))}
+    assert len(set(COLOURS)) == len(COLOURS)
+    figure = comparison_figure({label: (folders[label], colour) for label, colour in zip(folders, COLOURS)}, "R@1")
+    (legend,) = figure.legends
+    shown = {text.get_text(): line.get_color() for text, line in zip(legend.get_texts(), legend.get_lines())}
+    assert shown == dict(zip(folders, COLOURS))
+    figure.draw_without_rendering()
+    top = legend.get_window_extent().y1
+    assert all(panel.get_tightbbox().y0 >= top for panel in figure.axes)
 
 
 def test_numbers_of_different_protocols_are_said_not_to_compare(make_run):

@@ -80,6 +80,7 @@ def test_a_text_is_compared_with_whatever_it_holds(value, database):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("zz < 50", r"'zz', which is no column of this index\. It has "),
         ("prize < 50", r"names 'prize', which is no column of this index; did you mean 'price'\?"),
         ("t.c0 < 50", r"cannot be read from '\.c0 < 50' on"),
         ("rowid = 1", "names 'rowid', which is no column"),

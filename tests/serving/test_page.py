@@ -10,8 +10,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from search_world import draw_some, index
 
 from lavis_cir_plugin import serving
+from lavis_cir_plugin.search import open_index
 from lavis_cir_plugin.search.filters import Column, parse
 
 pytest_plugins = ["serving_world"]
@@ -32,6 +34,15 @@ def browsed(tmp_path):
         return subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
 
     return browse
+
+
+@pytest.fixture
+def other(tmp_path, world):
+    """An index without own columns; the file of its only picture is gone."""
+    (picture,) = draw_some(tmp_path / "p", 1, start=90)
+    index(tmp_path / "p", tmp_path / "i", world.encoder)
+    picture.unlink()
+    return open_index(tmp_path / "i", world.encoder)
 
 
 @pytest.fixture
@@ -60,6 +71,19 @@ def test_a_condition_that_cannot_be_read_is_said_on_the_page(drawn):
     page = drawn("#text=a&where=prize+%3C+6")
     assert "The condition names 'prize', which is no column of this index" in page
     assert 'aria-invalid="true"' in page
+
+
+def test_of_two_indexes_the_one_that_refuses_a_condition_is_named(running, browsed, other):
+    place = running(other=other)
+    page = browsed(f"http://{place.host}:{place.port}/#index=toys&with=other&text=a&where=price+%3C+6")
+    assert "other: The condition names 'price', which is no column of this index" in page
+
+
+def test_a_picture_whose_file_is_gone_says_so_to_those_who_cannot_see_it(running, browsed, other):
+    place = running(other=other)
+    page = browsed(f"http://{place.host}:{place.port}/#index=other&text=a")
+    (label,) = re.findall(r'data-id="\d+" aria-label="(.*?)"', page)
+    assert re.fullmatch(r"1: 090\.png, score -?0\.\d+; The picture cannot be shown; .*", label)
 
 
 COLUMNS = {"price": Column("p", True), "brand": Column("b", False)}

@@ -4,8 +4,8 @@ const API = 'api/v1';
 const $ = (id) => document.getElementById(id);
 const MOST_PAST = 30;
 
-/** The server's own description; references; answers by the name of their index; what was asked. */
-const state = { server: null, refs: [], answers: {}, asked: null, past: [], running: null };
+/** The server's own description; references; answers by the name of their index; what was asked; whether the token was taken. */
+const state = { server: null, refs: [], answers: {}, asked: null, past: [], running: null, signedIn: false };
 
 // -- small things ---------------------------------------------------------------------------------------------------
 
@@ -76,6 +76,7 @@ async function begin() {
 }
 
 function askForToken() {
+  state.signedIn = false;
   const dialog = $('sign-in');
   if (!dialog.open) dialog.showModal();
   $('token').focus();
@@ -87,11 +88,14 @@ async function signIn(token) {
 }
 
 $('sign-in').addEventListener('cancel', (event) => event.preventDefault());
+// Chromium closes a dialog on the second Escape whatever was prevented, and without a token nothing here works.
+$('sign-in').addEventListener('close', () => { if (!state.signedIn) askForToken(); });
 $('sign-in-form').addEventListener('submit', async (event) => {
   event.preventDefault();
   $('sign-in-problem').textContent = '';
   try {
     await signIn($('token').value);
+    state.signedIn = true;
     $('sign-in').close();
     $('token').value = '';
     clearProblem();
@@ -104,6 +108,7 @@ $('sign-in-form').addEventListener('submit', async (event) => {
 // -- what is shown while there is no answer -------------------------------------------------------------------------
 
 async function showStart() {
+  endSearch();
   $('h-results').textContent = 'Begin';
   $('up').hidden = true;
   const samples = h('ul', { className: 'samples', 'aria-label': 'Pictures of the index' });
@@ -136,14 +141,22 @@ function clearProblem() { $('problem').replaceChildren(); $('where').removeAttri
 // -- references -----------------------------------------------------------------------------------------------------
 
 function addFiles(files) {
-  const limits = state.server.limits;
-  clearProblem();
+  const limits = state.server.limits, problems = [];
   for (const file of files) {
-    if (!file.type.startsWith('image/')) showProblem(`${file.name} is no picture.`);
-    else if (file.size > limits.upload_bytes) showProblem(`${file.name} has ${(file.size / 2 ** 20).toFixed(1)} MiB; at most ${limits.upload_bytes / 2 ** 20} MiB are taken.`);
+    if (!file.type.startsWith('image/')) problems.push(`${file.name} is no picture.`);
+    else if (file.size > limits.upload_bytes) problems.push(`${file.name} has ${(file.size / 2 ** 20).toFixed(1)} MiB; at most ${limits.upload_bytes / 2 ** 20} MiB are taken.`);
     else addReference({ file, name: file.name || 'pasted picture', url: URL.createObjectURL(file), weight: 1 });
   }
+  clearProblem();
+  if (problems.length) showProblem(problems.join(' '));
+  if (problems.length < files.length) sayReferences();
   showReferences();
+}
+
+function sayReferences() {
+  const several = state.refs.length > 1;
+  $('status').textContent = `${state.refs.map((reference) => reference.name).join(', ')} ${several ? 'are the references' : 'is the reference'}. `
+    + `Say what should be different, or search for pictures like ${several ? 'them' : 'it'}.`;
 }
 
 function addReference(reference) {
@@ -157,7 +170,7 @@ function useAsReference(name, picture) {
   if ($('detail').open) $('detail').close();
   if ($('text').value.trim()) search();
   else {
-    $('status').textContent = `${state.refs[0].name} is the reference. Say what should be different, or search for pictures like it.`;
+    sayReferences();
     $('text').focus();
   }
 }
@@ -235,7 +248,7 @@ function addCondition() {
 
 $('column').addEventListener('change', fillOperators);
 $('add').addEventListener('click', addCondition);
-$('value').addEventListener('keydown', (event) => { if (event.key === 'Enter') { event.preventDefault(); addCondition(); } });
+$('value').addEventListener('keydown', (event) => { if (event.key === 'Enter' && !event.isComposing) { event.preventDefault(); addCondition(); } });
 
 // -- options --------------------------------------------------------------------------------------------------------
 
@@ -253,7 +266,8 @@ function showMarks() {
 
 $('reset').addEventListener('click', () => { Object.entries(DEFAULTS).forEach(([id, value]) => setValue(id, value)); showMarks(); });
 $('ask').addEventListener('input', showMarks);
-$('text').addEventListener('keydown', (event) => { if (event.key === 'Enter' && !event.shiftKey) { event.preventDefault(); search(); } });
+// While a word is composed, as in Japanese or Chinese, Enter only takes it.
+$('text').addEventListener('keydown', (event) => { if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) { event.preventDefault(); search(); } });
 $('ask').addEventListener('submit', (event) => { event.preventDefault(); search(); });
 $('index').addEventListener('change', () => { fillColumns(); again(); });
 $('second').addEventListener('change', again);
@@ -289,7 +303,15 @@ async function formFor(name, asked, signal) {
   return form;
 }
 
-async function search({ remember = true } = {}) {
+/** End the search that runs, if any: its answer is not shown. */
+function endSearch() {
+  if (state.running) state.running.abort();
+  state.running = null;
+  $('results').removeAttribute('aria-busy');
+}
+
+/** Ask and show the answers; with `keep` the answers before stay until then. */
+async function search({ remember = true, keep = false } = {}) {
   if (!state.server) return;
   const asked = question();
   clearProblem();
@@ -298,41 +320,42 @@ async function search({ remember = true } = {}) {
     $('text').focus();
     return;
   }
-  if (state.running) state.running.abort();
+  endSearch();
   const running = state.running = new AbortController();
   const names = [...new Set([$('index').value, $('second').value].filter(Boolean))];
-  showWaiting(names);
+  const hadFocus = document.activeElement !== document.body;
+  showWaiting(names, keep);
   const outcomes = await Promise.allSettled(names.map(async (name) => {
     const body = await formFor(name, asked, running.signal);
     return (await ask(`${indexPath(name)}/search`, { method: 'POST', body, signal: running.signal })).json();
   }));
   if (running.signal.aborted) return;
-  state.running = null;
-  $('go').disabled = false;
-  $('results').removeAttribute('aria-busy');
-  const failed = outcomes.find((outcome) => outcome.status === 'rejected');
-  if (failed) {
-    const { message, status } = failed.reason;
+  endSearch();
+  const failed = outcomes.findIndex((outcome) => outcome.status === 'rejected');
+  if (failed >= 0) {
+    const { message, status } = outcomes[failed].reason;
     if (/^The condition/.test(message)) { $('where').setAttribute('aria-invalid', 'true'); $('filter').open = true; }
     $('columns').replaceChildren();
     $('status').textContent = '';
     $('exports').hidden = true;
-    if (status !== 401) showProblem(message || String(failed.reason), status === 0 || status >= 500 ? search : null);
-    return;
+    if (status !== 401) showProblem(`${names.length > 1 && status ? `${names[failed]}: ` : ''}${message}`, status === 0 || status >= 500 ? search : null);
+  } else {
+    state.asked = asked;
+    state.answers = Object.fromEntries(outcomes.map((outcome) => [outcome.value.index, outcome.value]));
+    showAnswers(names);
+    if (remember) { addToPast(asked); toAddress(asked); }
   }
-  state.asked = asked;
-  state.answers = Object.fromEntries(outcomes.map((outcome) => [outcome.value.index, outcome.value]));
-  showAnswers(names);
-  if (remember) { addToPast(asked); toAddress(asked); }
+  // What had the focus may be gone; the keyboard then goes on at the results, not at the top of the page.
+  if (hadFocus && document.activeElement === document.body) $('results').focus({ preventScroll: true });
 }
 
-function showWaiting(names) {
-  $('go').disabled = true;
+function showWaiting(names, keep) {
   $('h-results').textContent = 'Results';
   $('up').hidden = false;
   $('results').setAttribute('aria-busy', 'true');
   $('exports').hidden = true;
   $('status').textContent = 'Searching …';
+  if (keep) return;
   $('columns').className = names.length > 1 ? 'two' : '';
   $('columns').replaceChildren(...names.map(() => h('div', { className: 'grid', 'aria-hidden': 'true' },
     Array.from({ length: names.length > 1 ? 6 : 10 }, () => h('div', { className: 'skeleton' })))));
@@ -371,8 +394,8 @@ function answerColumn(name, shared) {
   const list = h('ol', { className: 'grid', 'aria-label': `Results of ${name}`, onkeydown: moveInGrid },
     answer.hits.map((hit, place) => card(name, hit, place, shared)));
   const more = answer.hits.length && answer.hits.length === Number($('k').value) && answer.hits.length < state.server.limits.results
-    ? h('button', { type: 'button', className: 'more', onclick: showMore }, 'Show more') : null;
-  return h('section', { className: 'column', 'aria-label': name },
+    ? h('button', { type: 'button', className: 'more', onclick: () => showMore(name) }, 'Show more') : null;
+  return h('section', { className: 'column', 'aria-label': name, 'data-index': name },
     shared ? [h('h2', {}, name), h('p', { className: 'facts' }, facts(answer))] : null,
     answer.hits.length ? [list, more] : nothingFound(answer));
 }
@@ -387,19 +410,25 @@ function nothingFound(answer) {
     $('min-score').value ? h('button', { type: 'button', onclick: () => { $('min-score').value = ''; showMarks(); search(); } }, 'Search without a least score') : null);
 }
 
-function showMore() {
+async function showMore(name) {
+  const shown = state.answers[name].hits.length;
   const wanted = Math.min(2 * Number($('k').value), state.server.limits.results);
   if (![...$('k').options].some((option) => Number(option.value) === wanted)) $('k').append(h('option', {}, String(wanted)));
   $('k').value = String(wanted);
   showMarks();
-  search({ remember: false });
+  await search({ remember: false, keep: true });
+  const first = document.querySelectorAll(`[data-index="${CSS.escape(name)}"] .open`)[shown];
+  if (first) first.focus();
 }
+
+const BROKEN = 'The picture cannot be shown; its file may be gone or changed.';
 
 function card(name, hit, place, shared) {
   const own = Object.entries(hit.columns).filter(([, value]) => value !== null).map(([key, value]) => `${key} ${value}`).join(' · ');
-  const open = h('button', { type: 'button', className: 'open', 'data-why': 'The file is gone or has changed.', 'data-id': String(hit.id),
-    'aria-label': `${place + 1}: ${fileName(hit.path)}, score ${hit.score.toFixed(3)}; show details`, onclick: () => showDetail(name, hit) },
-  h('img', { src: thumbnail(name, hit.id), alt: '', loading: 'lazy', onerror: () => open.classList.add('broken') }),
+  const label = `${place + 1}: ${fileName(hit.path)}, score ${hit.score.toFixed(3)}`;
+  const open = h('button', { type: 'button', className: 'open', 'data-why': BROKEN, 'data-id': String(hit.id),
+    'aria-label': `${label}; show details`, onclick: () => showDetail(name, hit) },
+  h('img', { src: thumbnail(name, hit.id), alt: '', loading: 'lazy', onerror: () => { open.classList.add('broken'); open.setAttribute('aria-label', `${label}; ${BROKEN} Show details`); } }),
   h('span', { className: 'place', 'aria-hidden': 'true' }, String(place + 1)));
   return h('li', { className: 'card' }, open, h('div', { className: 'body' },
     h('p', { className: 'score' }, hit.score.toFixed(3), h('small', { title: 'share of the index that scores less' }, `above\u00a0${percent(hit.share_below)}\u00a0%`)),
@@ -437,19 +466,20 @@ document.addEventListener('keydown', (event) => {
 function showDetail(name, hit) {
   const dialog = $('detail');
   const copy = h('button', { type: 'button', onclick: async () => {
-    try { await navigator.clipboard.writeText(hit.path); copy.textContent = 'Copied'; } catch { copy.textContent = 'Select the path above'; }
+    try { await navigator.clipboard.writeText(hit.path); copy.textContent = 'Copied'; } catch { copy.textContent = 'Select the path below'; }
   } }, 'Copy the path');
-  const pairs = { score: `${hit.score.toFixed(4)} (cosine)`, above: `${percent(hit.share_below)} % of the index`, path: hit.path, size: `${hit.width} × ${hit.height}, ${(hit.bytes / 1024).toFixed(0)} KiB`,
-    changed: new Date(1000 * hit.modified).toISOString().slice(0, 16).replace('T', ' '), id: String(hit.id), ...hit.columns };
+  const pairs = [['score', `${hit.score.toFixed(4)} (cosine)`], ['above', `${percent(hit.share_below)} % of the index`], ['path', hit.path],
+    ['size', `${hit.width} × ${hit.height}, ${Math.ceil(hit.bytes / 1024)} KiB`], ['changed', `${new Date(1000 * hit.modified).toISOString().slice(0, 16).replace('T', ' ')} UTC`],
+    ['id', String(hit.id)], ...Object.entries(hit.columns)]; // own columns may have the names of these
   dialog.replaceChildren(h('div', { className: 'detail' },
-    h('img', { src: thumbnail(name, hit.id, 1600), alt: fileName(hit.path) }),
+    h('img', { src: thumbnail(name, hit.id, 1600), alt: fileName(hit.path), onerror: (event) => event.target.replaceWith(h('p', { className: 'gone' }, BROKEN)) }),
     h('div', {}, h('h2', { id: 'detail-title' }, fileName(hit.path)),
-      h('dl', { className: 'facts' }, Object.entries(pairs).filter(([, value]) => value !== null).flatMap(([key, value]) => [h('dt', {}, key), h('dd', {}, String(value))])),
       h('div', { className: 'actions' },
         h('button', { type: 'button', className: 'primary', onclick: () => useAsReference(name, hit) }, 'Use as reference'),
         copy,
         h('a', { className: 'button', href: original(name, hit.id), target: '_blank', rel: 'noopener' }, 'Open the file'),
         h('button', { type: 'button', onclick: () => dialog.close() }, 'Close')),
+      h('dl', { className: 'facts' }, pairs.filter(([, value]) => value !== null).flatMap(([key, value]) => [h('dt', {}, key), h('dd', {}, String(value))])),
       hit.duplicates.length ? h('div', { className: 'alike' }, `${many(hit.duplicates.length, 'picture')} like it:`,
         h('ul', {}, hit.duplicates.map((other) => h('li', {}, h('a', { href: original(name, other.id), target: '_blank', rel: 'noopener' }, other.path))))) : null)));
   dialog.showModal();
@@ -530,9 +560,13 @@ function restore(asked, remember = true) {
   search({ remember });
 }
 
-/** Put a question into the address, so that it can be kept and the way back works; an uploaded picture cannot be. */
+/** Put a question into the address, so that it can be kept and the way back works. An uploaded picture cannot be: the
+ * address then holds nothing, rather than another question. */
 function toAddress(asked) {
-  if (!isKept(asked)) return;
+  if (!isKept(asked)) {
+    if (location.hash) history.pushState(null, '', location.pathname);
+    return;
+  }
   const changed = Object.entries(asked.options).filter(([id, value]) => value !== DEFAULTS[id]);
   const parts = { index: $('index').value, with: $('second').value, text: asked.text, where: asked.where,
     ref: asked.refs.length ? JSON.stringify(asked.refs.map((r) => [r.index, r.id, r.name, r.weight])) : '', options: changed.length ? JSON.stringify(Object.fromEntries(changed)) : '' };
