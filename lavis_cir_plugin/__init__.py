@@ -15,7 +15,7 @@ from typing import Any
 import lavis_cir_hook
 from lavis_cir_plugin import former_places
 
-__version__ = "0.6.1"
+__version__ = "0.6.2"
 
 _PACKAGE = Path(__file__).parent
 _WITH_DECORATORS = ("processors", "data", "models", "training", "tasks", "methods")
