@@ -66,15 +66,15 @@ def token_ids(tokenizer: BertTokenizer, texts: Sequence[str], max_length: int) -
     """
     rows = [torch.tensor(_ids_of_text(tokenizer, text, max_length)) for text in texts]
     ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    lengths = torch.tensor([len(row) for row in rows])
-    if ids.shape[1] == max_length and not getattr(tokenizer, "has_told_of_a_cut", False):
+    lengths = [len(row) for row in rows]
+    if max_length in lengths and not getattr(tokenizer, "has_told_of_a_cut", False):
         tokenizer.has_told_of_a_cut = True
         logging.warning(
             "a text fills all %d tokens of model.max_txt_len, and the end of longer ones is not read (said once): %s",
             max_length,
-            texts[int(lengths.argmax())],
+            texts[lengths.index(max_length)],
         )
-    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    return ids, (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
 
 
 @lru_cache(maxsize=2**16)  # FashionIQ's training has 36,000 texts, of some 300 bytes with their tokens
