@@ -87,6 +87,12 @@ def state_in(content: Any, source: str) -> dict[str, Tensor]:
     return _without_wrappers(state, source)
 
 
+def config_in(content: Any) -> Mapping[str, Any]:
+    """Return the config in the content of a checkpoint file; it is empty if no run wrote the file."""
+    config = content.get("config") if isinstance(content, Mapping) else None
+    return config if isinstance(config, Mapping) else {}
+
+
 def _chosen_state(content: Any, source: str) -> dict[str, Tensor]:
     if _is_state(content):
         return dict(content)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import (
     as_float32,
+    config_in,
     first_line,
     load_strictly,
     read_checkpoint,
@@ -389,8 +390,7 @@ def check_clip_model(clip_model: Any) -> Mapping[str, Any]:
 
 def model_of_run(content: Any) -> Mapping[str, Any]:
     """Return the section ``model`` of the run that wrote a checkpoint; it is empty if no run on open_clip wrote it."""
-    config = content.get("config") if isinstance(content, Mapping) else None
-    model = config.get("model") if isinstance(config, Mapping) else None
+    model = config_in(content).get("model")
     return model if isinstance(model, Mapping) and "clip_model" in model else {}
 
 

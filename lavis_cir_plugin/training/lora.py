@@ -22,7 +22,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lavis_cir_plugin.core.checkpoints import load_strictly, plain_numbers, verify_checkpoint
+from lavis_cir_plugin.core.checkpoints import config_in, load_strictly, plain_numbers, verify_checkpoint
 from lavis_cir_plugin.core.model_parts import recomputing_modules
 from lavis_cir_plugin.core.settings import (
     Limits,
@@ -441,8 +441,8 @@ def read_lora_checkpoint(path: str) -> dict[str, Any] | None:
     if not isinstance(state, Mapping) or not any(".lora_" in str(name) for name in state):
         return None
     verify_checkpoint(Path(os.path.expanduser(path)))
-    config = content.get("config")
-    sections = [config.get(key) for key in ("model", "run")] if isinstance(config, Mapping) else [None]
+    config = config_in(content)
+    sections = [config.get(key) for key in ("model", "run")]
     if not all(isinstance(section, Mapping) for section in sections) or not config["run"].get("lora"):
         raise ValueError(
             f"checkpoint {path} holds LoRA adapters without the run's config; use a file that the run wrote."

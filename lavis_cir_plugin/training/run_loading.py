@@ -16,7 +16,7 @@ from lavis.tasks.base_task import BaseTask
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint
+from lavis_cir_plugin.core.checkpoints import config_in, load_strictly, read_checkpoint
 from lavis_cir_plugin.core.error_messages import unknown_key
 from lavis_cir_plugin.core.model_parts import frozen_names
 from lavis_cir_plugin.training import lora
@@ -87,8 +87,8 @@ def checkpoint_in(run: Path) -> Path:
 
 
 def _config_of(content: Any, path: Path) -> DictConfig:
-    config = content.get("config") if isinstance(content, Mapping) else None
-    if not isinstance(config, Mapping) or not isinstance(content.get("model"), Mapping) or "model" not in config:
+    config = config_in(content)
+    if "model" not in config or not isinstance(content.get("model"), Mapping):
         raise ValueError(
             f"checkpoint {path} holds no weights with the config of a run; load it into a model by "
             "model.load_checkpoint, or name a file that a run wrote."

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from lavis_cir_plugin.core.checkpoints import config_in
+
 _CHECKPOINT_KEYS = ("pretrained", "mapping_checkpoint", "finetuned")
 
 
@@ -45,5 +47,4 @@ def _config_in(path: Path) -> Mapping[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError):
         return {}
-    config = content.get("config") if isinstance(content, Mapping) else None
-    return config if isinstance(config, Mapping) else {}
+    return config_in(content)

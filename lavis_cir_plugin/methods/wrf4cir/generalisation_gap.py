@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
 
-from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint
+from lavis_cir_plugin.core.checkpoints import config_in, load_strictly, read_checkpoint
 from lavis_cir_plugin.core.model_parts import frozen_names, tensor_places
 from lavis_cir_plugin.core.random_state import seed_all
 from lavis_cir_plugin.methods.wrf4cir.frozen_memo import FrozenMemo
@@ -140,8 +140,7 @@ def with_losses(run: RunCurves, folder: Path, batches: int) -> RunCurves:
         return dataclasses.replace(run, notes=(*run.notes, note))
     try:
         saved = read_checkpoint(str(path))
-        config = saved.get("config") if isinstance(saved, Mapping) else None
-        if not isinstance(config, Mapping) or not isinstance(config.get("run"), Mapping) or "model" not in saved:
+        if not isinstance(config_in(saved).get("run"), Mapping) or "model" not in saved:
             raise ValueError(f"{path} holds no weights with a run's config; name a folder that a run wrote.")
         label = f"{_settings(saved['config'])} ({run.label})"
         run = dataclasses.replace(run, label=label)
