@@ -24,6 +24,7 @@ PAPER = 1e-3
 GRID = (("tensor", 0), ("global", 0), ("tensor", 5), ("global", 5))
 """Scope and warm-up epochs of WRF's rows, each with every gamma."""
 PLAIN, RANDOM, SAM, ASAM = "plain", "random", "SAM", "ASAM"
+LORA, LORA_WRF = "LoRA", "LoRA + WRF"
 SMOOTHING, EMA, DROPOUT, DECAY = "label smoothing", "EMA of weights", "dropout", "weight decay x 10"
 REGULARISERS = {DECAY: "weight decay", DROPOUT: "dropout", SMOOTHING: "label smoothing", EMA: "EMA"}
 """The usual regularisers, each with the setting that is chosen for it."""
@@ -138,7 +139,7 @@ QUICK = Design(
     deciding_seeds=(),
     other_amounts=(),
     main_rows=(PLAIN, *REGULARISERS, RANDOM, SAM, ASAM, "momentum", "every 5th", "WRF 0.001", "WRF 0.003",
-               "WRF 0.001 global", "LoRA", "LoRA + WRF"),
+               "WRF 0.001 global", LORA, LORA_WRF),
     has_parts=False,
 )  # fmt: skip
 DEMO = Design(
@@ -187,7 +188,7 @@ def candidate_row(name: str, value: float, chosen: Chosen) -> Row:
         return Row((f"run.init_lr={value:g}",))
     rows = table_rows({**chosen, name: value})
     others = {regulariser: row for row, regulariser in REGULARISERS.items()}
-    return rows[{"gamma": wrf_name(value), "momentum": "momentum", "LoRA rate": "LoRA", **others}[name]]
+    return rows[{"gamma": wrf_name(value), "momentum": "momentum", "LoRA rate": LORA, **others}[name]]
 
 
 def wrf_name(gamma: float, scope: str = "tensor", warmup: int = 0) -> str:
@@ -229,8 +230,8 @@ def table_rows(chosen: Chosen) -> dict[str, Row]:
         for value in GAMMAS:
             own = (f"run.wrf.gamma={value:g}", f"run.wrf.scope={scope}", f"run.wrf.warmup_epochs={warmup}")
             rows[wrf_name(value, scope, warmup)] = base.with_options(*own)
-    rows["LoRA"] = lora
-    rows["LoRA + WRF"] = lora.with_options(gamma)
+    rows[LORA] = lora
+    rows[LORA_WRF] = lora.with_options(gamma)
     return rows
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from study.intervals import LEVEL
-from study.plots import draw_curves, draw_gammas
+from study.plots import draw_curves, draw_differences, draw_gammas
 from study.tables import (
     WHY,
     Study,
@@ -34,7 +34,7 @@ method does there, and nothing about photographs.
 **{finished} of {total} runs are finished, {missing} are missing.** {conclusion}
 
 {counts}
-{stale}
+{stale}{pictures}
 ## What the plan asks
 
 Differences are in points of the mean of R@10 and R@50 on 825 validation queries, with early stopping unless a row says
@@ -100,22 +100,35 @@ that the runs started from.
 """
 
 
+PICTURES = {
+    "differences": (
+        draw_differences,
+        "Gains over plain training",
+        f"Means and {LEVEL} % intervals of recall with early stopping. Blue is a gain of a point, light blue\n"
+        "a smaller gain, orange a loss; grey is none of these, or fewer than three seeds.",
+    ),
+    "curves": (draw_curves, "Recall while training goes on", "Averages over seeds after each validation."),
+    "gamma": (
+        draw_gammas,
+        "Recall over the radius",
+        "On validation queries with early stopping, on training queries after the last step.",
+    ),
+}
+"""What the pictures are called, what draws them, their titles, and what is said below them."""
+
+
 def write_page(study: Study, page: Path, pictures: Path) -> None:
     """Write the page and its pictures."""
-    drawn = {
-        "Recall over the radius": (pictures / "wrf_study_gamma.png", draw_gammas),
-        "Recall over the training": (pictures / "wrf_study_curves.png", draw_curves),
-    }
-    links = [
-        f"![{title}]({path.relative_to(page.parent).as_posix()})"
-        for title, (path, draw) in drawn.items()
-        if draw(study, path)
-    ]
+    links = []
+    for name, (draw, title, caption) in PICTURES.items():
+        path = pictures / f"wrf_study_{name}.png"
+        if draw(study, path):
+            links.append(f"![{title}]({path.relative_to(page.parent).as_posix()})\n\n{title}. {caption}\n")
     page.write_text("\n".join(page_parts(study, links)), encoding="utf-8")
 
 
 def page_parts(study: Study, links: Sequence[str] = ()) -> Iterator[str]:
-    """Yield the parts of the page; ``links`` are those to its pictures."""
+    """Yield the parts of the page; ``links`` are its pictures with their captions."""
     design = study.design
     missing = sum((run.key, run.digest) not in study.rows for run in study.plan.runs) + study.plan.later
     total = len(study.plan.runs) + study.plan.later
@@ -126,6 +139,7 @@ def page_parts(study: Study, links: Sequence[str] = ()) -> Iterator[str]:
         missing=missing,
         conclusion=conclusion(study),
         counts=markdown(counts(study)),
+        pictures="\n## At a glance\n\n" + "\n".join(links) if links else "",
         stale=f"\n{stale} rows of the file belong to other settings than these and are left out.\n" if stale else "",
         level=LEVEL,
         wrf=study.wrf,
@@ -136,7 +150,6 @@ def page_parts(study: Study, links: Sequence[str] = ()) -> Iterator[str]:
     for amount in sorted({*design.main_amounts, *design.other_amounts}):
         yield f"## {amount:,} triplets\n\n{shown(main_table(study, amount))}\n"
     yield AFTER_TABLES
-    yield from (f"{link}\n" for link in links)
     why, noise = pair_table(study, "why", WHY, design.why_triplets), noise_table(study, design.noise_triplets)
     yield f"## Why, or why not: {design.why_triplets:,} triplets\n\n{SIDE_BY_SIDE}\n\n{shown(why)}\n"
     yield f"## Under label noise: {design.noise_triplets:,} triplets\n\n{shown(noise)}\n"

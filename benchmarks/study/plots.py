@@ -9,8 +9,38 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from stages import frame, save
 
-from study.design import GAMMAS, PLAIN, RANDOM, wrf_name
-from study.tables import Study, average
+from study.design import GAMMAS, GRID, PLAIN, RANDOM, wrf_name
+from study.tables import Study, average, gains, judged
+
+COLOURS = {"a gain of a point": "#1f5fa8", "a gain under a point": "#7fa8d6", "a loss": "#c2571a"}
+"""Colours of the verdicts; any other verdict is grey."""
+GREY = "#9a9a9a"
+
+
+def draw_differences(study: Study, path: Path) -> bool:
+    """Draw what each row of the main table gains over plain training, with its interval; return whether any does."""
+    amounts = sorted({*study.design.main_amounts, *study.design.other_amounts})
+    found = {amount: differences for amount in amounts if (differences := gains(study, amount))}
+    if not found:
+        return False
+    names = [name for name in study.main_names if any(name in differences for differences in found.values())]
+    size = (1.9 + 3.4 * len(found), 0.9 + 0.22 * len(names))
+    figure = Figure(figsize=size, constrained_layout=True)
+    for panel, (amount, differences) in zip(
+        figure.subplots(1, len(found), squeeze=False, sharex=True, sharey=True)[0], found.items()
+    ):
+        for name, gain in differences.items():
+            seeds = len(study.of("main", name, amount))
+            colour, place = COLOURS.get(judged(gain, seeds), GREY), names.index(name)
+            panel.plot((gain.low, gain.high), (place, place), color=colour, linewidth=2)
+            panel.plot(gain.mean, place, "o", color=colour, markersize=4)
+        panel.axvline(0, color="#555555", linewidth=0.8)
+        panel.set_xlabel("points over plain")
+        frame(panel, f"{amount:,} triplets")
+    figure.axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    figure.axes[0].set_ylim(len(names) - 0.5, -0.5)
+    save(figure, path)
+    return True
 
 
 def draw_gammas(study: Study, path: Path) -> bool:
@@ -20,13 +50,15 @@ def draw_gammas(study: Study, path: Path) -> bool:
         return False
     for amount, panel in panels.items():
         for column, colour, label in (("val_stopped", "#1f5fa8", "validation"), ("train_last", "#bdbdbd", "training")):
-            for scope, style in (("tensor", "-"), ("global", "--")):
-                points = [
-                    (value, average(study.of("main", wrf_name(value, scope), amount), column)) for value in GAMMAS
-                ]
-                known = [(value, recall) for value, recall in points if recall is not None]
-                panel.plot(*zip(*known) if known else ([], []), style, marker="o", color=colour,
-                           label=f"{label}, per tensor" if scope == "tensor" else f"{label}, global")  # fmt: skip
+            for scope, warmup in GRID:
+                recalls = {
+                    value: average(study.of("main", wrf_name(value, scope, warmup), amount), column) for value in GAMMAS
+                }
+                known = [(value, recall) for value, recall in recalls.items() if recall is not None]
+                if known:
+                    name = f"{label}, {'per tensor' if scope == 'tensor' else scope}" + ", warm-up" * bool(warmup)
+                    panel.plot(*zip(*known), "-" if scope == "tensor" else "--", marker="s" if warmup else "o",
+                               markersize=4, color=colour, label=name)  # fmt: skip
             panel.axhline(average(study.of("main", PLAIN, amount), column) or 0, color=colour, linewidth=0.8)
         panel.set_xscale("log")
         panel.set_xlabel("γ (thin lines: plain)")

@@ -15,6 +15,8 @@ from study.design import (
     CANDIDATES,
     ELSEWHERE,
     ELSEWHERE_GAMMAS,
+    LORA,
+    LORA_WRF,
     NOISE_RATIOS,
     PAPER,
     PLAIN,
@@ -104,6 +106,11 @@ class Study:
             found[name] = mean(float(row["val_stopped"]) for row in runs) if runs else None
         known = {name: recall for name, recall in found.items() if recall is not None}
         return max(known, key=lambda name: known[name]) if len(known) == len(found) else None
+
+    @property
+    def main_names(self) -> list[str]:
+        """Names of the main table's rows in the order of the plan."""
+        return list(dict.fromkeys(run.name for run in self.plan.runs if run.part == "main"))
 
     @cached_property
     def finished(self) -> dict[tuple[str, str, int], dict[int, Result]]:
@@ -196,28 +203,36 @@ def average_gap(rows: Mapping[int, Result]) -> float | None:
     return mean(gap(row) for row in rows.values()) if rows else None
 
 
+def gains(study: Study, amount: int) -> dict[str, Interval]:
+    """Return what each row of the main table gains over plain training, with early stopping."""
+    plain = study.of("main", PLAIN, amount)
+    found = {
+        name: study.difference(study.of("main", name, amount), plain) for name in study.main_names if name != PLAIN
+    }
+    return {name: interval for name, interval in found.items() if interval is not None}
+
+
 def main_table(study: Study, amount: int) -> Table:
     """Return the main table of one amount of triplets; rows without a finished run are left out."""
     heading = ["row", "seeds", "train", "val", "gap", "val, stopped", f"less plain ({LEVEL} %)", "loss", "rise along δ",
                "rise, random", "‖δ‖/‖θ‖", "‖θ‖, end / start", "time"]  # fmt: skip
-    plain = study.of("main", PLAIN, amount)
-    plain_time = average(plain, "step_seconds")
+    plain_time = average(study.of("main", PLAIN, amount), "step_seconds")
+    differences = gains(study, amount)
     table = [heading]
-    for name in dict.fromkeys(run.name for run in study.plan.runs if run.part == "main"):
+    for name in study.main_names:
         own = study.of("main", name, amount)
         if not own:
             continue
         time, start, end, radius = (
             average(own, column) for column in ("step_seconds", "norm_start", "norm_end", "radius")
         )
-        difference = study.difference(own, plain) if name != PLAIN else None
         table.append([
             name,
             str(len(own)),
             *(number(average(own, column)) for column in ("train_last", "val_last")),
             number(average_gap(own)),
             number(average(own, "val_stopped")),
-            words(difference),
+            words(differences.get(name)),
             number(average(own, "loss"), 3),
             *(number(average(own, column), 4) for column in ("rise_gradient", "rise_random")),
             number(radius / start if radius and start else None, 5),
@@ -328,7 +343,10 @@ def comparisons(study: Study) -> Table:
     table = [["triplets", "comparison", "seeds", f"difference ({LEVEL} %)", "verdict"]]
     wrf, best = study.wrf, study.best_regulariser
     for amount in study.design.main_amounts:
-        rows = {name: study.of("main", name, amount, decides=True) for name in (PLAIN, RANDOM, SAM, wrf, *REGULARISERS)}
+        rows = {
+            name: study.of("main", name, amount, decides=True)
+            for name in (PLAIN, RANDOM, SAM, wrf, *REGULARISERS, LORA, LORA_WRF)
+        }
         longer = {name: study.of("why", f"steps x 2: {name}", amount) for name in (PLAIN, wrf)}
         compared = [
             (f"{wrf} less plain", rows[wrf], rows[PLAIN], "hits_stopped"),
@@ -338,6 +356,7 @@ def comparisons(study: Study) -> Table:
             (f"{wrf} less {best or 'the best regulariser'}", rows[wrf], rows.get(best or "", {}), "hits_stopped"),
             (f"{wrf} less plain, last step", rows[wrf], rows[PLAIN], "hits_last"),
             (f"{wrf} less random, last step", rows[wrf], rows[RANDOM], "hits_last"),
+            (f"{LORA_WRF} less {LORA}", rows[LORA_WRF], rows[LORA], "hits_stopped"),
             (f"{wrf} less plain with twice the steps", rows[wrf], longer[PLAIN], "hits_stopped"),
             (f"{wrf} less plain, both with twice the steps", longer[wrf], longer[PLAIN], "hits_stopped"),
         ]

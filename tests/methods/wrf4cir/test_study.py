@@ -450,14 +450,16 @@ def test_the_page_shows_what_is_there_and_how_much_is_missing(tmp_path):
     total = len(study.plan.runs)
     assert f"**{total} of {total} runs are finished, 0 are missing.**" in whole
     assert "## 30 triplets\n\n| row |" in whole
-    assert "](results/wrf_study_gamma.png)" in whole
-    assert (tmp_path / "results" / "wrf_study_curves.png").is_file()
+    for name in ("differences", "curves", "gamma"):
+        assert f"](results/wrf_study_{name}.png)" in whole
+        assert (tmp_path / "results" / f"wrf_study_{name}.png").is_file()
     part = {key: row for key, row in study.rows.items() if row["part"] == "choose"}
     old = {("main/plain/30/0", "other"): row_of(study.plan.runs[0])}
     write_page(Study(SMALL, {**part, **old}), tmp_path / "results.md", tmp_path / "results")
     page = (tmp_path / "results.md").read_text()
     assert f"**{len(part)} of {total} runs are finished, {total - len(part)} are missing.**" in page
     assert "## 30 triplets\n\nNo run of this part is finished." in page
+    assert "## At a glance" not in page
     assert "1 rows of the file belong to other settings" in page
 
 
