@@ -1,4 +1,4 @@
-# make install | demo | demo-tscir | demo-dpo | demo-wrf | demo-search | study | test | lint | docs | bench | release;
+# make install | demo | demo-tscir | demo-dpo | demo-wrf | demo-search | study | test | lint | format | docs | bench | release;
 # PYTHON=python3.13 chooses the interpreter,
 # VENV=folder where it is installed, WITH='transformers<5' what else pip has to install,
 # CIR_DATA=folder that holds fashionIQ_dataset/ with the real annotation files, for bench.

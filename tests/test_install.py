@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -99,6 +100,22 @@ def test_wheel_holds_every_config_and_project(wheel, source, folder):
     inside = {name[len(prefix) :] for name in zipfile.ZipFile(wheel).namelist() if name.startswith(prefix + folder)}
     assert shipped
     assert inside == shipped
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only git knows which files belong to the project")
+def test_the_sdist_is_a_whole_checkout(tmp_path):
+    """In which `make` works: every file that git has, beside what a build adds."""
+    tracked = run("git", "ls-files", "-z", cwd=ROOT).split("\0")[:-1]
+    for name in tracked:
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "source" / name)
+    build = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", build, tmp_path, cwd=tmp_path / "source")
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        packed = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    assert set(tracked) <= packed
+    assert {name.split("/")[0] for name in packed - set(tracked)} <= {"PKG-INFO", "lavis_cir_plugin.egg-info"}
 
 
 @requires_lavis
