@@ -116,7 +116,7 @@ class FashionIQConfig(Section):
         images: Folder of the image files, flat or with a sub-folder per category, if it is not below ``root``.
         categories: Categories to read. ``all`` stands for CoVR's merged files (``cap.all.train.json``), which do not
             say to which category a record belongs.
-        protocol: Protocol that sets the next four keys by the module's table, unless they are set themselves.
+        protocol: Protocol that sets the next four keys, unless they are set themselves.
         gallery: ``original``: the whole split file. ``val``: only the images that occur in a query of the split (the
             "VAL split", smaller and easier).
         reference: ``kept`` in the gallery or ``removed`` from its own ranking.

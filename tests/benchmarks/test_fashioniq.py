@@ -713,7 +713,7 @@ def test_real_validation_files(real: dict[str, str]):
 
 
 def test_what_is_odd_in_the_real_files(real_annotations: Path):
-    """The files have val images in another category's train split, and empty captions; see docs/data.md."""
+    """The files have val images in another category's train split, and empty captions; see docs/protocols.md."""
     root = real_annotations / "fashionIQ_dataset"
 
     def images(category: str, split: str) -> set[str]:

@@ -77,20 +77,20 @@ def commands_of(heading):
 
 def run(words, catalogue, output, clip):
     """Run a command of the page with its example's paths replaced; return the folder of a run's splits."""
-    words = [word.replace("/data/my_catalogue", str(catalogue)) for word in words]
+
+    def of_training(found):
+        return str(min((output / found[1]).iterdir()))  # evaluations by the same project came after it
+
+    words = [word.replace("/data/my_catalogue", str(catalogue)).replace("shoes/a.jpg", "0.png") for word in words]
+    words = [re.sub(r"\boutput/([\w/]+)/RUN\b", of_training, word) for word in words]
     if words[0] == "lavis-cir":
         main.main(words[1:])
         return None
     project = words[words.index("--cfg-path") + 1].removeprefix("projects/").removesuffix(".yaml")
-    for at, word in enumerate(words):
-        key, _, earlier = word.partition("=output/")
-        if earlier:
-            folder, _, name = earlier.partition("/RUN/")
-            (made,) = (output / folder).iterdir()
-            words[at] = f"{key}={made / name}"
     options = [*LESS, *options_for(project, clip), f"run.output_dir={output / project}"]
+    before = set((output / project).glob("*"))
     launcher.main(words[2].removeprefix("lavis."), ["--cfg-path", *words[words.index("--cfg-path") + 1 :], *options])
-    (made,) = (output / project).iterdir()
+    (made,) = set((output / project).iterdir()) - before
     return made
 
 
@@ -122,12 +122,25 @@ def test_captions_alone_train_both_stages(catalogue, tmp_path, clip):
     assert {"stage I + II", "stage I alone"} < set(rows(made[-1]))
 
 
-def test_own_triplets_train_a_model_that_preferences_go_on_from(catalogue, tmp_path, clip):
+def test_own_triplets_train_a_model_that_preferences_go_on_from_and_that_is_searched_with(
+    catalogue, tmp_path, clip, monkeypatch
+):
     train = [{"reference": f"{i}.png", "text": "in green", "target": f"{i + 18}.png"} for i in range(9)]
     (catalogue / "train.jsonl").write_text("\n".join(map(json.dumps, train)))
-    first, _, preferences = commands_of("Train on your triplets")
+    first, _, preferences, fine_tuning = commands_of("Train on your triplets")
     trained = run(first, catalogue, tmp_path, clip)
     assert {"trained model"} < set(rows(trained))
     made = run(preferences, catalogue, tmp_path, clip)
     assert (made / "negatives").is_dir()
     assert {"trained model"} < set(rows(made))
+    assert {"image + text"} < set(rows(run([*fine_tuning, *SHORT[:2]], catalogue, tmp_path, clip)))
+
+    evaluation, index, search = commands_of("Search with what you trained")
+    asked = [{"reference": f"{i}.png", "text": "in green", "id": f"q{i}"} for i in range(2)]
+    (catalogue / "test.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    best = json.loads((run(evaluation, catalogue, tmp_path, clip) / "test" / "triplets_test.json").read_text())
+    assert {name: len(found) for name, found in best.items()} == {"q0": 35, "q1": 35}  # all pictures but the reference
+    monkeypatch.chdir(tmp_path)  # my_index and answer.png
+    run([*index, "--workers", "0"], catalogue, tmp_path, clip)
+    run(search, catalogue, tmp_path, clip)
+    assert (tmp_path / "answer.png").is_file()

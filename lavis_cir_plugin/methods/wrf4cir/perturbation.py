@@ -46,7 +46,7 @@ class WeightPerturbation(Section):
             first rows, with the targets of the whole batch as negatives. Below 1 the direction is an approximation,
             and the model must offer ``loss_of_share``, as ``blip2_cir`` and ``clip_cir`` do.
         warmup_epochs: Number of epochs at the start without perturbation, >= 0.
-        last_epochs: Number of epochs at the end with perturbation, >= 1; ``None`` perturbs all after the warm-up.
+        last_epochs: Number of epochs at the end with perturbation, >= 1; ``null`` perturbs all after the warm-up.
         tensors: Trainable tensors that are perturbed: ``no_1d`` (no biases, norms or scalars), ``all``, ``norm`` (only
             weights and biases of normalisation layers), or a regular expression that is searched in the names.
         embeddings: Treatment of ``nn.Embedding`` tables: ``exclude`` them, perturb each ``row`` relative to its own
