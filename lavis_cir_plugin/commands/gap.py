@@ -13,7 +13,7 @@ def add_command(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "gap", help="draw recall on seen and unseen queries, and the loss around the weights"
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run: run.output_dir/<job id>")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, which it named at its end")
     parser.add_argument("--output", default="gap.png", help="picture; its numbers go to a CSV file beside it")
     parser.add_argument("--metric", help="of validation; by default the one that chose the best checkpoint")
     parser.add_argument(

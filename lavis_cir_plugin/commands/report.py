@@ -11,7 +11,7 @@ from typing import Any
 def add_command(subparsers: Any) -> None:
     """Add ``lavis-cir report``."""
     parser = subparsers.add_parser("report", help="write runs as one HTML file, several of them side by side")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run: run.output_dir/<job id>")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, which it named at its end")
     parser.add_argument("--output", default="report.html", help="the file (default: report.html)")
     parser.add_argument(
         "--queries", type=int, default=4, help="queries of each kind and group that are shown (default: 4; 0: none)"

@@ -59,7 +59,9 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir() or not any((folder / name).is_file() for name in (LOG, EPOCHS, run_record.RECORD)):
         inside = sorted(path.parent.name for path in folder.glob(f"*/{LOG}")) if folder.is_dir() else []
         hint = f"; it holds the runs {', '.join(inside)}" if inside else ""
-        raise FileNotFoundError(f"{folder} is not the folder of a run{hint}; name run.output_dir/<job id>.")
+        raise FileNotFoundError(
+            f"{folder} is not the folder of a run{hint}; name the one that the training named at its end."
+        )
     starts = run_record.read_starts(folder)
     metrics = {path.parent.name: _metrics(path) for path in sorted(folder.glob("*/metrics.json"))}
     queries = {
