@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Arguments of the command line; by default those of ``sys.argv``.
     """
-    parser = argparse.ArgumentParser(prog="lavis-cir", description="Search pictures, and look at data, configs and runs. To train: python -m lavis.train.")
+    parser = argparse.ArgumentParser(prog="lavis-cir", description="Search pictures, and look at data and runs.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     with interruptible("lavis-cir", lambda: "what it writes is whole or not there, so start it again."):
         for found in pkgutil.iter_modules(commands.__path__):

@@ -203,7 +203,7 @@ def read_epochs(path: str | Path) -> dict[str, dict[str, dict[int, float]]]:
 def _read_rows(path: Path, name: str, parse: Callable[[list[str]], Any]) -> tuple[list[str], list[Any]]:
     """Return the header of a log file and its parsed rows."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a training writes it into its folder, which it names at its end.")
+        raise FileNotFoundError(f"{path} does not exist; a training run writes it into its folder.")
     with path.open(encoding="utf-8", newline="") as file:
         lines = file.read().split("\n")[:-1]  # text after the last line end is empty or cut off
     header, *rows = csv.reader(lines) if lines else [[]]
