@@ -27,7 +27,8 @@ def _report(args: argparse.Namespace) -> None:
     if args.queries < 0:
         raise ValueError(f"--queries must be a whole number >= 0, got {args.queries}.")
 
-    from lavis_cir_plugin.core.atomic_files import replace_file, size_text
+    from lavis_cir_plugin.core.atomic_files import replace_file
+    from lavis_cir_plugin.core.error_messages import size_text
     from lavis_cir_plugin.report.html_parts import Thumbnails
     from lavis_cir_plugin.report.query_results import TOP
     from lavis_cir_plugin.report.run_report import read_run, report

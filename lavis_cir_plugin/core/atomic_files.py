@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["replace_file", "replacing", "size_text"]
+__all__ = ["replace_file", "replacing"]
 
 
 @contextmanager
@@ -51,11 +51,3 @@ def replace_file(path: Path, content: bytes) -> Path:
     with replacing(path) as file:
         file.write(content)
     return path
-
-
-def size_text(count: int) -> str:
-    """Return a number of bytes with its unit, such as "4.0 GB", "1.5 MB", "0.2 kB" or "0 bytes"."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:,.1f} {unit}"
-    return f"{count} bytes"

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lavis_cir_plugin.core.error_messages import first_line, printable
 from lavis_cir_plugin.core.processes import fail_in_all_processes, rank_and_world
 
 PREFERRED = ("model", "state_dict", "model_state_dict")
@@ -31,7 +32,6 @@ INTEGERS = ("num_batches_tracked", "position_ids")
 
 _IS_FOLDER = 0x10  # a bit of the external attributes of a zip record
 _ZIP = b"PK\x03\x04"
-_TERMINAL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -470,14 +470,3 @@ def _is_state(value: Any) -> bool:
         and len(value) > 0
         and all(isinstance(name, str) and isinstance(item, Tensor) for name, item in value.items())
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message without terminal codes, or the error's type if it has no message."""
-    text = _TERMINAL_CODES.sub("", str(error)).strip()
-    return printable(text.splitlines()[0]) if text else type(error).__name__
-
-
-def printable(value: Any) -> str:
-    """Return the text of a value for a message, with escapes for characters that a terminal does not print."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(value))

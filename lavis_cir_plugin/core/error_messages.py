@@ -1,11 +1,14 @@
-"""Write parts of error messages: values, lists of names, and the nearest known word."""
+"""Write parts of messages: values, sizes, lists of names, the nearest known word, and the first line of an error."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+_TERMINAL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def listed(names: Sequence[Any], limit: int = 5) -> str:
@@ -27,8 +30,24 @@ def did_you_mean(word: Any, known: Iterable[str]) -> str:
 
 def shown(value: Any) -> str:
     """Return a value for an error message as JSON of at most 80 characters, with escapes for unprintable ones."""
-    text = "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode()
-        for char in json.dumps(value, ensure_ascii=False, default=str)
-    )
+    text = printable(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def printable(value: Any) -> str:
+    """Return the text of a value for a message, with escapes for characters that a terminal does not print."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(value))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without terminal codes, or the error's type if it has no message."""
+    text = _TERMINAL_CODES.sub("", str(error)).strip()
+    return printable(text.splitlines()[0]) if text else type(error).__name__
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes with its unit, such as "4.0 GB", "1.5 MB", "0.2 kB" or "0 bytes"."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:,.1f} {unit}"
+    return f"{count} bytes"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lavis_cir_plugin.core.atomic_files import size_text
+from lavis_cir_plugin.core.error_messages import size_text
 from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, rank_and_world
 
 

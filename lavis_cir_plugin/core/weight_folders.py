@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lavis_cir_plugin.core.checkpoints import first_line, read_state
+from lavis_cir_plugin.core.checkpoints import read_state
+from lavis_cir_plugin.core.error_messages import first_line
 
 __all__ = ["FolderWeights", "is_hub_name", "read_folder"]
 

@@ -19,13 +19,12 @@ from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import (
     as_float32,
     config_in,
-    first_line,
     load_strictly,
     read_checkpoint,
     state_in,
     verify_checkpoint,
 )
-from lavis_cir_plugin.core.error_messages import did_you_mean
+from lavis_cir_plugin.core.error_messages import did_you_mean, first_line
 from lavis_cir_plugin.core.normalisation import CLIP_MEAN_AND_STD
 from lavis_cir_plugin.core.torchscript_weights import read_torchscript
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lavis_cir_plugin.core.error_messages import printable
 from lavis_cir_plugin.search.catalogue import Picture
 from lavis_cir_plugin.search.questions import Answer, Hit
 
@@ -49,7 +50,7 @@ def as_lines(answer: Answer) -> tuple[list[str], list[str]]:
     lines = ["score   above    path"]
     for hit in answer.hits:
         more = f"  (+{len(hit.duplicates)} alike)" if hit.duplicates else ""
-        lines.append(f"{hit.score:6.4f}  {100 * hit.share_below:5.1f} %  {_printable(hit.path)}{more}")
+        lines.append(f"{hit.score:6.4f}  {100 * hit.share_below:5.1f} %  {printable(hit.path)}{more}")
     if not answer.hits:
         lines = ["nothing found"]
     return lines, list(_notes(answer))
@@ -82,7 +83,3 @@ def question(text: str | None, without: str | None, where: str | None) -> list[s
     if where:
         lines.append(f"where: {where}")
     return lines
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -312,7 +312,7 @@ class _Writer:
         return notes + self._publish(candidates)
 
     def _write_list(self) -> None:
-        lines = [f"{_printable(path)}\t{_printable(reason)}\n" for path, reason in self.catalogue.not_indexed()]
+        lines = [f"{_tsv_field(path)}\t{_tsv_field(reason)}\n" for path, reason in self.catalogue.not_indexed()]
         replace_file(self.index / NOT_INDEXED, "".join(lines).encode("utf-8", errors="backslashreplace"))
 
     def _compact(self) -> None:
@@ -578,5 +578,5 @@ def _encode_batch(
     return len(chosen)
 
 
-def _printable(text: str) -> str:
+def _tsv_field(text: str) -> str:
     return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lavis_cir_plugin.core.atomic_files import size_text
+from lavis_cir_plugin.core.error_messages import size_text
 from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, rank_and_world
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
 from lavis_cir_plugin.data import benchmark_datasets

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lavis_cir_plugin.core.atomic_files import size_text
+from lavis_cir_plugin.core.error_messages import size_text
 from lavis_cir_plugin.core.processes import gather
 from lavis_cir_plugin.core.shared_rows import SharedRows
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lavis_cir_plugin
 from lavis_cir_plugin.benchmarks.images import refuse_output_inside
-from lavis_cir_plugin.core.error_messages import did_you_mean, unknown_key
+from lavis_cir_plugin.core.error_messages import did_you_mean, first_line, unknown_key
 from lavis_cir_plugin.core.settings import (
     Positive,
     as_plain,
@@ -82,7 +82,7 @@ def read_config(path: str, options: Sequence[str]) -> DictConfig:
         problems = [*run_problems(as_plain(merged.run)), *_model_problems(as_plain(merged.model))]
         problems += [*_dataset_problems(as_plain(merged.datasets)), *_all_processor_problems(merged.datasets)]
     if problems:
-        raise ConfigError(str(path), list(dict.fromkeys(problems)))
+        raise ConfigError(path, list(dict.fromkeys(problems)))
     return merged
 
 
@@ -94,11 +94,11 @@ def _load(path: str) -> DictConfig:
             str(path), ["is a folder; name a YAML file with the sections model, datasets and run."]
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [f"is not valid YAML ({' '.join(str(error).split())})."]) from error
+        raise ConfigError(path, [f"is not valid YAML ({' '.join(str(error).split())})."]) from error
     except _UNFIT as error:
-        raise ConfigError(str(path), [f"{_key_of(error)}cannot be read ({_first_line(error)})."]) from error
+        raise ConfigError(path, [f"{_key_of(error)}cannot be read ({first_line(error)})."]) from error
     if not isinstance(raw, DictConfig):
-        raise ConfigError(str(path), ["must hold the sections model, datasets and run."])
+        raise ConfigError(path, ["must hold the sections model, datasets and run."])
     return raw
 
 
@@ -113,7 +113,7 @@ def _with_options(raw: DictConfig, path: str, options: Sequence[str]) -> DictCon
     try:
         OmegaConf.to_container(merged, resolve=True)
     except _UNFIT as error:
-        raise ConfigError(str(path), [f"{_key_of(error)}cannot be resolved ({_first_line(error)})."]) from error
+        raise ConfigError(path, [f"{_key_of(error)}cannot be resolved ({first_line(error)})."]) from error
     return merged
 
 
@@ -121,13 +121,9 @@ def _with_option(config: DictConfig, path: str, option: str) -> DictConfig:
     try:
         merged: DictConfig = OmegaConf.merge(config, OmegaConf.from_dotlist([option]))
     except _UNFIT as error:
-        problem = f"{option} does not fit {path} ({_first_line(error)}); give it the kind of value that stands there."
+        problem = f"{option} does not fit {path} ({first_line(error)}); give it the kind of value that stands there."
         raise ConfigError("--options", [problem]) from error
     return merged
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join((str(error).splitlines() or [type(error).__name__])[0].split())
 
 
 def _key_of(error: BaseException) -> str:

@@ -21,13 +21,8 @@ import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size, is_main_process, main_process
 from torch import Tensor
 
-from lavis_cir_plugin.core.checkpoints import (
-    load_strictly,
-    printable,
-    read_checkpoint,
-    verify_checkpoint,
-    write_checkpoint,
-)
+from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint, verify_checkpoint, write_checkpoint
+from lavis_cir_plugin.core.error_messages import printable
 from lavis_cir_plugin.core.locks import FileLock, holder_of
 from lavis_cir_plugin.core.model_parts import frozen_names, momentum_copies
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lavis_cir_plugin.core import checkpoints
 from lavis_cir_plugin.core.checkpoints import as_float32, load_strictly, read_checkpoint, read_state, verify_checkpoint
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([0.5, -1.5])}
@@ -285,8 +284,7 @@ def test_what_a_file_leaves_out_is_said(log):
     ]
 
 
-def test_terminal_codes_reach_no_message():
-    assert checkpoints.first_line(ValueError("\x1b[1mbold\x1b[0m \x07bell\nsecond")) == r"bold \x07bell"
+def test_a_files_terminal_codes_reach_no_message():
     with pytest.raises(ValueError, match=r"first: a\\x1b\[31m\)"):
         load_strictly(linear(), {"a\x1b[31m": STATE["bias"]}, "x.pth")
 

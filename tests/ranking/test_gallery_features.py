@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from lavis_cir_plugin.core.atomic_files import size_text
 from lavis_cir_plugin.ranking.gallery_features import shared_rows
 
 
@@ -62,13 +61,6 @@ def test_small_galleries_are_counted_in_small_units(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
     with pytest.raises(OSError, match=r"it needs 24 bytes and 0 bytes are free"):
         shared_rows(tmp_path / "rows.tmp", 2, [rows(2, 3)], torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1_500, "1.5 kB"), (2_000_000, "2.0 MB"), (4e9, "4.0 GB")]
-)
-def test_sizes_are_written_in_the_unit_that_shows_them(count, text):
-    assert size_text(count) == text
 
 
 def test_an_older_longer_file_is_replaced(tmp_path):

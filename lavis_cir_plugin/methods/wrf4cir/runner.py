@@ -13,7 +13,7 @@ from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 from lavis.runners.runner_iter import RunnerIter
 
-from lavis_cir_plugin.core.checkpoints import first_line
+from lavis_cir_plugin.core.error_messages import first_line
 from lavis_cir_plugin.core.settings import PositiveNumber, Section
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
