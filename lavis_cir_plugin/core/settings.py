@@ -256,6 +256,15 @@ def check_arguments(cls: type, where: str, given: Mapping[str, Any]) -> None:
         raise ValueError("\n".join(problems))
 
 
+def constructor_arguments(cls: type, section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a constructor's keywords by a section of a config: absent and empty keys have the defaults.
+
+    Keys of the section that the constructor does not have are left out.
+    """
+    defaults = cls.__init__.__kwdefaults__ or {}  # type: ignore[misc]
+    return {name: default if section.get(name) is None else section[name] for name, default in defaults.items()}
+
+
 def check_overrides(key: str, given: Mapping[str, Any] | None, defaults: Mapping[str, Any]) -> None:
     """Raise ValueError, one line per problem, if values that replace defaults have unknown names or other types.
 

@@ -18,7 +18,14 @@ from lavis.models.vit import VisionTransformerEncoder
 
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
-from lavis_cir_plugin.core.settings import Limits, Positive, check_arguments, check_heads, check_overrides
+from lavis_cir_plugin.core.settings import (
+    Limits,
+    Positive,
+    check_arguments,
+    check_heads,
+    check_overrides,
+    constructor_arguments,
+)
 from lavis_cir_plugin.models.tokenizer import TOKENIZER, load_tokenizer
 
 _VIT = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
@@ -58,8 +65,7 @@ class _BuiltFromConfig:
         Raises:
             ValueError: If a key is unknown or a size impossible; the message says what is allowed.
         """
-        names = cls.__init__.__kwdefaults__ or {}
-        values: dict[str, Any] = {**names, **{name: cfg[name] for name in names if cfg.get(name) is not None}}
+        values = constructor_arguments(cls, cfg)
         check_arguments(cls, "model", values)
         tower = {
             name: parameter.default
@@ -86,8 +92,7 @@ class _BuiltFromConfig:
             ValueError: If the checkpoint does not match the model.
             FileNotFoundError: If the checkpoint is missing.
         """
-        names = cls.__init__.__kwdefaults__
-        model = cls(**{name: cfg[name] for name in names if cfg.get(name) is not None})
+        model = cls(**constructor_arguments(cls, cfg))
         checkpoint = cfg.get("finetuned") if cfg.get("load_finetuned") else cfg.get("pretrained")
         if cfg.get("load_finetuned") and not checkpoint:
             raise ValueError(

@@ -25,6 +25,7 @@ from lavis_cir_plugin.core.settings import (
     Weights,
     check_argument,
     check_arguments,
+    constructor_arguments,
     one_of,
 )
 from lavis_cir_plugin.models.combiner import Combiner, read_combiner
@@ -151,14 +152,9 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         self.train(self.training)
 
     @classmethod
-    def _arguments(cls) -> dict[str, Any]:
-        return dict(cls.__init__.__kwdefaults__ or {})
-
-    @classmethod
     def _values(cls, cfg: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the constructor's arguments by a ``model`` section; absent and empty keys get the defaults."""
-        arguments = cls._arguments()
-        return {**arguments, **{name: cfg[name] for name in arguments if cfg.get(name) is not None}}
+        """Return the constructor's arguments by a ``model`` section."""
+        return constructor_arguments(cls, cfg)
 
     @classmethod
     def check_config(cls, cfg: Mapping[str, Any]) -> None:

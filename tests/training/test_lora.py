@@ -17,7 +17,7 @@ from torch import nn
 
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.commands import main
-from lavis_cir_plugin.core.settings import section_problems
+from lavis_cir_plugin.core.settings import constructor_arguments, section_problems
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
@@ -385,10 +385,7 @@ def test_plain_peft_loads_the_exported_folder(trained, tmp_path):
 
 def tiny_arguments():
     section = OmegaConf.load(Blip2Cir.PRETRAINED_MODEL_CONFIG_DICT["tiny"]).model
-    return {
-        **{name: section[name] for name in Blip2Cir._arguments() if section.get(name) is not None},
-        "freeze_vit": True,
-    }
+    return {**constructor_arguments(Blip2Cir, section), "freeze_vit": True}
 
 
 def test_adapters_on_a_finetuned_model_find_it_again(trained, tmp_path):

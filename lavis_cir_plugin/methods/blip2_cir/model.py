@@ -31,6 +31,7 @@ from lavis_cir_plugin.core.settings import (
     check_arguments,
     check_heads,
     check_overrides,
+    constructor_arguments,
 )
 from lavis_cir_plugin.methods.blip2_cir.hub_weights import check_hub_config, read_blip2_weights
 from lavis_cir_plugin.methods.blip2_cir.losses import LOSSES, TrainingOutputs
@@ -130,8 +131,7 @@ class Blip2Cir(Blip2Base):
         label_smoothing: Probability = 0.0,
     ) -> None:
         super().__init__()
-        given = locals()
-        self.check_config({name: given[name] for name in self._arguments()})
+        self.check_config(locals())
         self.fusion, self.pooling = fusion, pooling
         self.loss_weights = _checked_loss_weights(fusion, loss_weights)
         self.label_smoothing = label_smoothing
@@ -174,17 +174,13 @@ class Blip2Cir(Blip2Base):
             keep_as_buffers(self.Qformer["bert"].encoder.layer[-1].output)
 
     @classmethod
-    def _arguments(cls) -> dict[str, Any]:
-        return dict(cls.__init__.__kwdefaults__ or {})
-
-    @classmethod
     def check_config(cls, cfg: Mapping[str, Any]) -> None:
         """Check a ``model`` section without building the model; absent keys have the constructor's defaults.
 
         Raises:
             ValueError: If a value is unknown or impossible; the message says what is allowed.
         """
-        values = {**cls._arguments(), **{name: cfg[name] for name in cls._arguments() if cfg.get(name) is not None}}
+        values = constructor_arguments(cls, cfg)
         check_arguments(cls, "model", values)
         if values["vit_precision"] == "fp16" and not values["freeze_vit"]:
             raise ValueError(
@@ -224,7 +220,7 @@ class Blip2Cir(Blip2Base):
             ValueError: If a checkpoint does not match the model.
             FileNotFoundError: If a checkpoint is missing and cannot be downloaded.
         """
-        model = cls(**{name: cfg[name] for name in cls._arguments() if cfg.get(name) is not None})
+        model = cls(**constructor_arguments(cls, cfg))
         model.load_checkpoint_from_config(cfg)
         return model
 
