@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lavis_cir_plugin import CONFIGS
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint, state_in
 from lavis_cir_plugin.core.model_parts import frozen_names
+from lavis_cir_plugin.core.processes import rank_and_world
 from lavis_cir_plugin.core.settings import (
     Folder,
     Limits,
@@ -281,8 +282,11 @@ class ClipCir(BaseModel):  # type: ignore[misc]
 
     def _of_frozen_tower(self, pictures: Tensor) -> Tensor:
         """Return the tokens of all pictures if the tower is frozen; a second pass over the batch finds them again."""
-        is_trained = any(weight.requires_grad for weight in self.image_tower.parameters())
-        return pictures if is_trained else self._tokens(pictures)
+        return pictures if self._is_tower_trained else self._tokens(pictures)
+
+    @property
+    def _is_tower_trained(self) -> bool:
+        return any(weight.requires_grad for weight in self.image_tower.parameters())
 
     @property
     def temperature(self) -> Tensor:
@@ -347,8 +351,7 @@ class ClipCir(BaseModel):  # type: ignore[misc]
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return the image feature and any P patches of pictures ``(B, 3, H, W)``: ``(B, 1 + P, D)``."""
-        is_trained = any(weight.requires_grad for weight in self.image_tower.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._is_tower_trained):
             return self.image_tower(images)
 
     def _tokens(self, image: Tensor) -> Tensor:
@@ -373,7 +376,7 @@ def image_ids(samples: Mapping[str, Any]) -> Tensor | None:
     """
     ids = samples.get("image_id")
     ids = ids if isinstance(ids, Tensor) else None
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if rank_and_world()[1] == 1:
         return ids
     has_ids = torch.tensor(ids is not None, dtype=torch.uint8, device=samples["image"].device)
     dist.all_reduce(has_ids, dist.ReduceOp.MIN)

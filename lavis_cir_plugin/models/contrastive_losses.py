@@ -11,6 +11,7 @@ import torch.distributed.nn.functional as dist_with_grad
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
+from lavis_cir_plugin.core.processes import rank_and_world
 from lavis_cir_plugin.ranking.scoring import similarity
 
 
@@ -24,10 +25,11 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
         ``(world_size * B, ...)``; in a single process the tensor itself. If gradients are averaged over processes, as
         DistributedDataParallel does, they equal those of a single process with the whole batch.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    world = rank_and_world()[1]
+    if world == 1:
         return tensor
     if not tensor.requires_grad:
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        parts = [torch.empty_like(tensor) for _ in range(world)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
     return torch.cat(dist_with_grad.all_gather(tensor.contiguous()))
@@ -117,7 +119,7 @@ def features_of_all_processes(targets: Tensor, target_ids: Tensor | None) -> tup
     """
     everyone = gather_with_gradient(targets)
     count, device = targets.shape[0], targets.device
-    own = torch.arange(count, device=device) + (dist.get_rank() * count if everyone.shape[0] > count else 0)
+    own = torch.arange(count, device=device) + rank_and_world()[0] * count
     if target_ids is None:
         return everyone, own, None
     repeated = target_ids[:, None] == gather_with_gradient(target_ids)[None, :]

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint
 from lavis_cir_plugin.core.model_parts import frozen_names
+from lavis_cir_plugin.core.processes import rank_and_world
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 
@@ -148,7 +149,7 @@ def _contents(dataset: Any) -> str:
 
 def _synchronize_meter(meter: lavis_logger.SmoothedValue) -> None:
     """Sum a meter over all processes on the CPU; LAVIS's own method sums on a GPU."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if rank_and_world()[1] == 1:
         return
     total = torch.tensor([meter.count, meter.total], dtype=torch.float64)
     dist.all_reduce(total)

@@ -25,6 +25,7 @@ from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint, ve
 from lavis_cir_plugin.core.error_messages import printable
 from lavis_cir_plugin.core.locks import FileLock, holder_of
 from lavis_cir_plugin.core.model_parts import frozen_names, momentum_copies
+from lavis_cir_plugin.core.processes import gather
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
 from lavis_cir_plugin.core.settings import Limits, Positive, Section
 from lavis_cir_plugin.data.resumable_loader import EpochLoader
@@ -307,11 +308,7 @@ class ResumableRunner(PortableRunner):
 
     def _save_last(self, place: int, batches: int, meters: dict[str, tuple[int, float]]) -> None:
         """Write ``checkpoint_last.pth`` after ``batches`` batches of the epoch that begins at ``place``."""
-        own = {"random_state": get_random_state(self.device), "meters": meters}
-        processes: list[Any] = [own]
-        if get_world_size() > 1:
-            processes = [None] * get_world_size()
-            dist.all_gather_object(processes, own)
+        processes = gather({"random_state": get_random_state(self.device), "meters": meters})
         if not is_main_process():
             return
         weights = self.unwrap_dist_model(self.model).named_parameters()

@@ -21,8 +21,10 @@ from lavis_cir_plugin.core.error_messages import unknown_key
 from lavis_cir_plugin.core.model_parts import frozen_names
 from lavis_cir_plugin.training import lora
 from lavis_cir_plugin.training.config import plain_split_name
+from lavis_cir_plugin.training.portable_runner import BEST
+from lavis_cir_plugin.training.resumable_runner import LAST, PREVIOUS
 
-CHECKPOINTS = ("checkpoint_best.pth", "checkpoint_last.pth", "checkpoint_previous.pth")
+CHECKPOINTS = (BEST, LAST, PREVIOUS)
 """Names of a run's checkpoints; the first that exists is loaded."""
 
 

@@ -29,9 +29,8 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.updates = 0
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        self._averages = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.restart(0)
 
     def update(self) -> None:
         """Take the present weights into the average."""

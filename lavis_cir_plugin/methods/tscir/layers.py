@@ -6,11 +6,11 @@ import math
 from typing import cast
 
 import torch
-import torch.distributed as dist
 import torch.distributed.nn.functional as dist_with_grad
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor, nn
 
+from lavis_cir_plugin.core.processes import rank_and_world
 from lavis_cir_plugin.models.open_clip_towers import replace_at_positions
 
 
@@ -162,11 +162,12 @@ class GatheredBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``(B, C, H, W)`` by the batch's statistics in training and by the running ones in evaluation."""
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+        world = rank_and_world()[1]
+        if not self.training or world == 1:
             return super().forward(input)
         with torch.autocast(input.device.type, enabled=False):
             values = input.float()
-            count = values.numel() // values.shape[1] * dist.get_world_size()
+            count = values.numel() // values.shape[1] * world
             mean = _summed(values.sum(dim=(0, 2, 3))) / count
             centred = values - mean[:, None, None]
             variance = _summed(centred.square().sum(dim=(0, 2, 3))) / count

@@ -34,7 +34,7 @@ from lavis_cir_plugin.report.run_log import EPOCHS, progress, read_epochs
 from lavis_cir_plugin.report.sheet_layout import BLUE, GREEN, GREY, ORANGE
 from lavis_cir_plugin.training import lora
 from lavis_cir_plugin.training.config import choose_splits, with_lavis_defaults
-from lavis_cir_plugin.training.portable_runner import join_single_process
+from lavis_cir_plugin.training.portable_runner import BEST, join_single_process
 from lavis_cir_plugin.training.resumable_runner import LAST
 
 GAMMA = 0.001
@@ -134,9 +134,9 @@ def with_losses(run: RunCurves, folder: Path, batches: int) -> RunCurves:
     Model and training data are built again by the config in the checkpoint. If that fails, because of moved images or
     a missing checkpoint, the reason becomes a note, and the other runs can still be drawn.
     """
-    path = next((folder / name for name in ("checkpoint_best.pth", LAST) if (folder / name).is_file()), None)
+    path = next((folder / name for name in (BEST, LAST) if (folder / name).is_file()), None)
     if path is None:
-        note = f"the loss is not drawn: there is neither checkpoint_best.pth nor {LAST}."
+        note = f"the loss is not drawn: there is neither {BEST} nor {LAST}."
         return dataclasses.replace(run, notes=(*run.notes, note))
     try:
         saved = read_checkpoint(str(path))
