@@ -420,30 +420,9 @@ class ResumableRunner(PortableRunner):
             )
 
     def _continue(self, saved: Mapping[str, Any], path: str) -> None:
-        """Restore everything but weights and optimizer, and cut the logs back to the moment of the checkpoint."""
-        state = saved["progress"]
-        if len(state["processes"]) != get_world_size():
-            raise ValueError(
-                f"run.resume_ckpt_path: {path} was written by {len(state['processes'])} processes and this run has "
-                f"{get_world_size()}; start as many (torchrun --nproc_per_node)."
-            )
-        for key, before, now in _differences(saved["config"].get("run", {}), self.config.to_dict().get("run", {})):
-            if key in _MUST_AGREE:
-                raise ValueError(
-                    f"run.{key}: {now!r} differs from {before!r} in {path}, and the order of the data follows from it; "
-                    "set it back, or start a new run from these weights (model.finetuned)."
-                )
-            logging.warning("run.%s is %r now and was %r when %s was written", key, now, before, path)
-        for section in ("model", "datasets"):
-            if saved["config"].get(section) != self.config.to_dict().get(section):
-                logging.warning("section %s differs from that of %s", section, path)
-        loaders = self._epoch_loaders()
-        if state["lengths"] != [len(loader) for loader in loaders]:
-            raise ValueError(
-                f"run.resume_ckpt_path: {path} was written with {state['lengths']} training batches an epoch and there "
-                f"are {[len(loader) for loader in loaders]} now; restore the data, or start a new run from these "
-                "weights (model.finetuned)."
-            )
+        """Restore everything but weights and optimizer."""
+        self._check_same_data(saved, path)
+        state, loaders = saved["progress"], self._epoch_loaders()
         for loader, taken in zip(loaders, state["taken"]):
             loader.seek(taken)
         if not loaders:
@@ -460,11 +439,40 @@ class ResumableRunner(PortableRunner):
             weights[name].grad = gradient.to(weights[name].device)
         self._start_at(state["place"])
         self._resumed = state
-        folder = Path(self.output_dir)
-        self._continues = folder.resolve() == Path(path).resolve().parent
-        if not self._continues:
+        self._continues = Path(self.output_dir).resolve() == Path(path).resolve().parent
+        if self._continues:
+            self._go_on_in_folder(state, path)
+        else:
             logging.warning("%s is another run's; this one begins a folder and a best epoch of its own", path)
-            return
+
+    def _check_same_data(self, saved: Mapping[str, Any], path: str) -> None:
+        """Refuse a checkpoint of a run that read its data in another order, and warn of other differences."""
+        state = saved["progress"]
+        if len(state["processes"]) != get_world_size():
+            raise ValueError(
+                f"run.resume_ckpt_path: {path} was written by {len(state['processes'])} processes and this run has "
+                f"{get_world_size()}; start as many (torchrun --nproc_per_node)."
+            )
+        for key, before, now in _differences(saved["config"].get("run", {}), self.config.to_dict().get("run", {})):
+            if key in _MUST_AGREE:
+                raise ValueError(
+                    f"run.{key}: {now!r} differs from {before!r} in {path}, and the order of the data follows from it; "
+                    "set it back, or start a new run from these weights (model.finetuned)."
+                )
+            logging.warning("run.%s is %r now and was %r when %s was written", key, now, before, path)
+        for section in ("model", "datasets"):
+            if saved["config"].get(section) != self.config.to_dict().get(section):
+                logging.warning("section %s differs from that of %s", section, path)
+        lengths = [len(loader) for loader in self._epoch_loaders()]
+        if state["lengths"] != lengths:
+            raise ValueError(
+                f"run.resume_ckpt_path: {path} was written with {state['lengths']} training batches an epoch and there "
+                f"are {lengths} now; restore the data, or start a new run from these weights (model.finetuned)."
+            )
+
+    def _go_on_in_folder(self, state: Mapping[str, Any], path: str) -> None:
+        """Take the best epoch over, and cut the folder's logs back to the moment of the checkpoint."""
+        folder = Path(self.output_dir)
         if (folder / BEST).is_file():
             self.best = dict(state["best"])
         elif state["best"]["metric"] > 0:
