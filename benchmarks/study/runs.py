@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint
 from lavis_cir_plugin.core.model_parts import frozen_names
-from lavis_cir_plugin.core.random_state import get_random_state, seed_all, set_random_state
+from lavis_cir_plugin.core.random_state import get_random_state, seed_cpu, set_random_state
 from lavis_cir_plugin.data.feature_cache import fingerprint, with_features
 from lavis_cir_plugin.methods.wrf4cir.generalisation_gap import loss_along
 from lavis_cir_plugin.methods.wrf4cir.optimizer import select_tensors
@@ -108,7 +108,7 @@ class Watch:
 
     def _batches(self) -> list[dict[str, Any]]:
         """Return fixed batches of training examples."""
-        seed_all(0)
+        seed_cpu(0)
         dataset = self.datasets["train"]
         size = int(self.runner.config.run_cfg.batch_size_train)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()

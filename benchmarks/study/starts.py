@@ -19,7 +19,7 @@ from torch import Tensor
 from lavis_cir_plugin.core.atomic_files import replace_file, replacing
 from lavis_cir_plugin.core.checkpoints import read_checkpoint
 from lavis_cir_plugin.core.locks import hold_lock
-from lavis_cir_plugin.core.random_state import seed_all
+from lavis_cir_plugin.core.random_state import seed_cpu
 from lavis_cir_plugin.garments.world import digest
 from lavis_cir_plugin.training import launcher
 from study import worlds
@@ -71,7 +71,7 @@ def _make_start(design: Design, start: Start, work: Path) -> Mapping[str, Tensor
 
 def _with_tower(start: Start, source: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return the weights of a model with a new Q-Former of the start's width, and the tower of other weights."""
-    seed_all(0)
+    seed_cpu(0)
     model_class = registry.get_model_class("blip2_cir")
     defaults = OmegaConf.load(model_class.default_config_path("tiny"))
     model = model_class.from_config(OmegaConf.merge(defaults, {"model": model_section(start, None)}).model)

@@ -130,7 +130,7 @@ def _without_wrappers(state: dict[str, Tensor], source: str) -> dict[str, Tensor
     while (
         wrapper := next((word for word in WRAPPERS if all(name.startswith(word) for name in state)), None)
     ) is not None:
-        state = {name[len(wrapper) :]: tensor for name, tensor in state.items()}
+        state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
         taken_off += wrapper
     if taken_off:
         logging.info("all names in %s begin with %r, which is left out", source, taken_off)
@@ -345,7 +345,8 @@ def as_float32(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     strangers = {
         name: tensor for name, tensor in state.items() if tensor.dtype not in _FLOATS and not name.endswith(INTEGERS)
     }
-    for name, tensor in strangers.items():
+    if strangers:
+        name, tensor = next(iter(strangers.items()))
         raise _no_floats(source, len(strangers), f"{printable(name)} is {_short(tensor.dtype)}")
     kinds = Counter((tensor.dtype, torch.float32) for tensor in state.values() if tensor.dtype in _FLOATS)
     _log_conversions(kinds, source)
@@ -393,7 +394,7 @@ def _log_conversions(kinds: Mapping[tuple[torch.dtype, torch.dtype], int], sourc
 
 
 def _short(dtype: torch.dtype) -> str:
-    return str(dtype).replace("torch.", "")
+    return str(dtype).removeprefix("torch.")
 
 
 def _common_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

@@ -33,8 +33,8 @@ def set_random_state(state: dict[str, Any], device: torch.device | None = None) 
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def seed_all(seed: int) -> None:
-    """Seed the CPU's generators, which draw everything that happens to the data; a GPU's generators stay unchanged."""
+def seed_cpu(seed: int) -> None:
+    """Seed the generators of the CPU, which draw everything that happens to the data; those of a GPU stay unchanged."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)

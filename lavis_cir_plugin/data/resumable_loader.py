@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lavis_cir_plugin.core.random_state import get_random_state, seed_all, set_random_state
+from lavis_cir_plugin.core.random_state import get_random_state, seed_cpu, set_random_state
 from lavis_cir_plugin.core.workers import worker_setup
 
 
@@ -109,7 +109,7 @@ class _SeededDataset(Dataset[Any]):
         state = get_random_state()
         try:
             digest = hashlib.blake2b(repr((self.seed, *keys[0])).encode(), digest_size=8).digest()
-            seed_all(int.from_bytes(digest, "big") >> 1)
+            seed_cpu(int.from_bytes(digest, "big") >> 1)
             return [self.dataset[index] for _, index in keys]
         finally:
             set_random_state(state)

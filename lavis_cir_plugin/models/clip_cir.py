@@ -42,7 +42,7 @@ from lavis_cir_plugin.models.open_clip_towers import (
     pixel_normalisation,
 )
 
-TYPES = {path.stem[len("clip_") :]: str(path) for path in sorted((CONFIGS / "models").glob("clip_*.yaml"))}
+TYPES = {path.stem.removeprefix("clip_"): str(path) for path in sorted((CONFIGS / "models").glob("clip_*.yaml"))}
 """Config file by model type. A type is named after the open_clip model; all models on open_clip share these files."""
 
 _LARGEST_LOG_SCALE = math.log(100)

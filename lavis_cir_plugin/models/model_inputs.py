@@ -47,7 +47,8 @@ def check_pictures(pictures: Any, features: tuple[int, int]) -> Tensor:
     batch = _tensor(pictures, "image")
     shape = tuple(batch.shape)
     if not batch.is_floating_point():
-        raise ValueError(f"image holds {str(batch.dtype)[6:]}, as an unprocessed picture does; give {PROCESS}.")
+        kind = str(batch.dtype).removeprefix("torch.")
+        raise ValueError(f"image holds {kind}, as an unprocessed picture does; give {PROCESS}.")
     if batch.ndim == 3 and shape[0] in (1, 3, 4) and shape[1:] != features:
         raise ValueError(f"image is a single picture of shape {shape}; make a batch of one, picture[None].")
     is_batch = (batch.ndim == 4 and shape[1] == 3) or (batch.ndim == 3 and shape[1:] == features)

@@ -492,11 +492,11 @@ def _clip_state(path: Path, clip_model: str, quick_gelu: bool) -> dict[str, Tens
         if trained is not None:
             _check_activation(clip_model, f"the weights in {path}", bool(trained.get("quick_gelu")), quick_gelu)
         state = state_in(content, str(path))
-    state = {name[7:] if name.startswith("module.") else name: tensor for name, tensor in state.items()}
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     towers = {"image_tower.visual.": "visual.", "text_tower.clip.": ""}  # prefixes in a checkpoint of clip_cir
     if any(name.startswith(tuple(towers)) for name in state):  # TSCIR's checkpoints with merged adapters have more
         state = {
-            own + name[len(prefix) :]: tensor
+            own + name.removeprefix(prefix): tensor
             for prefix, own in towers.items()
             for name, tensor in state.items()
             if name.startswith(prefix)

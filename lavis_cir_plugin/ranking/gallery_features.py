@@ -22,7 +22,7 @@ _ADVICE = (
 )
 
 
-def shared_rows(path: Path, total: int, batches: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+def store_gallery(path: Path, total: int, batches: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
     """Write this process's rows into a file shared by all processes, and return all rows mapped from the file.
 
     Every process must call this function. The file loses its name as soon as all processes have opened it, so it

@@ -122,7 +122,7 @@ class Index:
             candidates = rank(query, self.gallery, none, excluded=excluded, top_k=k).top
             return rerank(query, self.gallery, candidates, k, longest=self.longest)
         hits = min(hits or HITS_PER_RESULT * k, self.vectors.ntotal)
-        most = max(hits, min((k + 1) * self._per_image, self.vectors.ntotal))
+        most = max(hits, min((k + 1) * _per_image(self.gallery), self.vectors.ntotal))
         parts = []
         for part in memory_slices(len(query), scoring.WORKING_BYTES, 16 * max(most, self._width(k))):
             candidates = self._candidates(query[part], k, excluded[part], hits, most)
@@ -147,20 +147,16 @@ class Index:
                 faiss.write_index(self.vectors, faiss.PyCallbackIOWriter(file.write))
         return path
 
-    @property
-    def _per_image(self) -> int:
-        return 1 if self.gallery.dim() == 2 else self.gallery.shape[1]
-
     def _width(self, k: int) -> int:
         """Return how many owners of the nearest vectors include all candidates; an image has `_per_image` vectors."""
-        return (k + SPARE + 1) * self._per_image
+        return (k + SPARE + 1) * _per_image(self.gallery)
 
     def _candidates(self, query: Tensor, k: int, excluded: Tensor, hits: int, most: int) -> Tensor:
         """Return distinct images ``(Q, C)``, best first and padded with -1: k to k + SPARE if FAISS finds that many."""
         while True:
             vectors = self._nearest(query, hits)
             if self.owners is None:
-                images = torch.where(vectors >= 0, vectors // self._per_image, -1)
+                images = torch.where(vectors >= 0, vectors // _per_image(self.gallery), -1)
             else:
                 images = self.owners.of(vectors, self._width(k))
             images.masked_fill_(images == excluded.unsqueeze(1), -1)
@@ -392,12 +388,17 @@ def _owners(gallery: Tensor) -> Owners | None:
         own, others = rows[batch.to(rows.device)], rows[leader[batch].to(rows.device)]
         leader[batch] = torch.where((own == others).all(dim=1).cpu(), leader[batch], batch)
     first, vector = leader.unique(return_inverse=True)
-    per_image = 1 if gallery.dim() == 2 else gallery.shape[1]
-    pairs = torch.stack([vector, torch.arange(len(rows)) // per_image]).unique(dim=1)  # sorted by vector, then image
     if len(first) == len(rows):
         return None
+    image = torch.arange(len(rows)) // _per_image(gallery)
+    pairs = torch.stack([vector, image]).unique(dim=1)  # sorted by vector, then image
     bounds = torch.searchsorted(pairs[0].contiguous(), torch.arange(len(first) + 1))
     return Owners(first, bounds, pairs[1].contiguous())
+
+
+def _per_image(gallery: Tensor) -> int:
+    """Return the number of feature vectors of an image."""
+    return 1 if gallery.dim() == 2 else gallery.shape[1]
 
 
 def _bytes_per_row(rows: Tensor) -> int:

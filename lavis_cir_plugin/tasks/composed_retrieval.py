@@ -89,11 +89,6 @@ class ComposedRetrievalTask(BaseTask):
     :class:`~lavis_cir_plugin.data.feature_cache.HasImageTower`.
 
     Training data may also come from other data sets of LAVIS, such as captions; only benchmarks are evaluated.
-
-    * ``run.feature_cache`` (``auto``, ``true``, ``false`` or a folder) lets a frozen image tower run once per picture,
-      for any model that is a :class:`~lavis_cir_plugin.data.feature_cache.HasImageTower`.
-    * ``run.gallery_dtype`` (``float32`` or ``float16``) is the type of the gallery's features, which are kept in a file
-      in the run's folder during the ranking.
     """
 
     RUN_SETTINGS: type[Section] = EvaluationSettings

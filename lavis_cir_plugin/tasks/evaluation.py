@@ -22,7 +22,7 @@ from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, share
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset
 from lavis_cir_plugin.data.feature_cache import has_image_tower, tower_features, with_features
-from lavis_cir_plugin.ranking.gallery_features import shared_rows
+from lavis_cir_plugin.ranking.gallery_features import store_gallery
 from lavis_cir_plugin.ranking.ranks import Ranking, padded, rank
 from lavis_cir_plugin.report import contact_sheets
 from lavis_cir_plugin.tasks.reference_features import DistinctPictures, ReferenceFeatures
@@ -121,7 +121,7 @@ class Evaluation:
         )
         with ReferenceFeatures(folder, pictures.references) if runs_once else nullcontext() as references:
             batches = self._encode_pictures(pictures, references)
-            gallery = shared_rows(folder / GALLERY_FILE, len(self.dataset), batches, self.gallery_dtype)
+            gallery = store_gallery(folder / GALLERY_FILE, len(self.dataset), batches, self.gallery_dtype)
             if references is not None and references.complete():
                 self.references = references
         return gallery

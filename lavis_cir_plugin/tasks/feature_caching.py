@@ -190,10 +190,9 @@ def _is_mixed(run: Mapping[str, Any]) -> bool:
 
 
 def _refuse_impossible(splits: Sequence[_Split], problem: tuple[str, str] | None) -> None:
-    for reason, remedy in [
-        *([problem] if problem else []),
-        *((split.reason, split.remedy) for split in splits if split.remedy),
-    ]:
+    first = problem or next(((split.reason, split.remedy) for split in splits if split.remedy), None)
+    if first is not None:
+        reason, remedy = first
         raise ValueError(
             f"run.feature_cache: {reason}; {f'{remedy}, or ' if remedy else ''}set run.feature_cache: false."
         )

@@ -269,10 +269,10 @@ def _offered_splits(cfg: Config) -> dict[str, list[str]]:
     offered = {}
     for name, section in cfg.datasets_cfg.items():
         builder = registry.get_builder_class(name)
-        known = builder.known_splits() if _is_ours(builder) else ("train",)
+        known = builder.known_splits() if is_ours(builder) else ("train",)
         if _evaluates_benchmarks(cfg.run_cfg):
             known = known if hasattr(builder, "benchmark_module") else ("train",)
-        elif not _is_ours(builder):
+        elif not is_ours(builder):
             continue
         splits = section.get("splits")
         offered[name] = [plain_split_name(split) for split in (known if splits is None else splits)]
@@ -321,7 +321,8 @@ def _registered(key: str, name: Any, known: Sequence[str]) -> Iterator[str]:
         yield f"{key}: {name!r} is not registered{did_you_mean(name, known)} Registered: {', '.join(known)}."
 
 
-def _is_ours(entry: type) -> bool:
+def is_ours(entry: type) -> bool:
+    """Return whether this package registered a class with LAVIS."""
     return entry.__module__.partition(".")[0] == lavis_cir_plugin.__name__
 
 
@@ -359,7 +360,7 @@ def run_problems(run: Mapping[str, Any]) -> Iterator[str]:
     entries = [entry for kind in ("runner", "task") for entry in registry.mapping[f"{kind}_name_mapping"].values()]
     foreign = {key for entry in entries for key in _run_settings(entry)}
     task = _chosen("task", run)
-    is_complete = task is not None and _is_ours(task)
+    is_complete = task is not None and is_ours(task)
     for key in run:
         known = sorted(read | foreign)
         if key not in known and (is_complete or difflib.get_close_matches(str(key), known, n=1, cutoff=0.9)):
@@ -402,7 +403,7 @@ def _model_problems(model: Mapping[str, Any]) -> Iterator[str]:
             f"model.model_type: {chosen!r} is no type of {model['arch']}{did_you_mean(chosen, types)} Types: "
             f"{', '.join(types)}."
         )
-    if _is_ours(model_class):
+    if is_ours(model_class):
         own = {key: value for key, value in model.items() if key in settings_of(LavisModel)}
         yield from value_problems(LavisModel, "model", own)
         others = {key: value for key, value in model.items() if key not in own}
@@ -421,7 +422,7 @@ def _dataset_problems(datasets: Mapping[str, Any]) -> Iterator[str]:
         types = list(builder.DATASET_CONFIG_DICT)
         if chosen not in types:
             yield f"datasets.{name}.type: {chosen!r} is not one of {', '.join(types)}{did_you_mean(chosen, types)}"
-        if not _is_ours(builder):
+        if not is_ours(builder):
             splits = settings_of(DatasetSection)["splits"]
             yield from splits.problems(f"datasets.{name}.splits", section.get("splits"))
             if section.get("noise_ratio"):
@@ -431,7 +432,7 @@ def _dataset_problems(datasets: Mapping[str, Any]) -> Iterator[str]:
                 )
         if not isinstance(section.get("build_info", {}), Mapping):
             yield f"datasets.{name}.build_info must be a mapping, got {section['build_info']!r}."
-        elif _is_ours(builder):
+        elif is_ours(builder):
             wrong = value_problems(DatasetSection, f"datasets.{name}", section)
             yield from wrong or builder.section_problems(name, section)
 
@@ -459,7 +460,7 @@ def _processor_problems(key: str, stage: str, processor: Any) -> Iterator[str]:
             yield from _registered(f"{key}.name", processor["name"], registry.list_processors())
         chosen = processor.get("name")
         processor_class = registry.get_processor_class(chosen) if isinstance(chosen, str) else None
-        if processor_class is not None and _is_ours(processor_class):
+        if processor_class is not None and is_ours(processor_class):
             given = {name: value for name, value in processor.items() if name != "name"}
             yield from value_problems(processor_class, key, given)
         elif "image_size" in processor:
@@ -554,7 +555,7 @@ def _training_data(key: str, section: DictConfig, command: str) -> Iterator[str]
 
 def _model_conflicts(cfg: Config, command: str) -> Iterator[str]:
     model_class = registry.get_model_class(cfg.model_cfg.arch)
-    if not _is_ours(model_class):
+    if not is_ours(model_class):
         return
     try:
         model_class.check_config(cfg.model_cfg)
@@ -575,7 +576,7 @@ def _model_conflicts(cfg: Config, command: str) -> Iterator[str]:
 
 def _image_sizes(cfg: Config) -> Iterator[str]:
     """Yield a sentence per picture size other than the model's, which LAVIS notices in the first batch alone."""
-    if not _is_ours(registry.get_model_class(cfg.model_cfg.arch)):
+    if not is_ours(registry.get_model_class(cfg.model_cfg.arch)):
         return
     size = cfg.model_cfg.get("image_size")
     for name, section in cfg.datasets_cfg.items():

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lavis_cir_plugin.core.checkpoints import config_in, load_strictly, plain_numbers, verify_checkpoint
-from lavis_cir_plugin.core.model_parts import recomputing_modules
+from lavis_cir_plugin.core.model_parts import frozen_names, recomputing_modules
 from lavis_cir_plugin.core.settings import (
     Limits,
     Pattern,
@@ -275,7 +275,7 @@ def write_peft_folder(model: nn.Module, lora: LoraSettings, folder: Path) -> Non
     # "auto" would ask the hub whether an embedding was changed.
     state = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
     # Buffers and what run.lora.also_train names are in no adapter, and peft loads them by their own names.
-    frozen = {name for name, weight in model.named_parameters(remove_duplicate=False) if not weight.requires_grad}
+    frozen = frozen_names(model)
     outside = model.state_dict().items()
     state.update({name: tensor for name, tensor in outside if name not in frozen and ".lora_" not in name})
     tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}
@@ -320,7 +320,7 @@ def _also_trained(model: nn.Module, lora: LoraSettings) -> list[nn.Parameter]:
         )
     half = [name for name, weight in chosen.items() if weight.dtype != torch.float32]
     if half:
-        kind = str(chosen[half[0]].dtype)[6:]
+        kind = str(chosen[half[0]].dtype).removeprefix("torch.")
         raise ValueError(
             f"run.lora.also_train matches {len(half)} parameters that are not float32 (first: {half[0]}, {kind}), "
             "which cannot be trained; leave them out, or store the model in float32."
@@ -481,14 +481,14 @@ def _check_settings(lora: LoraSettings, saved: Mapping[str, Any], path: str) -> 
 
 
 def _load_adapters(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
-    weights = dict(model.named_parameters())
-    missing = [name for name, weight in weights.items() if weight.requires_grad and name not in state]
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    missing = [name for name in trained if name not in state]
     if missing:
         raise ValueError(
             f"checkpoint {path}: {len(missing)} trained tensors are missing (first: {missing[0]}); it belongs to "
             "another run.lora or model."
         )
-    load_strictly(model, state, path, may_lack=[name for name, weight in weights.items() if not weight.requires_grad])
+    load_strictly(model, state, path, may_lack=frozen_names(model))
 
 
 def _is_last_part(part: str, name: str) -> bool:

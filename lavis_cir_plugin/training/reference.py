@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from lavis.common.registry import registry
 
-import lavis_cir_plugin
 from lavis_cir_plugin.core.settings import REQUIRED, Setting, plain_value, settings_of
 from lavis_cir_plugin.training import config
+from lavis_cir_plugin.training.lora import LoraRun
 from lavis_cir_plugin.training.resumable_runner import ResumableRunner
 from lavis_cir_plugin.training.run_settings import DatasetSection, LavisModel, LavisRun
 
@@ -21,7 +21,7 @@ _Classes = Sequence[type]
 def sections() -> dict[str, _Classes]:
     """Return the classes of every section of this package by its name, such as ``run.wrf`` or ``model clip_cir``."""
     kinds = [ResumableRunner, *_ours("runner").values(), *_ours("task").values()]
-    readers = dict.fromkeys([config.LoraRun, *(entry.RUN_SETTINGS for entry in kinds)])
+    readers = dict.fromkeys([LoraRun, *(entry.RUN_SETTINGS for entry in kinds)])
     # A task's section that another one extends is the other one's first part.
     most = [cls for cls in readers if not any(other is not cls and issubclass(other, cls) for other in readers)]
     found: dict[str, _Classes] = {"run": [LavisRun, *most]}
@@ -180,5 +180,4 @@ def _merged(classes: Iterable[type]) -> dict[str, Setting]:
 def _ours(kind: str) -> dict[str, Any]:
     """Return this package's registered classes of a kind, such as ``model``, by name."""
     entries = registry.mapping[f"{kind}_name_mapping"].items()
-    package = f"{lavis_cir_plugin.__name__}."
-    return {name: entry for name, entry in sorted(entries) if entry.__module__.startswith(package)}
+    return {name: entry for name, entry in sorted(entries) if config.is_ours(entry)}

@@ -132,11 +132,6 @@ class ResumableRunner(PortableRunner):
             ValueError: If the data give no batch, which LAVIS would notice as a division by zero, or too few batches
                 for one step of the optimizer, or if the checkpoint does not fit this run.
         """
-        if not self.evaluate_only and any(len(loader) == 0 for loader in self._epoch_loaders()):
-            raise ValueError(
-                f"the training data gives no batch of run.batch_size_train: {self.config.run_cfg.batch_size_train} in "
-                "each process (LAVIS drops an incomplete one); choose a smaller batch."
-            )
         if not self.evaluate_only:
             self._check_counts()
         is_writing = is_main_process() and not self.evaluate_only
@@ -144,7 +139,12 @@ class ResumableRunner(PortableRunner):
             self._train()
 
     def _check_counts(self) -> None:
-        """Refuse an accumulation that never ends, and announce an incomplete last inner epoch."""
+        """Refuse data without a batch and an accumulation that never ends; announce an incomplete last inner epoch."""
+        if any(len(loader) == 0 for loader in self._epoch_loaders()):
+            raise ValueError(
+                f"the training data gives no batch of run.batch_size_train: {self.config.run_cfg.batch_size_train} in "
+                "each process (LAVIS drops an incomplete one); choose a smaller batch."
+            )
         total = self.iters_per_inner_epoch if self._counts_iterations else len(self.train_loader)
         if self.accum_grad_iters > total:  # LAVIS counts batches anew in each epoch
             epoch = f"run.iters_per_inner_epoch: {total}" if self._counts_iterations else f"the {total} of an epoch"

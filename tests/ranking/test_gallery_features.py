@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lavis_cir_plugin.ranking.gallery_features import shared_rows
+from lavis_cir_plugin.ranking.gallery_features import store_gallery
 
 
 def rows(total, *shape):
@@ -24,7 +24,7 @@ def rows(total, *shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_batches_of_any_size_give_the_rows_and_leave_no_file(tmp_path, batch, dtype):
     features = rows(10, 4, 5)
-    read = shared_rows(tmp_path / "rows.tmp", 10, features.split(batch), dtype)
+    read = store_gallery(tmp_path / "rows.tmp", 10, features.split(batch), dtype)
     assert torch.equal(read, features.to(dtype))
     assert not list(tmp_path.iterdir())
 
@@ -37,7 +37,7 @@ def test_the_file_has_no_name_while_it_is_written(tmp_path):
             assert not list(tmp_path.iterdir())
             yield batch
 
-    assert torch.equal(shared_rows(tmp_path / "rows.tmp", 6, batches(), torch.float32), rows(6, 5))
+    assert torch.equal(store_gallery(tmp_path / "rows.tmp", 6, batches(), torch.float32), rows(6, 5))
 
 
 def be_killed(folder):
@@ -45,7 +45,7 @@ def be_killed(folder):
         yield rows(2, 5)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    shared_rows(folder / "rows.tmp", 6, batches(), torch.float32)
+    store_gallery(folder / "rows.tmp", 6, batches(), torch.float32)
 
 
 def test_a_killed_process_leaves_no_file(tmp_path):
@@ -60,17 +60,17 @@ def test_small_galleries_are_counted_in_small_units(tmp_path, monkeypatch):
     """2 rows of 3 float32 need 24 bytes, but no byte is free."""
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
     with pytest.raises(OSError, match=r"it needs 24 bytes and 0 bytes are free"):
-        shared_rows(tmp_path / "rows.tmp", 2, [rows(2, 3)], torch.float32)
+        store_gallery(tmp_path / "rows.tmp", 2, [rows(2, 3)], torch.float32)
 
 
 def test_an_older_longer_file_is_replaced(tmp_path):
     (tmp_path / "rows.tmp").write_bytes(b"x" * 10_000)
-    assert shared_rows(tmp_path / "rows.tmp", 3, [torch.ones(3, 2)], torch.float32).tolist() == [[1.0, 1.0]] * 3
+    assert store_gallery(tmp_path / "rows.tmp", 3, [torch.ones(3, 2)], torch.float32).tolist() == [[1.0, 1.0]] * 3
 
 
 def test_too_few_rows_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="9 of 10 gallery images were encoded; the model must return a row for each"):
-        shared_rows(tmp_path / "rows.tmp", 10, [rows(9, 2)], torch.float32)
+        store_gallery(tmp_path / "rows.tmp", 10, [rows(9, 2)], torch.float32)
 
 
 def test_a_gallery_that_does_not_fit_is_refused_after_its_first_batch(tmp_path, monkeypatch):
@@ -85,19 +85,19 @@ def test_a_gallery_that_does_not_fit_is_refused_after_its_first_batch(tmp_path, 
 
     sentence = r"\(it needs 16\.0 MB and 15\.0 MB are free\); free some space, set run\.output_dir .* to float16"
     with pytest.raises(OSError, match=sentence):
-        shared_rows(tmp_path / "rows.tmp", 1_000_000, batches(), torch.float16)
+        store_gallery(tmp_path / "rows.tmp", 1_000_000, batches(), torch.float16)
     assert seen == [0]
 
 
 def test_a_disk_that_fills_up_meanwhile_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "memmap", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
     with pytest.raises(OSError, match=r"cannot be written to .*rows\.tmp \(No space left\); free some space"):
-        shared_rows(tmp_path / "rows.tmp", 2, [rows(2, 2)], torch.float32)
+        store_gallery(tmp_path / "rows.tmp", 2, [rows(2, 2)], torch.float32)
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(OSError, match=r"cannot be written to .*none/rows\.tmp \(No such file or directory\)"):
-        shared_rows(tmp_path / "none" / "rows.tmp", 2, [rows(2, 2)], torch.float32)
+        store_gallery(tmp_path / "none" / "rows.tmp", 2, [rows(2, 2)], torch.float32)
 
 
 def test_a_failing_encoder_is_not_explained_as_a_disk(tmp_path):
@@ -106,4 +106,4 @@ def test_a_failing_encoder_is_not_explained_as_a_disk(tmp_path):
         raise ValueError("picture x is broken")
 
     with pytest.raises(ValueError, match=r"^picture x is broken$"):
-        shared_rows(tmp_path / "rows.tmp", 2, batches(), torch.float32)
+        store_gallery(tmp_path / "rows.tmp", 2, batches(), torch.float32)

@@ -21,7 +21,7 @@ from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.models.contrastive_losses import gather_with_gradient
-from lavis_cir_plugin.ranking.gallery_features import shared_rows
+from lavis_cir_plugin.ranking.gallery_features import store_gallery
 
 FUSIONS = ("joint", "sentence_prompt")
 SETTINGS = {
@@ -86,7 +86,7 @@ def statistics(kind, rank):
 def encoded(path, total):
     """Write the numbers of this process's rows, in batches of two, and return those of all processes."""
     numbers = torch.arange(float(total))[:, None].expand(total, 3)[list(share(total))]
-    return shared_rows(path, total, numbers.split(2) if len(numbers) else [], torch.float16).clone()
+    return store_gallery(path, total, numbers.split(2) if len(numbers) else [], torch.float16).clone()
 
 
 def refuse(file, row, others=0):

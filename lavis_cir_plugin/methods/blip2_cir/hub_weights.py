@@ -137,7 +137,8 @@ def to_lavis_names(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor
         if own is None:
             unknown.append(name)
         elif own.endswith(".attn.qkv.bias"):
-            named[own[: -len("qkv.bias")] + "q_bias"], _, named[own[: -len("qkv.bias")] + "v_bias"] = tensor.chunk(3)
+            attention = own.removesuffix("qkv.bias")
+            named[f"{attention}q_bias"], _, named[f"{attention}v_bias"] = tensor.chunk(3)
         else:
             named[own] = tensor
     if unknown:
@@ -162,8 +163,9 @@ def to_hub_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name in EXTRA_TENSORS or name.endswith(".position_ids") or name.endswith(".v_bias"):
             continue
         if name.endswith(".q_bias"):
-            value = state[f"{name[: -len('q_bias')]}v_bias"]
-            name, tensor = f"{name[: -len('q_bias')]}qkv.bias", torch.cat([tensor, torch.zeros_like(value), value])
+            attention = name.removesuffix("q_bias")
+            value = state[f"{attention}v_bias"]
+            name, tensor = f"{attention}qkv.bias", torch.cat([tensor, torch.zeros_like(value), value])
         other = _renamed(name, to_lavis=False)
         if other is None:
             raise ValueError(f"{name} has no place in transformers' Blip2ForImageTextRetrieval; use another --format.")

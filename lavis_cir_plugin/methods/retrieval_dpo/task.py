@@ -130,14 +130,14 @@ class RetrievalDpoTask(ComposedRetrievalTask):
         self.device = torch.device(run.device)
         self.in_use: dict[str, int] = {}
         self.miner = NegativeMiner(
-            model.to(self.device),
-            self.mining,
-            self.preference.positive,
-            int(run.seed),
-            self.device,
-            int(run.batch_size_eval),
-            int(run.num_workers),
-            self.gallery_dtype,
+            model=model.to(self.device),
+            settings=self.mining,
+            positive=self.preference.positive,
+            seed=int(run.seed),
+            device=self.device,
+            batch_size=int(run.batch_size_eval),
+            num_workers=int(run.num_workers),
+            gallery_dtype=self.gallery_dtype,
         )
         learn_preferences(model, self.preference)
         samples = self._first_samples(2)

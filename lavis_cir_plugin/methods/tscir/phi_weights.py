@@ -121,4 +121,4 @@ def _is_close(own: Tensor, other: Tensor) -> bool:
 
 def _without_prefix(state: Any) -> dict[str, Tensor]:
     """Return a state dictionary without the prefix ``module.`` of parallel training."""
-    return {name[len("module.") :] if name.startswith("module.") else name: tensor for name, tensor in state.items()}
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}

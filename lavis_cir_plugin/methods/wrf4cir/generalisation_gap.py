@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from lavis_cir_plugin.core.checkpoints import config_in, load_strictly, read_checkpoint
 from lavis_cir_plugin.core.model_parts import frozen_names, tensor_places
-from lavis_cir_plugin.core.random_state import seed_all
+from lavis_cir_plugin.core.random_state import seed_cpu
 from lavis_cir_plugin.methods.wrf4cir.frozen_memo import FrozenMemo
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
@@ -193,7 +193,7 @@ def _rebuild(saved: Mapping[str, Any], path: str, batches: int) -> tuple[nn.Modu
             section.build_info.verify_images = False
     cfg = with_lavis_defaults(config)
     choose_splits(cfg, "train")
-    seed_all(int(cfg.run_cfg.seed))  # frozen tensors without a file are drawn again from the run's seed
+    seed_cpu(int(cfg.run_cfg.seed))  # frozen tensors without a file are drawn again from the run's seed
     task = tasks.setup_task(cfg)
     if getattr(task, "replaces_loss", False):
         raise ValueError(f"run.task: {cfg.run_cfg.task} trains another loss than the model's own, of mined negatives.")
@@ -201,7 +201,7 @@ def _rebuild(saved: Mapping[str, Any], path: str, batches: int) -> tuple[nn.Modu
     model = lora.build_model(task, cfg)
     load_strictly(model, saved["model"], path, may_lack=frozen_names(model))
     model = model.to(cfg.run_cfg.device).eval()
-    seed_all(SEED)
+    seed_cpu(SEED)
     loader = _loader(datasets["train"], int(cfg.run_cfg.batch_size_train))
     samples = [prepare_sample(batch, cuda_enabled=on_gpu) for _, batch in zip(range(batches), loader)]
     if not samples:
@@ -259,7 +259,7 @@ def loss_along(
     memo = FrozenMemo(model, device)
 
     def loss_at(batch: dict[str, Any], new: Mapping[int, Tensor]) -> float:
-        seed_all(SEED)
+        seed_cpu(SEED)
         memo.position.clear()
         tensors = {name: new[id(holder[key])] for name, holder, key in tensor_places(model) if id(holder[key]) in new}
         with torch.autocast(device.type, enabled=is_mixed):
@@ -272,7 +272,7 @@ def loss_along(
             buffers = {id(buffer): buffer.clone() for buffer in model.buffers()}
             # LAVIS's models assign to .data of frozen momentum copies; these detached tensors take the assignment.
             frozen = {id(weight): weight.detach() for weight in model.parameters() if not weight.requires_grad}
-            seed_all(SEED)  # the loss draws the same masks and negatives at every distance
+            seed_cpu(SEED)  # the loss draws the same masks and negatives at every distance
             with memo.recording(), torch.autocast(device.type, enabled=is_mixed):
                 loss = model(dict(batch))["loss"]
             scale = 2.0**10 if is_mixed else 1.0  # small fp16 gradients would underflow, and only the direction matters

@@ -49,8 +49,9 @@ def select_tensors(model: nn.Module, settings: WeightPerturbation) -> dict[str, 
         )
     half = [name for name, weight in chosen.items() if weight.dtype in (torch.bfloat16, torch.float16)]
     if half:
+        kind = str(chosen[half[0]].dtype).removeprefix("torch.")
         raise ValueError(
-            f"run.wrf: {len(half)} trainable tensors are {str(chosen[half[0]].dtype)[6:]} (first: {half[0]}); at "
+            f"run.wrf: {len(half)} trainable tensors are {kind} (first: {half[0]}); at "
             f"gamma={settings.gamma:g} most of the perturbation is lost to rounding. Keep trainable weights in float32."
         )
     for prefix in recomputing_modules(model):

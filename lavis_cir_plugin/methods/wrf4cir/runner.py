@@ -50,8 +50,7 @@ class PerturbingRunner(ResumableRunner):
 
     ``run.wrf`` holds the fields of :class:`~lavis_cir_plugin.methods.wrf4cir.perturbation.WeightPerturbation`. LAVIS's
     loop is not copied: the task gets a callable that perturbs in place of the model. With ``run.wrf.gamma: 0`` and
-    ``run.fused_adamw: false`` the training is LAVIS's own, bit for bit. ``run.adam_eps`` sets AdamW's epsilon, which is
-    1e-8 in LAVIS. ``run.max_grad_norm`` limits the gradients' norm before each step, which LAVIS does not limit.
+    ``run.fused_adamw: false`` the training is LAVIS's own, bit for bit.
 
     Source: WRF4CIR (arXiv 2604.05583).
     """
