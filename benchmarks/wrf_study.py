@@ -69,7 +69,7 @@ def missing_runs(design: Design, results: Path, only: Sequence[str]) -> list[Run
     """Return the runs without a row whose settings are known."""
     rows = read_results(results)
     runs = Study(design, rows).plan.runs
-    return [run for run in runs if (run.key, run.digest) not in rows and is_asked(run, only)]
+    return [run for run in runs if run.identity not in rows and is_asked(run, only)]
 
 
 def is_asked(run: Run, only: Iterable[str]) -> bool:

@@ -7,9 +7,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from lavis_cir_plugin.core.settings import settings_of
-from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
-
 VERSION = 1
 """Part of every run's digest. Raise it when a change of the code makes older rows of the CSV another experiment's."""
 
@@ -93,6 +90,11 @@ class Run:
         """Eight hexadecimal digits that differ between runs with other settings."""
         content = [VERSION, self.settings, asdict(self.row), self.world, self.triplets, self.seed]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """Key and digest, by which the results are found."""
+        return self.key, self.digest
 
 
 @dataclass(frozen=True)
@@ -223,9 +225,8 @@ def table_rows(chosen: Chosen) -> dict[str, Row]:
             f"run.wrf.gamma={chosen['momentum']:g}", "run.wrf.direction=momentum", "run.wrf.warmup_epochs=1"
         ),
         "every 5th": base.with_options(gamma, "run.wrf.every=5"),
+        "direction from a quarter": base.with_options(gamma, "run.wrf.direction_share=0.25"),
     }
-    if "direction_share" in settings_of(WeightPerturbation):
-        rows["direction from a quarter"] = base.with_options(gamma, "run.wrf.direction_share=0.25")
     for scope, warmup in GRID:
         for value in GAMMAS:
             own = (f"run.wrf.gamma={value:g}", f"run.wrf.scope={scope}", f"run.wrf.warmup_epochs={warmup}")
@@ -300,14 +301,14 @@ class Plan:
     chosen: Chosen
 
 
-Scores = Mapping[tuple[str, str], float]
+Recalls = Mapping[tuple[str, str], float]
 """Validation recall of finished runs by key and digest."""
 
 
-def plan(design: Design, scores: Scores) -> Plan:
+def plan(design: Design, recalls: Recalls) -> Plan:
     """Return the runs of a design; the results so far choose settings."""
     if not design.has_parts:
-        return Plan(unique(table(design, UNCHOSEN)), 0, UNCHOSEN)
+        return Plan(unique(table_runs(design, UNCHOSEN)), 0, UNCHOSEN)
     chosen: dict[str, float] = {}
     runs: list[Run] = []
     for stage in (["learning rate"], [name for name in CANDIDATES if name != "learning rate"]):
@@ -315,17 +316,17 @@ def plan(design: Design, scores: Scores) -> Plan:
         for name in stage:
             own = {value: candidate_runs(design, name, value, settled) for value in CANDIDATES[name]}
             runs += [run for of_value in own.values() for run in of_value]
-            best = best_value(own, scores)
+            best = best_value(own, recalls)
             if best is not None:
                 chosen[name] = best
         if any(name not in chosen for name in stage):
             provisional = {**UNCHOSEN, **chosen}
-            later = len(unique(table(design, provisional)))
+            later = len(unique(table_runs(design, provisional)))
             if stage == ["learning rate"]:
                 others = (len(values) for name, values in CANDIDATES.items() if name != "learning rate")
                 later += sum(others) * len(design.main_amounts) * len(design.choosing_seeds)
             return Plan(unique(runs), later, chosen)
-    return Plan(unique([*runs, *table(design, chosen)]), 0, chosen)
+    return Plan(unique([*runs, *table_runs(design, chosen)]), 0, chosen)
 
 
 def candidate_runs(design: Design, name: str, value: float, chosen: Chosen) -> list[Run]:
@@ -337,18 +338,18 @@ def candidate_runs(design: Design, name: str, value: float, chosen: Chosen) -> l
     ]
 
 
-def best_value(runs: Mapping[float, Sequence[Run]], scores: Scores) -> float | None:
-    """Return the value with the best mean score, the first of equal ones; ``None`` if a run is missing."""
+def best_value(runs: Mapping[float, Sequence[Run]], recalls: Recalls) -> float | None:
+    """Return the value with the best mean recall, the first of equal ones; ``None`` if a run is missing."""
     means = {}
     for value, own in runs.items():
-        found = [scores.get((run.key, run.digest)) for run in own]
+        found = [recalls.get(run.identity) for run in own]
         if None in found:
             return None
-        means[value] = sum(score for score in found if score is not None) / len(found)
+        means[value] = sum(recall for recall in found if recall is not None) / len(found)
     return max(means, key=lambda value: means[value])
 
 
-def table(design: Design, chosen: Chosen) -> list[Run]:
+def table_runs(design: Design, chosen: Chosen) -> list[Run]:
     """Return the runs of the table's world: the main table, the other sizes, hypotheses, label noise, other models."""
 
     def runs(part: str, rows: Mapping[str, Row], amounts: Sequence[int], seeds: Sequence[int]) -> list[Run]:
@@ -378,4 +379,4 @@ def table(design: Design, chosen: Chosen) -> list[Run]:
 
 
 def unique(runs: Iterable[Run]) -> tuple[Run, ...]:
-    return tuple({(run.key, run.digest): run for run in runs}.values())
+    return tuple({run.identity: run for run in runs}.values())

@@ -130,7 +130,7 @@ def write_page(study: Study, page: Path, pictures: Path) -> None:
 def page_parts(study: Study, links: Sequence[str] = ()) -> Iterator[str]:
     """Yield the parts of the page; ``links`` are its pictures with their captions."""
     design = study.design
-    missing = sum((run.key, run.digest) not in study.rows for run in study.plan.runs) + study.plan.later
+    missing = sum(run.identity not in study.rows for run in study.plan.runs) + study.plan.later
     total = len(study.plan.runs) + study.plan.later
     stale = len(study.rows) - sum(map(len, study.finished.values()))
     yield HEAD.format(

@@ -66,12 +66,12 @@ LEAST_SEEDS = 3
 ELSEWHERE_LEAST = 3
 """Other models and tasks that have to agree for a conclusion."""
 
-Keys = Mapping[tuple[str, str], Result]
+Results = Mapping[tuple[str, str], Result]
 Values = NDArray[np.float64]
 Table = list[list[str]]
 
 
-def scores(rows: Keys) -> dict[tuple[str, str], float]:
+def recalls_of(rows: Results) -> dict[tuple[str, str], float]:
     """Return what settings are chosen by: validation recall with early stopping."""
     return {key: float(row["val_stopped"]) for key, row in rows.items()}
 
@@ -81,11 +81,11 @@ class Study:
     """The finished runs of a design."""
 
     design: Design
-    rows: Keys
+    rows: Results
 
     @cached_property
     def plan(self) -> Plan:
-        return plan(self.design, scores(self.rows))
+        return plan(self.design, recalls_of(self.rows))
 
     @cached_property
     def chosen(self) -> Mapping[str, float]:
@@ -117,8 +117,8 @@ class Study:
         """Results by part, row and amount, then by seed; rows of other settings than the plan's are left out."""
         found: dict[tuple[str, str, int], dict[int, Result]] = defaultdict(dict)
         for run in self.plan.runs:
-            if (run.key, run.digest) in self.rows:
-                found[run.part, run.name, run.triplets][run.seed] = self.rows[run.key, run.digest]
+            if run.identity in self.rows:
+                found[run.part, run.name, run.triplets][run.seed] = self.rows[run.identity]
         return found
 
     def of(self, part: str, name: str, amount: int, decides: bool = False) -> dict[int, Result]:
@@ -433,7 +433,7 @@ def elsewhere_conclusion(study: Study) -> str:
 def counts(study: Study) -> Table:
     table = [["part", "finished", "planned"]]
     planned = Counter(run.part for run in study.plan.runs)
-    done = Counter(run.part for run in study.plan.runs if (run.key, run.digest) in study.rows)
+    done = Counter(run.part for run in study.plan.runs if run.identity in study.rows)
     table += [[part, str(done[part]), str(total)] for part, total in planned.items()]
     if study.plan.later:
         table.append(["later, once the settings are chosen", "0", str(study.plan.later)])

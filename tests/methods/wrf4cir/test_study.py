@@ -31,7 +31,7 @@ from study.tables import (
     main_table,
     noise_table,
     pair_table,
-    scores,
+    recalls_of,
     verdict,
 )
 
@@ -72,7 +72,7 @@ def test_every_row_is_a_config_that_the_package_takes(design, tmp_path):
 
 
 def everything_finished(design, **recalls):
-    """Return scores that decide every choice: the recall of a candidate by its row, 40 for others."""
+    """Return recalls that decide every choice: the recall of a candidate by its row, 40 for others."""
     found: dict[tuple[str, str], float] = {}
     while True:
         runs = plan(design, found).runs
@@ -593,4 +593,4 @@ def test_a_run_is_measured_and_leaves_its_row_alone(small_world, tmp_path):
     assert "(matched: " in found[ASAM]["settings"]
     assert float(random_row["step_seconds"]) > 0
     assert list((tmp_path / "work" / "runs").iterdir()) == []
-    assert scores({key_of(random_row): random_row}) == {key_of(random_row): float(random_row["val_stopped"])}
+    assert recalls_of({key_of(random_row): random_row}) == {key_of(random_row): float(random_row["val_stopped"])}
