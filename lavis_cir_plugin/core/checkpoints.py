@@ -27,7 +27,7 @@ PREFERRED = ("model", "state_dict", "model_state_dict")
 WRAPPERS = ("module.", "model.", "_orig_mod.")
 """Prefixes that DistributedDataParallel, Lightning and torch.compile put before every name."""
 
-INTEGERS = ("num_batches_tracked", "position_ids")
+INTEGER_ENDINGS = ("num_batches_tracked", "position_ids")
 """Ends of tensor names. These tensors hold integers in any model."""
 
 _IS_FOLDER = 0x10  # a bit of the external attributes of a zip record
@@ -340,10 +340,12 @@ def as_float32(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Return a state dictionary with every float tensor as float32; log conversions and keep integers.
 
     Raises:
-        ValueError: If a tensor has a type that holds no weights and its name does not end in one of `INTEGERS`.
+        ValueError: If a tensor has a type that holds no weights and its name does not end in one of `INTEGER_ENDINGS`.
     """
     strangers = {
-        name: tensor for name, tensor in state.items() if tensor.dtype not in _FLOATS and not name.endswith(INTEGERS)
+        name: tensor
+        for name, tensor in state.items()
+        if tensor.dtype not in _FLOATS and not name.endswith(INTEGER_ENDINGS)
     }
     if strangers:
         name, tensor = next(iter(strangers.items()))

@@ -17,6 +17,7 @@ from torch import nn
 
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.commands import main
+from lavis_cir_plugin.core.model_parts import frozen_names
 from lavis_cir_plugin.core.settings import constructor_arguments, section_problems
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
@@ -200,6 +201,17 @@ def test_a_tied_tensor_and_its_neighbours():
     merged = Text().train()
     merged.load_state_dict(merged_state(randomise(model)))
     torch.testing.assert_close(merged(ids).loss, model(ids).loss)
+
+
+def test_a_frozen_tied_tensor_may_be_missing_under_both_names(tmp_path):
+    task, lora = SimpleNamespace(build_model=lambda cfg: Text()), {"target_modules": ["query", "value"], "r": 2}
+    run = OmegaConf.create({"lora": lora, "seed": 1})
+    first = randomise(build_model(task, SimpleNamespace(model_cfg={}, run_cfg=run)))
+    trained = {name: weight for name, weight in first.state_dict().items() if name not in frozen_names(first)}
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": trained, "config": {"model": {}, "run": {"lora": lora, "seed": 1}}}, path)
+    again = build_model(task, SimpleNamespace(model_cfg={"finetuned": str(path)}, run_cfg=run))
+    assert all(torch.equal(again.state_dict()[name], weight) for name, weight in first.state_dict().items())
 
 
 def test_checking_a_config_does_not_import_peft(monkeypatch, tmp_path):

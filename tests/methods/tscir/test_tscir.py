@@ -544,7 +544,10 @@ def test_a_checkpoint_of_stage_two_needs_no_file_of_stage_one(make, tmp_path):
     two = make(TscirComposing, mapping_checkpoint=one).eval()
     path = saved(two, tmp_path / "two.pth")
     gone = {"mapping_checkpoint": str(tmp_path / "gone.pth")}
-    config = {**BASE, **gone, "load_finetuned": True, "finetuned": path}
+    own = {**BASE, **SIZES, "injection_blocks": [0, 1], "adapter_rank": 4, **gone}
+    config = {**own, "pretrained": str(tmp_path / "small_clip.pt"), "load_finetuned": True, "finetuned": path}
     TscirComposing.check_config(config)
-    assert TscirComposing._values(config)["mapping_checkpoint"] is None
-    assert TscirComposing._values({**BASE, **gone})["mapping_checkpoint"] == gone["mapping_checkpoint"]
+    built = TscirComposing.from_config(config)
+    assert all(torch.equal(built.state_dict()[name], tensor) for name, tensor in two.state_dict().items())
+    with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
+        TscirComposing.from_config({**config, "load_finetuned": False})
