@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -54,14 +54,15 @@ def recomputing_modules(model: nn.Module) -> Iterator[str]:
             yield f"{name}." if name else ""
 
 
-def keep_as_buffers(module: nn.Module) -> nn.Module:
-    """Turn the weights of a module into buffers, in place, so that they stay frozen and LAVIS's checkpoints keep them.
+def keep_as_buffers(module: nn.Module, is_chosen: Callable[[nn.Parameter], bool] = lambda weight: True) -> nn.Module:
+    """Turn the chosen weights of a module into buffers, in place: they stay frozen and LAVIS's checkpoints keep them.
 
     LAVIS omits frozen parameters from its checkpoints. That suits a tower that can be loaded again, but not the
     result of an earlier training.
     """
     for child in module.modules():
         for name, weight in list(child.named_parameters(recurse=False)):
-            del child._parameters[name]
-            child.register_buffer(name, weight.detach())
+            if is_chosen(weight):
+                del child._parameters[name]
+                child.register_buffer(name, weight.detach())
     return module

@@ -368,7 +368,8 @@ class ResumableRunner(PortableRunner):
             write_checkpoint(content, folder, name, previous)
         except (OSError, RuntimeError) as error:
             # torch's writer reports a failed write as a RuntimeError; other RuntimeErrors have other causes.
-            if isinstance(error, RuntimeError) and Path(_origin(error)).name != "serialization.py":
+            origin = traceback.extract_tb(error.__traceback__)[-1].filename
+            if isinstance(error, RuntimeError) and Path(origin).name != "serialization.py":
                 raise
             reason = getattr(error, "strerror", None) or "the file could not be finished"
             has_earlier = any(folder.glob("checkpoint_*.pth"))
@@ -908,7 +909,3 @@ def _log_explained(folder: str) -> Iterator[None]:
             f"{Path(folder) / 'log.txt'} cannot be written ({error.strerror or error}); checkpoints there are "
             "untouched. Free some space, or set run.output_dir to a folder on another disk."
         ) from error
-
-
-def _origin(error: BaseException) -> str:
-    return traceback.extract_tb(error.__traceback__)[-1].filename

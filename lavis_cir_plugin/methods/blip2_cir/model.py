@@ -369,7 +369,8 @@ class Blip2Cir(Blip2Base):
         if mode == "image":
             return F.normalize(self.encode_target(read_pictures(samples)).mean(dim=1), dim=-1)
         if mode == "text":
-            return self._text_features(read_texts(samples))
+            words, mask = self._embed_words(read_texts(samples))
+            return self._read_texts([self._prompted_states(words)], mask)[0]
         return self.query_features(samples)
 
     @torch.no_grad()
@@ -527,10 +528,6 @@ class Blip2Cir(Blip2Base):
         """Return the joint fusion's query from its [CLS] ``(B, hidden)`` or its query outputs ``(B, K, hidden)``."""
         pooled = fused if fused.ndim == 2 else fused.mean(dim=1)
         return F.normalize(self.text_proj(pooled), dim=-1)
-
-    def _text_features(self, texts: Sequence[str]) -> Tensor:
-        words, mask = self._embed_words(texts)
-        return self._read_texts([self._prompted_states(words)], mask)[0]
 
     def _query_outputs(self, image: Tensor) -> Tensor:
         """Return the outputs ``(B, K, hidden)`` of the Q-Former over the queries alone."""

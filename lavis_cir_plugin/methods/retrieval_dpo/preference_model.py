@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lavis_cir_plugin.core.model_parts import keep_as_buffers
 from lavis_cir_plugin.core.processes import rank_and_world
 from lavis_cir_plugin.methods.retrieval_dpo.losses import PreferenceSettings, preference_losses, reward_margins
 from lavis_cir_plugin.models.contrastive_losses import contrastive_loss
@@ -166,11 +167,7 @@ def keep_unread_as_buffers(model: nn.Module, samples: Mapping[str, Any]) -> None
     loss = model({**samples, "reference_scores": zeros})["loss"]
     gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     unread = {id(trained[name]): name for name, gradient in zip(trained, gradients) if gradient is None}
-    for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            if id(weight) in unread:
-                del module._parameters[name]
-                module.register_buffer(name, weight.detach())
+    keep_as_buffers(model, lambda weight: id(weight) in unread)
     if unread:
         logging.info("not trained, because no score depends on them: %s", ", ".join(unread.values()))
 
