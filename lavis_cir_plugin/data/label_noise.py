@@ -53,16 +53,16 @@ def mixed_sources(count: int, ratio: float, seed: int, is_wrong: Callable[[int, 
         Position of the label's example by position of the example, sorted.
 
     Raises:
-        ValueError: If the ratio draws no example, or a drawn one finds no wrong label; the message is the end of a
-            sentence.
+        ValueError: If the ratio draws fewer than two examples, or a drawn one finds no wrong label; the message is the
+            end of a sentence.
 
     Source: the protocol of noisy triplets of TME, HABIT and INTENT, without the labels that are right by chance.
     """
     order = list(range(count))
     random.Random(seed).shuffle(order)
     drawn = order[: round(ratio * count)]
-    if not drawn:
-        raise ValueError(f"of {count:,} examples makes none wrong")
+    if len(drawn) < 2:
+        raise ValueError(f"of {count:,} examples draws {len(drawn)}, and labels are exchanged among at least two")
     sources = [*drawn[1:], *drawn[:1]]
     for place, example in enumerate(drawn):
         if is_wrong(example, sources[place]):

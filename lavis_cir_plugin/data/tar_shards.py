@@ -71,26 +71,26 @@ class ShardsConfig(Section):
         """Return the paths of the shards, in the order of the patterns.
 
         Raises:
-            FileNotFoundError: If there is no shard, or one is missing.
+            FileNotFoundError: If there is no shard, or one is missing or a link to nothing.
             ValueError: If a pattern has unbalanced braces.
         """
         root = Path(self.root)
         if self.shards is None:
-            paths = sorted(path for path in root.glob("*.tar") if not is_foreign(path.name))
+            paths = sorted(path for path in root.glob("*.tar") if not (is_foreign(path.name) or path.is_dir()))
             if not paths:
                 raise FileNotFoundError(
                     f"caption_shards: {root} has no .tar file; set datasets.caption_shards.build_info.root to the "
                     f"folder of the shards."
                 )
-            return paths
-        patterns = [self.shards] if isinstance(self.shards, str) else self.shards
-        try:
-            paths = [root / name for pattern in patterns for name in braceexpand(pattern)]
-        except ValueError as error:
-            raise ValueError(
-                f"datasets.caption_shards.build_info.shards: {shown(self.shards)} has unbalanced braces; write a "
-                f"pattern such as {{00000..00331}}.tar."
-            ) from error
+        else:
+            patterns = [self.shards] if isinstance(self.shards, str) else self.shards
+            try:
+                paths = [root / name for pattern in patterns for name in braceexpand(pattern)]
+            except ValueError as error:
+                raise ValueError(
+                    f"datasets.caption_shards.build_info.shards: {shown(self.shards)} has unbalanced braces; write a "
+                    f"pattern such as {{00000..00331}}.tar."
+                ) from error
         missing = [path for path in paths if not path.is_file()]
         if missing:
             raise FileNotFoundError(
@@ -127,7 +127,8 @@ class CaptionedShards:
 
     Args:
         config: A ``build_info``.
-        cache: Folder for the listings of whole shards. A listing is used until its shard changes. ``None`` keeps none.
+        cache: Folder for the listings of whole shards. A listing is used until its shard changes. ``None`` keeps none;
+            a warning says so where the folder cannot be written.
 
     Raises:
         ValueError: If a key or value of the configuration is wrong, or a shard or sample is broken. The message has
@@ -143,7 +144,9 @@ class CaptionedShards:
         self.paths = settings.paths()
         problems: list[str] = []
         # Workers share the memory pages of one array, in which a million samples take 48 MB.
-        listings = [_listing(p, cache, problems) for p in tqdm(self.paths, "listing shards", disable=None, leave=False)]
+        not_kept: list[OSError] = []
+        bar = tqdm(self.paths, "listing shards", disable=None, leave=False)
+        listings = [_listing(path, cache, problems, not_kept) for path in bar]
         shards = np.repeat(np.arange(len(listings)), [len(listing) for listing in listings])
         places = np.column_stack([shards, np.concatenate(listings)])
         if problems and not settings.skip_broken:
@@ -153,6 +156,8 @@ class CaptionedShards:
             )
         if problems:
             logger.warning("caption_shards: %d broken, left out. %s", len(problems), " ".join(problems[:5]))
+        if not_kept:  # a listing only saves time
+            logger.warning("caption_shards: %d listings are made again by the next run: %s", len(not_kept), not_kept[0])
         if not len(places):
             raise ValueError(
                 f"caption_shards: {len(self.paths):,} shards ({listed(self.paths)}) hold no whole pair such as "
@@ -201,8 +206,13 @@ class CaptionedShards:
 # -- members ---------------------------------------------------------------------------------------------------------
 
 
-def _listing(path: Path, cache: Path | None, problems: list[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return what `_samples` yields of a shard as ``(N, 5)``, from the cached listing if that is still valid."""
+def _listing(
+    path: Path, cache: Path | None, problems: list[str], not_kept: list[OSError]
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return what `_samples` yields of a shard as ``(N, 5)``, from the cached listing if that is still valid.
+
+    Problems of the samples are added to ``problems``, and to ``not_kept`` why a new listing could not be written.
+    """
     refuse_special(path)
     status = path.stat()
     # The 2 distinguishes these listings from those of version 0.4, which stop after the first of joined archives.
@@ -215,8 +225,11 @@ def _listing(path: Path, cache: Path | None, problems: list[str]) -> np.ndarray[
     before = len(problems)
     listing = np.array(list(_samples(path, problems)), dtype=np.int64).reshape(-1, 5)
     if kept is not None and len(problems) == before:
-        with replacing(kept) as file:  # another process may write the same listing
-            np.save(file, listing)
+        try:
+            with replacing(kept) as file:  # another process may write the same listing
+                np.save(file, listing)
+        except OSError as error:
+            not_kept.append(error)
     return listing
 
 
@@ -224,20 +237,24 @@ def _samples(path: Path, problems: list[str]) -> Iterator[tuple[int, int, int, i
     """Yield start and size of each sample's picture and caption, and whether the caption is JSON; collect problems."""
     # The archive's number is part of the key, because joined archives may use the same sample names.
     samples: dict[tuple[int, str], dict[str, Member]] = {}
+    last: tuple[int, str] | None = None
     twice: dict[tuple[int, str], str] = {}
     try:
         for archive, key, extension, member in _members(path):
-            files = samples.setdefault((archive, key), {})
+            last = archive, key
+            files = samples.setdefault(last, {})
             if extension in files:
-                twice[archive, key] = extension
+                twice[last] = extension
             files[extension] = member
     except (tarfile.TarError, OSError, ValueError) as error:
         problems.append(
             f"{path} cannot be read as a tar file after {len(samples):,} samples: {error} (a compressed one must be "
             f"unpacked to .tar)."
         )
-        if samples and not isinstance(error, _NoFurtherArchive):
-            samples.popitem()  # files of the last sample may be lost
+        if last is None:  # it may be no file that can be opened
+            return
+        if not isinstance(error, _NoFurtherArchive):
+            del samples[last]  # its last file may be cut, and others may be lost
     with path.open("rb") as file:
         for place, files in samples.items():
             pictures = [files[extension] for extension in files if f".{extension}" in SUFFIXES]
@@ -326,7 +343,12 @@ def _after_zeros(file: BinaryIO, start: int) -> int | None:
 
 
 def _key_at(path: Path, picture: Member) -> str:
-    return next(shown(key) for _, key, _, member in _members(path) if member == picture)
+    """Return the key of a sample; if the shard has changed since it was listed, the picture's place."""
+    with suppress(OSError, tarfile.TarError):
+        for _, key, _, member in _members(path):
+            if member == picture:
+                return shown(key)
+    return f"with the picture at byte {picture.start:,}"
 
 
 def _content(file: BinaryIO, member: Member) -> bytes:

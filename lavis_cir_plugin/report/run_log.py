@@ -25,6 +25,8 @@ _TAGS = {"loss": "train/loss", "lr": "train/lr"}
 """TensorBoard tag of each number that every training step has."""
 _COLUMNS = {STEPS: ("step", "epoch", *_TAGS), EPOCHS: ("epoch", "split", "metric", "value")}
 """Beginning of each file's header. In steps.csv the columns of the method follow."""
+_LONGEST_LINE = 2**16
+"""More bytes than any line has."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class RunLog:
     CSV files are written.
 
     Args:
-        folder: Folder of the run. Existing files are continued.
+        folder: Folder of the run. Existing files are continued; what a full disk has left of a row is cut off first.
         first_step: First step of a resumed run. TensorBoard then hides what an earlier process logged for this step and
             later ones. The caller must cut the CSV files to their sizes at the checkpoint before.
         columns: What the run's method measures besides loss and learning rate: TensorBoard tags by column. An existing
@@ -75,6 +77,7 @@ class RunLog:
     @_while_writable
     def _open(self, folder: Path, first_step: int) -> None:
         for name, columns in self._columns.items():
+            _cut_torn_line(folder / name)
             # Line buffering keeps the sizes on disk at whole rows, and a killed process loses no row.
             self._files[name] = (folder / name).open("a+", encoding="utf-8", newline="", buffering=1)
             if self._files[name].tell() == 0:
@@ -151,6 +154,14 @@ class RunLog:
                 writer.close()
 
 
+def _cut_torn_line(path: Path) -> None:
+    """Cut off what follows the last line end of a log file; the next row would otherwise join it."""
+    with suppress(FileNotFoundError), path.open("rb+") as file:
+        begin = max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINE)
+        file.seek(begin)
+        file.truncate(begin + file.read().rfind(b"\n") + 1)
+
+
 def _open_tensorboard(folder: Path, first_step: int) -> Any:
     """Return torch's writer, or None if tensorboard is not installed."""
     try:
@@ -174,7 +185,7 @@ def read_steps(path: str | Path) -> dict[str, list[float]]:
     """Return the columns of ``steps.csv``: ``step``, ``epoch``, ``loss``, ``lr`` and what the run's method measures.
 
     All columns have one entry per training batch, which is nan if it was not logged. A last line that is still being
-    written, or that a crash cut off, is left out.
+    written, or that a crash cut off, is left out, be it the header.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -187,7 +198,7 @@ def read_steps(path: str | Path) -> dict[str, list[float]]:
 def read_epochs(path: str | Path) -> dict[str, dict[str, dict[int, float]]]:
     """Return ``epochs.csv`` as ``{split: {metric: {epoch: value}}}``; the later row of an epoch logged twice counts.
 
-    A last line that is still being written, or that a crash cut off, is left out.
+    A last line that is still being written, or that a crash cut off, is left out, be it the header.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -206,8 +217,8 @@ def _read_rows(path: Path, name: str, parse: Callable[[list[str]], Any]) -> tupl
         raise FileNotFoundError(f"{path} does not exist; a training run writes it into its folder.")
     with path.open(encoding="utf-8", newline="") as file:
         lines = file.read().split("\n")[:-1]  # text after the last line end is empty or cut off
-    header, *rows = csv.reader(lines) if lines else [[]]
     known = _COLUMNS[name]
+    header, *rows = csv.reader(lines) if lines else [list(known)]
     if tuple(header[: len(known)]) != known:
         raise ValueError(f"{path} must start with the columns {','.join(known)}; it is no {name} of a run.")
 

@@ -262,6 +262,16 @@ def test_a_shard_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert opened == ["0.tar", "1.tar"]
 
 
+def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for index in range(2):
+        shard(tmp_path / f"{index}.tar", pairs(index))
+    (tmp_path / "file").write_text("x")
+    assert len(CaptionedShards({"root": str(tmp_path)}, tmp_path / "file/shards")) == 2
+    (record,) = caplog.records
+    assert "2 listings are made again by the next run: " in record.getMessage()
+    assert "could not be written: Not a directory" in record.getMessage()
+
+
 def test_fewer_samples_of_one_seed_are_among_more(tmp_path: Path):
     shard(tmp_path / "0.tar", pairs(*range(9)))
     drawn = []
@@ -374,6 +384,52 @@ def test_a_cut_shard_is_named_and_its_whole_samples_can_be_used(tmp_path: Path, 
     assert 1 <= len(samples) < 3
     assert [samples[index][1] for index in range(len(samples))] == [(f"grey {i + 1}",) for i in range(len(samples))]
     assert "1 broken, left out" in caplog.text
+
+
+def test_of_a_cut_shard_the_cut_file_is_left_out_whichever_sample_has_it(tmp_path: Path):
+    """Sample 1 began before sample 2, and its caption is the file that is cut."""
+    files = {"1.png": picture(1), **pairs(2), "1.txt": "long " * 300}
+    path = shard(tmp_path / "00.tar", files)
+    path.write_bytes(path.read_bytes().rstrip(b"\0")[:-600])
+    samples = CaptionedShards({"root": str(tmp_path), "skip_broken": True})
+    assert [samples[index][1] for index in range(len(samples))] == [("grey 2",)]
+
+
+def test_what_is_called_a_shard_and_is_no_file_is_told_or_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shard(tmp_path / "0.tar", pairs(1))
+    (tmp_path / "0_unpacked.tar").mkdir()
+    assert len(CaptionedShards({"root": str(tmp_path)})) == 1
+    (tmp_path / "1.tar").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 shards do not exist \(first: .*1\.tar\)"):
+        CaptionedShards({"root": str(tmp_path)})
+    (tmp_path / "1.tar").unlink()
+    shard(tmp_path / "1.tar", pairs(2))
+    path_open, tar_open = Path.open, tarfile.open
+
+    def refuses(opens: Any) -> Any:
+        def opened(path: Path, *arguments: Any) -> Any:
+            if path.name == "1.tar":
+                raise PermissionError(13, "Permission denied", str(path))
+            return opens(path, *arguments)
+
+        return opened
+
+    monkeypatch.setattr(Path, "open", refuses(path_open))
+    monkeypatch.setattr(tarfile, "open", refuses(tar_open))
+    with pytest.raises(ValueError, match=r"1 samples or shards are broken and 1 samples whole.* Permission denied"):
+        CaptionedShards({"root": str(tmp_path)})
+    assert len(CaptionedShards({"root": str(tmp_path), "skip_broken": True})) == 1
+
+
+def test_a_shard_that_has_changed_since_it_was_listed_is_named(tmp_path: Path):
+    path = shard(tmp_path / "00.tar", pairs(1))
+    samples = CaptionedShards({"root": str(tmp_path)})
+    shard(path, {"other.png": b"x" * 2000})
+    with pytest.raises(ValueError, match=r"00\.tar, sample with the picture at byte 512: the picture cannot be read"):
+        samples[0]
+    path.write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"00\.tar, sample with the picture at byte 512: the picture cannot be read"):
+        samples[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"404 Not Found", b"\x1f\x8b\x08\x00 gzip"])

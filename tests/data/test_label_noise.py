@@ -54,7 +54,11 @@ def test_equal_labels_are_exchanged_for_wrong_ones():
 
 @pytest.mark.parametrize(
     ("labels", "ratio", "message"),
-    [("abc", 0.1, "of 3 examples makes none wrong"), ("abc", 0.3, "of 3 examples leaves one"), ("aaab", 1, "too many")],
+    [
+        ("abc", 0.1, "of 3 examples draws 0, and labels are exchanged among at least two"),
+        ("abc", 0.3, "of 3 examples draws 1, and"),
+        ("aaab", 1, "of 4 examples leaves one without a wrong label, as too many"),
+    ],
 )
 def test_a_draw_without_a_wrong_label_is_refused(labels, ratio, message):
     with pytest.raises(ValueError, match=message):

@@ -130,6 +130,26 @@ def test_a_full_disk_is_one_warning_and_training_goes_on(tmp_path, caplog, faili
     assert not log.is_open
 
 
+@pytest.mark.parametrize(("torn", "steps"), [("0,0,1.0,0.1,,\n1", [0, 2]), ("", [2])])
+def test_a_resumed_run_cuts_off_what_a_full_disk_has_left_of_a_row(tmp_path, torn, steps):
+    """Joined to the next row, the torn "1" would make a row of step 12. The header may be torn, too."""
+    header = ",".join(("step", "epoch", "loss", "lr", *WRF))
+    (tmp_path / "steps.csv").write_text(f"{header}\n{torn}" if torn else header[:8])
+    log = RunLog(tmp_path, 2, WRF)
+    log.log_step(2, 0, {"loss": 3.0})
+    log.close()
+    assert read_steps(tmp_path / "steps.csv")["step"] == steps
+
+
+@pytest.mark.parametrize("begun", ["", "epoch,sp"])
+def test_a_log_without_a_whole_header_has_no_rows(tmp_path, begun):
+    """So a full disk, or a run that has just begun, leaves it."""
+    (tmp_path / "epochs.csv").write_text(begun)
+    (tmp_path / "steps.csv").write_text(begun)
+    assert read_epochs(tmp_path / "epochs.csv") == {}
+    assert read_steps(tmp_path / "steps.csv") == {"step": [], "epoch": [], "loss": [], "lr": []}
+
+
 def test_a_folder_that_is_gone_is_a_warning_as_well(tmp_path, caplog):
     log = RunLog(tmp_path / "gone", columns=WRF)
     log.log_step(0, 0, FULL)

@@ -33,7 +33,7 @@ def mix_labels(dataset: Any, section: Mapping[str, Any]) -> None:
     """Make labels of a training data set wrong as ``noise_ratio`` and ``noise_seed`` of its section say.
 
     Raises:
-        ValueError: If the ratio draws no example, or a drawn one finds no wrong label.
+        ValueError: If the ratio draws fewer than two examples, or a drawn one finds no wrong label.
     """
     ratio = section.get("noise_ratio") or 0
     if ratio == 0:
