@@ -36,11 +36,13 @@ def _report(args: argparse.Namespace) -> None:
     if not 1 <= args.images <= TOP:
         raise ValueError(f"--images must be a whole number from 1 to {TOP}, got {args.images}.")
     folders = [Path(os.path.expanduser(name)) for name in args.runs]
-    twice = {folder for folder in folders if folders.count(folder) > 1}
+    places = [folder.resolve() for folder in folders]
+    twice = [folder for folder, place in zip(folders, places) if places.count(place) > 1]
     if twice:
-        raise ValueError(f"{twice.pop()} is named twice; name each run once.")
+        raise ValueError(f"{twice[-1]} is named twice; name each run once.")
     embed = Thumbnails()
-    content = report([read_run(folder) for folder in folders], args.queries, args.images, embed).encode()
+    page = report([read_run(folder) for folder in folders], args.queries, args.images, embed)
+    content = page.encode(errors="replace")  # the name of a folder may be no text
     replace_file(output, content)
     lacking = f"; {len(embed.missing)} pictures could not be read, which it says" if embed.missing else ""
     print(f"Written: {output} ({size_text(len(content))}){lacking}")

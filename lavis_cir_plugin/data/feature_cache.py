@@ -271,6 +271,9 @@ class FeatureCache:
         if not kept or self._has_failed:
             return
         try:
+            if self._segment is not None and not self._segment.is_there:
+                # Somebody has deleted the folder. Rows of one name must not stand for those of another file.
+                self._segment, self._name = None, _new_name()
             if self._segment is None:
                 self._write_meta()
                 self._segment = _Segment(self.folder, self._name)
@@ -360,11 +363,12 @@ class FeatureCache:
                     self._read_new_lines(path)
 
     def _read_new_lines(self, path: Path) -> None:
-        count = path.with_suffix(".rows").stat().st_size // self.row_bytes
         begin = self._bytes_read.get(path.stem, 0)
         with path.open("rb") as file:
             file.seek(begin)
             content = file.read()
+        # Only now: the writer may go on meanwhile, and a line that is read has its row before it.
+        count = path.with_suffix(".rows").stat().st_size // self.row_bytes
         whole = content[: content.rfind(b"\n") + 1]
         self._bytes_read[path.stem] = begin + len(whole)
         for line in _lines_of(whole):
@@ -539,10 +543,16 @@ class _Segment:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name = name
+        self._path = folder / f"{name}.rows"
         # Without a buffer, a failed write leaves nothing behind that could be written later.
-        self._rows = (folder / f"{name}.rows").open("xb", buffering=0)
+        self._rows = self._path.open("xb", buffering=0)
         self._lines = (folder / f"{name}.jsonl").open("xb", buffering=0)
         self._count = 0
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the file of rows still has its name; without one, rows would fill the disk, and nobody find them."""
+        return self._path.is_file()
 
     def append(self, images: Sequence[str], features: Tensor, wrong: Mapping[str, _Place]) -> list[_Place]:
         """Append rows, whose lines name the ``wrong`` rows that they replace, and return their places."""

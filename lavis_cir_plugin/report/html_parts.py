@@ -51,7 +51,11 @@ def data_url(content: bytes, kind: str) -> str:
 
 
 class Thumbnails:
-    """Small copies of pictures as addresses of themselves, each file read once."""
+    """Small copies of pictures as addresses of themselves, each file read once.
+
+    Attributes:
+        missing: Why a file could not be read, by its path.
+    """
 
     def __init__(self) -> None:
         self.missing: dict[str, str] = {}
@@ -70,7 +74,7 @@ class Thumbnails:
                 self._known[path, upright] = self._address(Path(path), upright)
             except (OSError, ValueError) as error:
                 self._known[path, upright] = ""
-                self.missing[name] = str(error)
+                self.missing[path] = str(error)
         address = self._known[path, upright]
         if not address:
             return f'<span class="gone" title="{escaped(path)}">no file<br>{escaped(name)}</span>'

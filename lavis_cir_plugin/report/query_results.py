@@ -91,7 +91,7 @@ def write_queries(path: Path, benchmark: Benchmark, rankings: Mapping[str, Ranki
         ]
     images = {name: str(Path(benchmark.image_paths[name]).absolute()) for name in numbers}
     content = {"upright": benchmark.upright, "images": images, "groups": groups}
-    return replace_file(path, json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode())
+    return replace_file(path, json.dumps(content, separators=(",", ":")).encode())
 
 
 def read_queries(path: Path) -> Results:

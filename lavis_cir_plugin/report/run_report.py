@@ -160,8 +160,8 @@ def _overview(runs: Sequence[Run]) -> str:
 
 
 def _main_number(run: Run) -> tuple[str, str]:
-    """Return the metric that chooses the checkpoint, and what it is called."""
-    for folder, content in run.metrics.items():
+    """Return the metric that chooses the checkpoint, and what it is called; of val, if that was evaluated."""
+    for folder, content in sorted(run.metrics.items(), key=lambda item: f"_{item[0]}".rpartition("_")[2] != "val"):
         metric = content["selection_metric"]
         own: Mapping[str, Any] = next(iter(content["metrics"].values()), {})
         return f"{_percent(own.get(metric))} %", f"{metric} on {folder}"
@@ -409,7 +409,7 @@ def _query(
     alone = f"<small>{escaped(_verdict(query, images))}</small>" if len(runs) == 1 else ""
     return (
         f'<div class="query"><div class="asked"><figure>{reference}</figure>'
-        f"<p><q>{escaped(' / '.join(query.texts))}</q>{alone}</p></div>"
+        f"<p><q dir=auto>{escaped(' / '.join(query.texts))}</q>{alone}</p></div>"
         f"<div>{''.join(strips)}</div></div>"
     )
 

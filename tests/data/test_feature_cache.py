@@ -359,6 +359,24 @@ def test_two_runs_at_once_use_what_the_other_has_computed(tmp_path, paths):
     assert first[1].calls == [2, 2, 2]
 
 
+def test_a_row_that_is_written_while_lines_are_read_is_found(tmp_path, paths, monkeypatch):
+    """The writer goes on after the reader has asked for a size or opened a file, and before it reads the lines."""
+    writer, model = FeatureCache(tmp_path / "c", Stub(), TargetPadProcessor(8)), Stub()
+    read(writer, paths[:2], model)
+    reader = FeatureCache(tmp_path / "c", Stub(), TargetPadProcessor(8))
+    path_open, left = Path.open, [paths[2:4]]
+
+    def opened(path, *arguments, **named):
+        file = path_open(path, *arguments, **named)
+        if arguments == ("rb",) and path.parent == writer.folder and path.suffix == ".jsonl" and left:
+            read(writer, left.pop(), model)
+        return file
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert reader.find(paths) == set(paths[:4])
+    assert not left
+
+
 def cut_the_rows(folder):
     rows = the(folder, ".rows")
     os.truncate(rows, rows.stat().st_size - 1)
@@ -448,6 +466,22 @@ def test_a_folder_that_goes_away_does_no_harm(tmp_path, paths):
     rows = read(fresh, paths, model)
     assert sum(model.calls) == 7
     assert torch.equal(rows, read(cache, paths, model))
+
+
+def test_a_folder_that_is_deleted_during_a_run_is_filled_again(tmp_path, paths):
+    """Rows of a file without a name are never found again, so each epoch would add all of them to the disk."""
+    model = Stub()
+    cache, _ = filled(tmp_path / "c", paths, model)
+    shutil.rmtree(tmp_path / "c")
+    computed = []
+    for _ in range(2):
+        model.calls.clear()
+        worker = pickle.loads(pickle.dumps(cache))
+        column = collate_images([worker.picture(path) for path in paths])
+        with_features({"image": column}, model, [cache])
+        computed.append(sum(model.calls))
+    assert computed == [7, 0]
+    assert filled(tmp_path / "c", paths)[1] == []
 
 
 def test_features_that_are_no_numbers_are_not_kept(tmp_path, paths, caplog):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from lavis_cir_plugin.report.curves import comparison_figure
 from lavis_cir_plugin.report.html_parts import THUMBNAIL, Thumbnails
 from lavis_cir_plugin.report.query_results import QueryResult, Results, read_queries, write_queries
 from lavis_cir_plugin.report.result_files import write_metrics
-from lavis_cir_plugin.report.run_report import COLOURS, read_run, report
+from lavis_cir_plugin.report.run_report import COLOURS, Run, read_run, report
 
 PROTOCOL = "toy val, gallery of 6, reference kept"
 NASTY = 'is <script src="https://example.org/x.js"></script> & "red"'
@@ -121,6 +122,18 @@ def test_no_more_than_the_first_ten_images_are_kept(tmp_path, pictures):
     whole = Ranking(torch.tensor([1]), torch.arange(30)[None], torch.tensor([-1]))
     found = read_queries(write_queries(tmp_path / "queries.json", bench, {"toys": whole}))
     assert found.groups["toys"][0].top == gallery[: query_results.TOP]
+
+
+def test_a_folder_whose_name_is_no_text_breaks_neither_the_file_nor_the_page(tmp_path, pictures, capsys):
+    """Linux allows any bytes in names, which Python holds as lone surrogates."""
+    odd = {name: Path(f"{path.parent}/caf\udce9/{path.name}") for name, path in pictures.items()}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    folder.joinpath("log.txt").write_text("")
+    written = write_queries(folder / "val/queries.json", benchmark(odd), {"toys": ranking("bacdef", "cdabef")})
+    assert read_queries(written).images["b"] == str(odd["b"])
+    main.main(["report", str(folder), "--output", str(tmp_path / "r.html")])
+    assert "caf?/b.png" in (tmp_path / "r.html").read_text()
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"images": {}, "groups": {"a": [[0]]}, "upright": false}'])
@@ -261,7 +274,7 @@ def test_pictures_are_small_and_a_missing_one_is_said(make_run, pictures, tmp_pa
     run = read_run(make_run("one", where={**pictures, "b": tmp_path / "gone.png"}))
     embed = Thumbnails()
     page = Page(report([run], embed=embed))
-    assert set(embed.missing) == {"b"}
+    assert set(embed.missing) == {str(tmp_path / "gone.png")}
     assert "1 pictures could not be read. The first: " in page.text
     assert "no file b" in page.text
     pictures_inside = [address for address in page.addresses if address.startswith("data:image/jpeg")]
@@ -271,6 +284,25 @@ def test_pictures_are_small_and_a_missing_one_is_said(make_run, pictures, tmp_pa
             assert picture.width <= THUMBNAIL[0]
             assert picture.height <= THUMBNAIL[1]
             assert picture.width / picture.height == pytest.approx(400 / 300, rel=0.02)
+
+
+def test_each_missing_file_counts_also_under_one_name():
+    embed = Thumbnails()
+    for folder in ("one", "two", "two"):
+        embed.image(f"/nowhere/{folder}/a.png", "a")
+    assert len(embed.missing) == 2
+
+
+def test_the_headline_is_of_val_and_not_of_the_queries_that_were_trained_on():
+    contents = {
+        name: {"selection_metric": "R@1", "metrics": {"trained model": {"R@1": value}}}
+        for name, value in {"cirr_seen": 99.0, "cirr_val": 40.0, "validated": 1.0}.items()
+    }
+    run = Run("x", Path("x"), [], {}, {}, contents, {})
+    assert run_report._main_number(run) == ("40.00 %", "R@1 on cirr_val")
+    alone = {name.removeprefix("cirr_"): content for name, content in contents.items()}
+    assert run_report._main_number(replace(run, metrics=alone)) == ("40.00 %", "R@1 on val")
+    assert run_report._main_number(replace(run, metrics={"seen": contents["cirr_seen"]}))[1] == "R@1 on seen"
 
 
 def test_a_run_that_is_not_finished_is_reported(make_run):
@@ -333,6 +365,13 @@ def test_a_damaged_record_is_named(tmp_path):
         run_record.read_starts(tmp_path)
 
 
+@pytest.mark.parametrize(("changes", "mark"), [("", ""), (" M setup.py", "+"), (None, "+")])
+def test_a_commit_is_clean_only_where_git_says_so(monkeypatch, changes, mark):
+    """Of a large checkout on a slow disk git gives no answer in time."""
+    monkeypatch.setattr(run_record, "_git", lambda *words: changes if words[0] == "status" else "0123abc")
+    assert run_record.commit() == f"0123abc{mark}"
+
+
 def test_flat_keeps_lists_and_empty_mappings():
     assert run_record.flat({"a": {"b": [1, {"c": 2}], "d": {}}, "e": None}) == {
         "a.b": [1, {"c": 2}], "a.d": {}, "e": None
@@ -359,5 +398,7 @@ def test_the_command_writes_the_page(make_run, tmp_path, capsys):
 def test_the_command_refuses_in_one_sentence(tmp_path, words, message):
     with pytest.raises(SystemExit, match=message):
         main.main(["report", str(tmp_path), *words])
-    with pytest.raises(SystemExit, match="is named twice"):
-        main.main(["report", str(tmp_path), str(tmp_path)])
+    (tmp_path / "link").symlink_to(tmp_path)
+    for again in (tmp_path, tmp_path / "link"):
+        with pytest.raises(SystemExit, match=f"{again} is named twice"):
+            main.main(["report", str(tmp_path), str(again)])
