@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -486,7 +487,7 @@ def _machine_facts(run: Run) -> dict[str, str]:
     hardware = last["hardware"]
     return {
         "commit": last["commit"] or "not from a checkout of git",
-        "command": " ".join(last["command"]),
+        "command": shlex.join(last["command"]),
         "processes": str(last["processes"]),
         "CPU": f"{hardware['cpu']}, {hardware['cores']} cores",
         "memory": f"{hardware['memory_gib']} GiB",

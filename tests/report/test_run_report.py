@@ -219,6 +219,20 @@ def test_of_several_right_answers_the_page_counts_those_shown(pictures):
     assert "right answer at rank" not in text
 
 
+def test_a_text_from_right_to_left_has_its_own_direction(pictures):
+    """Its full stop would otherwise stand at the wrong end."""
+    answer = QueryResult("a", ("אדום.",), ("b",), 0, ("b",))
+    results = Results({"toys": (answer,)}, {name: str(path) for name, path in pictures.items()}, False)
+    page = report([Run("r", Path("r"), (), {}, {}, {}, {"val": results})])
+    assert "<q dir=auto>אדום.</q>" in page
+
+
+def test_the_command_can_be_run_again_as_it_stands(tmp_path):
+    run_record.begin(tmp_path, ["python", "--options", "run.valid_splits=[val, seen]"], {}, {})
+    run = Run("r", tmp_path, run_record.read_starts(tmp_path), {}, {}, {}, {})
+    assert run_report._machine_facts(run)["command"] == "python --options 'run.valid_splits=[val, seen]'"
+
+
 def test_several_runs_stand_side_by_side(make_run):
     """The second run misses the first query: 0 percent beside 50, and its rank of b is 5 instead of 1."""
     config = {"model.arch": "blip2_cir", "datasets.toy.splits": ["val"], "run.seed": 8}
