@@ -75,7 +75,7 @@ def training_figure(folder: str | Path, metric: str, methods: Sequence[Panel] = 
 
     Args:
         folder: Folder of the run.
-        metric: Key of ``benchmark.metrics``, in percent.
+        metric: Key of ``benchmark.metrics``, in percent, or what another task of LAVIS has logged.
         methods: Panels of the methods that the run may have used. Panels without a logged column are left out.
 
     Raises:
@@ -90,7 +90,7 @@ def training_figure(folder: str | Path, metric: str, methods: Sequence[Panel] = 
         raise ValueError(f"{folder / EPOCHS} holds no finished epoch; draw the curve after the first one.")
     panels = {"training loss": _loss_curves(losses, steps.get("loss", {}))}
     if val:
-        panels[f"{metric} in percent"] = _metric_curves(epochs, metric, folder / EPOCHS)
+        panels[_quantity(metric, val)] = _metric_curves(epochs, metric, folder / EPOCHS)
     in_epochs = [panel for panel in methods if not panel.by_batch]
     in_batches = [LEARNING_RATE, *(panel for panel in methods if panel.by_batch)]
     panels.update((panel.label, _measured_curves(panel, epochs.get("train", {}))) for panel in in_epochs)
@@ -106,9 +106,10 @@ def training_figure(folder: str | Path, metric: str, methods: Sequence[Panel] = 
         panel.ticklabel_format(axis="y", scilimits=(-3, 4))
     figure.align_ylabels()
     if val:
-        panel = axes[f"{metric} in percent"]
-        shade_gap(panel, *panels[f"{metric} in percent"])
-        _mark_best(list(axes.values()), panel, best_epoch(val, metric), val[metric], metric)
+        panel = axes[_quantity(metric, val)]
+        shade_gap(panel, *panels[_quantity(metric, val)])
+        best = best_epoch(val, metric)
+        _mark_best(list(axes.values()), panel, best, f"{metric} {val[metric][best]:.2f}{' %' * in_percent(val)}")
     for panel in axes.values():
         if panel.get_legend_handles_labels()[0]:
             panel.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncol=3)
@@ -138,16 +139,17 @@ def comparison_figure(runs: Mapping[str, tuple[str | Path, str]], metric: str) -
     Raises:
         ValueError: no run has a finished epoch, or a file has a damaged line.
     """
-    panels: dict[str, list[Curve]] = {"training loss": [], f"{metric} in percent": []}
-    for label, (folder, colour) in runs.items():
-        path = Path(folder) / EPOCHS
-        epochs = read_epochs(path) if path.is_file() else {}
+    paths = {label: Path(folder) / EPOCHS for label, (folder, _) in runs.items()}
+    logged = {label: read_epochs(path) if path.is_file() else {} for label, path in paths.items()}
+    quantity = _quantity(metric, *(epochs.get("val", {}) for epochs in logged.values()))
+    panels: dict[str, list[Curve]] = {"training loss": [], quantity: []}
+    for label, (_, colour) in runs.items():
         losses, val, seen = (
-            epochs.get(split, {}).get(name, {})
+            logged[label].get(split, {}).get(name, {})
             for split, name in (("train", "loss"), ("val", metric), ("seen", metric))
         )
         panels["training loss"].append(Curve(losses, label, colour))
-        panels[f"{metric} in percent"] += [Curve(val, label, colour), Curve(seen, "", colour, style="--")]
+        panels[quantity] += [Curve(val, label, colour), Curve(seen, "", colour, style="--")]
     drawn = {name: [curve for curve in curves if curve.points] for name, curves in panels.items()}
     drawn = {name: curves for name, curves in drawn.items() if curves}
     if not drawn:
@@ -192,6 +194,16 @@ def best_epoch(val: Mapping[str, Mapping[int, float]], metric: str) -> int:
     return max(sorted(val[metric]), key=lambda epoch: deciding.get(epoch, -math.inf))
 
 
+def in_percent(val: Mapping[str, Any]) -> bool:
+    """Return whether validations with these metrics are in percent, as those of benchmarks are: R@K or mAP@K."""
+    return any("@" in metric for metric in val)
+
+
+def _quantity(metric: str, *vals: Mapping[str, Any]) -> str:
+    """Return the label of a metric's axis, with the unit if it is known."""
+    return f"{metric} in percent" if any(map(in_percent, vals)) else metric
+
+
 def _by_position(steps: Mapping[str, Sequence[float]]) -> dict[str, dict[float, float]]:
     """Return the logged numbers of each column by position on an epoch axis, on which epoch e's batches end at e."""
     count = Counter(steps["epoch"])
@@ -223,11 +235,11 @@ def _metric_curves(epochs: Mapping[str, Mapping[str, Mapping[int, float]]], metr
     ]
 
 
-def _mark_best(panels: Sequence[Axes], legend: Axes, best: int, values: Mapping[int, float], metric: str) -> None:
+def _mark_best(panels: Sequence[Axes], legend: Axes, best: int, value: str) -> None:
     style: dict[str, Any] = {"color": ORANGE, "linewidth": 1.2, "linestyle": (0, (4, 3))}
     for panel in panels:
         panel.axvline(best, zorder=1, **style)
-    legend.plot([], [], label=f"best: epoch {best}, {metric} {values[best]:.2f} %", **style)
+    legend.plot([], [], label=f"best: epoch {best}, {value}", **style)
 
 
 def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:

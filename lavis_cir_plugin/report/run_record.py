@@ -126,7 +126,8 @@ def _version(name: str) -> str | None:
 def commit() -> str | None:
     """Return the git commit of the checkout that this package runs from, with ``+`` where its files were changed.
 
-    The ``+`` also stands where git could not say so, as on a slow disk. Nothing is returned for an installed package, and neither where there is no git.
+    The ``+`` also stands where git could not say so, as on a slow disk. Nothing is returned for an installed package,
+    and neither where there is no git.
     """
     own = f"{_PACKAGE.name}/__init__.py"
     if _git("ls-files", "--error-unmatch", own) is None:  # site-packages may lie in somebody else's repository

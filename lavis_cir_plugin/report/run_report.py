@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from lavis_cir_plugin.report import query_results, run_record
-from lavis_cir_plugin.report.curves import best_epoch, comparison_figure, logged_panels, svg_of, training_figure
+from lavis_cir_plugin.report.curves import (
+    best_epoch,
+    comparison_figure,
+    in_percent,
+    logged_panels,
+    svg_of,
+    training_figure,
+)
 from lavis_cir_plugin.report.html_parts import Thumbnails, data_url, escaped, page, table
 from lavis_cir_plugin.report.query_results import QueryResult, Results
 from lavis_cir_plugin.report.run_log import EPOCHS, read_epochs
@@ -166,9 +173,10 @@ def _main_number(run: Run) -> tuple[str, str]:
         metric = content["selection_metric"]
         own: Mapping[str, Any] = next(iter(content["metrics"].values()), {})
         return f"{_percent(own.get(metric))} %", f"{metric} on {folder}"
-    val = run.epochs.get("val", {}).get("agg_metrics", {})
-    if val:
-        return f"{max(val.values()):.2f} %", "best so far in validation; the run has no final evaluation"
+    val = run.epochs.get("val", {})
+    if "agg_metrics" in val:
+        best = f"{max(val['agg_metrics'].values()):.2f}{' %' * in_percent(val)}"
+        return best, "best so far in validation; the run has no final evaluation"
     return "–", "no evaluation yet"
 
 
@@ -290,7 +298,7 @@ def _change(row: Mapping[str, Any], first: Mapping[str, Any], metric: str) -> st
 def _curves(runs: Sequence[Run]) -> str:
     trained = {index: run for index, run in enumerate(runs) if run.epochs}
     if not trained:
-        return _note("There are no curves: an evaluation logs no epochs.", "empty")
+        return _note("There are no curves: no run has finished an epoch of training.", "empty")
     own = {index: _own_curve(run) for index, run in trained.items()}
     if len(runs) == 1:
         return own[0]

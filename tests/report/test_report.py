@@ -587,7 +587,12 @@ class Log:
 
     def val(self, percent, agg=None, split="val"):
         self.epoch = max(self.epoch, 0)
-        self.log.log_epoch(0, self.epoch, split, {"mean": percent, "agg_metrics": percent if agg is None else agg})
+        agg = percent if agg is None else agg
+        self.log.log_epoch(0, self.epoch, split, {"R@10": percent, "mean": percent, "agg_metrics": agg})
+        return self
+
+    def captions(self, score):
+        self.log.log_epoch(0, self.epoch, "val", {"CIDEr": score, "agg_metrics": score})
         return self
 
 
@@ -636,6 +641,20 @@ def test_curve_shows_loss_and_validation_and_the_best_epoch(run, figures):
     assert points(metric) == [(0, 10.0), (1, 30.0), (2, 30.0)]
     assert legend(loss) == ["mean of each epoch"]
     assert legend(metric) == ["validation mean", "best: epoch 1, mean 30.00 %"]
+
+
+def test_curves_of_scores_that_are_no_percentages_have_no_unit(run):
+    """LAVIS adds CIDEr and BLEU-4 of captions, whose sum is about 1."""
+    run.train(2).captions(1.25)
+    figure = curves.training_figure(run.folder, "agg_metrics")
+    assert figure.axes[1].get_ylabel() == "agg_metrics"
+    assert legend(figure.axes[1])[1] == "best: epoch 0, agg_metrics 1.25"
+    both = curves.comparison_figure({"captions": (run.folder, "red")}, "agg_metrics")
+    assert both.axes[1].get_ylabel() == "agg_metrics"
+    run.val(30.0)
+    assert curves.training_figure(run.folder, "mean").axes[1].get_ylabel() == "mean in percent"
+    both = curves.comparison_figure({"retrieval": (run.folder, "red")}, "mean")
+    assert both.axes[1].get_ylabel() == "mean in percent"
 
 
 def test_curve_takes_the_best_epoch_from_what_chose_the_checkpoint(run, figures):
@@ -730,7 +749,7 @@ def test_curve_refuses_a_log_it_cannot_show(run):
     with pytest.raises(ValueError, match=r"epochs\.csv holds no finished epoch"):
         curve(run)
     run.train(1.0).val(3.0)
-    with pytest.raises(ValueError, match=r"no validation metric 'R@1'; pass one of: agg_metrics, mean\."):
+    with pytest.raises(ValueError, match=r"no validation metric 'R@1'; pass one of: R@10, agg_metrics, mean\."):
         curve(run, "R@1")
     assert not (run.folder / "curve.png").exists()
 

@@ -319,6 +319,11 @@ def test_the_headline_is_of_val_and_not_of_the_queries_that_were_trained_on():
     assert run_report._main_number(replace(run, metrics={"seen": contents["cirr_seen"]}))[1] == "R@1 on seen"
 
 
+def test_the_score_of_captions_is_no_percentage():
+    run = Run("x", Path("x"), [], {}, {"val": {"CIDEr": {0: 1.0}, "agg_metrics": {0: 1.25, 1: 1.2}}}, {}, {})
+    assert run_report._main_number(run)[0] == "1.25"
+
+
 def test_a_run_that_is_not_finished_is_reported(make_run):
     folder = make_run("one")
     for path in (folder / "val").iterdir():
