@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from lavis_cir_plugin import garments
 from lavis_cir_plugin.core.interruption import interruptible
 
-from .world import World
+from .world import World, write_json
+
+MARKER = "garments.json"
+"""File below ROOT with the settings of the world, by which a later call recognises the folder as drawn."""
 
 
 def worlds() -> dict[str, World]:
@@ -21,8 +26,23 @@ def worlds() -> dict[str, World]:
     return {name: module.WORLD for name, module in modules.items() if hasattr(module, "WORLD")}
 
 
+def _mark(root: Path, settings: Mapping[str, Any]) -> None:
+    """Write into a folder what is drawn there; refuse one with other files, which might be the real data set's.
+
+    Raises:
+        ValueError: If files in the folder are not of this command.
+        OSError: If the file cannot be written.
+    """
+    if root.is_dir() and any(root.iterdir()) and not (root / MARKER).is_file():
+        raise ValueError(
+            f"{root} holds files that this command has not drawn and might overwrite (it has no {MARKER}); name a new "
+            "or empty folder."
+        )
+    write_json(root / MARKER, settings)
+
+
 def main() -> None:
-    """Write a drawn world below ROOT, in the files of the benchmark; its sizes are options."""
+    """Write a drawn world below ROOT, a new or empty folder, in the files of the benchmark; its sizes are options."""
     drawn = worlds()
     shape = argparse.ArgumentParser(add_help=False)
     shape.add_argument("--benchmark", choices=list(drawn), default="fashioniq", help="default: %(default)s")
@@ -43,7 +63,9 @@ def main() -> None:
     del options["benchmark"]
     with interruptible("garments", lambda: f"{root} is not whole; start it again to write it anew."):
         try:
-            world.write(root, world.settings(**options))
+            settings = world.settings(**options)
+            _mark(root, {"benchmark": benchmark, **options})
+            world.write(root, settings)
         except (ValueError, OSError) as error:
             parser.error(str(error))
 

@@ -423,6 +423,24 @@ def test_a_world_is_drawn_once(module, config, tmp_path):
     assert module.WORLD.make(tmp_path, replace(config, seed=9), progress=False, workers=1) != place
 
 
+def test_the_command_line_overwrites_nothing_but_what_it_has_drawn(tmp_path, monkeypatch, capsys):
+    command = ["garments", str(tmp_path), "--benchmark", "circo", "--image-width", "32"]
+    monkeypatch.setattr("sys.argv", [*command, "--images", "40", "--val-queries", "4", "--test-queries", "2"])
+    real = tmp_path / "annotations/val.json"
+    real.parent.mkdir()
+    real.write_text("the real data set's")
+    with pytest.raises(SystemExit):
+        command_line.main()
+    assert f"{tmp_path} holds files that this command has not drawn" in capsys.readouterr().err
+    assert real.read_text() == "the real data set's"
+    real.unlink()
+    real.parent.rmdir()
+    for _ in range(2):
+        command_line.main()
+    assert len(read(real)) == 4
+    assert read(tmp_path / "garments.json")["val_queries"] == 4
+
+
 def test_the_command_line_writes_the_chosen_shape(tmp_path, monkeypatch, capsys):
     command = ["garments", str(tmp_path), "--benchmark", "circo"]
     sizes = ["--images", "40", "--val-queries", "4", "--test-queries", "2", "--image-width", "32"]
