@@ -157,6 +157,8 @@ def image_folder(config: Mapping[str, Any]) -> Path:
 def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path]]:
     """Return the training triplets, one per target, in file order, and the paths of their images.
 
+    What any line names for a triplet's reference and texts is also right for it (``also_right``).
+
     Raises:
         ValueError: If a key or value of the config, or a line of the file, is wrong.
         FileNotFoundError: If the file or an image is missing.
@@ -165,8 +167,17 @@ def read_train(config: Mapping[str, Any]) -> tuple[list[Triplet], dict[str, Path
     records = _read_records(settings, "train")
     scanned = _scan(settings)
     records = _spelt_as_files(settings, "train", records, Spelling(scanned, "triplets"))
+    answers: dict[tuple[str, tuple[str, ...]], dict[str, None]] = {}
+    for record in records:
+        answers.setdefault((record.reference, record.texts), {}).update(dict.fromkeys(record.targets))
     triplets = [
-        Triplet(record.reference, target, record.texts, reference_caption=record.reference_caption)
+        Triplet(
+            record.reference,
+            target,
+            record.texts,
+            reference_caption=record.reference_caption,
+            also_right=tuple(name for name in answers[record.reference, record.texts] if name != target),
+        )
         for record in records
         for target in record.targets
     ]

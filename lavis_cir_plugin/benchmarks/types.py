@@ -31,7 +31,8 @@ class Triplet:
         category: Category in FashionIQ; empty in other data sets.
         reference_caption: Description of the reference, for losses that need it. Either all triplets of a data set have
             one, or it is empty in all.
-        also_right: Further right answers in the annotation besides the target (CIRR's soft labels above 0).
+        also_right: Further right answers in the annotation besides the target: CIRR's soft labels above 0, further
+            targets in one's own triplets.
         members: Members of the image set for which the triplet was written, without the reference (CIRR).
     """
 

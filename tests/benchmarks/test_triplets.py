@@ -82,6 +82,17 @@ def test_training_makes_a_triplet_of_each_target(tmp_path: Path):
     assert {training_text(found[1].captions, random.Random(seed)) for seed in range(20)} == {"with laces", "laced"}
 
 
+def test_what_another_line_names_for_the_same_query_is_right_too(tmp_path: Path):
+    """So no wrong label on purpose and no hard negative is one of these."""
+    found, _ = read_train(catalogue(tmp_path, [ONE, SEVERAL, {**ONE, "target": "z.jpg"}]))
+    assert [(t.target, t.also_right) for t in found] == [
+        ("shoes/a.jpg", ("z.jpg",)),
+        ("b.png", ("shoes/red/c.webp",)),
+        ("shoes/red/c.webp", ("b.png",)),
+        ("z.jpg", ("shoes/a.jpg",)),
+    ]
+
+
 def test_fewer_triplets_are_the_first_or_drawn_ones(tmp_path: Path):
     """Three lines hold four triplets. A line with two targets may keep only one, also in `seen`."""
     config = catalogue(tmp_path, [ONE, SEVERAL, {**TWO, "target": "z.jpg", "id": "q8"}])
