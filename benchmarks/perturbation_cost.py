@@ -274,7 +274,7 @@ def loop_cost(rounds: int = 15) -> float:
         runner = RunnerWrf4Cir(
             cfg=config, task=BaseTask(), model=build(tiny, torch.device("cpu")), datasets=datasets, job_id="job"
         )
-        runner._save_last = lambda *_: None  # type: ignore[method-assign] # once an epoch of any length
+        runner.save_last = lambda *_: None  # type: ignore[method-assign] # once an epoch of any length
         loops = (
             lambda: task.train_epoch(0, model, loader, optimizer, Constant()),
             lambda: runner.train_epoch(0),

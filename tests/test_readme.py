@@ -38,7 +38,7 @@ from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.report.run_log import EPOCHS, STEPS
 from lavis_cir_plugin.search.engine import SearchIndex
 from lavis_cir_plugin.training import config, reference
-from lavis_cir_plugin.training.resumable_runner import LAST, PREVIOUS
+from lavis_cir_plugin.training.run_folders import LAST, PREVIOUS
 from lavis_cir_plugin.training.run_settings import RUN_DEFAULTS
 
 ROOT = Path(__file__).parents[1]

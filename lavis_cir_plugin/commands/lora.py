@@ -34,7 +34,7 @@ def _export(args: argparse.Namespace) -> None:
         read_lora_checkpoint,
         write_peft_folder,
     )
-    from lavis_cir_plugin.training.run_loading import checkpoint_in
+    from lavis_cir_plugin.training.run_folders import checkpoint_in
 
     path = checkpoint_in(Path(os.path.expanduser(args.run_or_checkpoint)))
     output = Path(os.path.expanduser(args.output)).absolute()

@@ -78,6 +78,11 @@ class EpochLoader:
         self._iterator = None
 
 
+def epoch_loaders(loader: Any) -> list[EpochLoader]:
+    """Return the :class:`EpochLoader` s in LAVIS's training loader; streams have no position and are left out."""
+    return [each for each in getattr(loader, "loaders", [loader]) if isinstance(each, EpochLoader)]
+
+
 class _EpochSampler(DistributedSampler[Any]):
     """Yields pairs (epoch, index), from which a worker seeds its generators."""
 

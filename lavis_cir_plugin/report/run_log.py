@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import torch.distributed as dist
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+LOG = "log.txt"  # which LAVIS writes
 STEPS, EPOCHS = "steps.csv", "epochs.csv"
 
 _TAGS = {"loss": "train/loss", "lr": "train/lr"}

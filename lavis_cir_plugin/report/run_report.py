@@ -22,7 +22,7 @@ from lavis_cir_plugin.report.curves import (
 )
 from lavis_cir_plugin.report.html_parts import Thumbnails, data_url, escaped, page, table
 from lavis_cir_plugin.report.query_results import QueryResult, Results
-from lavis_cir_plugin.report.run_log import EPOCHS, read_epochs
+from lavis_cir_plugin.report.run_log import EPOCHS, LOG, read_epochs
 from lavis_cir_plugin.report.sheet_layout import BLUE, ORANGE
 
 COLOURS = (BLUE, ORANGE, "#8a3ea8", "#b8223b", "#0e8f9c", "#6b4423", "#d6569a", "#4aa3e0", "#7a7a00", "#5b6470")
@@ -30,8 +30,6 @@ COLOURS = (BLUE, ORANGE, "#8a3ea8", "#b8223b", "#0e8f9c", "#6b4423", "#d6569a", 
 
 QUERIES_SHOWN, IMAGES_SHOWN = 4, 8
 """By default, how many queries of each kind and group are shown, and how many images of each ranking."""
-
-LOG = "log.txt"
 
 
 @dataclass(frozen=True)

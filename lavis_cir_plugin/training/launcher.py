@@ -8,8 +8,6 @@ import logging
 import os
 import random
 import sys
-import tempfile
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -36,7 +34,8 @@ from lavis_cir_plugin.data.label_noise import write_noise
 from lavis_cir_plugin.report import run_record
 from lavis_cir_plugin.training import config, lora
 from lavis_cir_plugin.training.portable_runner import join_single_process
-from lavis_cir_plugin.training.resumable_runner import LAST, PREVIOUS, find_checkpoint, resumable
+from lavis_cir_plugin.training.resumable_runner import resumable
+from lavis_cir_plugin.training.run_folders import find_checkpoint, folder_to_go_on_in, output_folder
 
 # The other processes wait this long while one downloads a checkpoint; a dead process is noticed after that time.
 _PROCESS_TIMEOUT = timedelta(minutes=60)
@@ -82,7 +81,7 @@ def run(command: str, args: argparse.Namespace, announce: Callable[[Any], None] 
     cfg = config.with_lavis_defaults(config.read_config(str(project), args.options))
     config.check_values(cfg, command)
     config.choose_splits(cfg, command)
-    cfg.run_cfg.output_dir = str(_output_folder(cfg.run_cfg.output_dir))
+    cfg.run_cfg.output_dir = str(output_folder(cfg.run_cfg.output_dir))
     _join_processes(cfg.run_cfg)
     job_id = _job_id(cfg)
     _seed(int(cfg.run_cfg.seed) + get_rank())
@@ -125,9 +124,7 @@ def _kept_by_interrupted(command: str, runners: Sequence[Any]) -> str | None:
         return None
     if not runners:
         return "it had not begun, so start it again; drawn pictures and computed features that are whole are kept."
-    if command == "evaluate":
-        return "an evaluation keeps nothing until it is done, so start it again."
-    return str(runners[0].what_is_kept())
+    return str(runners[0].what_is_kept(command))
 
 
 def find_config(path: str) -> Path:
@@ -142,19 +139,6 @@ def find_config(path: str) -> Path:
     if local.is_dir():
         raise ValueError(f"--cfg-path {path} names a folder; name a YAML file. Shipped: {available}.")
     raise FileNotFoundError(f"--cfg-path {path} does not exist (looked from {os.getcwd()}). Shipped: {available}.")
-
-
-def _output_folder(path: str) -> Path:
-    """Return the absolute path of the folder of all runs, after a test that it can be written."""
-    folder = Path(os.path.expanduser(path)).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise OSError(
-            f"run.output_dir: {folder} cannot be written ({error.strerror}); choose another folder."
-        ) from error
 
 
 def _refuse_output_among_images(output: Path, datasets: Mapping[str, Mapping[str, Any]]) -> None:
@@ -210,9 +194,7 @@ def _job_id(cfg: Config) -> str:
     if is_main_process():
         try:
             checkpoint = find_checkpoint(cfg.run_cfg.resume_ckpt_path, cfg.run_cfg.output_dir, cfg.to_dict())
-            is_last = checkpoint is not None and checkpoint.name in (LAST, PREVIOUS)
-            name = str(checkpoint.parent) if is_last else f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-            chosen = [name, None if checkpoint is None else str(checkpoint), None]
+            chosen = [folder_to_go_on_in(checkpoint), None if checkpoint is None else str(checkpoint), None]
         except (ValueError, OSError) as error:
             chosen[2] = error
     dist.broadcast_object_list(chosen)

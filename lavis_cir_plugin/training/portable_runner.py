@@ -26,8 +26,7 @@ from lavis_cir_plugin.core.model_parts import frozen_names
 from lavis_cir_plugin.core.processes import rank_and_world
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
-
-BEST = "checkpoint_best.pth"
+from lavis_cir_plugin.training.run_folders import BEST
 
 
 class PortableRunner:

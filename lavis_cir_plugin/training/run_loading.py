@@ -21,11 +21,7 @@ from lavis_cir_plugin.core.error_messages import unknown_key
 from lavis_cir_plugin.core.model_parts import frozen_names
 from lavis_cir_plugin.training import lora
 from lavis_cir_plugin.training.config import plain_split_name
-from lavis_cir_plugin.training.portable_runner import BEST
-from lavis_cir_plugin.training.resumable_runner import LAST, PREVIOUS
-
-CHECKPOINTS = (BEST, LAST, PREVIOUS)
-"""Names of a run's checkpoints; the first that exists is loaded."""
+from lavis_cir_plugin.training.run_folders import checkpoint_in
 
 
 class LoadedRun(NamedTuple):
@@ -70,22 +66,6 @@ def load_run(
     model = _build_trained(config, content["model"], str(path), torch.device(device), dict(changes or {}))
     vis_processors, txt_processors = load_preprocess(_preprocessing(config))
     return LoadedRun(model.to(device).eval(), vis_processors, txt_processors, config)
-
-
-def checkpoint_in(run: Path) -> Path:
-    """Return the checkpoint that `load_run` loads from a run's folder; the path of a checkpoint is returned itself.
-
-    Raises:
-        FileNotFoundError: If there is no checkpoint.
-    """
-    if run.is_file():
-        return run
-    for name in CHECKPOINTS:
-        if (run / name).is_file():
-            return run / name
-    raise FileNotFoundError(
-        f"{run} is neither a checkpoint nor the folder of a run with one ({', '.join(CHECKPOINTS)}); name either."
-    )
 
 
 def _config_of(content: Any, path: Path) -> DictConfig:

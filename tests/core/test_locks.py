@@ -20,7 +20,7 @@ from lavis_cir_plugin.core.locks import FileLock, hold_lock, holder_of
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 from lavis_cir_plugin.garments import world
 from lavis_cir_plugin.tasks.evaluation import Evaluation
-from lavis_cir_plugin.training import resumable_runner
+from lavis_cir_plugin.training.run_folders import LOCK, lock_run
 
 FORK = multiprocessing.get_context("fork")
 
@@ -67,7 +67,7 @@ def draw_world(folder):
 
 
 def train(folder):
-    with resumable_runner.lock_run(folder):
+    with lock_run(folder):
         next(EpochLoader(training_loader(Slow(folder), seed=0, batch_size=2, num_workers=2)))
 
 
@@ -76,14 +76,14 @@ def encode(folder):
     dataset = Slow(folder)
     dataset.collater = list
     evaluation = Evaluation(None, SimpleNamespace(dataset=dataset, batch_size=2, num_workers=2), cuda_enabled=False)
-    with resumable_runner.lock_run(folder):
+    with lock_run(folder):
         list(evaluation._loaded(dataset, [[0, 1], [2, 3], [4, 5], [6, 7]], ""))
 
 
 LOCKS = {
     draw_world: ".world.lock",
-    train: resumable_runner._LOCK,
-    encode: resumable_runner._LOCK,
+    train: LOCK,
+    encode: LOCK,
 }
 
 
@@ -115,7 +115,7 @@ def test_no_lock_is_taken_elsewhere():
     texts = {path.name: path.read_text() for path in package.rglob("*.py")}
     assert [name for name, text in texts.items() if "import fcntl" in text or "import filelock" in text] == ["locks.py"]
     assert {name for name, text in texts.items() if "core.locks import" in text} == {
-        "build.py", "resumable_runner.py", "world.py",
+        "build.py", "run_folders.py", "world.py",
     }  # fmt: skip
 
 

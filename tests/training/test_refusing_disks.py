@@ -92,7 +92,7 @@ def test_a_disk_with_no_byte_left_for_the_config_is_one_sentence(tmp_path, monke
     )
     runner._continues, runner.output_dir = False, str(tmp_path)
     runner.config = SimpleNamespace(to_dict=dict)
-    runner.best, runner._run_log = {"epoch": 0}, None
+    runner.best, runner.run_log = {"epoch": 0}, None
     for write in (runner.log_config, lambda: runner.log_stats({"loss": 1}, "train")):
         with pytest.raises(OSError, match="cannot be written") as caught:
             write()

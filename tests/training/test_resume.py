@@ -16,7 +16,6 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,9 +27,11 @@ from lavis_cir_plugin.core import checkpoints
 from lavis_cir_plugin.core.checkpoints import read_checkpoint, verify_checkpoint
 from lavis_cir_plugin.garments import GarmentsConfig, make_garments
 from lavis_cir_plugin.report.run_log import read_steps
-from lavis_cir_plugin.training import launcher, resumable_runner
-from lavis_cir_plugin.training.portable_runner import BEST
-from lavis_cir_plugin.training.resumable_runner import check_saved_run
+from lavis_cir_plugin.training import launcher, run_folders
+from lavis_cir_plugin.training.remaining_epoch import is_save_due
+from lavis_cir_plugin.training.resumable_runner import ResumableRunner
+from lavis_cir_plugin.training.resume_checks import check_saved_run
+from lavis_cir_plugin.training.run_folders import BEST, LAST, lock_run
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 KILLS = int(os.environ.get("CIR_KILLS", "2"))
@@ -168,7 +169,7 @@ def stopped_once(world, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resumable_runner, "write_checkpoint", stop_after_four)
+        patch.setattr(run_folders, "write_checkpoint", stop_after_four)
         path = write_project(folder, world)
         with pytest.raises(KeyboardInterrupt):
             launcher.main("train", ["--cfg-path", path, "--options", f"run.output_dir={folder / 'out'}"])
@@ -345,7 +346,7 @@ def test_a_damaged_checkpoint_never_replaces_the_good_one_before(stopped, monkey
         saved.append(1)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(resumable_runner, "write_checkpoint", stop_after_one)
+    monkeypatch.setattr(run_folders, "write_checkpoint", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         go_on()
     for name in ("checkpoint_last.pth", "checkpoint_previous.pth"):
@@ -355,7 +356,7 @@ def test_a_damaged_checkpoint_never_replaces_the_good_one_before(stopped, monkey
 def test_a_run_that_is_still_going_on_is_left_alone(stopped):
     """auto starts another run, and a resume by name is refused; the lock ends with its process in any case."""
     folder, go_on = stopped
-    lock = resumable_runner.lock_run(folder)
+    lock = lock_run(folder)
     with pytest.raises(SystemExit, match=r"is still going on in process \d+ on .* wait for its end"):
         go_on()
     go_on("run.max_epoch=1", asked="auto")
@@ -397,16 +398,10 @@ def test_other_training_data_are_refused(stopped, tmp_path_factory):
         go_on(f"datasets.fashioniq.build_info.root={other}")
 
 
-def test_the_config_decides_about_weight_decay_and_the_radius_of_adam(stopped, monkeypatch):
-    _, go_on = stopped
-    groups = []
-    stock = resumable_runner.ResumableRunner._continue
-    monkeypatch.setattr(
-        resumable_runner.ResumableRunner,
-        "_continue",
-        lambda self, *a: (stock(self, *a), groups.extend(self.optimizer.param_groups)),
-    )
+def test_the_config_decides_about_weight_decay_and_the_radius_of_adam(stopped):
+    folder, go_on = stopped
     go_on("run.weight_decay=0.5", "run.adam_eps=1e-3", "run.max_epoch=1")
+    groups = read_checkpoint(str(folder / LAST))["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.5, 0}
     assert {group["eps"] for group in groups} == {1e-3}
 
@@ -443,18 +438,8 @@ def test_a_run_that_has_lost_its_best_checkpoint_chooses_among_the_epochs_that_f
 
 def test_checkpoints_are_saved_at_the_next_batch_that_ends_an_accumulation():
     """Every fifth batch is due; with two batches a step that is the sixth, and then the tenth."""
-    saved = []
-    part = object.__new__(resumable_runner._RemainingEpoch)
-    part.place, part.done, part.meters, part.loss = 0, 0, {}, torch.zeros(())
-    part.runner = SimpleNamespace(
-        config=SimpleNamespace(run_cfg={"save_every": 5}), accum_grad_iters=2,
-        _save_last=lambda place, batches, meters: saved.append(batches),
-    )  # fmt: skip
-    part._measure = lambda: None
-    for part.done in range(1, 13):
-        part._finish_batch = lambda loss: None
-        part.before_batch()
-    assert saved == [6, 10]
+    assert [done for done in range(1, 13) if is_save_due(done, every=5, accumulated=2)] == [6, 10]
+    assert not any(is_save_due(done, every=None, accumulated=1) for done in range(1, 13))
 
 
 class Evil:
@@ -511,9 +496,7 @@ def test_what_ends_the_first_validation_loses_nothing_of_the_epoch(style, projec
     train("whole")
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(
-            resumable_runner.ResumableRunner, "eval_epoch", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
-        )
+        patch.setattr(ResumableRunner, "eval_epoch", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit) as stopped:
             train("stopped")
     assert stopped.value.code == 143

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from lavis_cir_plugin.training.resumable_runner import LAST, find_checkpoint, lock_run
+from lavis_cir_plugin.training.run_folders import LAST, find_checkpoint, lock_run
 
 CONFIG = {"run": {"seed": 1, "resume_ckpt_path": None}, "model": {"arch": "a"}, "datasets": {"d": {}}}
 

@@ -34,8 +34,8 @@ from lavis_cir_plugin.report.run_log import EPOCHS, progress, read_epochs
 from lavis_cir_plugin.report.sheet_layout import BLUE, GREEN, GREY, ORANGE
 from lavis_cir_plugin.training import lora
 from lavis_cir_plugin.training.config import choose_splits, with_lavis_defaults
-from lavis_cir_plugin.training.portable_runner import BEST, join_single_process
-from lavis_cir_plugin.training.resumable_runner import LAST
+from lavis_cir_plugin.training.portable_runner import join_single_process
+from lavis_cir_plugin.training.run_folders import BEST, LAST
 
 GAMMA = 0.001
 """The paper's radius, relative to the weights; the loss of every run is computed in units of it."""

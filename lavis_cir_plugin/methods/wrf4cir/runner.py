@@ -78,7 +78,7 @@ class PerturbingRunner(ResumableRunner):
             settings = WeightPerturbation(**run.get("wrf", {}))
             # LAVIS completes the last inner epoch, even beyond max_iters.
             epochs = (
-                math.ceil(self.max_iters / self.iters_per_inner_epoch) if self._counts_iterations else self.max_epoch
+                math.ceil(self.max_iters / self.iters_per_inner_epoch) if self.counts_iterations else self.max_epoch
             )
             if settings.gamma > 0 and not settings.is_active(epochs - 1, epochs):
                 logging.warning(

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -32,7 +31,7 @@ from lavis_cir_plugin.methods.retrieval_dpo.task import RetrievalDpoTask
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.processors import TargetPadProcessor
-from lavis_cir_plugin.training.resumable_runner import _RemainingEpoch
+from lavis_cir_plugin.training.remaining_epoch import add_batch, in_lavis_format, means_over_processes
 
 KINDS = {
     "joint": {"anchor": 2.0},
@@ -105,15 +104,11 @@ def mined(folder, source):
 
 def averaged(rank):
     """Return the logged averages of two batches per process, of which the first process's first has no negative."""
-    runner = SimpleNamespace(scaler=None, _run_log=None, device=torch.device("cpu"))
-    part = _RemainingEpoch.__new__(_RemainingEpoch)
-    vars(part).update(runner=runner, optimizer=SimpleNamespace(param_groups=[{"lr": 1.0}]), bar=mock.Mock())
-    vars(part).update(meters={"lr": (0, 0.0), "loss": (0, 0.0)}, not_finite=0, done=0, first=0, epoch=0)
+    meters = {}
     for accuracy, drift in [[(math.nan, 0.2), (1.0, 0.4)], [(0.5, 0.6), (0.0, 0.8)]][rank]:
         numbers = {"reward_accuracy": accuracy, "positive_drift": drift, "reward_margin": math.nan}
-        part.outputs = {name: torch.tensor(value) for name, value in numbers.items()}
-        part._finish_batch(torch.tensor(3.0))
-    return part.stats()
+        add_batch(meters, {"lr": 1.0, "loss": 3.0}, numbers)
+    return in_lavis_format(means_over_processes(meters, torch.device("cpu")))
 
 
 def half_of(batch, rank):

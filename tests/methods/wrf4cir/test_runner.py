@@ -316,7 +316,7 @@ def test_no_earlier_checkpoint_is_named_where_there_is_none(make_runner, monkeyp
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match=r"no checkpoint could be written to .*There was none before; free some space"):
-        runner._save_last(1, 0, {})
+        runner.save_last(1, 0, {})
     monkeypatch.undo()
     monkeypatch.setattr(runner.model, "forward", lambda samples: {"loss": forward(samples)["loss"] * torch.nan})
     with pytest.raises(ValueError, match=r"training loss is nan in epoch 0, .*No checkpoint had been written yet\.$"):
@@ -350,7 +350,7 @@ def test_no_space_left_keeps_the_earlier_checkpoint(make_runner, tmp_path, monke
     with pytest.raises(OSError, match=r"no checkpoint could be written to .*job .*untouched; free some space"):
         runner._save_checkpoint(1)
     with pytest.raises(OSError, match=r"no checkpoint could be written to .*job .*untouched; free some space"):
-        runner._save_last(2, 0, {})
+        runner.save_last(2, 0, {})
     assert {path: path.read_bytes() for path in (tmp_path / "out/job").glob("*.pth")} == before
     assert list((tmp_path / "out/job").glob(".*")) == []
 
