@@ -93,6 +93,19 @@ def config_in(content: Any) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
+def finetuned_in(section: Mapping[str, Any]) -> str | None:
+    """Return the checkpoint ``finetuned`` of a section ``model``, or None unless ``load_finetuned`` is true.
+
+    Raises:
+        ValueError: If ``load_finetuned`` is true and no checkpoint is named.
+    """
+    if not section.get("load_finetuned"):
+        return None
+    if not section.get("finetuned"):
+        raise ValueError("model.load_finetuned is true and model.finetuned is empty; name a checkpoint file or URL.")
+    return str(section["finetuned"])
+
+
 def _chosen_state(content: Any, source: str) -> dict[str, Tensor]:
     if _is_state(content):
         return dict(content)
@@ -154,7 +167,7 @@ def read_checkpoint(path_or_url: str) -> Any:
     if head.startswith(_ZIP):
         verify_checkpoint(path)
     try:
-        with plain_numbers():
+        with _plain_numbers():
             return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
@@ -162,6 +175,18 @@ def read_checkpoint(path_or_url: str) -> Any:
         raise ValueError(
             f"checkpoint {path}: cannot be read as tensors and plain containers, because {_why_unread(head, error)}."
         ) from None
+
+
+def mapped_checkpoint(path: Path) -> Any:
+    """Return the content of a checkpoint file, or None for a file that only :func:`read_checkpoint` may judge.
+
+    The file is mapped, so that the weights of a large model cost no memory, and is not compared with its checksums.
+    """
+    try:
+        with _plain_numbers():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # what reads the file for its weights reports what is wrong with it
+        return None
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -175,7 +200,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"checkpoint {path} cannot be read as safetensors ({first_line(error)}).") from error
 
 
-def plain_numbers() -> AbstractContextManager[None]:
+def _plain_numbers() -> AbstractContextManager[None]:
     """Let ``torch.load(weights_only=True)`` read the numbers of numpy 1 and numpy 2 as plain numbers."""
     names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
     allowed = [(_numpy_number, name) for name in names]

@@ -17,7 +17,7 @@ from lavis.models.med import BertConfig, XBertEncoder, XBertLMHeadDecoder
 from lavis.models.vit import VisionTransformerEncoder
 
 from lavis_cir_plugin import CONFIGS
-from lavis_cir_plugin.core.checkpoints import load_strictly, read_state
+from lavis_cir_plugin.core.checkpoints import finetuned_in, load_strictly, read_state
 from lavis_cir_plugin.core.settings import (
     Limits,
     Positive,
@@ -93,11 +93,7 @@ class _BuiltFromConfig:
             FileNotFoundError: If the checkpoint is missing.
         """
         model = cls(**constructor_arguments(cls, cfg))
-        checkpoint = cfg.get("finetuned") if cfg.get("load_finetuned") else cfg.get("pretrained")
-        if cfg.get("load_finetuned") and not checkpoint:
-            raise ValueError(
-                "model.load_finetuned is true and model.finetuned is empty; name a checkpoint file or URL."
-            )
+        checkpoint = finetuned_in(cfg) or cfg.get("pretrained")
         if checkpoint:
             load_strictly(model, read_state(checkpoint), checkpoint)
         return model

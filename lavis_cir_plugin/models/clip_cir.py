@@ -15,7 +15,7 @@ from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
-from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint, state_in
+from lavis_cir_plugin.core.checkpoints import finetuned_in, load_strictly, read_checkpoint, state_in
 from lavis_cir_plugin.core.model_parts import frozen_names
 from lavis_cir_plugin.core.processes import rank_and_world
 from lavis_cir_plugin.core.settings import (
@@ -197,10 +197,9 @@ class ClipCir(BaseModel):  # type: ignore[misc]
             FileNotFoundError: If a checkpoint is missing and cannot be downloaded.
         """
         model = cls(**cls._values(cfg))
-        if cfg.get("load_finetuned"):
-            if not cfg.get("finetuned"):
-                raise ValueError("model.load_finetuned is true and model.finetuned is empty; name a checkpoint file.")
-            model.load_checkpoint(cfg["finetuned"])
+        finetuned = finetuned_in(cfg)
+        if finetuned is not None:
+            model.load_checkpoint(finetuned)
         return model
 
     def load_checkpoint(self, url_or_filename: str) -> None:

@@ -22,7 +22,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lavis_cir_plugin.core.checkpoints import config_in, load_strictly, plain_numbers, verify_checkpoint
+from lavis_cir_plugin.core.checkpoints import config_in, load_strictly, mapped_checkpoint, verify_checkpoint
 from lavis_cir_plugin.core.model_parts import frozen_names, recomputing_modules
 from lavis_cir_plugin.core.settings import (
     Limits,
@@ -431,12 +431,7 @@ def read_lora_checkpoint(path: str) -> dict[str, Any] | None:
     """
     if urlparse(path).scheme in ("http", "https"):
         return None
-    try:
-        # A mapped file costs no memory for the weights of a large model.
-        with plain_numbers():
-            content = torch.load(Path(os.path.expanduser(path)), map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # the model reads the file too and reports what is wrong with it
-        return None
+    content = mapped_checkpoint(Path(os.path.expanduser(path)))
     state = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not any(".lora_" in str(name) for name in state):
         return None

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lavis_cir_plugin.core.checkpoints import config_in
+from lavis_cir_plugin.core.checkpoints import config_in, mapped_checkpoint
 
 _CHECKPOINT_KEYS = ("pretrained", "mapping_checkpoint", "finetuned")
 
@@ -35,16 +32,6 @@ def _trained_on(model: Mapping[str, Any], datasets: Mapping[str, Any], seen: set
             continue
         place = Path(os.path.expanduser(path)).absolute()
         if place.is_file() and place not in seen:
-            earlier = _config_in(place)
+            earlier = config_in(mapped_checkpoint(place))  # an empty one for a file that no run wrote
             names |= _trained_on(earlier.get("model") or {}, earlier.get("datasets") or {}, {*seen, place})
     return names
-
-
-def _config_in(path: Path) -> Mapping[str, Any]:
-    """Return the config in a run's checkpoint, or an empty one for any other file, which the model will check."""
-    try:
-        # A mapped file costs no memory for the weights of a large model.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError):
-        return {}
-    return config_in(content)

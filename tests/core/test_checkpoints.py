@@ -11,7 +11,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lavis_cir_plugin.core.checkpoints import as_float32, load_strictly, read_checkpoint, read_state, verify_checkpoint
+from lavis_cir_plugin.core.checkpoints import (
+    as_float32,
+    finetuned_in,
+    load_strictly,
+    mapped_checkpoint,
+    read_checkpoint,
+    read_state,
+    verify_checkpoint,
+)
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([0.5, -1.5])}
 ADVICE = ("weights_only", "add_safe_globals", "safe_globals", "\x1b", "arbitrary code", "pytorch.org")
@@ -298,3 +306,23 @@ def test_an_archive_of_torchscript_is_verified(tmp_path):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.pt is damaged or was only half written"):
         verify_checkpoint(tmp_path / "x.pt")
+
+
+def test_finetuned_weights_are_named_where_they_are_asked_for():
+    assert finetuned_in({"load_finetuned": True, "finetuned": "x.pth"}) == "x.pth"
+    assert finetuned_in({"load_finetuned": False, "finetuned": "x.pth"}) is None
+    for empty in ({}, {"finetuned": None}, {"finetuned": ""}):
+        assert finetuned_in(empty) is None
+        with pytest.raises(
+            ValueError, match=r"load_finetuned is true and model\.finetuned is empty; name a checkpoint"
+        ):
+            finetuned_in({"load_finetuned": True, **empty})
+
+
+def test_a_mapped_file_has_the_same_content_and_no_other_file_is_judged(tmp_path):
+    torch.save({"model": {"weight": torch.arange(3.0)}, "score": np.float64(0.5)}, tmp_path / "run.pth")
+    content = mapped_checkpoint(tmp_path / "run.pth")
+    assert torch.equal(content["model"]["weight"], torch.arange(3.0))
+    assert content["score"] == 0.5
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    assert mapped_checkpoint(tmp_path / "text.pth") is None

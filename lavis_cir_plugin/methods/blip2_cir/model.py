@@ -20,7 +20,7 @@ from lavis.models.clip_vit import VisionTransformer as ClipVisionTransformer
 from torch import Tensor, nn
 
 from lavis_cir_plugin import CONFIGS
-from lavis_cir_plugin.core.checkpoints import count_blocks_in, load_strictly, read_state
+from lavis_cir_plugin.core.checkpoints import count_blocks_in, finetuned_in, load_strictly, read_state
 from lavis_cir_plugin.core.model_parts import keep_as_buffers
 from lavis_cir_plugin.core.settings import (
     Limits,
@@ -226,11 +226,7 @@ class Blip2Cir(Blip2Base):
 
     def load_checkpoint_from_config(self, cfg: Mapping[str, Any], **_: Any) -> None:
         """Load what ``from_config`` describes."""
-        pretrained, finetuned = cfg.get("pretrained"), cfg.get("finetuned") if cfg.get("load_finetuned") else None
-        if cfg.get("load_finetuned") and not finetuned:
-            raise ValueError(
-                "model.load_finetuned is true and model.finetuned is empty; name a checkpoint file or URL."
-            )
+        pretrained, finetuned = cfg.get("pretrained"), finetuned_in(cfg)
         state = read_state(finetuned) if finetuned else {}
         is_whole = any(name.startswith("visual_encoder.") for name in state)
         if "query_tokens" in state and not is_whole and not pretrained:
