@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -82,7 +84,7 @@ class RemainingEpoch:
         own.update(
             data_loader=_CountedBatches(self, rest),
             model=_CountedModel(self),
-            lr_scheduler=_ContinuedSchedule(self, stock),
+            lr_scheduler=SimpleNamespace(step=partial(self._step_schedule, stock["lr_scheduler"])),
         )
         return own
 
@@ -125,6 +127,9 @@ class RemainingEpoch:
         if self.random_state is not None:
             set_random_state(self.random_state, self.runner.device)
 
+    def _step_schedule(self, schedule: Any, cur_epoch: int, cur_step: int) -> None:
+        schedule.step(cur_epoch=cur_epoch, cur_step=cur_step + self.skipped)
+
     def _finish_batch(self, loss: Tensor) -> None:
         numbers = torch.stack([loss.float(), *(value.float() for value in self.outputs.values())]).tolist()
         values = {"lr": self.optimizer.param_groups[0]["lr"], "loss": numbers[0]}
@@ -157,13 +162,9 @@ class RemainingEpoch:
 
 
 def is_save_due(done: int, every: int | None, accumulated: int) -> bool:
-    """Return whether a checkpoint is due after ``done`` batches of an epoch.
+    """Return whether ``done`` >= 1 batches end the first step of the optimizer after each ``every`` (None: never).
 
-    Args:
-        done: Number of batches, >= 1.
-        every: Number of batches between two checkpoints; None saves none within an epoch.
-        accumulated: Batches per optimizer step. A checkpoint waits for the end of a step, because gradients that are
-            summed up are not saved in between.
+    A step takes ``accumulated`` batches; the gradients that it sums up are not saved in between.
     """
     is_passed = every is not None and done // every > (done - accumulated) // every
     return is_passed and done % accumulated == 0
@@ -172,10 +173,7 @@ def is_save_due(done: int, every: int | None, accumulated: int) -> bool:
 def add_batch(meters: Meters, values: Mapping[str, float], outputs: Mapping[str, float]) -> None:
     """Add the numbers of a batch to the meters, in place.
 
-    Args:
-        meters: Counts and sums by name.
-        values: Numbers that count even if they are not finite, such as the loss.
-        outputs: Numbers that are left out unless they are finite, such as a share among no samples.
+    ``values`` such as the loss count even if they are not finite; ``outputs`` such as a share among no samples do not.
     """
     for name, value in {**values, **outputs}.items():
         count, total = meters.get(name, (0, 0.0))
@@ -243,14 +241,3 @@ class _CountedModel:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.part.model, name)
-
-
-class _ContinuedSchedule:
-    """The learning-rate schedule for LAVIS's loop: it adds the batches that were done before a resume."""
-
-    def __init__(self, part: RemainingEpoch, stock: Mapping[str, Any]) -> None:
-        self.part = part
-        self.schedule = stock["lr_scheduler"]
-
-    def step(self, cur_epoch: int, cur_step: int) -> None:
-        self.schedule.step(cur_epoch=cur_epoch, cur_step=cur_step + self.part.skipped)

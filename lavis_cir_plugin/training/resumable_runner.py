@@ -22,26 +22,10 @@ from lavis_cir_plugin.core.random_state import get_random_state, set_random_stat
 from lavis_cir_plugin.core.settings import Limits, Positive, Section
 from lavis_cir_plugin.data.resumable_loader import epoch_loaders
 from lavis_cir_plugin.report.run_log import RunLog
+from lavis_cir_plugin.training import resume_checks, run_folders
 from lavis_cir_plugin.training.portable_runner import PortableRunner
 from lavis_cir_plugin.training.remaining_epoch import Meters, RemainingEpoch
-from lavis_cir_plugin.training.resume_checks import (
-    check_optimizer,
-    check_same_data,
-    check_saved_run,
-    check_tensor_names,
-)
-from lavis_cir_plugin.training.run_folders import (
-    BEST,
-    LAST,
-    PREVIOUS,
-    cut_logs,
-    last_good,
-    lock_run,
-    log_explained,
-    log_sizes,
-    mark_finished,
-    write_run_checkpoint,
-)
+from lavis_cir_plugin.training.run_folders import BEST, LAST, PREVIOUS
 from lavis_cir_plugin.training.weight_average import WeightAverage
 
 # A resumed run takes these keys of the optimizer's groups from its config, and the learning rate from the schedule.
@@ -144,7 +128,7 @@ class ResumableRunner(PortableRunner):
             super().train()
             return
         self._check_counts()
-        with lock_run(self.folder) if is_main_process() else nullcontext():
+        with run_folders.lock_run(self.folder) if is_main_process() else nullcontext():
             self._begin_average()
             path = self.config.run_cfg.get("resume_ckpt_path")
             if path is not None:
@@ -155,7 +139,7 @@ class ResumableRunner(PortableRunner):
             else:
                 super().train()
             if is_main_process():
-                mark_finished(self.folder)
+                run_folders.mark_finished(self.folder)
             if self.run_log is not None:
                 self.run_log.close()
 
@@ -209,13 +193,9 @@ class ResumableRunner(PortableRunner):
         )
 
     def _train_remaining(self, name: str, place: int, total: int, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Train the remaining batches of an epoch by LAVIS's own loop.
+        """Train the remaining batches of the epoch at ``place`` by LAVIS's own loop.
 
-        Args:
-            name: Name of the task's method with the loop, ``train_epoch`` or ``train_iters``.
-            place: Epoch or iteration at which the epoch begins.
-            total: Number of batches of the whole epoch.
-            run: LAVIS's function that calls that method.
+        LAVIS's function ``run`` calls the task's method ``name``, ``train_epoch`` or ``train_iters``, with the loop.
         """
         resumed, self._resumed = self._resumed, None
         part = RemainingEpoch(self, place, total, resumed)
@@ -264,7 +244,7 @@ class ResumableRunner(PortableRunner):
         for key in ("best_epoch", "best_iters"):
             if isinstance(stats, dict) and key in stats:
                 stats[key] = self.best["epoch"]
-        with log_explained(self.folder):
+        with run_folders.log_explained(self.folder):
             super().log_stats(stats, split_name)
         if self.run_log is not None and self._trained is not None and isinstance(stats, dict):
             values = {key: value for key, value in stats.items() if not key.startswith("best_")}
@@ -276,7 +256,7 @@ class ResumableRunner(PortableRunner):
     def log_config(self) -> None:
         """Log the config at the start of a run, but not when the run is resumed."""
         if not self._continues:
-            with log_explained(self.folder):
+            with run_folders.log_explained(self.folder):
                 super().log_config()
 
     def what_is_kept(self, command: str) -> str:
@@ -308,7 +288,7 @@ class ResumableRunner(PortableRunner):
                 return
             self.best = {"epoch": cur_epoch, "metric": self._validation_metric}
         name = BEST if is_best else f"checkpoint_{cur_epoch}.pth"
-        write_run_checkpoint(self.folder, self._checkpoint(cur_epoch), name)
+        run_folders.write_run_checkpoint(self.folder, self._checkpoint(cur_epoch), name)
 
     def save_last(self, place: int, batches: int, meters: Meters) -> None:
         """Write ``checkpoint_last.pth`` after ``batches`` batches of the epoch that begins at ``place``."""
@@ -324,13 +304,13 @@ class ResumableRunner(PortableRunner):
             "processes": processes,
             "gradients": {name: weight.grad for name, weight in weights if weight.grad is not None},
             "best": self.best,
-            "logs": log_sizes(self.folder),
+            "logs": run_folders.log_sizes(self.folder),
         }
         if self._average is not None:
             progress.update(trained=self._average.trained(), averaged=self._average.updates)
         # LAVIS's own runners count finished iterations, or the number of the last finished epoch.
         done = place if self.counts_iterations else place - 1
-        write_run_checkpoint(self.folder, {**self._checkpoint(done), "progress": progress}, LAST, PREVIOUS)
+        run_folders.write_run_checkpoint(self.folder, {**self._checkpoint(done), "progress": progress}, LAST, PREVIOUS)
         self._kept = self._moment(place, batches)
 
     def _checkpoint(self, done: Any) -> dict[str, Any]:
@@ -356,7 +336,7 @@ class ResumableRunner(PortableRunner):
             raise ValueError(
                 f"{len(broken)} of {len(trained)} trained tensors are not finite any more (first: {broken[0]}): "
                 f"a gradient was not, while the loss was; lower run.init_lr, or look for the model's operation with "
-                f"such a gradient (torch.autograd.set_detect_anomaly). {last_good(self.folder)}."
+                f"such a gradient (torch.autograd.set_detect_anomaly). {run_folders.last_good(self.folder)}."
             )
 
     # Checkpoints are gone on from.
@@ -364,7 +344,7 @@ class ResumableRunner(PortableRunner):
     def _load_checkpoint(self, path: str) -> None:
         """Resume from ``checkpoint_last.pth`` or from a checkpoint of LAVIS, which may lack frozen tensors."""
         saved = read_checkpoint(path)
-        check_saved_run(saved, path, self._unit, self.config.run_cfg.get("runner"))
+        resume_checks.check_saved_run(saved, path, self._unit, self.config.run_cfg.get("runner"))
         model = self.unwrap_dist_model(self.model)
         load_strictly(model, saved["model"], path, may_lack=frozen_names(model))
         if self._average is not None:
@@ -377,7 +357,7 @@ class ResumableRunner(PortableRunner):
 
     def _load_optimizer(self, saved: Mapping[str, Any], path: str) -> None:
         groups = self.optimizer.param_groups
-        check_optimizer(saved["optimizer"], groups, path)
+        resume_checks.check_optimizer(saved["optimizer"], groups, path)
         asked = [{key: group[key] for key in _GROUP_KEYS if key in group} for group in groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, own in zip(self.optimizer.param_groups, asked):
@@ -396,7 +376,7 @@ class ResumableRunner(PortableRunner):
 
     def _continue(self, saved: Mapping[str, Any], path: str) -> None:
         """Restore everything but weights and optimizer."""
-        check_same_data(saved, path, self.config.to_dict(), self._lengths())
+        resume_checks.check_same_data(saved, path, self.config.to_dict(), self._lengths())
         progress, loaders = saved["progress"], epoch_loaders(self.train_loader)
         for loader, taken in zip(loaders, progress["taken"]):
             loader.seek(taken)
@@ -414,7 +394,7 @@ class ResumableRunner(PortableRunner):
     def _restore_tensors(self, progress: Mapping[str, Any], path: str) -> None:
         """Restore the weights that the optimizer moves if the model has their averages, and left-over gradients."""
         weights = dict(self.unwrap_dist_model(self.model).named_parameters())
-        check_tensor_names(progress, weights, path)
+        resume_checks.check_tensor_names(progress, weights, path)
         for name, tensor in progress.get("trained", {}).items():
             weights[name].data.copy_(tensor)
         for name, gradient in progress["gradients"].items():
@@ -430,7 +410,7 @@ class ResumableRunner(PortableRunner):
                 self.folder, BEST, progress["best"]["epoch"],
             )  # fmt: skip
         if is_main_process():
-            cut_logs(self.folder, progress["logs"])
+            run_folders.cut_logs(self.folder, progress["logs"])
             if Path(path).name == PREVIOUS:  # the last checkpoint is damaged and must not become the previous one
                 (self.folder / LAST).unlink(missing_ok=True)
         self._kept = self._moment(progress["place"], progress["batches"])

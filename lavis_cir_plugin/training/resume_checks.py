@@ -16,6 +16,9 @@ _MUST_AGREE = ("seed", "batch_size_train", "accum_grad_iters", "iters_per_inner_
 _MAY_DIFFER = ("resume_ckpt_path", "output_dir", "num_workers", "log_freq", "save_every", "distributed", "rank", "gpu",
                "world_size", "dist_url", "dist_backend", "device", "feature_cache")  # fmt: skip
 
+_Check = tuple[str, Any, Any, str]
+"""Key of a part of a checkpoint, its value, whether it can be used, and a description of values that can."""
+
 
 def check_saved_run(saved: Any, path: str, counts: str, runner: Any) -> None:
     """Check that a file has the content of a run's checkpoint, before any of it is loaded.
@@ -29,6 +32,14 @@ def check_saved_run(saved: Any, path: str, counts: str, runner: Any) -> None:
     Raises:
         ValueError: If a part is missing or cannot be used; the message names the first one.
     """
+    _refuse_other_files(saved, path, counts, runner)
+    checks = [*_lavis_checks(saved, counts), *(_progress_checks(saved) if "progress" in saved else ())]
+    for key, value, is_right, what in checks:
+        if not is_right:
+            raise _unusable(path, key, value, what)
+
+
+def _refuse_other_files(saved: Any, path: str, counts: str, runner: Any) -> None:
     missing = [key for key in ("model", "optimizer") if not isinstance(saved, Mapping) or key not in saved]
     if missing:
         raise ValueError(
@@ -46,28 +57,21 @@ def check_saved_run(saved: Any, path: str, counts: str, runner: Any) -> None:
             "the data is the same; resume from another checkpoint of that run, or start a new one from these weights "
             "(model.finetuned)."
         )
-    is_state = _is_mapping_of(saved["model"], str, Tensor) and saved["model"]
-    groups = saved["optimizer"].get("param_groups") if isinstance(saved["optimizer"], Mapping) else None
-    is_optimizer = (
-        isinstance(groups, list)
-        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups)
-        and isinstance(saved["optimizer"].get("state"), Mapping)
-    )
-    checks = [
-        ("model", saved["model"], is_state, "tensors by name"),
-        ("optimizer", saved["optimizer"], is_optimizer, "an optimizer's state and param_groups"),
+
+
+def _lavis_checks(saved: Mapping[str, Any], counts: str) -> list[_Check]:
+    """Return the checks of the parts that a checkpoint of LAVIS has."""
+    model, scaler = saved["model"], saved.get("scaler")
+    return [
+        ("model", model, _is_mapping_of(model, str, Tensor) and model, "tensors by name"),
+        ("optimizer", saved["optimizer"], _is_optimizer(saved["optimizer"]), "an optimizer's state and param_groups"),
         (counts, saved[counts], _is_whole(saved[counts], -1), "a whole number"),
-        ("scaler", saved.get("scaler"), isinstance(saved.get("scaler"), (Mapping, type(None))), "a mapping or null"),
+        ("scaler", scaler, isinstance(scaler, (Mapping, type(None))), "a mapping or null"),
     ]
-    if "progress" in saved:
-        checks += _progress_checks(saved)
-    for key, value, is_right, what in checks:
-        if not is_right:
-            raise _unusable(path, key, value, what)
 
 
-def _progress_checks(saved: Mapping[str, Any]) -> list[tuple[str, Any, Any, str]]:
-    """Return key, value, validity and a description of valid values for each part of a checkpoint's progress."""
+def _progress_checks(saved: Mapping[str, Any]) -> list[_Check]:
+    """Return the checks of the parts that a resumable run adds."""
     config, progress = saved["config"], saved["progress"]
     is_config = isinstance(config, Mapping) and isinstance(config.get("run", {}), Mapping)
     is_mapping = isinstance(progress, Mapping)
@@ -100,13 +104,8 @@ def _progress_checks(saved: Mapping[str, Any]) -> list[tuple[str, Any, Any, str]
 def check_optimizer(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], path: str) -> None:
     """Refuse the state of an optimizer that trained another number of weights, which torch reports less clearly.
 
-    Args:
-        saved: State of the optimizer in the checkpoint.
-        groups: Groups of this run's optimizer.
-        path: Path of the checkpoint, for the message.
-
     Raises:
-        ValueError: If the groups have other numbers of weights.
+        ValueError: If the groups of the saved state and those of this run have other numbers of weights.
     """
     before, now = ([len(group["params"]) for group in each] for each in (saved["param_groups"], groups))
     if before != now:
@@ -120,14 +119,9 @@ def check_optimizer(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]
 def check_same_data(saved: Mapping[str, Any], path: str, config: Mapping[str, Any], lengths: Sequence[int]) -> None:
     """Refuse a checkpoint of a run that read its data in another order, and warn of other differences.
 
-    Args:
-        saved: Content of a checkpoint with progress.
-        path: Path of the checkpoint, for messages.
-        config: Config of this run.
-        lengths: Batches of an epoch of each training loader of this run.
-
     Raises:
-        ValueError: If processes, a key that decides about the order, or the training data differ.
+        ValueError: If the number of processes, a key that decides about the order, or the number of batches of an epoch
+            of each training loader (``lengths``) differs.
     """
     progress, world = saved["progress"], rank_and_world()[1]
     if len(progress["processes"]) != world:
@@ -135,16 +129,15 @@ def check_same_data(saved: Mapping[str, Any], path: str, config: Mapping[str, An
             f"run.resume_ckpt_path: {path} was written by {len(progress['processes'])} processes and this run has "
             f"{world}; start as many (torchrun --nproc_per_node)."
         )
-    for key, before, now in run_differences(saved["config"].get("run", {}), config.get("run", {})):
+    for key, before, now in run_differences(saved["config"], config):
         if key in _MUST_AGREE:
             raise ValueError(
                 f"run.{key}: {now!r} differs from {before!r} in {path}, and the order of the data follows from it; "
                 "set it back, or start a new run from these weights (model.finetuned)."
             )
         logging.warning("run.%s is %r now and was %r when %s was written", key, now, before, path)
-    for section in ("model", "datasets"):
-        if saved["config"].get(section) != config.get(section):
-            logging.warning("section %s differs from that of %s", section, path)
+    for section in differing_sections(saved["config"], config):
+        logging.warning("section %s differs from that of %s", section, path)
     if progress["lengths"] != lengths:
         raise ValueError(
             f"run.resume_ckpt_path: {path} was written with {progress['lengths']} training batches an epoch and there "
@@ -161,9 +154,15 @@ def check_tensor_names(progress: Mapping[str, Any], known: Collection[str], path
 
 
 def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return key, value before and value now of the differences of two sections ``run`` that a resumed run notices."""
-    keys = [key for key in {**before, **now} if key not in _MAY_DIFFER]
-    return [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
+    """Return key, earlier and present value of what differs in ``run`` of two configs and matters to a resumed run."""
+    there, here = before.get("run", {}), now.get("run", {})
+    keys = [key for key in {**there, **here} if key not in _MAY_DIFFER]
+    return [(key, there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)]
+
+
+def differing_sections(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return which of the sections ``model`` and ``datasets`` differ in two configs."""
+    return [section for section in ("model", "datasets") if before.get(section) != now.get(section)]
 
 
 def _unusable(path: str, key: str, value: Any, what: str) -> ValueError:
@@ -173,6 +172,15 @@ def _unusable(path: str, key: str, value: Any, what: str) -> ValueError:
     return ValueError(
         f"run.resume_ckpt_path: {path} has {key}: {written}, and it must be {what}; resume from another checkpoint of "
         "that run, or start a new one from its weights (model.finetuned)."
+    )
+
+
+def _is_optimizer(value: Any) -> bool:
+    groups = value.get("param_groups") if isinstance(value, Mapping) else None
+    return (
+        isinstance(groups, list)
+        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups)
+        and isinstance(value.get("state"), Mapping)
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from lavis_cir_plugin.core.checkpoints import verify_checkpoint, write_checkpoint
 from lavis_cir_plugin.core.locks import FileLock, holder_of
 from lavis_cir_plugin.report.run_log import EPOCHS, LOG, STEPS
-from lavis_cir_plugin.training.resume_checks import run_differences
+from lavis_cir_plugin.training.resume_checks import differing_sections, run_differences
 
 BEST, LAST, PREVIOUS = "checkpoint_best.pth", "checkpoint_last.pth", "checkpoint_previous.pth"
 CHECKPOINTS = (BEST, LAST, PREVIOUS)
@@ -65,7 +65,7 @@ def find_checkpoint(asked: str | None, output_dir: str, config: Mapping[str, Any
             return _last_whole(path)
         return _last_whole(path.parent) if path.name == LAST else path
     left: list[str] = []
-    for log in sorted(Path(output_dir).glob("*/log.txt"), key=os.path.getmtime, reverse=True):
+    for log in sorted(Path(output_dir).glob(f"*/{LOG}"), key=os.path.getmtime, reverse=True):
         if not _is_unfinished(log, config):
             continue
         reason = _reason_to_pass_by(log.parent, asked)
@@ -84,10 +84,7 @@ def _is_unfinished(log: Path, config: Mapping[str, Any]) -> bool:
         logged, _ = json.JSONDecoder().raw_decode(text)
     except ValueError:
         return False
-    differs = [
-        *run_differences(logged.get("run", {}), config.get("run", {})),
-        *(name for name in ("model", "datasets") if logged.get(name) != config.get(name)),
-    ]
+    differs = run_differences(logged, config) or differing_sections(logged, config)
     return not differs and _FINISHED not in text
 
 
