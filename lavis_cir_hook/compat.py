@@ -7,10 +7,11 @@ from which LAVIS imports them, and it gives LAVIS's own classes the methods that
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 # LAVIS's language models, those of them that call ``generate`` on themselves, and who imported BERT's tokenizer.
@@ -28,6 +29,8 @@ _GENERATING = (
     ("blip2_models.modeling_t5", "T5ForConditionalGeneration"),
 )
 _TOKENIZING = ("albef_models", "alpro_models", "blip_models.blip", "blip2_models.blip2")
+# These take nothing but np.Inf from numpy.
+_INFINITE = ("albef_models.albef_pretrain", "alpro_models.alpro_retrieval")
 
 
 def apply() -> bool:
@@ -58,10 +61,13 @@ def complete() -> None:
     """Give LAVIS's language models what newer base classes no longer have.
 
     4.50 took out ``generate``. LAVIS's ``prepare_inputs_for_generation`` passes on no cache, in 4.26 as here, so each
-    step reads the whole prefix. 5.0 took out masks and the tying of weights by ``get_output_embeddings``.
+    step reads the whole prefix. 5.0 took out masks and the tying of weights by ``get_output_embeddings``. numpy 2 took
+    out ``np.Inf``.
     """
     from transformers.generation import GenerationMixin
 
+    for name in _INFINITE:
+        _module(name).np = SimpleNamespace(Inf=math.inf)
     *berts, opt, t5 = (getattr(_module(name), model) for name, model in _GENERATING)
     for model in (*berts, opt, t5):
         if not hasattr(model, "generate"):

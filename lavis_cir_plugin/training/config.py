@@ -473,7 +473,8 @@ def _processor_problems(key: str, stage: str, processor: Any) -> Iterator[str]:
 def _run_conflicts(run: DictConfig, command: str) -> Iterator[str]:
     runner = registry.get_runner_class(run.runner)
     counts_iterations = issubclass(runner, RunnerIter)
-    required = ["init_lr", "batch_size_train"] if command == "train" else []
+    is_trained = command == "train" and not run.evaluate
+    required = ["init_lr", "batch_size_train"] if is_trained else []
     if counts_iterations:  # LAVIS's constructor reads these two in an evaluation too
         required += ["max_iters", "iters_per_inner_epoch"]
     elif command == "train" and (run.get("max_iters") is None or issubclass(runner, RunnerBase)):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -17,9 +18,10 @@ from lavis.common import logger as lavis_logger
 from lavis.common.registry import registry
 from lavis.datasets.datasets import dataloader_utils
 from lavis.runners import runner_base
+from lavis.runners.runner_iter import RunnerIter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint
 from lavis_cir_plugin.core.model_parts import frozen_names
@@ -46,7 +48,9 @@ class PortableRunner:
         super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
         if not self.cuda_enabled:
             # By default LAVIS's tasks move evaluation batches to a GPU, and its meters sum on a GPU.
-            task.evaluation = partial(task.evaluation, cuda_enabled=False)
+            # LAVIS's runner does not ask for the argument, so a user's task may lack it.
+            if _takes(task.evaluation, "cuda_enabled"):
+                task.evaluation = partial(task.evaluation, cuda_enabled=False)
             lavis_logger.SmoothedValue.synchronize_between_processes = _synchronize_meter
             # LAVIS's loader sleeps for two seconds before each epoch, for CUDA prefetching; it uses `time` for no more.
             dataloader_utils.time = SimpleNamespace(sleep=lambda seconds: None)
@@ -65,13 +69,29 @@ class PortableRunner:
 
     @property
     def dataloaders(self) -> Any:
-        """LAVIS's loaders by split; the log names the contents of each split in place of a number of "records"."""
+        """LAVIS's loaders by split; the log names the contents of each split in place of a number of "records".
+
+        Raises:
+            ValueError: If an epoch-based runner gets a stream, which has no end.
+        """
+        self._refuse_streams_in_epochs()
         root, words = logging.getLogger(), _SplitContents(self)
         root.addFilter(words)
         try:
             return super().dataloaders
         finally:
             root.removeFilter(words)
+
+    def _refuse_streams_in_epochs(self) -> None:
+        if self._dataloaders is not None or isinstance(self, RunnerIter):
+            return
+        streams = [name for name, splits in self.datasets.items() if isinstance(splits.get("train"), IterableDataset)]
+        if streams:
+            raise ValueError(
+                f"run.runner: {self.config.run_cfg.get('runner')} counts epochs, and datasets.{streams[0]} is a stream "
+                "without an end; choose runner_wrf4cir_iter or runner_iter, with run.max_iters and "
+                "run.iters_per_inner_epoch."
+            )
 
     def create_loaders(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Return LAVIS's loaders with a resumable order of the data, on a CPU without LAVIS's CUDA prefetcher."""
@@ -135,6 +155,11 @@ class _SplitContents(logging.Filter):
         if found:
             record.msg, record.args = f"{found[2]}: {_contents(self.runner.datasets[found[2]])}", ()
         return True
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def _contents(dataset: Any) -> str:

@@ -298,6 +298,16 @@ def test_lavis_own_recipes_are_let_through(recipe):
         assert config.read_config(str(RECIPES / recipe), []).run.task
 
 
+def test_an_evaluation_by_the_training_command_needs_no_training_settings(tmp_path):
+    """``run.evaluate: true`` lets LAVIS's loop evaluate ``valid_splits`` in the first epoch, and train nothing."""
+    options = ["run.device=cpu", "run.max_epoch=1"]
+    merged = config.read_config(str(RECIPES / "gpt/eval/dialogue_avsd_eval.yaml"), options)
+    config.check_values(complete(merged, tmp_path), "train")
+    merged.run.evaluate = False
+    with pytest.raises(config.ConfigError, match=r"run\.init_lr is missing"):
+        config.check_values(complete(merged, tmp_path), "train")
+
+
 def test_every_value_has_an_origin(tmp_path):
     """The seed is from the command line, the epochs from the file, the rest from three places of defaults."""
     path, options = PROJECTS / "wrf4cir/demo.yaml", ["run.seed=7"]

@@ -326,6 +326,9 @@ class PerturbedModel:
         optimizer: Optimizer with settings, chosen tensors and counters.
         loss_scale: Function that returns GradScaler's factor of the loss, so that fp16 gradients of the first pass do
             not underflow.
+
+    Raises:
+        ValueError: In the first call, if what the model returns holds no loss.
     """
 
     def __init__(self, model: nn.Module, optimizer: PerturbingOptimizer, loss_scale: Callable[[], float]) -> None:
@@ -336,6 +339,7 @@ class PerturbedModel:
         self.memo = FrozenMemo(model, self.device)
         self.moving = {id(weight) for weight in momentum_copies(without_ddp(model)).values()}
         self.places = list(tensor_places(model))
+        self.ascended: list[Tensor] | None = None  # losses of pairs of passes, if the step is checked
 
     def __getattr__(self, name: str) -> Any:
         """Return any other attribute of the model."""
@@ -359,6 +363,26 @@ class PerturbedModel:
             return self.model(samples)
         return functional_call(self.model, self._in_places(self._perturbed(direction)), (samples,), tie_weights=False)
 
+    def checked_step(self, step: Callable[..., Tensor], **arguments: Any) -> Tensor:
+        """Return the loss of a task's step, which may call this model any number of times.
+
+        Raises:
+            ValueError: If a part of that loss comes from elsewhere than the model's ``["loss"]``, of which alone the
+                direction is the gradient.
+        """
+        self.ascended = []
+        try:
+            loss = step(**arguments)
+            if self.ascended and not _flows_through(loss, self.ascended):
+                raise ValueError(
+                    "run.task: train_step adds something to model(samples)['loss'], and the direction of run.wrf is "
+                    f"the gradient of that loss alone; let {type(without_ddp(self.model)).__name__} return the whole "
+                    "loss, or set run.wrf.direction: random."
+                )
+            return loss
+        finally:
+            self.ascended = None
+
     def _in_two_passes(self, samples: dict[str, Any]) -> Any:
         if isinstance(self.model, DistributedDataParallel) and self.model.will_sync_module_buffers():
             self.model._sync_buffers()  # in the perturbed call, DDP would synchronise only the copies below
@@ -376,7 +400,10 @@ class PerturbedModel:
         new.update(self._perturbed(direction))
         with self.memo.replaying():
             # tie_weights would replace a module that is registered twice again, and restore the wrong tensor.
-            return functional_call(self.model, self._in_places(new), (samples,), tie_weights=False)
+            output = functional_call(self.model, self._in_places(new), (samples,), tie_weights=False)
+        if self.ascended is not None:
+            self.ascended.append(output["loss"])
+        return output
 
     def _perturbed(self, direction: list[Tensor]) -> dict[int, Tensor]:
         """Return the perturbed tensors by the ``id`` of the clean ones; none if the direction is not finite.
@@ -405,7 +432,7 @@ class PerturbedModel:
         model: Any = without_ddp(self.model)
         share = self.optimizer.settings.direction_share
         output = model(samples) if share == 1 else model.loss_of_share(samples, share)
-        loss = output["loss"] * scale
+        loss = _loss_in(output, model) * scale
         weights = list(self.optimizer.weights.values())
         gradients = list(torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True))
         if isinstance(self.model, DistributedDataParallel):
@@ -415,6 +442,33 @@ class PerturbedModel:
             parts = flat.split([gradient.numel() for gradient in gradients])
             gradients = [part.view(gradient.shape) for part, gradient in zip(parts, gradients)]
         return gradients
+
+
+def _loss_in(output: Any, model: nn.Module) -> Tensor:
+    try:
+        loss: Tensor = output["loss"]
+    except (KeyError, IndexError, TypeError) as error:
+        held = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
+        raise ValueError(
+            f"run.wrf perturbs along the gradient of model(samples)['loss'], and {type(model).__name__} returns a "
+            f"{type(output).__name__}{held}; let it return the loss under that name, or choose another model.arch."
+        ) from error
+    return loss
+
+
+def _flows_through(loss: Tensor, sources: list[Tensor]) -> bool:
+    """Return whether every path from a loss to a leaf of its graph passes through a source."""
+    seen = {source.grad_fn for source in sources}
+    left = [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if not node.next_functions:
+            return False
+        seen.add(node)
+        left += [inner for inner, _ in node.next_functions]
+    return True
 
 
 def _offers_loss_of_share(model: nn.Module) -> bool:

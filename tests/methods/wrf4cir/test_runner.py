@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import itertools
 import logging
 import random
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import webdataset
 from conftest import SMALL, TripletsInMemory, make_triplets
 from cuda_rehearsal import off_cuda, rehearsal
 from lavis.common.optims import LinearWarmupCosineLRScheduler
@@ -49,8 +51,8 @@ class Scored(BaseTask):
 def make_runner(tmp_path, small_model, triplets):
     """Return a factory of runners that train the small model for two epochs of three steps."""
 
-    def make(runner=RunnerWrf4Cir, task=None, model=None, splits=(), **run):
-        data = {"train": TripletsInMemory(triplets(12))}
+    def make(runner=RunnerWrf4Cir, task=None, model=None, splits=(), train=None, **run):
+        data = {"train": train or TripletsInMemory(triplets(12))}
         data.update({split: TripletsInMemory(triplets(4)) for split in splits})
         torch.manual_seed(7)
         model = model or small_model()
@@ -405,6 +407,68 @@ def test_a_task_that_does_not_call_its_model_is_told(make_runner):
     """Such a task would train without perturbation, logs or checkpoints, and nobody would notice."""
     with pytest.raises(ValueError, match=r"called its model for 0 of 3 training batches; .*train_step calls model"):
         train(make_runner(task=CallsAMethod()))
+
+
+class AddsALoss(BaseTask):
+    """Task that trains the model's loss, halved, and something else beside it."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def train_step(self, model, samples):
+        loss = 0.5 * (model(samples)["loss"] + model(samples)["loss"])
+        if self.weight is None:
+            return loss
+        return loss + self.weight * torch.stack([p.square().sum() for p in model.parameters()]).sum()
+
+
+def test_a_task_that_trains_more_than_the_models_loss_is_told(make_runner):
+    """The direction would be that of another loss than the trained one. A factor and a second call change no direction,
+    and where no gradient gives the direction, any loss is right."""
+    with pytest.raises(ValueError, match=r"train_step adds something to model\(samples\)\['loss'\].*let Blip2Cir"):
+        train(make_runner(task=AddsALoss(0.1)))
+    for task, wrf in ((AddsALoss(None), {"gamma": 0.05}), (AddsALoss(0.1), {"gamma": 0.05, "direction": "random"})):
+        runner = make_runner(task=task, max_epoch=1, wrf=wrf)
+        train(runner)
+        assert runner.optimizer.steps == {"perturbed": 6, "skipped": 0}
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"), [({"total": 1.0, "aux": 2.0}, "a dict with total, aux;"), ((1.0,), "a tuple;")]
+)
+def test_a_model_without_a_loss_is_told(returned, words, make_runner, small_model):
+    model = small_model()
+    model.forward = lambda samples: returned
+    with pytest.raises(ValueError, match=rf"gradient of model\(samples\)\['loss'\], and Blip2Cir returns {words}"):
+        train(make_runner(model=model))
+
+
+class OfAUser(BaseTask):
+    """Task that evaluates by the two arguments that LAVIS's runner gives, and no more."""
+
+    def evaluation(self, model, data_loader):
+        return [0]
+
+    def after_evaluation(self, **_):
+        return {"agg_metrics": 1.0}
+
+
+def test_a_task_whose_evaluation_knows_no_gpu_is_evaluated(make_runner):
+    runner = make_runner(task=OfAUser(), splits=("val",), max_epoch=1)
+    train(runner)
+    assert runner.best == {"epoch": 0, "metric": 1.0}
+
+
+def test_a_stream_is_trained_in_iterations_alone(make_runner, triplets):
+    """LAVIS's epochs end with an error about a length that no stream has."""
+    rows = TripletsInMemory(triplets(12))
+    stream = webdataset.DataPipeline(lambda: itertools.cycle(rows[index] for index in range(12)))
+    with pytest.raises(ValueError, match=r"counts epochs, and datasets\.triplets is a stream .*runner_wrf4cir_iter"):
+        train(make_runner(train=stream))
+    counted = make_runner(RunnerWrf4CirIter, train=stream, max_iters=2, iters_per_inner_epoch=2)
+    train(counted)
+    assert counted.optimizer.steps == {"perturbed": 2, "skipped": 0}
 
 
 @pytest.mark.parametrize("counted", [{}, {"runner": RunnerWrf4CirIter, "max_iters": 6, "iters_per_inner_epoch": 3}])
