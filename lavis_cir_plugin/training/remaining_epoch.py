@@ -60,7 +60,8 @@ class RemainingEpoch:
             own = resumed["processes"][get_rank()]
             self.random_state = own["random_state"]
             self.meters.update({name: tuple(meter) for name, meter in own["meters"].items()})
-        self.loss: Tensor | None = None
+        self.loss: Tensor | None = None  # of the batch in training
+        self.is_called = False  # whether the task has called the model with it
         self.outputs: dict[str, Tensor] = {}  # numbers that the model returned beside the loss
         self.not_finite = 0  # number of successive losses that were not finite
 
@@ -131,14 +132,15 @@ class RemainingEpoch:
         schedule.step(cur_epoch=cur_epoch, cur_step=cur_step + self.skipped)
 
     def _finish_batch(self, loss: Tensor) -> None:
-        numbers = torch.stack([loss.float(), *(value.float() for value in self.outputs.values())]).tolist()
+        tensors = [value.float().to(loss.device).reshape(()) for value in (loss, *self.outputs.values())]
+        numbers = torch.stack(tensors).tolist()
         values = {"lr": self.optimizer.param_groups[0]["lr"], "loss": numbers[0]}
         self._check_finite(values["loss"])
         add_batch(self.meters, values, dict(zip(self.outputs, numbers[1:])))
         if self.runner.run_log is not None:
             measured = getattr(self.optimizer, "measured", {})
             self.runner.run_log.log_step(self.batches_done, self.epoch, {**values, **measured})
-        self.loss = None
+        self.loss, self.is_called = None, False
         self.done += 1
         self.bar.update()
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
@@ -227,16 +229,13 @@ class _CountedModel:
     def __call__(self, samples: dict[str, Any]) -> Any:
         part = self.part
         if part.skipped:
-            samples["iters"] += part.skipped
-            samples["num_iters_per_epoch"] = part.total
+            samples["iters"], samples["num_iters_per_epoch"] = part.done, part.total
         output = part.model(samples)
-        part.loss = output["loss"].detach()
+        part.is_called = True
         items = output.items() if isinstance(output, Mapping) else ()
-        part.outputs = {
-            name: value.detach()
-            for name, value in items
-            if name != "loss" and isinstance(value, Tensor) and value.dim() == 0
-        }
+        numbers = {name: value.detach() for name, value in items if isinstance(value, Tensor)}
+        part.loss = numbers.pop("loss", None)
+        part.outputs = {name: value for name, value in numbers.items() if value.dim() == 0}
         return output
 
     def __getattr__(self, name: str) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Optional
 
 from lavis.common.dist_utils import get_rank, is_main_process, main_process
-from torch import nn
+from torch import Tensor, nn
 
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint
 from lavis_cir_plugin.core.model_parts import frozen_names, momentum_copies
@@ -204,17 +204,26 @@ class ResumableRunner(PortableRunner):
         if resumed is None and place != self._begin:
             self.save_last(place, 0, {})
         self._trained = part
-        stock = getattr(self.task, name)
+        stock, step = getattr(self.task, name), self.task.train_step
         setattr(self.task, name, lambda **arguments: stock(**part.arguments(arguments)))
+        self.task.train_step = partial(self.train_step, part, step)
         try:
             stats = part.skip_all() if part.skipped == total else run()
             part.finish()
         finally:
             delattr(self.task, name)
+            del self.task.train_step
             part.bar.close()
         if self.valid_splits and part.skipped < total:  # an interrupted validation must not lose the epoch
             self.save_last(place, total, part.meters)
         return part.completed(stats)
+
+    def train_step(self, part: RemainingEpoch, stock: Callable[..., Tensor], **arguments: Any) -> Tensor:
+        """Run the task's own step, in whose place LAVIS's loop calls this one, and log the loss that it returns."""
+        loss = stock(**arguments)
+        if part.is_called:  # the task may have a factor before model(samples)["loss"], or another loss
+            part.loss = loss.detach()
+        return loss
 
     def training_model(self, model: Any, scaler: Any) -> Callable[[dict[str, Any]], Any]:
         """Return the callable that LAVIS's loop calls as the model.

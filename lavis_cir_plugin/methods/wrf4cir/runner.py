@@ -17,10 +17,11 @@ from torch import Tensor
 
 from lavis_cir_plugin.core.error_messages import first_line
 from lavis_cir_plugin.core.settings import PositiveNumber, Section
-from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbedModel, PerturbingOptimizer
+from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.report.curves import Panel
 from lavis_cir_plugin.report.sheet_layout import GREY
+from lavis_cir_plugin.training.remaining_epoch import RemainingEpoch
 from lavis_cir_plugin.training.resumable_runner import ResumableRunner
 
 
@@ -67,11 +68,6 @@ class PerturbingRunner(ResumableRunner):
         Panel("cos(g, g')", (("cosine", "", GREY),), by_batch=True),
     )
 
-    def __init__(self, cfg: Any, task: Any, model: Any, datasets: Any, job_id: str) -> None:
-        super().__init__(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
-        self._perturbed: PerturbedModel | None = None  # the model of the present epoch
-        task.train_step = partial(self._train_step, task.train_step)
-
     @property
     def optimizer(self) -> PerturbingOptimizer:
         """LAVIS's AdamW inside the wrapper that owns the perturbation."""
@@ -103,12 +99,11 @@ class PerturbingRunner(ResumableRunner):
 
     def training_model(self, model: Any, scaler: Any) -> Callable[[dict[str, Any]], Any]:
         """Return the callable that runs the model at perturbed weights."""
-        self._perturbed = self.optimizer.perturb(model, scaler.get_scale if scaler is not None else lambda: 1.0)
-        return self._perturbed
+        return self.optimizer.perturb(model, scaler.get_scale if scaler is not None else lambda: 1.0)
 
-    def _train_step(self, stock: Callable[..., Tensor], **arguments: Any) -> Tensor:
+    def train_step(self, part: RemainingEpoch, stock: Callable[..., Tensor], **arguments: Any) -> Tensor:
         """Run the task's own step, whose loss must be the one that is perturbed."""
-        return stock(**arguments) if self._perturbed is None else self._perturbed.checked_step(stock, **arguments)
+        return super().train_step(part, partial(part.model.checked_step, stock), **arguments)
 
 
 def _fused(stock: torch.optim.AdamW, is_wanted: bool | None) -> torch.optim.AdamW:

@@ -27,6 +27,7 @@ from torch.utils.data import default_collate
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.runner import RunnerWrf4Cir, RunnerWrf4CirIter
+from lavis_cir_plugin.report.run_log import read_epochs, read_steps
 from lavis_cir_plugin.training.resumable_runner import ResumableRunner, resumable
 
 
@@ -442,6 +443,26 @@ def test_a_model_without_a_loss_is_told(returned, words, make_runner, small_mode
     model.forward = lambda samples: returned
     with pytest.raises(ValueError, match=rf"gradient of model\(samples\)\['loss'\], and Blip2Cir returns {words}"):
         train(make_runner(model=model))
+
+
+class OfAnotherKey(BaseTask):
+    """Task that trains twice another number than ``["loss"]``, as a tensor of one dimension."""
+
+    def train_step(self, model, samples):
+        return 2 * model(samples)["total"][None]
+
+
+@pytest.mark.parametrize("has_loss", [True, False])
+def test_the_loss_that_a_task_trains_is_logged(has_loss, make_runner, small_model):
+    """The model's number stands beside it under its own name."""
+    model = small_model()
+    stock = model.forward
+    model.forward = lambda samples: {"total": stock(samples)["loss"], **({"loss": torch.zeros(1)} if has_loss else {})}
+    runner = make_runner(resumable(RunnerBase), task=OfAnotherKey(), model=model, max_epoch=1)
+    train(runner)
+    log, totals = read_steps(runner.folder / "steps.csv"), read_epochs(runner.folder / "epochs.csv")["train"]["total"]
+    assert sum(log["loss"]) / 3 == pytest.approx(2 * totals[0], rel=1e-4)
+    assert "train_step" not in vars(runner.task)
 
 
 class OfAUser(BaseTask):
