@@ -44,6 +44,7 @@ def _run(args: argparse.Namespace) -> None:
     _check(args, output, images, sheet)
 
     from lavis_cir_plugin.core.atomic_files import replace_file
+    from lavis_cir_plugin.core.error_messages import option
     from lavis_cir_plugin.methods.tscir.synthetic_triplets import ClipTextFeatures, make_triplets
     from lavis_cir_plugin.methods.tscir.triplets_file import (
         as_json_lines,
@@ -69,11 +70,13 @@ def _run(args: argparse.Namespace) -> None:
         print("Train with these options, in place of IMAGES the folder of the images:")
     else:
         print("Train with these options:")
-    options = {"root": output.parent, "images": images or "IMAGES"}
-    if images is not None and images.resolve() == (output.parent / "images").resolve():
-        del options["images"]
-    words = [shlex.quote(f"datasets.triplets.build_info.{key}={folder}") for key, folder in options.items()]
-    print(" ".join(["--options", *words]))
+    section = "datasets.triplets.build_info"
+    options = [option(f"{section}.root", os.path.abspath(output.parent))]
+    if images is None:
+        options.append(f"{section}.images=IMAGES")
+    elif images.resolve() != (output.parent / "images").resolve():
+        options.append(option(f"{section}.images", os.path.abspath(images)))
+    print(shlex.join(["--options", *options]))
 
 
 def _check(args: argparse.Namespace, output: Path, images: Path | None, sheet: Path | None) -> None:
