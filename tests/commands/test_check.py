@@ -274,7 +274,9 @@ def test_the_last_line_trains_on_what_is_there(tmp_path: Path, capsys: pytest.Ca
     assert pasted(run(capsys, root)[0]) == ("lavis.train", [])
 
 
-def test_the_last_line_names_a_folder_that_yaml_would_read_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_last_line_names_a_folder_that_yaml_would_read_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """YAML takes what follows ' #' for a comment, so that another folder would be trained on."""
     root = tmp_path / "data #2"
     write_fashioniq(root)
