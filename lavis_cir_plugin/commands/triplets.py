@@ -8,6 +8,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from lavis_cir_plugin.core.atomic_files import check_writable, replace_file
+from lavis_cir_plugin.core.error_messages import option
+
 
 def add_command(subparsers: Any) -> None:
     """Add ``lavis-cir triplets`` to the sub-commands."""
@@ -41,10 +44,8 @@ def _run(args: argparse.Namespace) -> None:
     path, output = Path(os.path.expanduser(args.captions)), Path(os.path.expanduser(args.output)) / "train.jsonl"
     images = Path(os.path.expanduser(args.images)) if args.images else None
     sheet = Path(os.path.expanduser(args.contact_sheet)) if args.contact_sheet else None
-    _check(args, output, images, sheet)
+    _check(args, path, output, images, sheet)
 
-    from lavis_cir_plugin.core.atomic_files import replace_file
-    from lavis_cir_plugin.core.error_messages import option
     from lavis_cir_plugin.methods.tscir.synthetic_triplets import ClipTextFeatures, make_triplets
     from lavis_cir_plugin.methods.tscir.triplets_file import (
         as_json_lines,
@@ -79,7 +80,7 @@ def _run(args: argparse.Namespace) -> None:
     print(shlex.join(["--options", *options]))
 
 
-def _check(args: argparse.Namespace, output: Path, images: Path | None, sheet: Path | None) -> None:
+def _check(args: argparse.Namespace, captions: Path, output: Path, images: Path | None, sheet: Path | None) -> None:
     if args.count < 1:
         raise ValueError(f"--count must be a whole number >= 1, got {args.count}.")
     if args.similarity is not None and not -1 <= args.similarity <= 1:
@@ -88,6 +89,8 @@ def _check(args: argparse.Namespace, output: Path, images: Path | None, sheet: P
         raise ValueError("--clip-model and --pretrained need each other: a model of open_clip, and its tag or file.")
     if output.exists() and not args.overwrite:
         raise ValueError(f"{output} exists; choose another --output, or give --overwrite.")
+    if output.resolve() == captions.resolve():
+        raise ValueError(f"{output} is the file of captions itself, which would be lost; take another --output.")
     if images is not None and not images.is_dir():
         raise ValueError(f"--images {images} is no folder; give the folder of the images.")
     if sheet is not None and images is None:
@@ -96,3 +99,5 @@ def _check(args: argparse.Namespace, output: Path, images: Path | None, sheet: P
         raise ValueError(f"--contact-sheet {sheet}: the picture is a PNG; choose a name that ends in .png.")
     if sheet is not None and images is not None and images.resolve() in sheet.resolve().parents:
         raise ValueError(f"--contact-sheet {sheet} lies inside --images {images}, as one more image; choose another.")
+    for place in filter(None, (output, sheet)):
+        check_writable(place)

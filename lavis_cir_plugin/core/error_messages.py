@@ -28,9 +28,14 @@ def did_you_mean(word: Any, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else "."
 
 
+def as_json(value: Any) -> str:
+    """Return a value as JSON on one line, with escapes for characters that a terminal does not print."""
+    return printable(json.dumps(value, ensure_ascii=False, default=str))
+
+
 def shown(value: Any) -> str:
-    """Return a value for an error message as JSON of at most 80 characters, with escapes for unprintable ones."""
-    text = printable(json.dumps(value, ensure_ascii=False, default=str))
+    """Return the JSON of a value for an error message, cut to 80 characters."""
+    text = as_json(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
