@@ -52,7 +52,7 @@ def _print_whatever_comes() -> None:
 
 def _sentence(error: ValueError | OSError) -> str:
     """Return the message of an error; the system's own ones have a number, a reason and perhaps a path."""
-    if not isinstance(error, OSError) or error.strerror is None:
+    if not isinstance(error, OSError) or error.errno is None or error.strerror is None:
         return str(error)
     if error.strerror != os.strerror(error.errno):
         return error.strerror
