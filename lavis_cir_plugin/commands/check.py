@@ -21,7 +21,7 @@ from lavis_cir_plugin import benchmarks
 from lavis_cir_plugin.benchmarks.images import image_problems
 from lavis_cir_plugin.benchmarks.survey import Checklist, Usage, surveying
 from lavis_cir_plugin.benchmarks.types import Group, without_missing
-from lavis_cir_plugin.core.error_messages import listed
+from lavis_cir_plugin.core.error_messages import listed, option
 
 MANY_FOLDERS = 4
 
@@ -254,7 +254,7 @@ def _options(name: str, findings: Findings, root: Path, splits: Collection[str])
     if not parts:
         return None
     keys = f"datasets.{name}.build_info"
-    options = [f"{keys}.root={os.path.abspath(root)}"]
+    options = [option(f"{keys}.root", os.path.abspath(root))]
     if len(parts) < len(data_set.parts):
         options.append(f"{keys}.categories=[{','.join(parts)}]")
     if not all(findings.readings[way.label, part].is_complete for way in ways for part in parts):

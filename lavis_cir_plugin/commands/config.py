@@ -29,7 +29,13 @@ def add_command(subparsers: Any) -> None:
 def _show(args: argparse.Namespace) -> None:
     """Print the config, then raise ValueError if its check fails; nothing is built."""
     if args.schema == (args.project is not None):
-        raise ValueError("config takes either a project, such as projects/wrf4cir/demo.yaml, or --schema; give one.")
+        raise ValueError(
+            "config takes either a project before --options, such as projects/wrf4cir/demo.yaml, or --schema; give one."
+        )
+    if args.schema and (args.options or args.evaluate):
+        raise ValueError(
+            "config --schema is of every project and reads neither --options nor --evaluate; leave them out."
+        )
     from lavis_cir_plugin.training import reference
 
     if args.schema:
@@ -37,7 +43,7 @@ def _show(args: argparse.Namespace) -> None:
         return
     from omegaconf import OmegaConf
 
-    from lavis_cir_plugin.core.error_messages import shown
+    from lavis_cir_plugin.core.error_messages import as_json
     from lavis_cir_plugin.report.run_record import flat
     from lavis_cir_plugin.training import config
     from lavis_cir_plugin.training.launcher import find_config
@@ -49,5 +55,5 @@ def _show(args: argparse.Namespace) -> None:
     origins = config.origins(args.project, OmegaConf.load(path), args.options, values)
     for key, value in values.items():
         sentence = reference.meaning_of(key, content)
-        print(f"{key}: {shown(value)}  # {origins[key]}{sentence and f'. {sentence}'}")
+        print(f"{key}: {as_json(value)}  # {origins[key]}{sentence and f'. {sentence}'}")
     config.check_values(complete, "evaluate" if args.evaluate else "train")

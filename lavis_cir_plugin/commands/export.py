@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,17 +29,13 @@ def add_command(subparsers: Any) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from lavis_cir_plugin import load_run
+    from lavis_cir_plugin.core.atomic_files import check_new_folder, new_folder
 
     output = Path(os.path.expanduser(args.output)).absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output {output} exists and is not an empty folder; choose another.")
+    check_new_folder(output)
     model = load_run(args.run_or_checkpoint).model
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as staging:
-        content = Path(staging) / "content"
-        content.mkdir()
+    with new_folder(output) as content:
         _WRITERS[args.format](model, content)
-        os.replace(content, output)
     print(f"{output}: {', '.join(sorted(found.name for found in output.iterdir()))}")
 
 

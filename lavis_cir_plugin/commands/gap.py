@@ -32,24 +32,33 @@ def _compare(args: argparse.Namespace) -> None:
     if args.batches < 0:
         raise ValueError(f"--batches must be a whole number >= 0, got {args.batches}.")
 
-    from lavis_cir_plugin.core.atomic_files import replace_file
+    from lavis_cir_plugin.core.atomic_files import check_writable, replace_file
+    from lavis_cir_plugin.core.error_messages import printable
     from lavis_cir_plugin.methods.wrf4cir.generalisation_gap import (
         draw_gap,
         gap_table,
+        is_points_csv,
         logged_epochs,
         points_csv,
         read_run,
         selection_metric,
         with_losses,
     )
+    from lavis_cir_plugin.report.run_record import folders_of_runs, told_apart
 
-    folders = [Path(os.path.expanduser(name)) for name in args.runs]
+    points = output.with_suffix(".csv")
+    check_writable(output)
+    check_writable(points)
+    if points.exists() and not is_points_csv(points):
+        raise ValueError(f"--output {output}: its numbers would replace {points}, another kind of file; take another.")
+    folders = folders_of_runs(args.runs)
+    labels = [printable(name) for name in told_apart(folders)]
     metric = args.metric or selection_metric(logged_epochs(folders[0])["val"])
-    runs = [read_run(folder, metric) for folder in folders]
+    runs = [read_run(folder, metric, label) for folder, label in zip(folders, labels)]
     if args.batches:
         runs = [with_losses(run, folder, args.batches) for run, folder in zip(runs, folders)]
     draw_gap(runs, metric, output)
-    replace_file(output.with_suffix(".csv"), points_csv(runs, metric).encode())
+    replace_file(points, points_csv(runs, metric).encode())
     notes = [f"{run.label}: {note}" for run in runs for note in run.notes]
-    written = f"Written: {output} and {output.with_suffix('.csv').name}"
+    written = f"Written: {output} and {points.name}"
     print("\n".join([gap_table(runs, metric), *(["", *notes] if notes else []), "", written]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +26,7 @@ def _export(args: argparse.Namespace) -> None:
     from lavis.tasks.base_task import BaseTask
     from omegaconf import OmegaConf
 
+    from lavis_cir_plugin.core.atomic_files import check_new_folder, new_folder
     from lavis_cir_plugin.training.lora import (
         LoraSettings,
         build_model,
@@ -38,8 +38,7 @@ def _export(args: argparse.Namespace) -> None:
 
     path = checkpoint_in(Path(os.path.expanduser(args.run_or_checkpoint)))
     output = Path(os.path.expanduser(args.output)).absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output {output} exists and is not an empty folder; choose another.")
+    check_new_folder(output)
     saved = read_lora_checkpoint(str(path))
     if saved is None:
         raise ValueError(f"{path} holds no LoRA adapters (or is no checkpoint); name one of a run with run.lora.")
@@ -47,13 +46,9 @@ def _export(args: argparse.Namespace) -> None:
     model_cfg = OmegaConf.create({**sections["model"], "load_finetuned": True, "finetuned": str(path)})
     run_cfg = OmegaConf.create(sections["run"])
     model = build_model(BaseTask(), SimpleNamespace(model_cfg=model_cfg, run_cfg=run_cfg))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as staging:
-        content = Path(staging) / "content"
-        content.mkdir()
+    with new_folder(output) as content:
         if args.merge:
             torch.save({"model": merged_state(model)}, content / "checkpoint_merged.pth")
         else:
             write_peft_folder(model, LoraSettings(**sections["run"]["lora"]), content)
-        os.replace(content, output)
     print(f"{output}: {', '.join(sorted(found.name for found in output.iterdir()))}")

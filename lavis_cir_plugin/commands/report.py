@@ -31,15 +31,12 @@ def _report(args: argparse.Namespace) -> None:
     from lavis_cir_plugin.core.error_messages import size_text
     from lavis_cir_plugin.report.html_parts import Thumbnails
     from lavis_cir_plugin.report.query_results import TOP
+    from lavis_cir_plugin.report.run_record import folders_of_runs
     from lavis_cir_plugin.report.run_report import read_run, report
 
     if not 1 <= args.images <= TOP:
         raise ValueError(f"--images must be a whole number from 1 to {TOP}, got {args.images}.")
-    folders = [Path(os.path.expanduser(name)) for name in args.runs]
-    places = [folder.resolve() for folder in folders]
-    twice = [folder for folder, place in zip(folders, places) if places.count(place) > 1]
-    if twice:
-        raise ValueError(f"{twice[-1]} is named twice; name each run once.")
+    folders = folders_of_runs(args.runs)
     embed = Thumbnails()
     page = report([read_run(folder) for folder in folders], args.queries, args.images, embed)
     content = page.encode(errors="replace")  # the name of a folder may be no text

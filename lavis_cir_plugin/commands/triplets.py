@@ -8,6 +8,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from lavis_cir_plugin.core.atomic_files import check_writable, replace_file
+from lavis_cir_plugin.core.error_messages import option
+
 
 def add_command(subparsers: Any) -> None:
     """Add ``lavis-cir triplets`` to the sub-commands."""
@@ -41,9 +44,8 @@ def _run(args: argparse.Namespace) -> None:
     path, output = Path(os.path.expanduser(args.captions)), Path(os.path.expanduser(args.output)) / "train.jsonl"
     images = Path(os.path.expanduser(args.images)) if args.images else None
     sheet = Path(os.path.expanduser(args.contact_sheet)) if args.contact_sheet else None
-    _check(args, output, images, sheet)
+    _check(args, path, output, images, sheet)
 
-    from lavis_cir_plugin.core.atomic_files import replace_file
     from lavis_cir_plugin.methods.tscir.synthetic_triplets import ClipTextFeatures, make_triplets
     from lavis_cir_plugin.methods.tscir.triplets_file import (
         as_json_lines,
@@ -69,14 +71,16 @@ def _run(args: argparse.Namespace) -> None:
         print("Train with these options, in place of IMAGES the folder of the images:")
     else:
         print("Train with these options:")
-    options = {"root": output.parent, "images": images or "IMAGES"}
-    if images is not None and images.resolve() == (output.parent / "images").resolve():
-        del options["images"]
-    words = [shlex.quote(f"datasets.triplets.build_info.{key}={folder}") for key, folder in options.items()]
-    print(" ".join(["--options", *words]))
+    section = "datasets.triplets.build_info"
+    options = [option(f"{section}.root", os.path.abspath(output.parent))]
+    if images is None:
+        options.append(f"{section}.images=IMAGES")
+    elif images.resolve() != (output.parent / "images").resolve():
+        options.append(option(f"{section}.images", os.path.abspath(images)))
+    print(shlex.join(["--options", *options]))
 
 
-def _check(args: argparse.Namespace, output: Path, images: Path | None, sheet: Path | None) -> None:
+def _check(args: argparse.Namespace, captions: Path, output: Path, images: Path | None, sheet: Path | None) -> None:
     if args.count < 1:
         raise ValueError(f"--count must be a whole number >= 1, got {args.count}.")
     if args.similarity is not None and not -1 <= args.similarity <= 1:
@@ -85,6 +89,8 @@ def _check(args: argparse.Namespace, output: Path, images: Path | None, sheet: P
         raise ValueError("--clip-model and --pretrained need each other: a model of open_clip, and its tag or file.")
     if output.exists() and not args.overwrite:
         raise ValueError(f"{output} exists; choose another --output, or give --overwrite.")
+    if output.resolve() == captions.resolve():
+        raise ValueError(f"{output} is the file of captions itself, which would be lost; take another --output.")
     if images is not None and not images.is_dir():
         raise ValueError(f"--images {images} is no folder; give the folder of the images.")
     if sheet is not None and images is None:
@@ -93,3 +99,5 @@ def _check(args: argparse.Namespace, output: Path, images: Path | None, sheet: P
         raise ValueError(f"--contact-sheet {sheet}: the picture is a PNG; choose a name that ends in .png.")
     if sheet is not None and images is not None and images.resolve() in sheet.resolve().parents:
         raise ValueError(f"--contact-sheet {sheet} lies inside --images {images}, as one more image; choose another.")
+    for place in filter(None, (output, sheet)):
+        check_writable(place)

@@ -1,4 +1,4 @@
-"""Write parts of messages: values, sizes, lists of names, the nearest known word, and the first line of an error."""
+"""Write parts of messages: values, sizes, options, lists of names, the nearest word, and the first line of an error."""
 
 from __future__ import annotations
 
@@ -28,10 +28,28 @@ def did_you_mean(word: Any, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else "."
 
 
+def as_json(value: Any) -> str:
+    """Return a value as JSON on one line, with escapes for characters that a terminal does not print."""
+    return printable(json.dumps(value, ensure_ascii=False, default=str))
+
+
 def shown(value: Any) -> str:
-    """Return a value for an error message as JSON of at most 80 characters, with escapes for unprintable ones."""
-    text = printable(json.dumps(value, ensure_ascii=False, default=str))
+    """Return the JSON of a value for an error message, cut to 80 characters."""
+    text = as_json(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def option(key: str, text: object) -> str:
+    """Return ``key=text`` for ``--options``, with the text in quotes unless YAML reads it as it stands.
+
+    Examples:
+        >>> option("run.output_dir", "/data/runs"), option("run.output_dir", "/data/run #2")
+        ('run.output_dir=/data/runs', 'run.output_dir="/data/run #2"')
+    """
+    # Config values may refer to others by ${...}; a backslash before it, itself doubled, makes it plain text.
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(text))
+    is_plain = re.fullmatch(r"/(?:[\w/.@+~-]|\b \b)*", escaped)
+    return f"{key}={escaped if is_plain else json.dumps(escaped, ensure_ascii=False)}"
 
 
 def printable(value: Any) -> str:

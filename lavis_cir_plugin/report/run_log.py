@@ -216,8 +216,12 @@ def _read_rows(path: Path, name: str, parse: Callable[[list[str]], Any]) -> tupl
     """Return the header of a log file and its parsed rows."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a training run writes it into its folder.")
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = file.read().split("\n")[:-1]  # text after the last line end is empty or cut off
+    content = path.read_bytes()
+    try:
+        text = content[: content.rfind(b"\n") + 1].decode()  # what follows is a line that was cut off, or nothing
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged or no {name} of a run: byte {error.start} is no text.") from error
+    lines = text.split("\n")[:-1]
     known = _COLUMNS[name]
     header, *rows = csv.reader(lines) if lines else [list(known)]
     if tuple(header[: len(known)]) != known:

@@ -22,6 +22,28 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 logger = logging.getLogger(__name__)
 
 
+def folders_of_runs(paths: Sequence[str]) -> list[Path]:
+    """Return the folders of runs that a command line names.
+
+    Raises:
+        ValueError: If one is named twice, be it by two paths.
+    """
+    folders = [Path(os.path.expanduser(path)) for path in paths]
+    places = [folder.resolve() for folder in folders]
+    twice = [folder for folder, place in zip(folders, places) if places.count(place) > 1]
+    if twice:
+        raise ValueError(f"{twice[-1]} is named twice; name each run once.")
+    return folders
+
+
+def told_apart(folders: Sequence[Path]) -> list[str]:
+    """Return a name for each run: as many of the last folders of their paths as tell them apart."""
+    paths = [folder.resolve().parts for folder in folders]
+    depths = range(1, max(map(len, paths)) + 1)
+    depth = next((depth for depth in depths if len({parts[-depth:] for parts in paths}) == len(paths)), 1)
+    return [Path(*parts[-depth:]).as_posix() for parts in paths]
+
+
 def begin(
     folder: Path, command: Sequence[str], config: Mapping[str, Any], origins: Mapping[str, str], processes: int = 1
 ) -> None:

@@ -110,7 +110,8 @@ def report(
         images: How many images of each ranking.
         embed: Makes pictures small; a new one by default. Afterwards it says which pictures could not be read.
     """
-    runs = _told_apart(runs)
+    labels = run_record.told_apart([run.folder for run in runs])
+    runs = [replace(run, label=label) for run, label in zip(runs, labels)]
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs side by side"
     sections = {
@@ -129,14 +130,6 @@ def report(
     )
     head = f"<header><p>lavis_cir_plugin report</p><h1>{escaped(title)}</h1><nav>{links}</nav></header>"
     return page(title, css, f"{head}<main>{body}</main>")
-
-
-def _told_apart(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs, labelled by as many of the last folders of their paths as tell them apart."""
-    paths = [run.folder.resolve().parts for run in runs]
-    depths = range(1, max(map(len, paths)) + 1)
-    depth = next((depth for depth in depths if len({parts[-depth:] for parts in paths}) == len(runs)), 1)
-    return [replace(run, label=Path(*parts[-depth:]).as_posix()) for run, parts in zip(runs, paths)]
 
 
 def _chip(runs: Sequence[Run], index: int) -> str:

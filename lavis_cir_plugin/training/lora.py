@@ -140,6 +140,8 @@ def build_model(task: Any, cfg: Any, base: str | None = None) -> nn.Module:
         ValueError: If ``run.lora`` does not fit the model or the checkpoint, or if a checkpoint with adapters is given
             without ``run.lora``.
     """
+    from lavis.common.registry import registry
+
     path = _finetuned(cfg.model_cfg)
     saved = read_lora_checkpoint(path) if path else None
     if cfg.run_cfg.get("lora") is None:
@@ -158,7 +160,10 @@ def build_model(task: Any, cfg: Any, base: str | None = None) -> nn.Module:
         first = _first_run(saved)
         seed = int(first["run"].get("seed", seed))
         base = base or _finetuned(first["model"])
-        below = OmegaConf.merge(cfg.model_cfg, {"load_finetuned": base is not None, "finetuned": base})
+        # The checkpoint holds the content of these files, so the files need not exist any more.
+        kept = getattr(registry.get_model_class(cfg.model_cfg.get("arch")), "kept_in_checkpoints", ())
+        start = {"load_finetuned": base is not None, "finetuned": base, **{key: None for key in kept}}
+        below = OmegaConf.merge(cfg.model_cfg, start)
         _warn_of_other_frozen_weights(below, first["model"])
         cfg = SimpleNamespace(model_cfg=below, run_cfg=cfg.run_cfg)
     with torch.random.fork_rng(devices=[]):
@@ -278,7 +283,8 @@ def write_peft_folder(model: nn.Module, lora: LoraSettings, folder: Path) -> Non
     frozen = frozen_names(model)
     outside = model.state_dict().items()
     state.update({name: tensor for name, tensor in outside if name not in frozen and ".lora_" not in name})
-    tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}
+    # safetensors refuses tensors that share memory, as the names of a tied one do.
+    tensors = {f"base_model.model.{name}": tensor.contiguous().clone() for name, tensor in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     LoraConfig(**lora.peft_fields(), inference_mode=True).save_pretrained(str(folder))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import REAL, real_folder
+from omegaconf import OmegaConf
 from PIL import Image
 
 from lavis_cir_plugin import PROJECTS
@@ -271,6 +272,17 @@ def test_the_last_line_trains_on_what_is_there(tmp_path: Path, capsys: pytest.Ca
     assert (output.splitlines()[-1], code) == (f"lavis-cir check '{root}' --verify", 1)
     shutil.rmtree(root / "captions")
     assert pasted(run(capsys, root)[0]) == ("lavis.train", [])
+
+
+def test_the_last_line_names_a_folder_that_yaml_would_read_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """YAML takes what follows ' #' for a comment, so that another folder would be trained on."""
+    root = tmp_path / "data #2"
+    write_fashioniq(root)
+    _, (root_option,) = pasted(run(capsys, root)[0])
+    read = OmegaConf.from_dotlist([root_option])
+    assert read.datasets.fashioniq.build_info.root == str(root)
 
 
 def test_every_data_set_has_a_command(tmp_path: Path):

@@ -25,6 +25,18 @@ def test_every_value_has_its_origin_and_its_sentence(capsys: pytest.CaptureFixtu
     assert lines[size] == "64  # default of the data set. Pixels per side of the result."
 
 
+def test_a_long_value_is_printed_whole(capsys: pytest.CaptureFixture[str]):
+    folder = "/data/" + "long" * 40
+    main.main(["config", DEMO, "--options", f"run.output_dir={folder}"])
+    assert f'run.output_dir: "{folder}"  # --options.' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [["--evaluate"], ["--options", "run.seed=1"]])
+def test_the_schema_takes_no_option_that_it_would_ignore(more: list[str]):
+    with pytest.raises(SystemExit, match="reads neither --options nor --evaluate"):
+        main.main(["config", "--schema", *more])
+
+
 def test_a_wrong_value_ends_the_command_with_its_sentence(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match=r"run\.seed must be a whole number >= 0 and <= 4294967295, got -1"):
         main.main(["config", DEMO, "--options", "run.seed=-1"])

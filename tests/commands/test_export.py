@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 
 import pytest
 import torch
@@ -114,3 +116,24 @@ def test_what_is_no_run_and_a_folder_in_use_are_refused(run, tmp_path):
         export(tmp_path / "base", tmp_path / "out", "lavis")
     with pytest.raises(SystemExit, match="is not an empty folder"):
         export(folder, folder, "lavis")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(form, run, tmp_path):
+    """To the writers, a limit on the size of files looks like a full disk; each of them has another error for it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match=r"lavis-cir: .*out could not be written: .*; free some space there or"):
+            export(run[0], tmp_path / "out", form)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("lavis_cir_plugin.load_run", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"file/deep/out could not be written: Not a directory; free some space"):
+        export(run[0], tmp_path / "file/deep/out", "lavis")

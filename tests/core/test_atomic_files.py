@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lavis_cir_plugin.core.atomic_files import replace_file, replacing
+from lavis_cir_plugin.core.atomic_files import check_writable, replace_file, replacing
 
 
 def test_the_old_file_is_there_until_the_block_ends(tmp_path):
@@ -72,3 +72,13 @@ def test_what_cannot_be_moved_is_taken_away(tmp_path):
     with pytest.raises(OSError, match=rf"^{folder} could not be written: .*run\.output_dir, "):
         replace_file(folder, b"new")
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_place_is_tried_and_nothing_is_made(tmp_path):
+    check_writable(tmp_path / "new/deep/a.json")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/a\.json could not be written: Not a directory; free some space"):
+        check_writable(tmp_path / "file/a.json")
+    with pytest.raises(OSError, match=r"could not be written: Is a directory; free some space"):
+        check_writable(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

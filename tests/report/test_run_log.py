@@ -257,3 +257,14 @@ def test_a_plain_run_has_no_column_of_a_method(tmp_path):
     log.log_step(0, 0, {"loss": 2.0, "lr": 1e-5})
     log.close()
     assert (tmp_path / "steps.csv").read_text() == "step,epoch,loss,lr\n0,0,2,1e-05\n"
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "epochs.csv").write_bytes(b"epoch,split,metric,value\n\xff\n")
+    with pytest.raises(ValueError, match=r"epochs\.csv is damaged or no epochs\.csv of a run: byte 25 is no text"):
+        read_epochs(tmp_path / "epochs.csv")
+
+
+def test_a_line_that_is_cut_within_a_letter_is_left_out(tmp_path):
+    (tmp_path / "epochs.csv").write_bytes(b"epoch,split,metric,value\n0,val,mean,5\n1,val,\xc3")
+    assert read_epochs(tmp_path / "epochs.csv") == {"val": {"mean": {0: 5.0}}}

@@ -32,6 +32,7 @@ from lavis_cir_plugin.training.lora import (
     build_model,
     lora_pairs,
     merged_state,
+    write_peft_folder,
 )
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -304,6 +305,36 @@ def test_dropout_acts_in_training_and_not_in_evaluation(small_model, triplets):
     randomise(model).train()
     assert not torch.equal(model(batch)["loss"], model(batch)["loss"])
     assert torch.equal(outputs(model, batch), outputs(model, batch))
+
+
+class Tied(nn.Module):
+    """A model whose output reads its embeddings, as those of LAVIS that write texts do."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.layer, self.output = nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5, bias=False)
+        self.output.weight = self.words.weight
+
+    def forward(self, words):
+        return self.output(self.layer(self.words(words)))
+
+
+def test_a_tied_tensor_that_is_trained_beside_adapters_reaches_peft(tmp_path):
+    from peft import PeftModel
+
+    model, lora = Tied(), LoraSettings(target_modules=["layer"], also_train="words", init_lora_weights=False)
+    add_adapters(model, lora)
+    write_peft_folder(model, lora, tmp_path)
+    plain = PeftModel.from_pretrained(copy_of_frozen(model), str(tmp_path))
+    words = torch.arange(5)
+    assert torch.equal(plain(words), model(words))
+
+
+def copy_of_frozen(model):
+    """Return a model with the frozen weights of another one and trained weights of its own."""
+    base = Tied()
+    base.layer.load_state_dict(model.layer.base_layer.state_dict())
+    return base
 
 
 # From one run to the next: all of these read the checkpoint of one short run.

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lavis_cir_plugin import load_run
+from lavis_cir_plugin.commands import main
 from lavis_cir_plugin.core.checkpoints import read_checkpoint
 from lavis_cir_plugin.core.model_parts import frozen_names
 from lavis_cir_plugin.methods.tscir.composing import TscirComposing
@@ -185,6 +186,18 @@ def test_stage_two_needs_the_file_of_stage_one_no_more(tmp_path):
     batch = make_triplets(3)
     for mode in ("multimodal", "mapping"):
         assert torch.equal(loaded.encode_query(batch, mode), built.encode_query(batch, mode))
+
+
+def test_adapters_on_stage_two_are_exported_without_the_file_of_stage_one(tmp_path):
+    clip = whole_file(tmp_path / "clip.pth", {"arch": "clip_cir", **CLIP, "freeze_vit": False}, 5)
+    stage_one = tmp_path / "one" / "checkpoint_best.pth"
+    write_run(tmp_path / "one", {"arch": "tscir_mapping", **TSCIR, "pretrained": clip})
+    two = {**COMPOSING, "pretrained": clip, "mapping_checkpoint": str(stage_one)}
+    built = write_run(tmp_path / "two", two, lora={"target_modules": ["c_fc"], "r": 2, "also_train": "^adapters"})
+    stage_one.unlink()
+    main.main(["lora", str(tmp_path / "two"), "--output", str(tmp_path / "merged"), "--merge"])
+    merged = read_checkpoint(str(tmp_path / "merged/checkpoint_merged.pth"))["model"]
+    assert all(torch.equal(merged[name], tensor) for name, tensor in lora.merged_state(built).items())
 
 
 def test_a_tower_in_half_precision_is_loaded_in_single_precision_on_a_cpu(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -157,3 +158,10 @@ def test_files_of_others_say_nothing_and_a_circle_ends(tmp_path):
     torch.save({"config": {"model": {"pretrained": circle}, "datasets": {"cirr": {"splits": ["train"]}}}}, circle)
     for path, expected in {str(tmp_path / "foreign.pth"): set(), circle: {"cirr"}, "openai": set()}.items():
         assert trained_on({"pretrained": path}, {}) == expected
+
+
+def test_a_number_of_numpy_in_a_checkpoint_hides_no_training(tmp_path):
+    """The numbers of such a model would be called zero-shot."""
+    path = str(tmp_path / "old.pth")
+    torch.save({"config": {"datasets": {"cirr": {"splits": ["train"]}}}, "metric": np.float64(30)}, path)
+    assert trained_on({"pretrained": path}, {}) == {"cirr"}

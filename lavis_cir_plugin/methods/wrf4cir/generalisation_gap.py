@@ -52,7 +52,7 @@ class RunCurves:
     """The curves of one run.
 
     Attributes:
-        label: Perturbation settings and folder of the run.
+        label: Perturbation settings and name of the run.
         val: Validation metric by epoch, from 0.
         seen: Metric on seen training queries by epoch; empty if ``run.valid_splits`` did not have ``seen``.
         best: Epoch of ``checkpoint_best``.
@@ -77,8 +77,8 @@ class RunCurves:
 # -- the log of a run ------------------------------------------------------------------------------------------------
 
 
-def read_run(folder: Path, metric: str) -> RunCurves:
-    """Read the validation metric of a run by epoch.
+def read_run(folder: Path, metric: str, label: str) -> RunCurves:
+    """Read the validation metric of a run by epoch; the run gets this label.
 
     Raises:
         FileNotFoundError: If the run has no ``epochs.csv``.
@@ -91,7 +91,7 @@ def read_run(folder: Path, metric: str) -> RunCurves:
     seen = epochs.get("seen", {}).get(metric, {})
     note = f"no {metric} on seen training queries was logged; train with run.valid_splits: [val, seen]."
     return RunCurves(
-        label=folder.resolve().name,
+        label=label,
         val=epochs["val"][metric],
         seen=seen,
         best=best_epoch(epochs["val"], metric),
@@ -366,9 +366,20 @@ def gap_table(runs: Sequence[RunCurves], metric: str) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+_POINTS = ("run", "series", "x", "value")
+"""Columns of the file of a picture's points."""
+
+
+def is_points_csv(path: Path) -> bool:
+    """Return whether a file begins as those of `points_csv` do."""
+    header = ",".join(_POINTS).encode()
+    with path.open("rb") as file:
+        return file.readline(len(header)) == header
+
+
 def points_csv(runs: Sequence[RunCurves], metric: str) -> str:
     """Return the picture's points as CSV with the columns run, series, x (epoch or radius) and value."""
-    rows: list[tuple[Any, ...]] = [("run", "series", "x", "value")]
+    rows: list[tuple[Any, ...]] = [_POINTS]
     for run in runs:
         for name, values in (("val", run.val), ("seen", run.seen)):
             rows += [(run.label, f"{name} {metric}", epoch, value) for epoch, value in values.items()]

@@ -346,6 +346,27 @@ def test_an_older_file_is_kept(world):
     assert (world / "made" / "train.jsonl").read_text() == "mine"
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_triplets_are_made(world, monkeypatch):
+    """With CLIP and a hundred thousand captions, making them takes hours."""
+    monkeypatch.setattr(synthetic_triplets, "make_triplets", lambda *_: pytest.fail("triplets were made"))
+    (world / "made").touch()
+    with pytest.raises(SystemExit, match=r"train\.jsonl could not be written: Not a directory; free some space"):
+        run(world)
+    (world / "made").unlink()
+    (world / "sheet.png").mkdir()
+    with pytest.raises(SystemExit, match=r"sheet\.png could not be written: Is a directory; free some space"):
+        run(world, "--images", str(world / "images"), "--contact-sheet", str(world / "sheet.png"))
+    assert not (world / "made").exists()
+
+
+def test_the_captions_are_not_replaced_by_triplets(world):
+    captions = (world / "captions.jsonl").rename(world / "train.jsonl")
+    before = captions.read_bytes()
+    with pytest.raises(SystemExit, match=r"train\.jsonl is the file of captions itself, which would be lost; take"):
+        main.main(["triplets", str(captions), "--output", str(world), "--overwrite"])
+    assert captions.read_bytes() == before
+
+
 def test_captions_that_share_nothing(world, capsys):
     (world / "captions.jsonl").write_text(
         '{"image": "a.jpg", "caption": "a red dress"}\n{"image": "b.jpg", "caption": "two cats"}\n'

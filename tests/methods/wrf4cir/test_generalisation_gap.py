@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 
 import pytest
@@ -68,6 +69,42 @@ def test_table_points_and_picture_of_two_runs(tmp_path, capsys):
         *(["b", "val mean", str(epoch), value] for epoch, value in enumerate(("25.0", "24.0"))),
     ]
     assert Image.open(tmp_path / "new" / "gap.png").width == 7 * 150
+
+
+def test_runs_in_folders_of_one_name_are_told_apart(tmp_path, capsys):
+    runs = [write_run(tmp_path / seed / "wrf", [10, value]) for seed, value in (("seed0", 30), ("seed1", 31))]
+    command(*runs, "--output", tmp_path / "gap.png", "--batches", 0)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:4]] == ["seed0/wrf", "seed1/wrf"]
+    with (tmp_path / "gap.csv").open() as file:
+        values = {(row["run"], row["x"]): row["value"] for row in csv.DictReader(file)}
+    assert values["seed0/wrf", "1"] == "30.0"
+    assert values["seed1/wrf", "1"] == "31.0"
+    assert "seed0/../seed0/wrf is named twice" in refused(runs[0], tmp_path / "seed0/../seed0/wrf")
+
+
+def test_a_folder_whose_name_is_no_text_is_drawn(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [10]).rename(tmp_path / os.fsdecode(b"run\xff"))
+    command(run, "--output", tmp_path / "gap.png", "--batches", 0)
+    assert capsys.readouterr().out.splitlines()[2].split()[0] == r"run\udcff"
+
+
+def test_the_numbers_replace_no_other_file(tmp_path):
+    """Beside RUN/epochs.png the numbers would be RUN/epochs.csv, the log of the run."""
+    run = write_run(tmp_path / "a", [10, 30])
+    before = (run / "epochs.csv").read_bytes()
+    sentence = refused(run, "--output", run / "epochs.png", "--batches", 0)
+    assert sentence.endswith("epochs.csv, another kind of file; take another.")
+    assert (run / "epochs.csv").read_bytes() == before
+    for _ in range(2):  # those of an earlier call are replaced
+        command(run, "--output", run / "gap.png", "--batches", 0)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_losses(tmp_path, monkeypatch):
+    monkeypatch.setattr(gap, "with_losses", lambda *_: pytest.fail("losses were computed"))
+    (tmp_path / "gap.csv").mkdir()
+    assert "gap.csv could not be written: Is a directory" in refused(
+        write_run(tmp_path / "a", [10]), "--output", tmp_path / "gap.png"
+    )
 
 
 def test_another_metric_is_drawn_at_the_same_best_epoch(tmp_path, capsys):
