@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["check_new_folder", "check_writable", "new_folder", "replace_file", "replacing"]
+__all__ = ["check_new_folder", "check_writable", "is_refused_write", "new_folder", "replace_file", "replacing"]
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_refusal(error):
+        if not is_refused_write(error):
             raise
         reason = getattr(error, "strerror", None) or (error if isinstance(error, OSError) else "it could not be ended")
         raise OSError(
@@ -119,7 +119,7 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _is_refusal(error: Exception) -> bool:
+def is_refused_write(error: Exception) -> bool:
     """Return whether an error says that a write failed, which torch and safetensors report as errors of their own."""
     origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename).name
     is_of_torch = isinstance(error, RuntimeError) and origin == "serialization.py"

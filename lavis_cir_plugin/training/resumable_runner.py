@@ -16,6 +16,7 @@ from lavis.common.dist_utils import get_rank, is_main_process, main_process
 from torch import Tensor, nn
 
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint
+from lavis_cir_plugin.core.error_messages import option
 from lavis_cir_plugin.core.model_parts import frozen_names, momentum_copies
 from lavis_cir_plugin.core.processes import gather
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
@@ -277,9 +278,10 @@ class ResumableRunner(PortableRunner):
                 f"nothing was trained or saved yet (the first {LAST} comes after an epoch, or with run.save_every), so "
                 "start it again."
             )
+        go_on = shlex.quote(option("run.resume_ckpt_path", self.folder))
         return (
-            f"{self.folder / LAST} holds the run up to {self._kept}; add --options "
-            f"run.resume_ckpt_path={shlex.quote(str(self.folder))} to the same command to go on from there."
+            f"{self.folder / LAST} holds the run up to {self._kept}; add --options {go_on} to the same command to go "
+            "on from there."
         )
 
     # Checkpoints are written.

@@ -7,12 +7,12 @@ import logging
 import os
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lavis_cir_plugin.core.atomic_files import is_refused_write
 from lavis_cir_plugin.core.checkpoints import verify_checkpoint, write_checkpoint
 from lavis_cir_plugin.core.locks import FileLock, holder_of
 from lavis_cir_plugin.report.run_log import EPOCHS, LOG, STEPS
@@ -169,9 +169,7 @@ def write_run_checkpoint(folder: Path, content: Mapping[str, Any], name: str, pr
     try:
         write_checkpoint(content, folder, name, previous)
     except (OSError, RuntimeError) as error:
-        # torch's writer reports a failed write as a RuntimeError; other RuntimeErrors have other causes.
-        origin = traceback.extract_tb(error.__traceback__)[-1].filename
-        if isinstance(error, RuntimeError) and Path(origin).name != "serialization.py":
+        if not is_refused_write(error):
             raise
         reason = getattr(error, "strerror", None) or "the file could not be finished"
         has_earlier = any(folder.glob("checkpoint_*.pth"))
