@@ -32,8 +32,6 @@ of the table; what was changed later is told there. All of it is on drawn garmen
 method does there, and nothing about photographs.
 
 **{finished} of {total} runs are finished, {missing} are missing.** {conclusion}
-
-{counts}
 {stale}{pictures}
 ## What the plan asks
 
@@ -96,6 +94,8 @@ stopping. Two seeds at a size differ by several points, so neighbouring values a
 The command is `make study`; seeds are those of the plan, and a run's own are in the file. `start` names the weights
 that the runs started from.
 
+{counts}
+
 {provenance}
 """
 
@@ -138,7 +138,6 @@ def page_parts(study: Study, links: Sequence[str] = ()) -> Iterator[str]:
         total=total,
         missing=missing,
         conclusion=conclusion(study),
-        counts=markdown(counts(study)),
         pictures="\n## At a glance\n\n" + "\n".join(links) if links else "",
         stale=f"\n{stale} rows of the file belong to other settings than these and are left out.\n" if stale else "",
         level=LEVEL,
@@ -158,6 +157,7 @@ def page_parts(study: Study, links: Sequence[str] = ()) -> Iterator[str]:
     yield FOOT.format(
         seeds=", ".join(map(str, design.choosing_seeds)),
         choices=markdown(choice_table(study)),
+        counts=markdown(counts(study)),
         provenance=shown(provenance(study)),
     )
 
