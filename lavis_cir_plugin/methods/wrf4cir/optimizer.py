@@ -103,8 +103,9 @@ class PerturbingOptimizer(torch.optim.Optimizer):
             perturbation, and ``cosine``, between its unscaled direction and the applied gradient.
 
     Raises:
-        ValueError: If :func:`select_tensors` raises it, or if a direction without a pass of its own meets momentum
-            copies of the weights, which would average perturbed weights. With ``gamma=0`` nothing is raised.
+        ValueError: If :func:`select_tensors` raises it, if the optimizer has none of the chosen tensors, if
+            ``settings.last_epochs`` lacks ``total_epochs``, or if a direction without a pass of its own meets momentum
+            copies of the weights, which would average perturbed weights. With ``gamma=0`` no tensor is chosen.
     """
 
     # A fused optimizer reads attributes that GradScaler sets, here on this wrapper, and unscales gradients itself.
@@ -132,9 +133,20 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         self.is_measuring = False
         self.measured: dict[str, float] = {}
         self._pending: list[Tensor] | None = None
+        if settings.last_epochs is not None and total_epochs is None:
+            raise ValueError(
+                f"run.wrf.last_epochs: {settings.last_epochs} counts from the end; give total_epochs to "
+                f"{type(self).__name__}."
+            )
         bare = without_ddp(model)
         copies = momentum_copies(bare)
         self.weights = select_tensors(bare, settings) if settings.gamma > 0 else {}
+        stepped = {id(weight) for group in self.param_groups for weight in group["params"]}
+        if self.weights and stepped.isdisjoint(map(id, self.weights.values())):
+            raise ValueError(
+                f"the optimizer has none of the {len(self.weights)} tensors of {type(bare).__name__} that are "
+                "perturbed; make it of this very model's parameters."
+            )
         tables = _embedding_tables(bare)
         self.by_row = [settings.embeddings == "row" and id(weight) in tables for weight in self.weights.values()]
         self.pairs = _pairs(bare, self.weights, settings) if self.weights else []
@@ -172,8 +184,12 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all attributes for a copy; torch's method returns groups and state, which this wrapper lacks."""
-        return self.__dict__.copy()
+        """Return all attributes for a copy; torch's method returns groups and state, which this wrapper lacks.
+
+        A scheduler of torch puts a method ``step`` among the attributes that steps this very object, which a copy's
+        would do as well.
+        """
+        return {name: value for name, value in vars(self).items() if name != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the attributes of :meth:`__getstate__`."""
@@ -184,14 +200,25 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         return f"{type(self).__name__}({self.settings}, {self.optimizer!r})"
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the weights with the gradients of the perturbed pass."""
+        """Update the weights with the gradients of the perturbed pass, or with those that ``closure`` computes."""
         if self._pending is not None:
             self.measured["cosine"] = _cosine(self._pending, [weight.grad for weight in self.weights.values()])
             self._pending = None
+        if closure is None:
+            self._limit_gradients()
+            return self.optimizer.step()
+
+        def limited() -> float:
+            loss = closure()
+            self._limit_gradients()
+            return loss
+
+        return self.optimizer.step(limited)
+
+    def _limit_gradients(self) -> None:
         if self.max_grad_norm is not None:
             weights = [weight for group in self.param_groups for weight in group["params"]]
             torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm)
-        return self.optimizer.step(closure) if closure is not None else self.optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the wrapped optimizer's groups."""
@@ -328,7 +355,8 @@ class PerturbedModel:
             not underflow.
 
     Raises:
-        ValueError: In the first call, if what the model returns holds no loss.
+        ValueError: In a call, if what the model returns holds no loss, or if the samples are no dictionary or lack an
+            epoch that the settings count.
     """
 
     def __init__(self, model: nn.Module, optimizer: PerturbingOptimizer, loss_scale: Callable[[], float]) -> None:
@@ -347,14 +375,18 @@ class PerturbedModel:
             raise AttributeError(name)
         return getattr(self.model, name)
 
+    def __repr__(self) -> str:
+        """Return a text with the settings and the name of the model's class."""
+        return f"{type(self).__name__}({type(without_ddp(self.model)).__name__}, {self.optimizer.settings})"
+
     def __call__(self, samples: dict[str, Any]) -> Any:
         """Return the model's output for ``samples`` at the perturbed weights.
 
-        ``samples["epoch"]``, which LAVIS's loop sets, decides whether the epoch is perturbed.
+        ``samples["epoch"]``, which LAVIS's loop sets, decides whether the epoch is perturbed. A loop of one's own needs
+        it only with ``warmup_epochs`` or ``last_epochs``.
         """
         optimizer = self.optimizer
-        epoch = samples.get("epoch", optimizer.settings.warmup_epochs)
-        if not optimizer.settings.is_active(epoch, optimizer.total_epochs):
+        if not optimizer.settings.is_active(_epoch_in(samples, optimizer.settings), optimizer.total_epochs):
             return self.model(samples)
         direction = optimizer.known_direction()
         if direction is None:
@@ -442,6 +474,21 @@ class PerturbedModel:
             parts = flat.split([gradient.numel() for gradient in gradients])
             gradients = [part.view(gradient.shape) for part, gradient in zip(parts, gradients)]
         return gradients
+
+
+def _epoch_in(samples: Any, settings: WeightPerturbation) -> int:
+    if not isinstance(samples, Mapping):
+        raise ValueError(
+            f"the perturbed model takes a dictionary of samples, as LAVIS's models do, got {type(samples).__name__}; "
+            "wrap your model in one whose forward(samples) returns {'loss': ...}."
+        )
+    counted = [name for name in ("warmup_epochs", "last_epochs") if getattr(settings, name)]
+    if counted and "epoch" not in samples:
+        raise ValueError(
+            f"samples have no 'epoch', from which run.wrf.{counted[0]}: {getattr(settings, counted[0])} counts; set "
+            "samples['epoch'] to the number of the epoch, from 0."
+        )
+    return int(samples.get("epoch", 0))
 
 
 def _loss_in(output: Any, model: nn.Module) -> Tensor:

@@ -641,6 +641,75 @@ def test_the_optimizer_can_be_copied(way, batch):
     assert twin.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
 
 
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_beside_a_scheduler_steps_its_own_weights(way, batch):
+    """A scheduler of torch replaces the optimizer's ``step`` by one that is bound to that optimizer."""
+    net, optimizer = make(WeightPerturbation(gamma=0.1))
+    torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)
+    twin, copied = way((net, optimizer))
+    copied.perturb(twin)(batch)["loss"].backward()
+    before = [[weight.detach().clone() for weight in model.parameters()] for model in (net, twin)]
+    copied.step()
+    moved = [
+        any(not torch.equal(weight, old) for weight, old in zip(model.parameters(), weights))
+        for model, weights in zip((net, twin), before)
+    ]
+    assert moved == [False, True]
+
+
+def test_gradients_of_a_closure_are_limited_too(batch):
+    """SGD at rate 1 moves the weights by the gradient, which is limited to length 0.01."""
+    settings = WeightPerturbation(gamma=0.1)
+    net, _ = make(settings)
+    optimizer = PerturbingOptimizer(torch.optim.SGD(net.parameters(), lr=1.0), net, settings, max_grad_norm=0.01)
+    call = optimizer.perturb(net)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = call(batch)["loss"]
+        loss.backward()
+        return loss
+
+    before = [weight.detach().clone() for weight in net.parameters()]
+    assert float(optimizer.step(closure)) > 0
+    moved = math.sqrt(sum(float((w - b).square().sum()) for w, b in zip(net.parameters(), before)))
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("values", [{"warmup_epochs": 2}, {"last_epochs": 2}])
+def test_an_epoch_that_the_settings_count_must_be_named(values, batch):
+    """Without it, the warm-up was left out, and nothing at all was perturbed with last_epochs."""
+    net, _ = make(WeightPerturbation())
+    optimizer = PerturbingOptimizer(
+        torch.optim.SGD(net.parameters(), lr=0.1), net, WeightPerturbation(gamma=0.1, **values), total_epochs=5
+    )
+    with pytest.raises(
+        ValueError, match=r"no 'epoch', from which run\.wrf\.(warmup|last)_epochs: 2 counts; set samples"
+    ):
+        optimizer.perturb(net)({"x": batch["x"], "y": batch["y"]})
+
+
+def test_a_loop_of_ones_own_needs_no_epoch_for_settings_that_count_none(batch):
+    net, optimizer = make(WeightPerturbation(gamma=0.1))
+    optimizer.perturb(net)({"x": batch["x"], "y": batch["y"]})
+    assert optimizer.steps == {"perturbed": 1, "skipped": 0}
+
+
+def test_what_does_not_belong_together_is_refused(batch):
+    net, optimizer = make(WeightPerturbation(gamma=0.1))
+    with pytest.raises(ValueError, match=r"dictionary of samples.*got Tensor"):
+        optimizer.perturb(net)(batch["x"])
+    with pytest.raises(ValueError, match=r"has none of the 2 tensors of Net that are perturbed"):
+        PerturbingOptimizer(torch.optim.SGD(Net().parameters(), lr=0.1), net, WeightPerturbation())
+    with pytest.raises(ValueError, match=r"last_epochs: 2 counts from the end; give total_epochs"):
+        PerturbingOptimizer(optimizer.optimizer, net, WeightPerturbation(last_epochs=2))
+
+
+def test_the_perturbed_call_says_what_it_is():
+    net, optimizer = make(WeightPerturbation(gamma=0.25))
+    assert repr(optimizer.perturb(net)).startswith("PerturbedModel(Net, WeightPerturbation(gamma=0.25,")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
