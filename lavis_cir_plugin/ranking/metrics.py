@@ -49,7 +49,7 @@ def recall_at(ranks: Ranks, k: int) -> float:
         k: Number K of images, at least 1.
 
     Raises:
-        ValueError: If there is no query.
+        ValueError: If there is no query, or k is below 1.
 
     Examples:
         Four queries; the target of one is not in the gallery.
@@ -57,6 +57,7 @@ def recall_at(ranks: Ranks, k: int) -> float:
         >>> recall_at([0, 12, 9, -1], 10)
         50.0
     """
+    _check_cutoff(k)
     if len(ranks) == 0:
         raise ValueError("recall of zero queries is undefined; the split or group holds no query.")
     found: int = sum(0 <= rank < k for rank in as_lists(ranks))
@@ -77,7 +78,7 @@ def average_precision_at(relevant_ranks: LabelledRanks, k: int) -> float:
         k: Number K of images, at least 1.
 
     Raises:
-        ValueError: If there is no query, or a query without a labelled image.
+        ValueError: If there is no query, a query has no labelled image or has two at one rank, or k is below 1.
 
     Examples:
         Both right images are among the first three, at the ranks 0 and 2: (1/1 + 2/3) / 2.
@@ -90,6 +91,7 @@ def average_precision_at(relevant_ranks: LabelledRanks, k: int) -> float:
         >>> round(average_precision_at([[0, 2], [1, 7]], 3), 2)
         54.17
     """
+    _check_cutoff(k)
     if len(relevant_ranks) == 0:
         raise ValueError("average precision of zero queries is undefined; the split or group holds no query.")
     rows = [sorted(rank for rank in row if rank >= 0) for row in as_lists(relevant_ranks)]
@@ -98,8 +100,19 @@ def average_precision_at(relevant_ranks: LabelledRanks, k: int) -> float:
             f"average precision is undefined for {rows.count([]):,} of {len(rows):,} queries: they have no "
             f"labelled image in the gallery."
         )
+    repeated = sum(len(set(row)) < len(row) for row in rows)
+    if repeated:
+        raise ValueError(
+            f"{repeated:,} of {len(rows):,} queries have two labelled images at one rank; give each image once, by its "
+            "place in the query's ranking."
+        )
     precisions = (
         math.fsum(hits / (rank + 1) for hits, rank in enumerate(row, start=1) if rank < k) / min(k, len(row))
         for row in rows
     )
     return 100.0 * (math.fsum(precisions) / len(rows))
+
+
+def _check_cutoff(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k must be a number of images, at least 1, got {k}.")

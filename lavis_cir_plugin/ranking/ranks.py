@@ -22,6 +22,8 @@ SPARE = 64
 DENSE = 32
 """If more than one in `DENSE` images is too close to a labelled one, all exact scores of the query are computed."""
 
+_INDEX_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -67,7 +69,7 @@ def rank(
     Args:
         query: Features ``(Q, D)``.
         gallery: Features ``(G, K, D)`` or ``(G, D)`` on any device; blocks are moved to the query's device.
-        targets: ``(Q,)`` gallery index of the target, -1 for none.
+        targets: ``(Q,)`` gallery index of the target, -1 for none. All indices may have any type of whole numbers.
         excluded: ``(Q,)`` gallery index that the query's ranking leaves out (its reference), -1 for none.
         members: ``(Q, M)`` distinct gallery indices of the query's image set, padded with -1.
         relevant: ``(Q, T)`` gallery indices of the query's labelled images, padded with -1.
@@ -93,11 +95,11 @@ def rank(
         (tensor([1]), tensor([[1, 2]]))
     """
     _check(query, gallery, targets, excluded, members, relevant, top_k, chunk)
-    targets = targets.to(query.device)
+    targets = targets.to(query.device, torch.int64)
     none = targets.new_empty(len(targets), 0)
-    excluded = torch.full_like(targets, -1) if excluded is None else excluded.to(query.device)
-    members = none if members is None else members.to(query.device)
-    labels = torch.cat([targets.unsqueeze(1), none if relevant is None else relevant.to(query.device)], dim=1)
+    excluded = torch.full_like(targets, -1) if excluded is None else excluded.to(targets)
+    members = none if members is None else members.to(targets)
+    labels = torch.cat([targets.unsqueeze(1), none if relevant is None else relevant.to(targets)], dim=1)
 
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         scores = Scores(query, gallery)
@@ -334,6 +336,9 @@ def _check(
     top_k: int,
     chunk: int | None,
 ) -> None:
+    if not isinstance(query, Tensor) or not isinstance(gallery, Tensor):
+        kinds = f"{type(query).__name__} and {type(gallery).__name__}"
+        raise ValueError(f"query and gallery must be tensors, got {kinds}; torch.as_tensor makes them of arrays.")
     if query.dim() != 2 or gallery.dim() not in (2, 3) or query.shape[-1] != gallery.shape[-1]:
         raise ValueError(
             f"query must be (Q, D) and gallery (G, D) or (G, K, D), got {tuple(query.shape)} "
@@ -347,6 +352,9 @@ def _check(
     for name, indices, dim in named:
         if indices is None:
             continue
+        if not isinstance(indices, Tensor) or indices.dtype not in _INDEX_TYPES:
+            kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+            raise ValueError(f"{name} must be a tensor of gallery indices, such as torch.tensor([0, -1]), got {kind}.")
         if indices.dim() != dim or len(indices) != len(query):
             raise ValueError(f"{name} must have {dim} dimension(s) and {len(query)} rows, got {tuple(indices.shape)}.")
         if indices.numel() and not -1 <= int(indices.min()) <= int(indices.max()) < len(gallery):

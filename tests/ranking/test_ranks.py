@@ -439,6 +439,10 @@ def test_features_that_are_not_finite_are_refused(value: float):
         ({"excluded": torch.tensor([0, -2])}, "excluded must be -1 or gallery indices"),
         ({"members": torch.tensor([0, 1])}, "members must have 2 dimension"),
         ({"relevant": torch.tensor([[0], [7]])}, "relevant must be -1 or gallery indices under 4, got 0 to 7"),
+        ({"query": [[1.0] * 3] * 2}, "must be tensors, got list and Tensor"),
+        ({"targets": [0, 1]}, "targets must be a tensor of gallery indices.*got list"),
+        ({"targets": torch.tensor([True, False])}, r"targets must be a tensor of gallery indices.*got torch\.bool"),
+        ({"excluded": torch.tensor([0.0, 1.0])}, r"excluded must be a tensor of gallery indices.*got torch\.float32"),
         ({"top_k": -1}, "top_k must be at least 0 and chunk at least 1, got -1"),
         ({"chunk": 0}, "top_k must be at least 0 and chunk at least 1, got 50 and 0"),
     ],
@@ -447,6 +451,33 @@ def test_wrong_arguments_are_refused(change: dict, message: str):
     arguments = {"query": torch.ones(2, 3), "gallery": torch.ones(4, 3), "targets": torch.tensor([0, 1])}
     with pytest.raises(ValueError, match=message):
         rank(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8])
+def test_indices_of_any_whole_type_give_the_same_ranks(dtype: torch.dtype):
+    query, gallery = torch.rand(4, 5), torch.rand(9, 5)
+    indices = {
+        "targets": torch.tensor([0, 3, 8, -1]),
+        "excluded": torch.tensor([1, -1, 2, 0]),
+        "members": torch.tensor([[0, 1], [3, 4], [8, -1], [2, 5]]),
+        "relevant": torch.tensor([[0, 1], [3, -1], [8, 7], [2, -1]]),
+    }
+    expected = vars(rank(query, gallery, **indices))
+    found = vars(rank(query, gallery, **{name: value.to(dtype) for name, value in indices.items()}))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_a_cutoff_below_one_is_refused(k: int):
+    for metric, found in ((recall_at, [0, 1]), (average_precision_at, [[0, 1]])):
+        with pytest.raises(ValueError, match=f"k must be a number of images, at least 1, got {k}"):
+            metric(found, k)
+
+
+def test_two_labelled_images_at_one_rank_are_refused():
+    """Two at rank 0 counted as 1/1 and 2/1, a precision of 150 %."""
+    with pytest.raises(ValueError, match="1 of 2 queries have two labelled images at one rank"):
+        average_precision_at([[0, 0], [1, 2]], 5)
 
 
 def test_padding_fills_up_to_the_longest_row_or_the_width():

@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import torch
 from torch import Tensor
 
+from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.settings import (
     Limits,
     NotNegative,
@@ -161,6 +162,9 @@ def ascent_step(
     Returns:
         One tensor per weight, in the weight's dtype. Norms are computed in float32, in which 1e-12 does not underflow.
 
+    Raises:
+        ValueError: If radius or scope is unknown, or the directions do not fit the weights.
+
     Examples:
         The weight has norm 5, so a relative radius of 0.1 is a step of length 0.5 along the direction.
 
@@ -173,6 +177,12 @@ def ascent_step(
     Source: relative: WRF4CIR (arXiv 2604.05583), perturbation step, norms per tensor as AWP (arXiv 2004.05884);
     absolute, global: SAM (arXiv 2010.01412, equation 2); elementwise, global: ASAM (arXiv 2102.11600, equation 8).
     """
+    for name, value, known in (("radius", radius, RADII), ("scope", scope, SCOPES)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}{did_you_mean(value, known)}")
+    shapes, others = ([tuple(tensor.shape) for tensor in tensors] for tensors in (weights, directions))
+    if shapes != others:
+        raise ValueError(f"each weight needs a direction of its shape, got weights {shapes} and directions {others}.")
     return ascent(
         weights, directions, gamma, radius=radius, scope=scope, eps=eps, by_row=by_row, low_rank=low_rank
     ).steps()

@@ -114,6 +114,21 @@ def test_the_first_order_change_of_a_merged_weight_has_the_relative_length():
     assert change == pytest.approx(0.01 * math.hypot(float(merged.norm()), float(other.norm())), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("directions", "choices", "message"),
+    [
+        ([torch.ones(2)], {"radius": "relativ"}, "radius must be one of .*got 'relativ'; did you mean 'relative'"),
+        ([torch.ones(2)], {"scope": "globl"}, "scope must be one of tensor, global, got 'globl'"),
+        ([torch.ones(1)], {}, r"of its shape, got weights \[\(2,\)\] and directions \[\(1,\)\]"),
+        ([torch.ones(2), torch.ones(2)], {}, "each weight needs a direction"),
+    ],
+)
+def test_a_step_that_would_be_another_than_meant_is_refused(directions, choices, message):
+    """An unknown radius was an absolute one, an unknown scope each tensor's own, and short directions were repeated."""
+    with pytest.raises(ValueError, match=message):
+        ascent_step([torch.ones(2)], directions, 0.1, **choices)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     shapes=st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size=1, max_size=4),
