@@ -52,7 +52,7 @@ def _numpy_number(kind: _NumpyType, content: bytes) -> Any:
     return np.frombuffer(content, kind.dtype, count=1)[0].item()
 
 
-def read_state(path_or_url: str) -> dict[str, Tensor]:
+def read_state(path_or_url: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the state dictionary inside a checkpoint file.
 
     The file holds a bare state dictionary, or the ``{"model": ...}`` of LAVIS and BLIP-2, or any dictionary of which
@@ -69,7 +69,7 @@ def read_state(path_or_url: str) -> dict[str, Tensor]:
         ValueError: If the file is damaged, is not a checkpoint, holds anything but tensors and plain containers, holds
             no state dictionary or several, or holds tensors that are not dense (sparse, quantised, without values).
     """
-    return state_in(read_checkpoint(path_or_url), path_or_url)
+    return state_in(read_checkpoint(path_or_url), os.fspath(path_or_url))
 
 
 def state_in(content: Any, source: str) -> dict[str, Tensor]:
@@ -150,7 +150,7 @@ def _without_wrappers(state: dict[str, Tensor], source: str) -> dict[str, Tensor
     return state
 
 
-def read_checkpoint(path_or_url: str) -> Any:
+def read_checkpoint(path_or_url: str | os.PathLike[str]) -> Any:
     """Return the content of a checkpoint file on the CPU; only tensors, plain containers and numbers are unpickled.
 
     Numpy numbers become plain numbers. The function verifies the checksums of torch's zip files.
@@ -456,7 +456,8 @@ def _is_among(name: str, entries: Collection[str]) -> bool:
     return name in entries or name.startswith(tuple(entry for entry in entries if entry.endswith(".")))
 
 
-def _local_file(path_or_url: str) -> Path:
+def _local_file(path_or_url: str | os.PathLike[str]) -> Path:
+    path_or_url = os.fspath(path_or_url)
     if urlparse(path_or_url).scheme in ("http", "https"):
         return _download(path_or_url)
     path = Path(os.path.expanduser(path_or_url))

@@ -262,7 +262,8 @@ def constructor_arguments(cls: type, section: Mapping[str, Any]) -> dict[str, An
     Keys of the section that the constructor does not have are left out.
     """
     defaults = cls.__init__.__kwdefaults__ or {}  # type: ignore[misc]
-    return {name: default if section.get(name) is None else section[name] for name, default in defaults.items()}
+    given = {name: _path_as_text(section.get(name)) for name in defaults}
+    return {name: default if given[name] is None else given[name] for name, default in defaults.items()}
 
 
 def check_overrides(key: str, given: Mapping[str, Any] | None, defaults: Mapping[str, Any]) -> None:
@@ -325,7 +326,13 @@ def config_from_mapping(cls: type[Built], dataset: str, mapping: Mapping[str, An
     return _built(cls, f"datasets.{dataset}.build_info", mapping)
 
 
+def _path_as_text(value: Any) -> Any:
+    """Return the text of a path object, which a program may name where a config has a text; all else unchanged."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _built(cls: type[Built], where: str, mapping: Mapping[str, Any]) -> Built:
+    mapping = {key: _path_as_text(value) for key, value in mapping.items()}
     problems = _shape_problems(cls, where, mapping)
     if problems:
         raise ValueError("\n".join(problems))

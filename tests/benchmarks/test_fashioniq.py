@@ -88,6 +88,11 @@ def test_the_default_protocol(tmp_path: Path):
     assert [query.identifier for query in group.queries] == ["0", "1"]
 
 
+def test_a_program_may_name_the_folder_by_a_path_object(tmp_path: Path):
+    config = write_world(tmp_path)
+    assert read_benchmark({**config, "root": tmp_path}, "val").image_paths == read_benchmark(config, "val").image_paths
+
+
 TEXTS = {
     "and": [("is red and has sleeves",), ("is longer",)],
     "both": [("is red and has sleeves", "has sleeves and is red"), ("is longer", "is longer")],

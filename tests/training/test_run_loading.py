@@ -152,27 +152,29 @@ def test_a_run_that_went_on_from_a_whole_file_has_its_frozen_tower_from_there(tm
     assert torch.equal(scores(loaded, make_triplets(3)), scores(built, make_triplets(3)))
 
 
-def test_a_moved_file_is_named_by_changes(tmp_path):
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_moved_file_is_named_by_changes(kind, tmp_path):
     model = with_start(tmp_path, SCORING["frozen tower"])
     built = write_run(tmp_path / "run", model)
     (tmp_path / "blip2.pth").rename(tmp_path / "moved.pth")
     with pytest.raises(FileNotFoundError, match=r"blip2\.pth does not exist .* Set model\.pretrained"):
         load_run(tmp_path / "run")
-    loaded = load_run(tmp_path / "run", changes={"pretrained": str(tmp_path / "moved.pth")}).model
+    loaded = load_run(tmp_path / "run", changes={"pretrained": kind(tmp_path / "moved.pth")}).model
     assert torch.equal(scores(loaded, make_triplets(3)), scores(built, make_triplets(3)))
     with pytest.raises(ValueError, match=r"changes\.pretrianed is not a known key; did you mean 'pretrained'\?"):
         load_run(tmp_path / "run", changes={"pretrianed": "x"})
 
 
-def test_a_moved_start_of_a_lora_run_is_named_by_changes(tmp_path):
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_moved_start_of_a_lora_run_is_named_by_changes(kind, tmp_path):
     tuned = {**BLIP2, "fusion": "sentence_prompt"}
     base = Path(whole_file(tmp_path / "base.pth", tuned, 5))
     built = write_run(tmp_path / "run", {**tuned, "load_finetuned": True, "finetuned": str(base)}, lora=LORA)
     moved = base.rename(tmp_path / "moved.pth")
-    loaded = load_run(tmp_path / "run", changes={"finetuned": str(moved)}).model
+    loaded = load_run(tmp_path / "run", changes={"finetuned": kind(moved)}).model
     assert torch.equal(scores(loaded, make_triplets(3)), scores(built, make_triplets(3)))
     whole_file(base, tuned, 6)  # another file in the old place is not read
-    loaded = load_run(tmp_path / "run", changes={"finetuned": str(moved)}).model
+    loaded = load_run(tmp_path / "run", changes={"finetuned": kind(moved)}).model
     assert torch.equal(scores(loaded, make_triplets(3)), scores(built, make_triplets(3)))
 
 

@@ -84,7 +84,7 @@ class Blip2Weights(NamedTuple):
     """Content of ``config.json`` for transformers' layout (empty if the file is missing), None for LAVIS's layout."""
 
 
-def read_blip2_weights(source: str) -> Blip2Weights:
+def read_blip2_weights(source: str | os.PathLike[str]) -> Blip2Weights:
     """Return BLIP-2's weights under LAVIS's names.
 
     Args:
@@ -96,6 +96,7 @@ def read_blip2_weights(source: str) -> Blip2Weights:
         FileNotFoundError: If the weights are missing or cannot be downloaded; the message names other sources.
         ValueError: If they cannot be read, or a tensor in transformers' layout has an unknown name.
     """
+    source = os.fspath(source)
     path = Path(os.path.expanduser(source))
     if urlparse(source).scheme in ("http", "https"):
         state, folder = _read_url(source), None
