@@ -23,12 +23,13 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lavis_cir_plugin.benchmarks.images import decode_rgb
 from lavis_cir_plugin.core.atomic_files import replace_file
+from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.locks import FileLock, holder_of
 from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, rank_and_world, share
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.search.candidates import NEW_SHARE, PAYS_FROM, build_candidates, has_faiss, tune
 from lavis_cir_plugin.search.catalogue import FILE_COLUMNS, Read, WritableCatalogue
-from lavis_cir_plugin.search.encoder import Encoder
+from lavis_cir_plugin.search.encoder import Encoder, encoder_of
 from lavis_cir_plugin.search.features import LOOK, RowFile, look_of
 from lavis_cir_plugin.search.folders import (
     MANIFEST,
@@ -53,6 +54,8 @@ LONGEST = 1.001
 """Bound on the length of every feature: unit vectors, rounded to half precision."""
 
 BATCH = 64
+
+CANDIDATES = ("auto", "always", "none")
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,12 @@ class Built:
 
 
 def build_index_folder(
-    folders: Sequence[str | Path],
+    folders: str | Path | Sequence[str | Path],
     out: str | Path,
-    encoder: Encoder,
+    encoder: Any,
     *,
     metadata: str | Path | None = None,
-    forget: Sequence[str | Path] = (),
+    forget: str | Path | Sequence[str | Path] = (),
     thorough: bool = False,
     candidates: str = "auto",
     batch_size: int = BATCH,
@@ -98,11 +101,13 @@ def build_index_folder(
     was until all is done. In a process group all processes call this and share the encoding.
 
     Args:
-        folders: Folders of pictures; if none is named, those that the index has. Its other folders stay as they are.
+        folders: One or more folders of pictures; if none is named, those that the index has. Its other folders stay as
+            they are.
         out: The index's folder.
-        encoder: The encoder; of an index that exists, the one that made it.
+        encoder: An `Encoder`, or what ``load_run`` returned; for an index that exists, the one that made it. The index
+            keeps the name of an encoder of ``load_encoder``, by which searches load it; any other they must be given.
         metadata: A file of the user's columns, in place of those that the index has.
-        forget: Folders whose pictures leave the index.
+        forget: One or more folders whose pictures leave the index.
         thorough: Read all files again, not only those whose size or dates changed.
         candidates: ``auto`` (where they pay), ``always`` or ``none``.
         batch_size: Pictures that are encoded at once.
@@ -114,10 +119,15 @@ def build_index_folder(
 
     Raises:
         ValueError: another process writes to the index, the index is another model's, a folder lost all its pictures,
-            or there is no picture.
+            there is no picture, or an argument is none of those above.
         OSError: the index cannot be written.
     """
     start = time.monotonic()
+    if candidates not in CANDIDATES:
+        hint = did_you_mean(candidates, CANDIDATES)
+        raise ValueError(f"candidates must be one of {', '.join(CANDIDATES)}, got {candidates!r}{hint}")
+    encoder = encoder_of(encoder)
+    folders, forget = _listed(folders), _listed(forget)
     is_main = rank_and_world()[0] == 0
     index = Path(out).expanduser().absolute()
     writer: _Writer | None = None
@@ -144,6 +154,10 @@ def build_index_folder(
     finally:
         if writer is not None:
             writer.close()
+
+
+def _listed(folders: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    return [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
 
 
 def locked(index: Path) -> FileLock:

@@ -53,6 +53,7 @@ _RACE_NS = 2 * 10**9
 """A file that changed this shortly before it was read may have changed again within one tick of its clock."""
 
 _AT_ONCE = 400
+_LARGEST_ID = 2**63 - 1  # SQLite's
 
 
 class Read(NamedTuple):
@@ -384,7 +385,7 @@ class ReadableCatalogue:
         return found
 
     def _use(self, database: sqlite3.Connection, path: str | Path) -> None:
-        self._lock, self._database = threading.Lock(), database
+        self._lock, self._database, self._is_closed = threading.Lock(), database, False
         try:
             kinds = self._all("SELECT place, name, kind FROM columns ORDER BY place")
             self.own_columns = {name: kind for _, name, kind in kinds}
@@ -394,12 +395,19 @@ class ReadableCatalogue:
         self.columns = condition_columns(self.own_columns)
 
     def close(self) -> None:
-        """Close the file."""
-        self._database.close()
+        """Close the file; whatever is asked afterwards ends in a ValueError."""
+        with self._lock:
+            self._is_closed = True
+            self._database.close()
+
+    def _execute(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        if self._is_closed:
+            raise ValueError("the index was closed; open it again by open_index.")
+        return self._database.execute(statement, values)
 
     def _all(self, statement: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._lock:
-            return self._database.execute(statement, values).fetchall()
+            return self._execute(statement, values).fetchall()
 
     def rows_where(self, condition: Condition) -> np.ndarray[Any, Any]:
         """Return the rows of the pictures that meet a condition, sorted, each once: int64."""
@@ -409,7 +417,7 @@ class ReadableCatalogue:
             f"WHERE {condition.sql}"
         )
         with self._lock:
-            found = np.fromiter((row for (row,) in self._database.execute(statement, condition.values)), np.int64)
+            found = np.fromiter((row for (row,) in self._execute(statement, condition.values)), np.int64)
         return np.unique(found)
 
     def of_rows(self, rows: Sequence[int], condition: Condition | None = None) -> dict[int, list[Picture]]:
@@ -424,6 +432,8 @@ class ReadableCatalogue:
 
     def by_id(self, picture_id: int) -> Picture | None:
         """Return a picture, if it is in the index."""
+        if not 0 < picture_id <= _LARGEST_ID:
+            return None
         return next(iter(self._pictures("pictures.id = ?", [picture_id])), None)
 
     def row_of_content(self, sha256: str) -> int | None:

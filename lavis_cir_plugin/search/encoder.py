@@ -39,7 +39,7 @@ class Encoder:
         device: The model's device.
     """
 
-    model: Any
+    model: Any = field(repr=False)
     transform: Callable[[Image.Image], Tensor]
     text_transform: Callable[[str], str] = str
     name: str = ""
@@ -72,6 +72,7 @@ class Encoder:
     @torch.no_grad()
     def targets(self, pictures: Tensor) -> Tensor:
         """Return unit features ``(B, K, D)`` float32 on the CPU of transformed pictures ``(B, 3, H, W)``."""
+        self._check_mode()
         features = self.model.encode_target(pictures.to(self.device)).float().cpu()
         return F.normalize(features if features.dim() == 3 else features.unsqueeze(1), dim=-1)
 
@@ -87,6 +88,7 @@ class Encoder:
             text: The change, or a description; ``None`` for pictures alone.
             image_weight: w from 0 to 1: 0 is the text alone, 1/2 what the model makes of both, 1 the picture alone.
         """
+        self._check_mode()
         if text is not None and (not pictures or image_weight == 0):
             return self._mode("text", text=text).expand(max(1, len(pictures)), -1)
         images = torch.stack([self.transform(picture) for picture in pictures]).to(self.device)
@@ -103,6 +105,10 @@ class Encoder:
             both = self._both(images, text)
             mixed = 2 * (1 - image_weight) * both + (2 * image_weight - 1) * self._mode("image", images)
         return F.normalize(mixed, dim=-1)
+
+    def _check_mode(self) -> None:
+        if getattr(self.model, "training", False):
+            raise ValueError("the model is in training mode, whose dropout changes every feature; call model.eval().")
 
     def _both(self, images: Tensor, text: str) -> Tensor:
         if self.composes:
@@ -150,9 +156,18 @@ def load_encoder(name: str | os.PathLike[str], device: str | torch.device = "cpu
 
 
 def encoder_of(run: Any) -> Encoder:
-    """Return an encoder as it is, or the one of a run that ``load_run`` returned."""
+    """Return an encoder as it is, or the one of a run that ``load_run`` returned.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if isinstance(run, Encoder):
         return run
+    if not isinstance(run, tuple) or len(run) != 4:
+        raise ValueError(
+            f"encoder must be an Encoder, or what load_run returned, got {type(run).__name__}; load_encoder makes one "
+            "by the name of a run or of a model."
+        )
     model, vis_processors, txt_processors, _ = run
     text = (txt_processors or {}).get("eval") or str
     return Encoder(model, vis_processors["eval"], text, device=next(model.parameters()).device)

@@ -124,8 +124,20 @@ class SearchIndex(Searcher):
         return float(self.manifest.candidates["recall"])
 
     def close(self) -> None:
-        """Close the catalogue's file."""
+        """Close the catalogue's file; ``with open_index(...) as index`` does so at its end."""
         self.catalogue.close()
+
+    def __enter__(self) -> SearchIndex:
+        """Return this index, which the end of the ``with`` block closes."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the catalogue's file."""
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a copy, such as the one that a worker process gets, open the index's newest state for itself."""
+        return type(self), (self.path, self._given, self.device)
 
 
 def open_index(path: str | os.PathLike[str], encoder: Any = None, device: str | torch.device = "cpu") -> SearchIndex:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -201,6 +201,14 @@ class Searcher(ABC):
     def _measured_recall(self) -> float:
         """Return the recall of answers that are not exact."""
 
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+
+    def __repr__(self) -> str:
+        """Return a text with the place, the number of pictures and the model's name."""
+        return f"{type(self).__name__}({self.place!r}, {len(self):,} pictures, model {self._made_by()[0] or None!r})"
+
     @property
     def columns(self) -> tuple[str, ...]:
         """What a condition may name."""
@@ -208,7 +216,7 @@ class Searcher(ABC):
 
     def search(
         self,
-        images: Source | Sequence[Source] = (),
+        images: Source | Iterable[Source] | None = (),
         text: str | None = None,
         k: int = 10,
         *,
@@ -230,7 +238,7 @@ class Searcher(ABC):
         The queries of several pictures are added, each with its weight; then the text to avoid is taken away.
 
         Args:
-            images: One or more pictures; none for a text alone.
+            images: One or more pictures; none, or ``None``, for a text alone.
             text: What to change, or what to look for where there is no picture.
             k: How many results, from 1 to 10,000. So many come back if so many meet the condition.
             image_weight: From 0 (the text alone) over 0.5 (what the model makes of both) to 1 (the pictures alone).
@@ -249,6 +257,11 @@ class Searcher(ABC):
             ChangedError: the file of a picture that is named by its id is not what was indexed.
         """
         sources = _listed(images)
+        for name, words in (("text", text), ("without", without), ("where", where)):
+            if words is not None and not isinstance(words, str):
+                raise ValueError(f"{name} must be a string, got {type(words).__name__}.")
+        k, image_weight, without_weight, min_score = map(_plain, (k, image_weight, without_weight, min_score))
+        weights = None if weights is None else [_plain(weight) for weight in weights]
         text, without = (text or "").strip() or None, (without or "").strip() or None
         _check(sources, text, k, image_weight, weights, without_weight, min_score)
         columns = self._condition_columns()
@@ -286,13 +299,18 @@ class Searcher(ABC):
     def _loaded(self, source: Source) -> tuple[Image.Image, str]:
         """Return a picture, upright, and the SHA-256 of its file; empty for a picture in memory."""
         if isinstance(source, Image.Image):
-            return as_rgb(source, upright=True), ""
+            try:
+                return as_rgb(source, upright=True), ""
+            except ValueError as error:
+                raise ValueError(f"the picture cannot be read as an image: {error}.") from None
         if isinstance(source, int):
             picture = self.picture(source)
             if picture is None:
                 raise ValueError(f"the index has no picture {source}; take an id from its results.")
             with open_indexed(picture) as file:
                 return decode_rgb(file.read(), picture.path, upright=True), picture.sha256
+        if not isinstance(source, (str, os.PathLike, bytes)):
+            raise _no_picture(source)
         name = "the picture" if isinstance(source, bytes) else os.fspath(source)
         if not isinstance(source, bytes):
             path = Path(source).expanduser()
@@ -358,10 +376,31 @@ def _collect(ranked: Ranked, asked: Asked) -> tuple[list[_Found], int]:
     return every, 0
 
 
-def _listed(images: Source | Sequence[Source]) -> list[Source]:
+def _listed(images: Source | Iterable[Source] | None) -> list[Source]:
+    images = _plain(images)
+    if images is None:
+        return []
     if isinstance(images, (str, os.PathLike, bytes, int, Image.Image)):
-        return [images]
-    return list(images)
+        images = [images]
+    # The entries of an open file are its lines, and those of a buffer are numbers, which would be taken for ids.
+    if not isinstance(images, Iterable) or isinstance(images, (bytearray, memoryview)) or hasattr(images, "read"):
+        raise _no_picture(images)
+    sources = [_plain(image) for image in images]
+    if any(isinstance(source, bool) for source in sources):
+        raise _no_picture(True)
+    return sources
+
+
+def _no_picture(value: Any) -> ValueError:
+    return ValueError(
+        "a picture must be a path, the bytes of a file, the id of a picture of the index or a picture of Pillow, or "
+        f"images a list of these, got {type(value).__name__}."
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Return Python's own number for one of numpy's, as columns of tables hold them; all else unchanged."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _check(

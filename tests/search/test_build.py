@@ -20,7 +20,7 @@ from search_world import draw, draw_some, index, make_encoder
 from torch.utils.data import DataLoader
 
 from lavis_cir_plugin.core.locks import FileLock
-from lavis_cir_plugin.search import build, engine, open_index
+from lavis_cir_plugin.search import build, build_index_folder, engine, open_index
 from lavis_cir_plugin.search.catalogue import ReadableCatalogue
 from lavis_cir_plugin.search.folders import WRITER
 
@@ -58,6 +58,33 @@ def test_features_are_those_of_the_model_in_half_precision(tmp_path, encoder):
         picture = encoder.transform(Image.open(path)).unsqueeze(0)
         expected = torch.nn.functional.normalize(encoder.model.encode_target(picture)[0], dim=-1)
         torch.testing.assert_close(stored[path.name].float(), expected, atol=1e-3, rtol=0)
+
+
+def test_one_folder_needs_no_list_and_what_load_run_returns_is_an_encoder(tmp_path, encoder, monkeypatch):
+    """The characters of ".." are folders, too."""
+    draw_some(tmp_path / "p", 3)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "p")
+    run = (encoder.model, {"eval": encoder.transform}, {}, None)
+    built = build_index_folder("../p", tmp_path / "i", run, quiet=True, workers=0)
+    assert (built.pictures, built.encoded) == (3, 3)
+    draw_some(tmp_path / "q", 1, start=7)
+    again = build_index_folder(tmp_path / "q", tmp_path / "i", encoder, forget="../p", quiet=True, workers=0)
+    assert (again.pictures, again.encoded) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"candidates": "alway"}, "candidates must be one of auto, always, none, got 'alway'; did you mean 'always'"),
+        ({"encoder": "output/RUN"}, "encoder must be an Encoder, or what load_run returned, got str; load_encoder"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path, encoder, change, message):
+    draw_some(tmp_path / "p", 1)
+    with pytest.raises(ValueError, match=message):
+        build_index_folder(**{"folders": tmp_path / "p", "out": tmp_path / "i", "encoder": encoder, **change})
+    assert not (tmp_path / "i").exists()
 
 
 def test_again_only_what_is_new_or_changed_is_encoded_and_what_is_gone_is_forgotten(tmp_path, encoder):

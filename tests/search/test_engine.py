@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import io
 import os
+import pickle
 import threading
 
 import numpy as np
@@ -267,12 +271,78 @@ def test_what_was_not_trained_to_compose_adds_the_features_of_picture_and_text(t
             {"text": "stripes", "without": "stripes", "without_weight": 1},
             r"the text to avoid takes away all that is looked for; change it, or lower its weight \(without_weight 1\)",
         ),
+        ({"images": bytearray(b"x")}, "a picture must be a path, the bytes of a file.*got bytearray"),
+        ({"images": io.BytesIO(b"x")}, "a picture must be a path.*got BytesIO"),
+        ({"images": np.zeros((4, 4, 3))}, "a picture must be a path.*got ndarray"),
+        ({"images": [True]}, "a picture must be a path.*got bool"),
+        ({"images": Image.new("F", (4, 4))}, "the picture cannot be read as an image: it is grey of floating point"),
+        ({"images": 2**70}, "the index has no picture"),
+        ({"text": ["is red"]}, "text must be a string, got list"),
+        ({"text": "x", "where": {"price": 1}}, "where must be a string, got dict"),
         ({"text": "x", "where": "prize < 1"}, r"no column of this index; did you mean 'price'\?"),
     ],
 )
 def test_a_question_that_makes_no_sense_is_refused_by_a_sentence(world, asked, message):
     with pytest.raises(ValueError, match=message):
         world[2].search(**asked)
+
+
+def test_numbers_of_numpy_are_numbers(world):
+    """Tables hold ids and weights as numpy's numbers."""
+    expected = world[2].search([3, 8], "is red", 4, image_weight=0.25, weights=[1, 2])
+    for ids in ([np.int64(3), np.int32(8)], np.array([3, 8])):
+        found = world[2].search(
+            ids, "is red", np.int64(4), image_weight=np.float32(0.25), weights=np.array([1, 2], np.float32)
+        )
+        assert found == expected
+    assert world[2].search(np.int64(3)) == world[2].search(3)
+
+
+def test_no_picture_may_be_said_by_none(world):
+    assert world[2].search(None, "is red") == world[2].search(text="is red")
+
+
+def test_an_index_says_what_it_is(world):
+    assert repr(world[2]) == f"SearchIndex({str(world[2].path)!r}, {COUNT} pictures, model None)"
+    assert "Linear" not in repr(world[1])  # the encoder's
+
+
+def test_a_closed_index_says_so(world):
+    with open_index(world[2].path, world[1]) as opened:
+        assert opened.search(3, k=1).hits
+    for ask in (
+        lambda: opened.search(3),
+        lambda: opened.search(text="red", where="price < 9"),
+        lambda: opened.picture(1),
+    ):
+        with pytest.raises(ValueError, match="the index was closed; open it again by open_index"):
+            ask()
+    opened.close()
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda opened: pickle.loads(pickle.dumps(opened))])
+def test_a_copy_opens_the_index_for_itself(world, way):
+    """Workers that are spawned get one."""
+    with way(world[2]) as twin:
+        assert twin.search(3, "is red") == world[2].search(3, "is red")
+    assert world[2].picture(1) is not None
+
+
+def test_a_model_in_training_mode_is_refused(world):
+    """Its dropout would change every feature of an index without a word."""
+    encoder = dataclasses.replace(world[1], model=copy.deepcopy(world[1].model).train())
+    with pytest.raises(
+        ValueError, match=r"in training mode, whose dropout changes every feature; call model\.eval\(\)"
+    ):
+        open_index(world[2].path, encoder).search(3, "is red")
+    with pytest.raises(ValueError, match="in training mode"):
+        encoder.targets(torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("encoder", ["output/RUN", ("model", {}, {}), 3])
+def test_what_is_no_encoder_is_refused(world, encoder):
+    with pytest.raises(ValueError, match=r"encoder must be an Encoder, or what load_run returned, got .*load_encoder"):
+        open_index(world[2].path, encoder)
 
 
 def test_a_missing_reference_is_named(world, tmp_path):
