@@ -10,11 +10,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lavis_cir_hook
 from lavis_cir_plugin import former_places
 
+if TYPE_CHECKING:
+    from lavis_cir_plugin.training.run_loading import load_run
+
+__all__ = ["CONFIGS", "PROJECTS", "load_run", "register"]
 __version__ = "0.6.2"
 
 _PACKAGE = Path(__file__).parent
@@ -62,6 +66,10 @@ def __getattr__(name: str) -> Any:
     if name == "load_run":
         return importlib.import_module(f"{__name__}.training.run_loading").load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 former_places.install()

@@ -7,6 +7,7 @@ import ast
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from lavis_cir_plugin.commands import (
     triplets,
 )
 from lavis_cir_plugin.commands import config as config_command
+from lavis_cir_plugin.garments import FashionIQGarments, write_fashioniq
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.report.run_log import EPOCHS, STEPS
@@ -287,12 +289,37 @@ def test_the_python_example_of_a_search_runs(tmp_path, monkeypatch, capsys):
     assert f"'{paths[1]}', {{'price': 20}})]" in capsys.readouterr().out
 
 
-def test_the_python_example_runs():
+def test_the_python_example_of_an_index_runs(tmp_path, monkeypatch, capsys):
+    draw_some(tmp_path / "photos", 2)
+    (tmp_path / "columns.csv").write_text("path,price\n001.png,20\n")
+    monkeypatch.setattr("lavis_cir_plugin.search.encoder.load_encoder", lambda name: make_encoder())
+    monkeypatch.chdir(tmp_path)
+    (example,) = (block for block in blocks("python") if "build_index_folder" in block)
+    exec(example, {})
+    assert capsys.readouterr().out.endswith("2 2 {}\n")
+
+
+def test_the_python_example_of_rankings_runs(capsys):
+    (example,) = (block for block in blocks("python") if "recall_at" in block)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["found"].top.shape == (3, 10)
+
+
+def test_the_python_examples_of_a_model_and_of_its_training_run(tmp_path, monkeypatch):
+    sizes = {"train_triplets": 3, "val_queries": 1, "test_queries": 1}
+    images = {"train_images": 4, "val_images": 3, "test_images": 3, "image_width": 32, "image_height": 32}
+    write_fashioniq(tmp_path / "fashionIQ_dataset", FashionIQGarments(**sizes, **images), progress=False, workers=0)
+    monkeypatch.chdir(tmp_path)
     (example,) = (block for block in blocks("python") if "encode_query" in block)
-    names: dict[str, torch.Tensor] = {}
+    (training,) = (block for block in blocks("python") if "PerturbingOptimizer" in block)
+    names: dict[str, Any] = {}
     exec(example, names)
     assert names["query"].shape == (1, 64)
     assert names["targets"].shape == (4, 8, 64)
     assert sorted(names["ranking"][0].tolist()) == [0, 1, 2, 3]
     torch.testing.assert_close(names["query"].norm(dim=-1), torch.ones(1))
     torch.testing.assert_close(names["targets"].norm(dim=-1), torch.ones(4, 8))
+    exec(training, names)
+    assert names["optimizer"].steps == {"perturbed": 3, "skipped": 0}  # 3 categories of 3 triplets by 4
+    assert not torch.equal(names["model"].encode_target(names["images"]), names["targets"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -108,12 +108,12 @@ class Benchmark:
 
     name: str
     split: str
-    groups: tuple[Group, ...]
-    image_paths: Mapping[str, Path]
+    groups: tuple[Group, ...] = field(repr=False)  # a benchmark has up to a hundred thousand pictures and queries
+    image_paths: Mapping[str, Path] = field(repr=False)
     protocol: str
-    metrics: Callable[[Mapping[str, HasRanks]], dict[str, float]]
+    metrics: Callable[[Mapping[str, HasRanks]], dict[str, float]] = field(repr=False)
     selection_metric: str
-    submissions: Callable[[Mapping[str, Ranking]], dict[str, Any]] = no_submissions
+    submissions: Callable[[Mapping[str, Ranking]], dict[str, Any]] = field(default=no_submissions, repr=False)
     upright: bool = False
 
     @property

@@ -62,6 +62,11 @@ class CirDataset(Dataset):
         self.features: FeatureCache | None = None
         self.keeps_features = False
 
+    def __repr__(self) -> str:
+        """Return a text with the numbers of samples and pictures."""
+        size = len(self)  # type: ignore[arg-type]
+        return f"{type(self).__name__}({size:,} samples, {len(self.image_paths):,} pictures)"
+
     @property
     def pictures_read(self) -> int:
         """Number of pictures that one pass over the data set reads, a picture as often as it is read."""

@@ -61,6 +61,9 @@ def contrastive_loss(
         target_ids: ``(B,)`` int64, equal for the same image. Without ids all targets count as different images.
         label_smoothing: :math:`\epsilon`, >= 0 and < 1.
 
+    Raises:
+        ValueError: If the ids are no tensor of one id for each target.
+
     Returns:
         A scalar: ``log(world_size * B)`` if all scores are equal and no target repeats, 0 for a single target.
 
@@ -113,10 +116,16 @@ def with_gradient_of(rows: int, function: Callable[[Any], Tensor], batch: Any) -
 def features_of_all_processes(targets: Tensor, target_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the targets of all processes, the positions of this process's targets, and where their images repeat.
 
+    Raises:
+        ValueError: If the ids are no tensor of one id for each target.
+
     Returns:
         The N targets of all processes; the position ``(B,)`` of each own target among them; and a mask ``(B, N)`` that
         is true where another target shows the same image. The mask is ``None`` if no ids are known.
     """
+    if target_ids is not None and (not isinstance(target_ids, Tensor) or target_ids.shape != targets.shape[:1]):
+        kind = tuple(target_ids.shape) if isinstance(target_ids, Tensor) else type(target_ids).__name__
+        raise ValueError(f"target_ids must be a tensor ({len(targets)},), one id for each target, got {kind}.")
     everyone = gather_with_gradient(targets)
     count, device = targets.shape[0], targets.device
     own = torch.arange(count, device=device) + rank_and_world()[0] * count

@@ -3,7 +3,7 @@
 The whole public interface, which everything above this folder uses::
 
     build_index_folder(folders, out, encoder, *, metadata=None, forget=(), thorough=False, candidates="auto",
-                       batch_size=64, workers=None, quiet=False) -> Built
+                       batch_size=64, workers=None, quiet=False) -> Built   # encoder: as for open_index
     load_encoder(name, device="cpu") -> Encoder       # a run, NAME:WEIGHTS of open_clip, or blip2:TYPE
     open_index(path, encoder=None, device="cpu") -> SearchIndex   # encoder: an Encoder, or what load_run returned
     open_collection(url, encoder=None, device="cpu") -> QdrantIndex  # search, columns, picture, len: the same
@@ -13,7 +13,7 @@ The whole public interface, which everything above this folder uses::
                  where=None, min_score=None, fold=True, keep_references=False, exact=False) -> Answer
     index.picture(id) -> Picture | None
     index.refreshed() -> SearchIndex                  # itself, or the newest state with the same loaded model
-    index.close()
+    index.close()                                     # or: with open_index(path) as index
 
     Answer: hits, searched, folded, left_out, is_exact, recall, share_is_estimated
     Hit: picture, score, share_below, duplicates, path
@@ -22,7 +22,7 @@ The whole public interface, which everything above this folder uses::
 
 A query's picture is a path, a file's content as bytes, the id of an indexed picture, or a picture in memory. Errors
 that a user can mend are ValueError, FileNotFoundError and OSError, each with one sentence. An opened index may be asked
-by several threads.
+by several threads. A worker process that is forked or spawned with one searches in its own copy.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ _HOMES = {
     "open_collection": "qdrant_index",
     "open_index": "engine",
 }
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -37,6 +37,9 @@ def test_the_embedded_world_is_drawn_where_a_download_would_be(tmp_path, monkeyp
     assert isinstance(train, TripletDataset)
     assert isinstance(val, BenchmarkDataset)
     assert (len(train), len(val), len(val.queries)) == (3 * 8, 3 * 8, 3 * 4)
+    assert repr(val) == "BenchmarkDataset(24 samples, 24 pictures)"
+    assert "groups" not in repr(val.benchmark)
+    assert repr(val.benchmark).startswith("Benchmark(name='fashioniq', split='val', protocol=\"FashionIQ val, ")
     assert val.contents == "24 gallery pictures, 12 queries"
     assert (
         train.contents == f"24 triplets of {len({n for t in train.triplets for n in (t.reference, t.target)})} pictures"

@@ -15,6 +15,7 @@ from lavis.tasks.base_task import BaseTask
 from omegaconf import OmegaConf
 from PIL import Image
 
+import lavis_cir_plugin.search
 from lavis_cir_plugin import load_run
 from lavis_cir_plugin.commands import main
 from lavis_cir_plugin.core.checkpoints import read_checkpoint
@@ -119,6 +120,13 @@ def test_every_model_scores_as_it_did_in_its_run(name, tmp_path):
     assert picture.shape == (3, 16, 16)
     assert loaded.vis_processors["eval"].target_ratio == 1.5
     assert loaded.txt_processors["eval"]("one two three four") == "one two three"
+
+
+@pytest.mark.parametrize("package", [lavis_cir_plugin, lavis_cir_plugin.search])
+def test_what_is_imported_when_asked_for_is_shown_before(package):
+    """A notebook completes names by ``dir``."""
+    assert set(package.__all__) <= set(dir(package))
+    assert all(hasattr(package, name) for name in package.__all__)
 
 
 @pytest.mark.parametrize("name", ["sentence_prompt", "frozen tower", "mapping", "composing"])

@@ -17,6 +17,12 @@ def unit(*rows):
     return torch.nn.functional.normalize(torch.tensor(rows), dim=-1)
 
 
+@pytest.mark.parametrize(("ids", "got"), [([1, 1, 2], "list"), (torch.tensor([1, 1]), r"\(2,\)")])
+def test_ids_that_do_not_fit_the_targets_are_refused(ids, got):
+    with pytest.raises(ValueError, match=rf"target_ids must be a tensor \(3,\), one id for each target, got {got}"):
+        contrastive_loss(torch.eye(3), torch.eye(3), 0.07, ids)
+
+
 def test_contrastive_loss_worked_by_hand():
     """Two orthogonal pairs, tau 1: each row has scores (1, 0), loss = log(1 + e^-1) = 0.313262."""
     query = unit([1.0, 0.0], [0.0, 1.0])
