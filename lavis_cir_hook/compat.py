@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from functools import wraps
+from functools import cache, wraps
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -187,6 +187,7 @@ def _as_configured(build: Any) -> Any:
     return build_as_configured
 
 
+@cache
 def _tokenizer_class() -> Any:
     """Return BERT's tokenizer as in 4.26: it decodes "don't" and "red.", and has the ids of [ENC] by their old name."""
     from transformers import BertTokenizer
@@ -197,7 +198,15 @@ def _tokenizer_class() -> Any:
         def __init__(self, *arguments: Any, **settings: Any) -> None:
             super().__init__(*arguments, **{"clean_up_tokenization_spaces": True, **settings})
 
+    Tokenizer.__qualname__ = Tokenizer.__name__  # pickle then finds it in this module, by the function below
     return Tokenizer
+
+
+def __getattr__(name: str) -> Any:
+    """Return BERT's tokenizer under the name by which a pickled model asks for it."""
+    if name == "Tokenizer":
+        return _tokenizer_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _refuse(*_: Any, **__: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 import stack_numbers
@@ -66,3 +67,11 @@ def test_from_pretrained_gives_what_the_file_has_and_ties_the_rest(name, tmp_pat
     assert set(state) == set(whole)
     for key in whole:
         assert torch.equal(state[key], whole[key]), key
+
+
+def test_a_model_is_pickled_with_its_tokenizer(small_model):
+    """Spawned workers get a model so; its class for transformers 5 was one that pickle cannot find."""
+    model = small_model()
+    copied = pickle.loads(pickle.dumps(model))
+    assert type(copied.tokenizer) is type(model.tokenizer)
+    assert copied.tokenizer("is red").input_ids == model.tokenizer("is red").input_ids
