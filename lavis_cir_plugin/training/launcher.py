@@ -203,8 +203,8 @@ def _warn_of_other_launchers(run_cfg: DictConfig) -> None:
         size = os.environ.get(name, "1")
         if size != "1":
             logging.warning(
-                "%s has started %s processes, and each of them trains or evaluates alone: only torchrun joins processes "
-                "to one run (%s starts one torchrun per machine, with --nnodes and --nproc_per_node)",
+                "%s has started %s processes, and each of them trains or evaluates alone: only torchrun joins "
+                "processes to one run (%s starts one torchrun per machine, with --nnodes and --nproc_per_node)",
                 command, size, command,
             )  # fmt: skip
             return
