@@ -43,7 +43,8 @@ def fail_in_all_processes() -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    others = [message for message in gather(str(failure) if failure else "") if message]
+    told = None if failure is None else str(failure).strip() or type(failure).__name__  # some errors have no message
+    others = [message for message in gather(told) if message is not None]
     if failure is not None:
         raise failure
     if others:
