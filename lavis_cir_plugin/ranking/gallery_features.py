@@ -6,16 +6,18 @@ memory.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lavis_cir_plugin.core.processes import fail_in_all_processes, share
+from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, share
 from lavis_cir_plugin.core.shared_rows import SharedRows
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_CONTENTS = "the gallery's features"
 _ADVICE = (
     "free some space, set run.output_dir to a folder on another disk that all processes see, or run.gallery_dtype to "
     "float16"
@@ -41,10 +43,21 @@ def store_gallery(path: Path, total: int, batches: Iterable[Tensor], dtype: torc
         OSError: If the file cannot be written, as on a full disk. The message names the keys to change.
         ValueError: If the number of rows differs from the share, or if another process failed.
     """
-    with SharedRows(path, total, "the gallery's features", _ADVICE) as file:
+    with SharedRows(path, total, _CONTENTS, _ADVICE) as file:
         with fail_in_all_processes():
             _write(file, share(total), batches, dtype)
         return file.mapped()
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that not all processes see or can write. Every process must call this function.
+
+    Raises:
+        OSError: If this process cannot write or see a file there.
+        ValueError: If another process failed.
+    """
+    name = gather(secrets.token_hex(8))[0]  # another run may test the same folder
+    SharedRows(folder / f"{name}.tmp", 1, _CONTENTS, _ADVICE).close()
 
 
 def _write(file: SharedRows, own: range, batches: Iterable[Tensor], dtype: torch.dtype) -> None:

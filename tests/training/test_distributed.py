@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,9 +25,9 @@ from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
 from lavis_cir_plugin.models.contrastive_losses import gather_with_gradient
-from lavis_cir_plugin.ranking.gallery_features import store_gallery
+from lavis_cir_plugin.ranking.gallery_features import check_folder, store_gallery
 from lavis_cir_plugin.training.resumable_runner import resumable
-from lavis_cir_plugin.training.run_folders import BEST
+from lavis_cir_plugin.training.run_folders import BEST, lock_run
 
 FUSIONS = ("joint", "sentence_prompt")
 SETTINGS = {
@@ -115,7 +116,7 @@ def make_runner(model):
     """Return a runner of two processes, without data and folder."""
     kind = resumable(RunnerBase)
     runner = kind.__new__(kind)
-    runner.config = SimpleNamespace(run_cfg=OmegaConf.create({"distributed": True, "device": "cpu"}))
+    runner.config = SimpleNamespace(run_cfg=OmegaConf.create({"distributed": True, "device": "cpu", "evaluate": False}))
     runner._device = runner._wrapped_model = runner._average = runner._trained = None
     runner._model = model
     return runner
@@ -149,6 +150,30 @@ def reloaded(rank, folder):
         torch.save({"model": torch.nn.Linear(2, 2).state_dict()}, runner.output_dir / BEST)
     before = model.weight.clone()
     return torch.equal(runner._reload_best_model(model).weight, before)
+
+
+def refused(rank, folder):
+    """Return what each process says of what only one of them lacks: a folder, a checkpoint, the lock of the run."""
+    runner = make_runner(None)
+    runner.output_dir, runner._check_counts = str(folder), lambda: None
+    machines = [folder / f"machine {number}" for number in range(2)]
+    machines[rank].mkdir()
+    if rank == 0:
+        torch.save({"model": {}}, machines[0] / "checkpoint.pth")
+    else:
+        lock = lock_run(folder)
+    sentences = []
+    for work in (
+        lambda: check_folder(machines[rank]),
+        lambda: runner._load_checkpoint(str(machines[rank] / "checkpoint.pth")),
+        runner.train,
+    ):
+        with pytest.raises((OSError, ValueError)) as caught:
+            work()
+        sentences.append(str(caught.value))
+    if rank == 1:
+        lock.release()
+    return sentences
 
 
 def stopped(rank, *message):
@@ -186,6 +211,7 @@ def work(rank, folder):
     found["validated"] = validated(rank)
     found["frozen"] = evaluated_by_runner(torch.nn.Linear(2, 2).requires_grad_(False))
     found["best"] = reloaded(rank, Path(folder))
+    found["refused"] = refused(rank, Path(folder))
     found["stopped"] = [stopped(rank, *message) for message in (("no picture\nthis process has failed",), ())]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -254,6 +280,17 @@ def test_processes_evaluate_one_model(found):
 def test_a_model_without_a_trained_weight_is_evaluated(found):
     """DistributedDataParallel refuses it, such as clip_cir with both towers frozen."""
     assert found[0]["frozen"].keys() == {"weight", "bias"}
+
+
+def test_what_one_process_lacks_ends_all(found):
+    """Otherwise the processes of other machines would wait for it for an hour."""
+    folder, checkpoint, lock = zip(*(found[rank]["refused"] for rank in range(2)))
+    assert re.fullmatch(r"the gallery's features cannot be written to .*machine 1.*all processes see.*", folder[1])
+    assert folder[0] == f"another process stopped: {folder[1]}"
+    assert "machine 1/checkpoint.pth does not exist" in checkpoint[1]
+    assert checkpoint[0] == f"another process stopped: {checkpoint[1]}"
+    assert "is still going on in process" in lock[0]
+    assert lock[1] == f"another process stopped: {lock[0]}"
 
 
 @pytest.mark.parametrize("kind", ["evaluated", "evaluated without room", "evaluated with two caches"])
