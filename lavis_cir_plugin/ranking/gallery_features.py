@@ -6,15 +6,14 @@ memory.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, share
-from lavis_cir_plugin.core.shared_rows import SharedRows
+from lavis_cir_plugin.core.processes import fail_in_all_processes, share
+from lavis_cir_plugin.core.shared_rows import SharedRows, check_shared
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _CONTENTS = "the gallery's features"
@@ -50,14 +49,13 @@ def store_gallery(path: Path, total: int, batches: Iterable[Tensor], dtype: torc
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that not all processes see or can write. Every process must call this function.
+    """Refuse a folder for :func:`store_gallery` that not all processes see. Every process must call this function.
 
     Raises:
-        OSError: If this process cannot write or see a file there.
+        OSError: If this process cannot write or open a file there.
         ValueError: If another process failed.
     """
-    name = gather(secrets.token_hex(8))[0]  # another run may test the same folder
-    SharedRows(folder / f"{name}.tmp", 1, _CONTENTS, _ADVICE).close()
+    check_shared(folder, _CONTENTS, _ADVICE)
 
 
 def _write(file: SharedRows, own: range, batches: Iterable[Tensor], dtype: torch.dtype) -> None:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lavis_cir_plugin.benchmarks.types import Benchmark
-from lavis_cir_plugin.core.processes import rank_and_world
 from lavis_cir_plugin.core.settings import Limits, Section
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset
 from lavis_cir_plugin.data.feature_cache import FeatureCache, with_features
@@ -175,7 +174,7 @@ class ComposedRetrievalTask(BaseTask):
                 process failed.
         """
         run = cfg.run_cfg
-        if rank_and_world()[1] > 1 and (run.get("valid_splits") or run.get("test_splits")):
+        if run.get("valid_splits") or run.get("test_splits"):
             check_folder(Path(run.output_dir))  # otherwise the first validation, after an epoch, would find out
         self.model = model
         self.caches = cache_features(model, datasets, run)
