@@ -29,6 +29,7 @@ import lavis_cir_plugin
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.benchmarks.images import refuse_output_inside
 from lavis_cir_plugin.core.interruption import interruptible
+from lavis_cir_plugin.core.processes import fail_in_all_processes
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
 from lavis_cir_plugin.data.label_noise import write_noise
 from lavis_cir_plugin.report import run_record
@@ -220,7 +221,8 @@ def _build_model(task: Any, cfg: Any) -> nn.Module:
     state: list[Any] = [get_random_state()]
     dist.broadcast_object_list(state)
     set_random_state(state[0])
-    model = lora.build_model(task, cfg)
+    with fail_in_all_processes():  # a machine may lack a file of weights
+        model = lora.build_model(task, cfg)
     if get_rank() > 0:
         _seed(int(cfg.run_cfg.seed) + get_rank())
     return model

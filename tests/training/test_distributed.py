@@ -19,7 +19,7 @@ from lavis.runners.runner_base import RunnerBase
 from omegaconf import OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 
-from lavis_cir_plugin.core.processes import fail_in_all_processes, share
+from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, share
 from lavis_cir_plugin.core.shared_rows import SharedRows
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
@@ -176,6 +176,19 @@ def refused(rank, folder):
     return sentences
 
 
+def nested(rank, is_inner):
+    """Return what ends this process if the second one fails outside or inside an inner block, and who goes on."""
+    try:
+        with fail_in_all_processes():
+            if rank == 1 and not is_inner:
+                raise OSError("no weights")
+            with fail_in_all_processes():
+                if rank == 1:
+                    raise OSError("no weights")
+    except (ValueError, OSError) as error:
+        return str(error), gather(rank)
+
+
 def stopped(rank, *message):
     """Return type and text of what ends this process if the second one fails with a message or without any."""
     try:
@@ -212,6 +225,7 @@ def work(rank, folder):
     found["frozen"] = evaluated_by_runner(torch.nn.Linear(2, 2).requires_grad_(False))
     found["best"] = reloaded(rank, Path(folder))
     found["refused"] = refused(rank, Path(folder))
+    found["nested"] = [nested(rank, is_inner) for is_inner in (False, True)]
     found["stopped"] = [stopped(rank, *message) for message in (("no picture\nthis process has failed",), ())]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -245,6 +259,8 @@ def test_processes_share_rows_with_exact_counts_and_stop_together(found):
         ("ValueError", "another process stopped: this process has failed"),
         ("ValueError", "another process stopped: MemoryError"),
     ]
+    for rank, sentence in enumerate(("another process stopped: no weights", "no weights")):
+        assert found[rank]["nested"] == [(sentence, [0, 1])] * 2
     assert found[1]["stopped"] == [("MemoryError", "no picture\nthis process has failed"), ("MemoryError", "")]
 
 
