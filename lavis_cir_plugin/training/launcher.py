@@ -72,9 +72,7 @@ def main(command: str, arguments: Sequence[str] | None = None) -> None:
                 raise
             sys.exit(f"lavis.{command}: {sentence}")
         finally:
-            # After an error the other processes may wait for this one. NCCL would then wait here for them, and nobody
-            # would read the error: torchrun ends the others when this process has ended.
-            if dist.is_initialized() and (is_done or dist.get_world_size() == 1):
+            if dist.is_initialized() and (is_done or not _leaving_waits()):
                 dist.destroy_process_group()
 
 
@@ -135,6 +133,15 @@ def _kept_by_interrupted(command: str, runners: Sequence[Any]) -> str | None:
     if not runners:
         return "it had not begun, so start it again; drawn pictures and computed features that are whole are kept."
     return str(runners[0].what_is_kept(command))
+
+
+def _leaving_waits() -> bool:
+    """Return whether a process that leaves its group waits for the others there.
+
+    After an error they may wait for this process, and nobody would read its message. When it has ended without leaving,
+    torchrun ends the others.
+    """
+    return dist.get_backend() == "nccl" and dist.get_world_size() > 1
 
 
 def find_config(path: str) -> Path:

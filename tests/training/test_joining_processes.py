@@ -28,8 +28,11 @@ def refused(device="cpu"):
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("world", "fails", "is_closed"), [(2, True, False), (2, False, True), (1, True, True)])
-def test_a_process_that_failed_does_not_wait_for_the_others(world, fails, is_closed, monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "world", "fails", "is_closed"),
+    [("nccl", 2, True, False), ("nccl", 2, False, True), ("nccl", 1, True, True), ("gloo", 2, True, True)],
+)
+def test_a_process_that_failed_does_not_wait_for_the_others(backend, world, fails, is_closed, monkeypatch):
     """NCCL closes a group by waiting for all processes, which may wait for this one; the error would not be seen."""
     closed = []
 
@@ -40,6 +43,7 @@ def test_a_process_that_failed_does_not_wait_for_the_others(world, fails, is_clo
     monkeypatch.setattr(launcher, "run", run)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: closed.append(True))
     try:
         launcher.main("train", ["--cfg-path", "any.yaml"])
