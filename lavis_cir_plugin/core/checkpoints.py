@@ -474,11 +474,15 @@ def _local_file(path_or_url: str | os.PathLike[str]) -> Path:
 
 
 def _download(url: str) -> Path:
-    """Return the file in torch's cache, which LAVIS also uses; the main process downloads a missing file."""
+    """Return the file in torch's cache, which LAVIS also uses.
+
+    The main process downloads a missing file, and after it the first process of each machine that does not see it.
+    """
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
-    with fail_in_all_processes():
-        if rank_and_world()[0] == 0 and not cached.is_file():
-            _fetch(url, cached)
+    for is_due in (rank_and_world()[0] == 0, os.environ.get("LOCAL_RANK") == "0"):
+        with fail_in_all_processes():
+            if is_due and not cached.is_file():
+                _fetch(url, cached)
     return cached
 
 

@@ -33,6 +33,16 @@ def without_ddp(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def equalise_buffers(model: nn.Module) -> None:
+    """Give all processes the first one's buffers, as DistributedDataParallel does before a training step.
+
+    After a step the processes differ in buffers such as the statistics of a batch norm. Checkpoints hold the first
+    one's. Every process must call this function. Nothing happens if nothing wraps the model.
+    """
+    if isinstance(model, DistributedDataParallel) and model.will_sync_module_buffers():
+        model._sync_buffers()
+
+
 def frozen_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of all frozen parameters, which LAVIS's checkpoints lack; a tied one has several names."""
     named = model.named_parameters(remove_duplicate=False)

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+_KNOWN = "_is_known_to_all_processes"
+"""Attribute of an error that an inner block has raised in all processes, so that the outer one need not tell them."""
+
 
 def rank_and_world() -> tuple[int, int]:
     """Return the rank of this process and the number of processes, which is (0, 1) outside a process group."""
@@ -35,6 +38,8 @@ def gather(value: Any) -> list[Any]:
 def fail_in_all_processes() -> Iterator[None]:
     """Raise an error in all processes if one of them fails in the block, so that no process waits for ever.
 
+    Blocks may be nested, even if a process fails before it comes to an inner one: the others hear of it there.
+
     Raises:
         ValueError: If another process failed. The message ends with the last line of that process's message.
     """
@@ -42,9 +47,13 @@ def fail_in_all_processes() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if vars(error).get(_KNOWN):
+            raise
         failure = error
-    others = [message for message in gather(str(failure) if failure else "") if message]
+    told = None if failure is None else str(failure).strip() or type(failure).__name__  # some errors have no message
+    others = [message for message in gather(told) if message is not None]
+    if failure is None and others:
+        failure = ValueError(f"another process stopped: {others[0].splitlines()[-1]}")
     if failure is not None:
+        vars(failure)[_KNOWN] = True
         raise failure
-    if others:
-        raise ValueError(f"another process stopped: {others[0].splitlines()[-1]}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -126,3 +127,20 @@ class SharedRows:
             raise OSError(
                 f"{self.contents} cannot be written to {self.path} ({error.strerror or error}); {self.advice}."
             ) from error
+
+
+def check_shared(folder: Path, contents: str, advice: str) -> None:
+    """Refuse a folder that not all processes see or can write. Every process must call this function.
+
+    Args:
+        folder: The folder.
+        contents: What will be written there, in the plural; the error's message begins with it.
+        advice: End of the error's message, which says what to do.
+
+    Raises:
+        OSError: If this process cannot write or open a file there.
+        ValueError: If another process failed.
+    """
+    if rank_and_world()[1] > 1:
+        name = gather(secrets.token_hex(8))[0]  # another run may test the same folder
+        SharedRows(folder / f"{name}.tmp", 1, contents, advice).close()

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lavis_cir_plugin.core.processes import fail_in_all_processes, share
-from lavis_cir_plugin.core.shared_rows import SharedRows
+from lavis_cir_plugin.core.shared_rows import SharedRows, check_shared
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_CONTENTS = "the gallery's features"
 _ADVICE = (
     "free some space, set run.output_dir to a folder on another disk that all processes see, or run.gallery_dtype to "
     "float16"
@@ -41,10 +42,20 @@ def store_gallery(path: Path, total: int, batches: Iterable[Tensor], dtype: torc
         OSError: If the file cannot be written, as on a full disk. The message names the keys to change.
         ValueError: If the number of rows differs from the share, or if another process failed.
     """
-    with SharedRows(path, total, "the gallery's features", _ADVICE) as file:
+    with SharedRows(path, total, _CONTENTS, _ADVICE) as file:
         with fail_in_all_processes():
             _write(file, share(total), batches, dtype)
         return file.mapped()
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder for :func:`store_gallery` that not all processes see. Every process must call this function.
+
+    Raises:
+        OSError: If this process cannot write or open a file there.
+        ValueError: If another process failed.
+    """
+    check_shared(folder, _CONTENTS, _ADVICE)
 
 
 def _write(file: SharedRows, own: range, batches: Iterable[Tensor], dtype: torch.dtype) -> None:

@@ -26,6 +26,7 @@ from lavis_cir_plugin.core.atomic_files import replace_file
 from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.locks import FileLock, holder_of
 from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, rank_and_world, share
+from lavis_cir_plugin.core.shared_rows import check_shared
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.search.candidates import NEW_SHARE, PAYS_FROM, build_candidates, has_faiss, tune
 from lavis_cir_plugin.search.catalogue import FILE_COLUMNS, Read, WritableCatalogue
@@ -120,7 +121,7 @@ def build_index_folder(
     Raises:
         ValueError: another process writes to the index, the index is another model's, a folder lost all its pictures,
             there is no picture, or an argument is none of those above.
-        OSError: the index cannot be written.
+        OSError: the index cannot be written, or not all processes see its folder.
     """
     start = time.monotonic()
     if candidates not in CANDIDATES:
@@ -139,6 +140,7 @@ def build_index_folder(
                 writer.prepare(folders, forget, thorough)
                 writer.check(metadata)
         todo, known = gather((writer.todo, writer.known) if writer else None)[0]
+        check_shared(index / WRITER, "the index's features", "choose a folder that all machines of this call see")
         own = share(len(todo))
         with fail_in_all_processes():
             part = _Part.create(index) if len(own) else None

@@ -23,7 +23,7 @@ from lavis_cir_plugin.benchmarks.types import Benchmark
 from lavis_cir_plugin.core.settings import Limits, Section
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset
 from lavis_cir_plugin.data.feature_cache import FeatureCache, with_features
-from lavis_cir_plugin.ranking.gallery_features import DTYPES
+from lavis_cir_plugin.ranking.gallery_features import DTYPES, check_folder
 from lavis_cir_plugin.ranking.ranks import Ranking
 from lavis_cir_plugin.report import chance, contact_sheets, curves, result_files, tables
 from lavis_cir_plugin.report.query_results import QUERIES, write_queries
@@ -169,10 +169,15 @@ class ComposedRetrievalTask(BaseTask):
             cfg: Config object of LAVIS.
 
         Raises:
-            ValueError: If :func:`~lavis_cir_plugin.tasks.feature_caching.cache_features` raises it.
+            OSError: If not all processes see ``run.output_dir``, which an evaluation needs.
+            ValueError: If :func:`~lavis_cir_plugin.tasks.feature_caching.cache_features` raises it, or if another
+                process failed.
         """
+        run = cfg.run_cfg
+        if run.get("valid_splits") or run.get("test_splits"):
+            check_folder(Path(run.output_dir))  # otherwise the first validation, after an epoch, would find out
         self.model = model
-        self.caches = cache_features(model, datasets, cfg.run_cfg)
+        self.caches = cache_features(model, datasets, run)
         for name in self._to_preload:
             # A benchmark may be there twice, as val and as cirr.val.
             splits = {id(dataset): (split, dataset) for split, dataset in datasets.get(name, {}).items()}

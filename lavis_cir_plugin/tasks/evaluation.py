@@ -113,12 +113,14 @@ class Evaluation:
         """
         folder = Path(registry.get_path("output_dir"))
         pictures = DistinctPictures(self.dataset)
-        runs_once = (
+        saves_passes = (
             keeps_references
             and bool(pictures.references)
             and not self.dataset.keeps_features  # what is kept is read as fast again
             and has_image_tower(self.model)
         )
+        # Machines with folders of their own can differ in what their caches keep.
+        runs_once = any(gather(saves_passes))
         with ReferenceFeatures(folder, pictures.references) if runs_once else nullcontext() as references:
             batches = self._encode_pictures(pictures, references)
             gallery = store_gallery(folder / GALLERY_FILE, len(self.dataset), batches, self.gallery_dtype)

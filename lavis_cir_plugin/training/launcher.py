@@ -29,6 +29,7 @@ import lavis_cir_plugin
 from lavis_cir_plugin import PROJECTS
 from lavis_cir_plugin.benchmarks.images import refuse_output_inside
 from lavis_cir_plugin.core.interruption import interruptible
+from lavis_cir_plugin.core.processes import fail_in_all_processes
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
 from lavis_cir_plugin.data.label_noise import write_noise
 from lavis_cir_plugin.report import run_record
@@ -39,6 +40,10 @@ from lavis_cir_plugin.training.run_folders import find_checkpoint, folder_to_go_
 
 # The other processes wait this long while one downloads a checkpoint; a dead process is noticed after that time.
 _PROCESS_TIMEOUT = timedelta(minutes=60)
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_OTHER_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+"""Variables with the number of processes, by which launchers other than torchrun are recognised."""
 
 # Error numbers of disks and folders that refuse a file, which LAVIS or another library may have tried to write.
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO)
@@ -56,16 +61,18 @@ def main(command: str, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--options", nargs="+", action="extend", default=[], help="run.seed=1 and the like")
     args = parser.parse_args(arguments)
     runners: list[Any] = []
+    is_done = False
     with interruptible(f"lavis.{command}", lambda: _kept_by_interrupted(command, runners)):
         try:
             run(command, args, runners.append)
+            is_done = True
         except (ValueError, OSError) as error:
             sentence = _sentence_for_user(error)
             if sentence is None:
                 raise
             sys.exit(f"lavis.{command}: {sentence}")
         finally:
-            if dist.is_initialized():
+            if dist.is_initialized() and (is_done or not _leaving_waits()):
                 dist.destroy_process_group()
 
 
@@ -86,6 +93,7 @@ def run(command: str, args: argparse.Namespace, announce: Callable[[Any], None] 
     job_id = _job_id(cfg)
     _seed(int(cfg.run_cfg.seed) + get_rank())
     setup_logger()
+    _warn_of_other_launchers(cfg.run_cfg)
     cfg.pretty_print()
 
     task = tasks.setup_task(cfg)
@@ -127,6 +135,15 @@ def _kept_by_interrupted(command: str, runners: Sequence[Any]) -> str | None:
     return str(runners[0].what_is_kept(command))
 
 
+def _leaving_waits() -> bool:
+    """Return whether a process that leaves its group waits for the others there.
+
+    After an error they may wait for this process, and nobody would read its message. When it has ended without leaving,
+    torchrun ends the others.
+    """
+    return dist.get_backend() == "nccl" and dist.get_world_size() > 1
+
+
 def find_config(path: str) -> Path:
     """Return the path of the config file; a relative ``projects/...`` may also be one of the shipped projects."""
     local = Path(os.path.expanduser(path))
@@ -150,18 +167,55 @@ def _refuse_output_among_images(output: Path, datasets: Mapping[str, Mapping[str
 
 
 def _join_processes(run_cfg: DictConfig) -> None:
-    """Open torchrun's process group, or a group of one process; gloo serves a CPU and NCCL serves GPUs."""
-    run_cfg.distributed = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if not run_cfg.distributed:
+    """Open torchrun's process group, or a group of one process; gloo serves a CPU and NCCL serves GPUs.
+
+    Raises:
+        ValueError: If the environment has only a part of torchrun's variables, or no GPU for this process.
+    """
+    lacking = [name for name in _TORCHRUN if name not in os.environ]
+    run_cfg.distributed = not lacking
+    if lacking:
+        size = os.environ.get("WORLD_SIZE", "1")
+        if size != "1":
+            raise ValueError(
+                f"the environment has WORLD_SIZE: {size} and no {' and no '.join(lacking)}, so each of these processes "
+                "would train alone; start them by torchrun, which sets all three, or unset WORLD_SIZE."
+            )
         join_single_process(run_cfg.device)
         return
     run_cfg.rank, run_cfg.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     run_cfg.gpu = int(os.environ["LOCAL_RANK"])
     on_gpu = run_cfg.device == "cuda"
     if on_gpu:
+        _refuse_lack_of_gpus(run_cfg.gpu)
         torch.cuda.set_device(run_cfg.gpu)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PROCESS_TIMEOUT)
     setup_for_distributed(get_rank() == 0)
+
+
+def _refuse_lack_of_gpus(local_rank: int) -> None:
+    visible = torch.cuda.device_count()
+    if local_rank >= visible:
+        raise ValueError(
+            f"run.device: cuda: the process with LOCAL_RANK {local_rank} needs a GPU of its own, and torch sees "
+            f"{visible} (CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start "
+            f"torchrun with --nproc_per_node={visible}, or make more GPUs visible."
+        )
+
+
+def _warn_of_other_launchers(run_cfg: DictConfig) -> None:
+    """Warn if srun or mpirun has started several processes, which form no group without torchrun."""
+    if run_cfg.distributed:
+        return
+    for name, command in _OTHER_LAUNCHERS.items():
+        size = os.environ.get(name, "1")
+        if size != "1":
+            logging.warning(
+                "%s has started %s processes, and each of them trains or evaluates alone: only torchrun joins "
+                "processes to one run (%s starts one torchrun per machine, with --nnodes and --nproc_per_node)",
+                command, size, command,
+            )  # fmt: skip
+            return
 
 
 def _build_model(task: Any, cfg: Any) -> nn.Module:
@@ -174,7 +228,8 @@ def _build_model(task: Any, cfg: Any) -> nn.Module:
     state: list[Any] = [get_random_state()]
     dist.broadcast_object_list(state)
     set_random_state(state[0])
-    model = lora.build_model(task, cfg)
+    with fail_in_all_processes():  # a machine may lack a file of weights
+        model = lora.build_model(task, cfg)
     if get_rank() > 0:
         _seed(int(cfg.run_cfg.seed) + get_rank())
     return model

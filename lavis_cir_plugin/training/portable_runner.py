@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint
-from lavis_cir_plugin.core.model_parts import frozen_names
-from lavis_cir_plugin.core.processes import rank_and_world
+from lavis_cir_plugin.core.model_parts import equalise_buffers, frozen_names, without_ddp
+from lavis_cir_plugin.core.processes import gather, rank_and_world
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.data.resumable_loader import EpochLoader, training_loader
 from lavis_cir_plugin.training.run_folders import BEST
@@ -57,15 +57,19 @@ class PortableRunner:
 
     @property
     def model(self) -> nn.Module:
-        """The model on its device; in a distributed run DistributedDataParallel wraps it."""
+        """The model on its device; in a distributed run DistributedDataParallel wraps it if some weight is trained."""
         wrapped: nn.Module | None = self._wrapped_model
         if wrapped is None:
             wrapped = self._model = self._model.to(self.device)
-            if self.use_distributed:
+            if self.use_distributed and any(weight.requires_grad for weight in self._model.parameters()):
                 devices = [self.config.run_cfg.gpu] if self.cuda_enabled else None
                 wrapped = DistributedDataParallel(self._model, device_ids=devices)
             self._wrapped_model = wrapped
         return wrapped
+
+    def unwrap_dist_model(self, model: nn.Module) -> nn.Module:
+        """Return the model inside DistributedDataParallel, or the model itself if nothing wraps it."""
+        return without_ddp(model)
 
     @property
     def dataloaders(self) -> Any:
@@ -118,9 +122,14 @@ class PortableRunner:
         is_trained = not self.evaluate_only and bool(self.valid_splits)
         return super().evaluate(cur_epoch="best", skip_reload=skip_reload or not is_trained)
 
+    def eval_epoch(self, split_name: str, cur_epoch: Any, skip_reload: bool = False) -> Any:
+        """Evaluate a split; all processes have the first one's buffers, which checkpoints hold."""
+        equalise_buffers(self.model)
+        return super().eval_epoch(split_name, cur_epoch, skip_reload)
+
     def _reload_best_model(self, model: nn.Module) -> nn.Module:
         path = os.path.join(self.output_dir, BEST)
-        if not os.path.isfile(path):
+        if not gather(os.path.isfile(path))[0]:  # all processes evaluate the same weights, or one of them fails
             logging.warning(
                 "%s is not there: no epoch had a metric above 0 on val, or the file was lost. The last weights are "
                 "evaluated.",

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size
 from torch import Tensor
 
+from lavis_cir_plugin.core.processes import gather
 from lavis_cir_plugin.core.random_state import set_random_state
 from lavis_cir_plugin.data.resumable_loader import epoch_loaders
 from lavis_cir_plugin.report.run_log import progress
@@ -185,10 +186,12 @@ def add_batch(meters: Meters, values: Mapping[str, float], outputs: Mapping[str,
 
 def means_over_processes(meters: Meters, device: torch.device) -> dict[str, float]:
     """Return the mean of each number over the batches of all processes; a number that nobody counted has none."""
-    sums = torch.tensor(list(meters.values()), dtype=torch.float64, device=device)
+    # A model may return other numbers for another kind of batch, so one process can lack a name or have another order.
+    names = list(dict.fromkeys(name for own in gather(list(meters)) for name in own))
+    sums = torch.tensor([meters.get(name, (0, 0.0)) for name in names], dtype=torch.float64, device=device)
     if get_world_size() > 1:
         dist.all_reduce(sums)
-    return {name: total / count for name, (count, total) in zip(meters, sums.tolist()) if count}
+    return {name: total / count for name, (count, total) in zip(names, sums.tolist()) if count}
 
 
 def in_lavis_format(means: Mapping[str, float]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lavis_cir_plugin.core.checkpoints import load_strictly, read_checkpoint
 from lavis_cir_plugin.core.error_messages import option
 from lavis_cir_plugin.core.model_parts import frozen_names, momentum_copies
-from lavis_cir_plugin.core.processes import gather
+from lavis_cir_plugin.core.processes import fail_in_all_processes, gather
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
 from lavis_cir_plugin.core.settings import Limits, Positive, Section
 from lavis_cir_plugin.data.resumable_loader import epoch_loaders
@@ -129,7 +129,9 @@ class ResumableRunner(PortableRunner):
             super().train()
             return
         self._check_counts()
-        with run_folders.lock_run(self.folder) if is_main_process() else nullcontext():
+        with fail_in_all_processes():
+            lock = run_folders.lock_run(self.folder) if is_main_process() else nullcontext()
+        with lock:
             self._begin_average()
             path = self.config.run_cfg.get("resume_ckpt_path")
             if path is not None:
@@ -354,7 +356,8 @@ class ResumableRunner(PortableRunner):
 
     def _load_checkpoint(self, path: str) -> None:
         """Resume from ``checkpoint_last.pth`` or from a checkpoint of LAVIS, which may lack frozen tensors."""
-        saved = read_checkpoint(path)
+        with fail_in_all_processes():  # a machine may not see the file
+            saved = read_checkpoint(path)
         resume_checks.check_saved_run(saved, path, self._unit, self.config.run_cfg.get("runner"))
         model = self.unwrap_dist_model(self.model)
         load_strictly(model, saved["model"], path, may_lack=frozen_names(model))

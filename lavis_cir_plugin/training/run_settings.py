@@ -39,7 +39,7 @@ class RunDefaults:
         num_workers: Processes that load data, per process of the run.
         seed: Seed of all generators; a process adds its rank. The order of the data depends on seed plus epoch: seeds
             whose runs shall share no order lie further apart than a run has epochs.
-        output_dir: Folder of all runs; each run makes its own sub-folder.
+        output_dir: Folder of all runs; each run makes its own sub-folder. All machines of a run must see it.
         amp: Whether to compute in mixed precision, which needs a GPU.
         resume_ckpt_path: Where a training goes on: the folder of a run, a checkpoint, or ``auto`` for the newest
             unfinished run of the same config.

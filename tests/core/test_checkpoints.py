@@ -4,6 +4,7 @@ import argparse
 import io
 import logging
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lavis_cir_plugin.core import checkpoints
 from lavis_cir_plugin.core.checkpoints import (
     as_float32,
     finetuned_in,
@@ -326,3 +328,13 @@ def test_a_mapped_file_has_the_same_content_and_no_other_file_is_judged(tmp_path
     assert content["score"] == 0.5
     (tmp_path / "text.pth").write_text("no checkpoint")
     assert mapped_checkpoint(tmp_path / "text.pth") is None
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_the_first_process_of_each_machine_downloads_what_the_machine_lacks(local_rank, tmp_path, monkeypatch):
+    """The ninth process of a run may be the first one of a machine with a cache of its own."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(checkpoints, "rank_and_world", lambda: (8, 16))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: Path(path).write_text(url))
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert checkpoints._download("https://example.org/w.pth").is_file() == (local_rank == "0")

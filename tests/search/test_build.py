@@ -532,11 +532,14 @@ def distributed_build(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     encoder = make_encoder()
     built = index(f"{folder}/p", f"{folder}/i", encoder, batch_size=2)
+    with pytest.raises((OSError, ValueError), match=r"features cannot be written .* choose a folder that all machines"):
+        index(f"{folder}/p", f"{folder}/machine {rank}", encoder)
     torch.save((encoder.encoded, built.encoded, built.pictures), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_processes_share_the_encoding(tmp_path):
+    """An index that not all of them see is refused; the pictures of other machines would not be in it."""
     draw_some(tmp_path / "p", 7)
     (tmp_path / "p" / "bad.png").touch()
     in_two_processes(distributed_build, str(tmp_path))

@@ -86,7 +86,9 @@ def evaluation(training, gallery=None):
 
 def settings(where=None, **run):
     given = {} if where is None else {"feature_cache": where}
-    return OmegaConf.create({"run_cfg": {"device": "cpu", "max_epoch": 3, "batch_size_train": 4, **given, **run}})
+    return OmegaConf.create(
+        {"run_cfg": {"device": "cpu", "output_dir": ".", "max_epoch": 3, "batch_size_train": 4, **given, **run}}
+    )
 
 
 class Constant:

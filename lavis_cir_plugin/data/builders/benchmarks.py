@@ -13,6 +13,7 @@ from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from torch.utils.data import Dataset
 
 from lavis_cir_plugin import CONFIGS, benchmarks, garments
+from lavis_cir_plugin.core.processes import fail_in_all_processes
 from lavis_cir_plugin.core.settings import as_plain, config_from_mapping, section_problems
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset, Processor, TripletDataset, cache_root
 from lavis_cir_plugin.garments.world import World
@@ -105,7 +106,15 @@ class BenchmarkBuilder(Builder):
         return build_info
 
     def build(self) -> dict[str, Dataset]:
-        """Return the data sets by split."""
+        """Return the data sets by split.
+
+        Raises:
+            ValueError: If another process failed, as on a machine that lacks pictures.
+        """
+        with fail_in_all_processes():
+            return self._splits()
+
+    def _splits(self) -> dict[str, Dataset]:
         self.build_processors()
         build_info = self._build_info()
         datasets: dict[str, Dataset] = {}

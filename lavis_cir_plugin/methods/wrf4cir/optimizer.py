@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from lavis_cir_plugin.core.model_parts import momentum_copies, recomputing_modules, tensor_places, without_ddp
+from lavis_cir_plugin.core.model_parts import (
+    equalise_buffers,
+    momentum_copies,
+    recomputing_modules,
+    tensor_places,
+    without_ddp,
+)
 from lavis_cir_plugin.core.random_state import get_random_state, set_random_state
 from lavis_cir_plugin.methods.wrf4cir.frozen_memo import FrozenMemo
 from lavis_cir_plugin.methods.wrf4cir.perturbation import TENSORS, Ascent, LowRank, WeightPerturbation, ascent
@@ -416,8 +422,7 @@ class PerturbedModel:
             self.ascended = None
 
     def _in_two_passes(self, samples: dict[str, Any]) -> Any:
-        if isinstance(self.model, DistributedDataParallel) and self.model.will_sync_module_buffers():
-            self.model._sync_buffers()  # in the perturbed call, DDP would synchronise only the copies below
+        equalise_buffers(self.model)  # in the perturbed call, DDP would synchronise only the copies below
         # The second pass may overwrite buffers (statistics, queues) and frozen weights (momentum copies, which LAVIS's
         # models move by assigning to .data). It gets copies with the values from before the first pass.
         new = {id(buffer): buffer.clone() for buffer in self.model.buffers()}

@@ -108,6 +108,9 @@ def averaged(rank):
     for accuracy, drift in [[(math.nan, 0.2), (1.0, 0.4)], [(0.5, 0.6), (0.0, 0.8)]][rank]:
         numbers = {"reward_accuracy": accuracy, "positive_drift": drift, "reward_margin": math.nan}
         add_batch(meters, {"lr": 1.0, "loss": 3.0}, numbers)
+    # Two kinds of batches: the first process meets both, in another order, and the second one only the second kind.
+    for kind, number in [[("loss_b", 0.5), ("loss_a", 7.0)], [("loss_a", 1.0), ("loss_a", 1.0)]][rank]:
+        add_batch(meters, {}, {kind: number})
     return in_lavis_format(means_over_processes(meters, torch.device("cpu")))
 
 
@@ -178,4 +181,5 @@ def test_both_processes_mine_what_one_does(source, found, tmp_path):
 def test_averages_of_what_some_batches_lack_agree(found):
     """The averages are computed by hand; a number that no batch had is not logged."""
     expected = {"lr": "1.000", "loss": "3.000", "reward_accuracy": "0.50000", "positive_drift": "0.50000"}
+    expected.update(loss_b="0.50000", loss_a="3.00000")
     assert [found[rank]["averaged"] for rank in range(2)] == [expected] * 2
