@@ -112,7 +112,8 @@ def _explained(path: Path) -> Iterator[None]:
     except Exception as error:
         if not is_refused_write(error):
             raise
-        reason = getattr(error, "strerror", None) or (error if isinstance(error, OSError) else "it could not be ended")
+        own = error if isinstance(error, OSError) else "the file could not be finished"
+        reason = getattr(error, "strerror", None) or own
         raise OSError(
             f"{path} could not be written: {reason}; free some space there or write elsewhere (a "
             "run's folder is run.output_dir, a command's its --output, the cache is below XDG_CACHE_HOME)."

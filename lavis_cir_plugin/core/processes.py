@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 _KNOWN = "_is_known_to_all_processes"
-"""Attribute of an error that an inner block has raised in all processes, so that the outer one need not tell them."""
+"""Attribute of an error that a block has raised in all processes, so that the one around it need not tell them."""
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -38,7 +38,8 @@ def gather(value: Any) -> list[Any]:
 def fail_in_all_processes() -> Iterator[None]:
     """Raise an error in all processes if one of them fails in the block, so that no process waits for ever.
 
-    Blocks may be nested, even if a process fails before it comes to an inner one: the others hear of it there.
+    Blocks may be nested, even if a process fails before it comes to an inner one: the others hear of it there. An error
+    of the inner block may leave the outer one as another error that is raised from it.
 
     Raises:
         ValueError: If another process failed. The message ends with the last line of that process's message.
@@ -47,7 +48,7 @@ def fail_in_all_processes() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if vars(error).get(_KNOWN):
+        if _is_known(error):
             raise
         failure = error
     told = None if failure is None else str(failure).strip() or type(failure).__name__  # some errors have no message
@@ -57,3 +58,10 @@ def fail_in_all_processes() -> Iterator[None]:
     if failure is not None:
         vars(failure)[_KNOWN] = True
         raise failure
+
+
+def _is_known(error: BaseException | None) -> bool:
+    """Return whether all processes know of an error, or of one from which it was raised."""
+    while error is not None and not vars(error).get(_KNOWN):
+        error = error.__cause__
+    return error is not None

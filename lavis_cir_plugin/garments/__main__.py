@@ -35,8 +35,8 @@ def _mark(root: Path, settings: Mapping[str, Any]) -> None:
     """
     if root.is_dir() and any(root.iterdir()) and not (root / MARKER).is_file():
         raise ValueError(
-            f"{root} holds files that this command has not drawn and might overwrite (it has no {MARKER}); name a new "
-            "or empty folder."
+            f"{root} holds files and no {MARKER}, by which this command knows what it has drawn and may overwrite; "
+            "name a new or empty folder."
         )
     write_json(root / MARKER, settings)
 

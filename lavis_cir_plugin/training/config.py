@@ -90,9 +90,7 @@ def _load(path: str) -> DictConfig:
     try:
         raw = OmegaConf.load(path)
     except IsADirectoryError as error:
-        raise ConfigError(
-            str(path), ["is a folder; name a YAML file with the sections model, datasets and run."]
-        ) from error
+        raise ConfigError(path, ["is a folder; name a YAML file with the sections model, datasets and run."]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(path, [f"is not valid YAML ({' '.join(str(error).split())})."]) from error
     except _UNFIT as error:

@@ -280,7 +280,7 @@ def write_peft_folder(model: nn.Module, lora: LoraSettings, folder: Path) -> Non
     # "auto" would ask the hub whether an embedding was changed.
     state = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
     # Buffers and what run.lora.also_train names are in no adapter, and peft loads them by their own names.
-    frozen = frozen_names(model)
+    frozen = set(frozen_names(model))
     outside = model.state_dict().items()
     state.update({name: tensor for name, tensor in outside if name not in frozen and ".lora_" not in name})
     # safetensors refuses tensors that share memory, as the names of a tied one do.

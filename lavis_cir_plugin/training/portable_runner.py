@@ -6,10 +6,10 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ class PortableRunner:
             "PrefetchLoader": prefetcher,
             "IterLoader": lambda loader, use_distributed: EpochLoader(loader),
         }
-        with _replaced(runner_base, names):
+        with replaced(runner_base, names):
             return super().create_loaders(*args, **kwargs)
 
     def evaluate(self, cur_epoch: Any = "best", skip_reload: bool = False) -> Any:
@@ -142,14 +142,17 @@ class PortableRunner:
 
 
 @contextmanager
-def _replaced(module: ModuleType, names: dict[str, Any]) -> Iterator[None]:
-    """Replace attributes of a module while the context lasts."""
-    stock = {name: getattr(module, name) for name in names}
-    vars(module).update(names)
+def replaced(owner: Any, names: Mapping[str, Any]) -> Iterator[None]:
+    """Replace attributes of a module or an object while the context lasts; an object keeps those of its own."""
+    own = vars(owner)
+    stock = {name: own[name] for name in names if name in own}
+    own.update(names)
     try:
         yield
     finally:
-        vars(module).update(stock)
+        for name in names:
+            del own[name]
+        own.update(stock)
 
 
 class _SplitContents(logging.Filter):

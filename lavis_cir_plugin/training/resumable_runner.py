@@ -6,7 +6,7 @@ import logging
 import math
 import shlex
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from lavis_cir_plugin.core.settings import Limits, Positive, Section
 from lavis_cir_plugin.data.resumable_loader import epoch_loaders
 from lavis_cir_plugin.report.run_log import RunLog
 from lavis_cir_plugin.training import resume_checks, run_folders
-from lavis_cir_plugin.training.portable_runner import PortableRunner
+from lavis_cir_plugin.training.portable_runner import PortableRunner, replaced
 from lavis_cir_plugin.training.remaining_epoch import Meters, RemainingEpoch
 from lavis_cir_plugin.training.run_folders import BEST, LAST, PREVIOUS
 from lavis_cir_plugin.training.weight_average import WeightAverage
@@ -208,23 +208,24 @@ class ResumableRunner(PortableRunner):
             self.save_last(place, 0, {})
         self._trained = part
         stock, step = getattr(self.task, name), self.task.train_step
-        setattr(self.task, name, lambda **arguments: stock(**part.arguments(arguments)))
-        self.task.train_step = partial(self.train_step, part, step)
-        try:
+        own = {
+            name: lambda **arguments: stock(**part.arguments(arguments)),
+            "train_step": partial(self.train_step, part, step),
+        }
+        with replaced(self.task, own), closing(part.bar):
             stats = part.skip_all() if part.skipped == total else run()
             part.finish()
-        finally:
-            delattr(self.task, name)
-            del self.task.train_step
-            part.bar.close()
         if self.valid_splits and part.skipped < total:  # an interrupted validation must not lose the epoch
             self.save_last(place, total, part.meters)
         return part.completed(stats)
 
-    def train_step(self, part: RemainingEpoch, stock: Callable[..., Tensor], **arguments: Any) -> Tensor:
-        """Run the task's own step, in whose place LAVIS's loop calls this one, and log the loss that it returns."""
-        loss = stock(**arguments)
-        if part.is_called:  # the task may have a factor before model(samples)["loss"], or another loss
+    def train_step(self, part: RemainingEpoch, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the task's own step, in whose place LAVIS's loop calls this one, and log the loss that it returns.
+
+        A task with a loop of its own may have a step that returns more; the model's loss is then logged.
+        """
+        loss = stock(*args, **kwargs)
+        if part.is_called and isinstance(loss, Tensor):  # it may have a factor before model(samples)["loss"]
             part.loss = loss.detach()
         return loss
 

@@ -431,7 +431,7 @@ def test_the_command_line_overwrites_nothing_but_what_it_has_drawn(tmp_path, mon
     real.write_text("the real data set's")
     with pytest.raises(SystemExit):
         command_line.main()
-    assert f"{tmp_path} holds files that this command has not drawn" in capsys.readouterr().err
+    assert f"{tmp_path} holds files and no garments.json" in capsys.readouterr().err
     assert real.read_text() == "the real data set's"
     real.unlink()
     real.parent.rmdir()

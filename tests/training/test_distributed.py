@@ -176,15 +176,23 @@ def refused(rank, folder):
     return sentences
 
 
-def nested(rank, is_inner):
-    """Return what ends this process if the second one fails outside or inside an inner block, and who goes on."""
+def nested(rank, is_inner, hint=""):
+    """Return what ends this process if the second one fails outside or inside an inner block, and who goes on.
+
+    With a hint the second process alone turns its error into another one.
+    """
     try:
         with fail_in_all_processes():
             if rank == 1 and not is_inner:
                 raise OSError("no weights")
-            with fail_in_all_processes():
-                if rank == 1:
-                    raise OSError("no weights")
+            try:
+                with fail_in_all_processes():
+                    if rank == 1:
+                        raise OSError("no weights")
+            except OSError as error:
+                if not hint:
+                    raise
+                raise FileNotFoundError(f"{error}{hint}") from error
     except (ValueError, OSError) as error:
         return str(error), gather(rank)
 
@@ -225,7 +233,7 @@ def work(rank, folder):
     found["frozen"] = evaluated_by_runner(torch.nn.Linear(2, 2).requires_grad_(False))
     found["best"] = reloaded(rank, Path(folder))
     found["refused"] = refused(rank, Path(folder))
-    found["nested"] = [nested(rank, is_inner) for is_inner in (False, True)]
+    found["nested"] = [nested(rank, *where) for where in ((False,), (True,), (True, "; set model.pretrained"))]
     found["stopped"] = [stopped(rank, *message) for message in (("no picture\nthis process has failed",), ())]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -260,7 +268,8 @@ def test_processes_share_rows_with_exact_counts_and_stop_together(found):
         ("ValueError", "another process stopped: MemoryError"),
     ]
     for rank, sentence in enumerate(("another process stopped: no weights", "no weights")):
-        assert found[rank]["nested"] == [(sentence, [0, 1])] * 2
+        hint = "; set model.pretrained" if rank == 1 else ""
+        assert found[rank]["nested"] == [(sentence, [0, 1]), (sentence, [0, 1]), (sentence + hint, [0, 1])]
     assert found[1]["stopped"] == [("MemoryError", "no picture\nthis process has failed"), ("MemoryError", "")]
 
 

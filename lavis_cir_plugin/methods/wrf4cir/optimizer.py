@@ -401,8 +401,10 @@ class PerturbedModel:
             return self.model(samples)
         return functional_call(self.model, self._in_places(self._perturbed(direction)), (samples,), tie_weights=False)
 
-    def checked_step(self, step: Callable[..., Tensor], **arguments: Any) -> Tensor:
-        """Return the loss of a task's step, which may call this model any number of times.
+    def checked_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return what a task's step returns, which may call this model any number of times.
+
+        What is no tensor, as the step of a task with a loop of its own may return it, is not checked.
 
         Raises:
             ValueError: If a part of that loss comes from elsewhere than the model's ``["loss"]``, of which alone the
@@ -410,8 +412,8 @@ class PerturbedModel:
         """
         self.ascended = []
         try:
-            loss = step(**arguments)
-            if self.ascended and not _flows_through(loss, self.ascended):
+            loss = step(*args, **kwargs)
+            if self.ascended and isinstance(loss, Tensor) and not _flows_through(loss, self.ascended):
                 raise ValueError(
                     "run.task: train_step adds something to model(samples)['loss'], and the direction of run.wrf is "
                     f"the gradient of that loss alone; let {type(without_ddp(self.model)).__name__} return the whole "

@@ -13,7 +13,6 @@ import torch
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 from lavis.runners.runner_iter import RunnerIter
-from torch import Tensor
 
 from lavis_cir_plugin.core.error_messages import first_line
 from lavis_cir_plugin.core.settings import PositiveNumber, Section
@@ -101,9 +100,9 @@ class PerturbingRunner(ResumableRunner):
         """Return the callable that runs the model at perturbed weights."""
         return self.optimizer.perturb(model, scaler.get_scale if scaler is not None else lambda: 1.0)
 
-    def train_step(self, part: RemainingEpoch, stock: Callable[..., Tensor], **arguments: Any) -> Tensor:
+    def train_step(self, part: RemainingEpoch, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the task's own step, whose loss must be the one that is perturbed."""
-        return super().train_step(part, partial(part.model.checked_step, stock), **arguments)
+        return super().train_step(part, partial(part.model.checked_step, stock), *args, **kwargs)
 
 
 def _fused(stock: torch.optim.AdamW, is_wanted: bool | None) -> torch.optim.AdamW:

@@ -8,6 +8,7 @@ import itertools
 import logging
 import random
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -463,6 +464,31 @@ def test_the_loss_that_a_task_trains_is_logged(has_loss, make_runner, small_mode
     log, totals = read_steps(runner.folder / "steps.csv"), read_epochs(runner.folder / "epochs.csv")["train"]["total"]
     assert sum(log["loss"]) / 3 == pytest.approx(2 * totals[0], rel=1e-4)
     assert "train_step" not in vars(runner.task)
+
+
+class WithItsOwnLoop(BaseTask):
+    """Task whose loop gives its step arguments by place and takes more than the loss from it."""
+
+    def train_step(self, model, samples):
+        return model(samples)["loss"], {}
+
+    def _train_inner_loop(self, epoch, iters_per_epoch, model, data_loader, optimizer, **_):
+        for _ in range(iters_per_epoch):
+            loss, _ = self.train_step(model, {**next(data_loader), "epoch": epoch})
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {}
+
+
+def test_a_step_of_a_tasks_own_loop_is_called_in_every_epoch(make_runner):
+    """It may be an attribute of the task alone, such as a wrapped one."""
+    task = WithItsOwnLoop()
+    own = task.train_step = mock.Mock(wraps=task.train_step)
+    runner = make_runner(task=task, max_epoch=2)
+    train(runner)
+    assert task.train_step is own
+    assert own.call_count == len(read_steps(runner.folder / "steps.csv")["loss"]) == 6
 
 
 class OfAUser(BaseTask):
