@@ -15,6 +15,7 @@ from study.design import (
     CANDIDATES,
     ELSEWHERE,
     ELSEWHERE_GAMMAS,
+    GRID,
     LORA,
     LORA_WRF,
     NOISE_RATIOS,
@@ -342,11 +343,10 @@ def comparisons(study: Study) -> Table:
     """Return the comparisons that the plan named before the runs, with their verdicts."""
     table = [["triplets", "comparison", "seeds", f"difference ({LEVEL} %)", "verdict"]]
     wrf, best = study.wrf, study.best_regulariser
+    gammas = dict.fromkeys((study.chosen["gamma"], PAPER))
+    choices = [(wrf_name(gamma, *place), wrf_name(gamma)) for gamma in gammas for place in GRID[1:3]]
     for amount in study.design.main_amounts:
-        rows = {
-            name: study.of("main", name, amount, decides=True)
-            for name in (PLAIN, RANDOM, SAM, wrf, *REGULARISERS, LORA, LORA_WRF)
-        }
+        rows = {name: study.of("main", name, amount, decides=True) for name in study.main_names}
         longer = {name: study.of("why", f"steps x 2: {name}", amount) for name in (PLAIN, wrf)}
         compared = [
             (f"{wrf} less plain", rows[wrf], rows[PLAIN], "hits_stopped"),
@@ -356,6 +356,7 @@ def comparisons(study: Study) -> Table:
             (f"{wrf} less {best or 'the best regulariser'}", rows[wrf], rows.get(best or "", {}), "hits_stopped"),
             (f"{wrf} less plain, last step", rows[wrf], rows[PLAIN], "hits_last"),
             (f"{wrf} less random, last step", rows[wrf], rows[RANDOM], "hits_last"),
+            *((f"{one} less {other}", rows[one], rows[other], "hits_stopped") for one, other in choices),
             (f"{LORA_WRF} less {LORA}", rows[LORA_WRF], rows[LORA], "hits_stopped"),
             (f"{wrf} less plain with twice the steps", rows[wrf], longer[PLAIN], "hits_stopped"),
             (f"{wrf} less plain, both with twice the steps", longer[wrf], longer[PLAIN], "hits_stopped"),
