@@ -91,7 +91,7 @@ class ShardsConfig(Section):
                     f"datasets.caption_shards.build_info.shards: {shown(self.shards)} has unbalanced braces; write a "
                     f"pattern such as {{00000..00331}}.tar."
                 ) from error
-        missing = [path for path in paths if not path.is_file()]
+        missing = [path for path in paths if path.is_dir() or not path.exists()]
         if missing:
             raise FileNotFoundError(
                 f"caption_shards: {len(missing):,} of {len(paths):,} shards do not exist ({listed(missing)}); set "

@@ -159,9 +159,10 @@ def test_an_output_folder_among_the_images_of_any_data_set_is_refused(tmp_path: 
 
 def test_a_contact_sheet_of_synthetic_triplets_stays_out_of_the_images(shop: Path):
     args = argparse.Namespace(count=1, similarity=None, pretrained=None, clip_model=None, overwrite=False)
-    _check(args, shop / "new.jsonl", shop / "images", shop / "sheet.png")
+    files, images = (shop / "captions.jsonl", shop / "new.jsonl"), shop / "images"
+    _check(args, *files, images, shop / "sheet.png")
     with pytest.raises(ValueError, match="lies inside --images"):
-        _check(args, shop / "new.jsonl", shop / "images", shop / "images" / "shoes" / "sheet.png")
+        _check(args, *files, images, images / "shoes" / "sheet.png")
 
 
 # -- links -----------------------------------------------------------------------------------------------------------

@@ -495,7 +495,8 @@ def _epoch_in(samples: Any, settings: WeightPerturbation) -> int:
             f"samples have no 'epoch', from which run.wrf.{counted[0]}: {getattr(settings, counted[0])} counts; set "
             "samples['epoch'] to the number of the epoch, from 0."
         )
-    return int(samples.get("epoch", 0))
+    epoch: int = samples.get("epoch", 0)
+    return epoch
 
 
 def _loss_in(output: Any, model: nn.Module) -> Tensor:
