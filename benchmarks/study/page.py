@@ -146,7 +146,7 @@ def page_parts(study: Study, links: Sequence[str] = ()) -> Iterator[str]:
         main=len(design.main_seeds),
         tests=markdown(comparisons(study)),
     )
-    for amount in sorted({*design.main_amounts, *design.other_amounts}):
+    for amount in study.gains:
         yield f"## {amount:,} triplets\n\n{shown(main_table(study, amount))}\n"
     yield AFTER_TABLES
     why, noise = pair_table(study, "why", WHY, design.why_triplets), noise_table(study, design.noise_triplets)

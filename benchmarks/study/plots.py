@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from stages import frame, save
 
 from study.design import GAMMAS, GRID, PLAIN, RANDOM, wrf_name
-from study.tables import Study, average, gains, judged
+from study.tables import Study, average, judged
 
 COLOURS = {"a gain of a point": "#1f5fa8", "a gain under a point": "#7fa8d6", "a loss": "#c2571a"}
 """Colours of the verdicts; any other verdict is grey."""
@@ -19,8 +19,7 @@ GREY = "#9a9a9a"
 
 def draw_differences(study: Study, path: Path) -> bool:
     """Draw what each row of the main table gains over plain training, with its interval; return whether any does."""
-    amounts = sorted({*study.design.main_amounts, *study.design.other_amounts})
-    found = {amount: differences for amount in amounts if (differences := gains(study, amount))}
+    found = {amount: differences for amount, differences in study.gains.items() if differences}
     if not found:
         return False
     names = [name for name in study.main_names if any(name in differences for differences in found.values())]

@@ -152,6 +152,17 @@ class Study:
             return None
         return bootstrap(np.stack([per_query(one[seed], column) - per_query(other[seed], column) for seed in seeds]))
 
+    @cached_property
+    def gains(self) -> dict[int, dict[str, Interval]]:
+        """What each row of the main table gains over plain training, with early stopping, by amount and name."""
+        found: dict[int, dict[str, Interval]] = {}
+        for amount in sorted({*self.design.main_amounts, *self.design.other_amounts}):
+            plain = self.of("main", PLAIN, amount)
+            others = {name: self.of("main", name, amount) for name in self.main_names if name != PLAIN}
+            differences = {name: self.difference(own, plain) for name, own in others.items()}
+            found[amount] = {name: interval for name, interval in differences.items() if interval is not None}
+        return found
+
     def gap_difference(self, one: Mapping[int, Result], other: Mapping[int, Result]) -> Interval | None:
         """Return the mean of one row's gap less another's at the last step; the interval is over seeds alone.
 
@@ -204,21 +215,11 @@ def average_gap(rows: Mapping[int, Result]) -> float | None:
     return mean(gap(row) for row in rows.values()) if rows else None
 
 
-def gains(study: Study, amount: int) -> dict[str, Interval]:
-    """Return what each row of the main table gains over plain training, with early stopping."""
-    plain = study.of("main", PLAIN, amount)
-    found = {
-        name: study.difference(study.of("main", name, amount), plain) for name in study.main_names if name != PLAIN
-    }
-    return {name: interval for name, interval in found.items() if interval is not None}
-
-
 def main_table(study: Study, amount: int) -> Table:
     """Return the main table of one amount of triplets; rows without a finished run are left out."""
     heading = ["row", "seeds", "train", "val", "gap", "val, stopped", f"less plain ({LEVEL} %)", "loss", "rise along δ",
                "rise, random", "‖δ‖/‖θ‖", "‖θ‖, end / start", "time"]  # fmt: skip
     plain_time = average(study.of("main", PLAIN, amount), "step_seconds")
-    differences = gains(study, amount)
     table = [heading]
     for name in study.main_names:
         own = study.of("main", name, amount)
@@ -233,7 +234,7 @@ def main_table(study: Study, amount: int) -> Table:
             *(number(average(own, column)) for column in ("train_last", "val_last")),
             number(average_gap(own)),
             number(average(own, "val_stopped")),
-            words(differences.get(name)),
+            words(study.gains[amount].get(name)),
             number(average(own, "loss"), 3),
             *(number(average(own, column), 4) for column in ("rise_gradient", "rise_random")),
             number(radius / start if radius and start else None, 5),

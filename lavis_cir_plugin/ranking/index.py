@@ -8,7 +8,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
 from lavis_cir_plugin.core.atomic_files import replacing
-from lavis_cir_plugin.core.error_messages import did_you_mean
+from lavis_cir_plugin.core.settings import check_argument, one_of
 from lavis_cir_plugin.ranking import scoring
 from lavis_cir_plugin.ranking.ranks import rank, rerank
 from lavis_cir_plugin.ranking.scoring import longest_feature, memory_slices
@@ -219,8 +219,7 @@ def build_index(kind: str, gallery: Tensor, *, lists: int | None = None, probes:
         ValueError: If the kind is unknown, FAISS is not installed, the gallery is empty or not finite, or the gallery
             has too few vectors for the lists.
     """
-    if kind not in KINDS:
-        raise ValueError(f"index kind must be one of {', '.join(KINDS)}, got '{kind}'" + did_you_mean(kind, KINDS))
+    check_argument("index kind", Annotated[str, one_of(KINDS)], kind)
     if gallery.dim() not in (2, 3) or not gallery.numel():
         raise ValueError(f"gallery must be (G, D) or (G, K, D) and not empty, got {tuple(gallery.shape)}.")
     longest = longest_feature(gallery)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lavis_cir_plugin.benchmarks.images import decode_rgb
 from lavis_cir_plugin.core.atomic_files import replace_file
-from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.locks import FileLock, holder_of
 from lavis_cir_plugin.core.processes import fail_in_all_processes, gather, rank_and_world, share
+from lavis_cir_plugin.core.settings import check_argument, one_of
 from lavis_cir_plugin.core.shared_rows import check_shared
 from lavis_cir_plugin.core.workers import worker_setup
 from lavis_cir_plugin.search.candidates import NEW_SHARE, PAYS_FROM, build_candidates, has_faiss, tune
@@ -124,9 +124,7 @@ def build_index_folder(
         OSError: the index cannot be written, or not all processes see its folder.
     """
     start = time.monotonic()
-    if candidates not in CANDIDATES:
-        hint = did_you_mean(candidates, CANDIDATES)
-        raise ValueError(f"candidates must be one of {', '.join(CANDIDATES)}, got {candidates!r}{hint}")
+    check_argument("candidates", Annotated[str, one_of(CANDIDATES)], candidates)
     encoder = encoder_of(encoder)
     folders, forget = _listed(folders), _listed(forget)
     is_main = rank_and_world()[0] == 0

@@ -9,7 +9,6 @@ from typing import Annotated, Optional
 import torch
 from torch import Tensor
 
-from lavis_cir_plugin.core.error_messages import did_you_mean
 from lavis_cir_plugin.core.settings import (
     Limits,
     NotNegative,
@@ -17,6 +16,7 @@ from lavis_cir_plugin.core.settings import (
     Positive,
     PositiveNumber,
     Section,
+    check_argument,
     check_pattern,
     one_of,
 )
@@ -177,9 +177,8 @@ def ascent_step(
     Source: relative: WRF4CIR (arXiv 2604.05583), perturbation step, norms per tensor as AWP (arXiv 2004.05884);
     absolute, global: SAM (arXiv 2010.01412, equation 2); elementwise, global: ASAM (arXiv 2102.11600, equation 8).
     """
-    for name, value, known in (("radius", radius, RADII), ("scope", scope, SCOPES)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}{did_you_mean(value, known)}")
+    check_argument("radius", Annotated[str, one_of(RADII)], radius)
+    check_argument("scope", Annotated[str, one_of(SCOPES)], scope)
     shapes, others = ([tuple(tensor.shape) for tensor in tensors] for tensors in (weights, directions))
     if shapes != others:
         raise ValueError(f"each weight needs a direction of its shape, got weights {shapes} and directions {others}.")
