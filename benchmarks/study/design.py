@@ -19,7 +19,7 @@ The small designs stay in the choosing world, because a world of another size ha
 GAMMAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 PAPER = 1e-3
 GRID = (("tensor", 0), ("global", 0), ("tensor", 5), ("global", 5))
-"""Scope and warm-up epochs of WRF's rows, each with every gamma."""
+"""Scope and warm-up epochs of WRF's rows, each with every gamma in the part ``grid``."""
 PLAIN, RANDOM, SAM, ASAM = "plain", "random", "SAM", "ASAM"
 LORA, LORA_WRF = "LoRA", "LoRA + WRF"
 SMOOTHING, EMA, DROPOUT, DECAY = "label smoothing", "EMA of weights", "dropout", "weight decay x 10"
@@ -243,9 +243,8 @@ def why_rows(chosen: Chosen, steps: int, validations: int) -> dict[str, Row]:
     two = {name: rows[name] for name in (PLAIN, wrf)}
     found = {f"weight decay x 10: {name}": row.with_options("run.weight_decay=0.5") for name, row in two.items()}
     found[f"second half: {wrf}"] = rows[wrf].with_options(f"run.wrf.last_epochs={validations // 2}")
-    for factor in (2, 4):
-        longer = (f"run.max_iters={factor * steps}", f"run.iters_per_inner_epoch={factor * steps // validations}")
-        found.update({f"steps x {factor}: {name}": row.with_options(*longer) for name, row in two.items()})
+    longer = (f"run.max_iters={2 * steps}", f"run.iters_per_inner_epoch={2 * steps // validations}")
+    found.update({f"steps x 2: {name}": row.with_options(*longer) for name, row in two.items()})
     regularised = {option for option in rows[DROPOUT].options if option not in rows[PLAIN].options}
     found.update({f"dropout: {name}": row.with_options(*sorted(regularised)) for name, row in three.items()})
     starts = {"head 32": Start(width=32), "head 64": Start(width=64), "weak tower": Start(share=0.1),
@@ -280,10 +279,27 @@ def elsewhere_rows(part: str) -> dict[str, Row]:
     }
 
 
+SCOPED = [(wrf_name(value, *place), wrf_name(value)) for value in (3e-4, PAPER) for place in GRID[1:3]]
+"""Rows of the main table with another scope or with a warm-up, each with the row that it is compared with."""
+FEW_SEEDS = (LORA, LORA_WRF, *(name for name, _ in SCOPED))
+"""Rows of the main table with the seeds of the other parts."""
+
+
+def grid_names() -> list[str]:
+    """Return the rows of the grid: plain, and WRF with every gamma, scope and warm-up."""
+    return [PLAIN, *(wrf_name(value, *place) for place in GRID for value in GAMMAS)]
+
+
 def other_names(chosen: Chosen) -> list[str]:
-    """Return the main table's rows that are run for the other sizes too: of WRF those per tensor without warm-up."""
+    """Return the rows that are run for the other sizes: of WRF those per tensor without warm-up."""
     left_out = {wrf_name(value, *place) for value in GAMMAS for place in GRID[1:]}
     return [name for name in table_rows(chosen) if name not in left_out]
+
+
+def main_names(chosen: Chosen) -> list[str]:
+    """Return the rows of the main table with its own number of seeds."""
+    left_out = {*FEW_SEEDS, *(wrf_name(value) for value in GAMMAS if value > PAPER)}
+    return [name for name in other_names(chosen) if name not in left_out]
 
 
 @dataclass(frozen=True)
@@ -361,16 +377,19 @@ def table_runs(design: Design, chosen: Chosen) -> list[Run]:
         ]
 
     rows = table_rows(chosen)
-    main = {name: rows[name] for name in design.main_rows} if design.main_rows else rows
-    deciding = {name: rows[name] for name in (PLAIN, RANDOM, wrf_name(chosen["gamma"]))}
-    found = runs("main", deciding, design.main_amounts, design.deciding_seeds)
-    found += runs("main", main, design.main_amounts, design.main_seeds)
+
+    def named(names: Iterable[str]) -> dict[str, Row]:
+        return {name: rows[name] for name in names}
+
+    found = runs("main", named((PLAIN, RANDOM, wrf_name(chosen["gamma"]))), design.main_amounts, design.deciding_seeds)
+    found += runs("main", named(design.main_rows or main_names(chosen)), design.main_amounts, design.main_seeds)
     if design.has_parts:
-        others = {name: rows[name] for name in other_names(chosen)}
         why = why_rows(chosen, design.steps, design.validations)
-        found += runs("main", others, design.other_amounts, design.other_seeds)
-        found += runs("why", why, [design.why_triplets], design.other_seeds)
         longer = {name: row for name, row in why.items() if name.startswith("steps x 2")}
+        found += runs("main", named(other_names(chosen)), design.other_amounts, design.other_seeds)
+        found += runs("main", named(FEW_SEEDS), design.main_amounts, design.other_seeds)
+        found += runs("grid", named(grid_names()), design.main_amounts, design.other_seeds)
+        found += runs("why", why, [design.why_triplets], design.other_seeds)
         found += runs("why", longer, design.main_amounts, design.other_seeds)
         found += runs("noise", noise_rows(chosen), [design.noise_triplets], design.other_seeds)
         for part in ELSEWHERE:

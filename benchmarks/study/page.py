@@ -17,6 +17,7 @@ from study.tables import (
     counts,
     elsewhere_conclusion,
     elsewhere_table,
+    grid_table,
     main_table,
     markdown,
     noise_table,
@@ -50,9 +51,10 @@ verdict.
 
 What to keep in mind:
 
-- One drawn world, one set of queries and one start are behind all of these differences. Seeds vary the triplets and
-  their order alone, so no interval says how another world or another start would turn out. (Neighbouring seeds share
-  orders of places in the data, but other triplets stand at these places.)
+- One drawn world and one set of queries are behind all of these differences, and one start behind each table: another
+  machine trains another start (see the end of the page), so runs of two machines are never paired. Seeds vary the
+  triplets and their order alone, so no interval says how another world or another start would turn out. (Neighbouring
+  seeds share orders of places in the data, but other triplets stand at these places.)
 - With 3,000 triplets plain training does not overfit in these steps: its validation recall still rises at the end. WRF
   learns more slowly, so a difference there can be one of speed; the row with twice the steps for both is the test.
 - γ was chosen for WRF. Random, SAM and ASAM have a perturbation of the same norm, and might do better with one of their
@@ -78,6 +80,10 @@ so intervals there are of their order alone. `loss` is on fixed training batches
 along δ, the paper's perturbation at γ = 0.001 whatever a row was trained with, and along a random direction of equal
 length. `time` is processor time per step relative to plain, with features that are computed beforehand.
 """
+
+GRID_TABLE = (
+    """What WRF gains over plain training with early stopping. The runs are other ones than those of the main table."""
+)
 
 SIDE_BY_SIDE = """Here and below, a line has the seeds that all of its runs have, so what is also in the table above is
 of fewer seeds than there."""
@@ -149,6 +155,9 @@ def page_parts(study: Study, links: Sequence[str] = ()) -> Iterator[str]:
     for amount in study.gains:
         yield f"## {amount:,} triplets\n\n{shown(main_table(study, amount))}\n"
     yield AFTER_TABLES
+    for amount in design.main_amounts:
+        heading = f"## Radius, scope and warm-up: {amount:,} triplets"
+        yield f"{heading}\n\n{GRID_TABLE}\n\n{shown(grid_table(study, amount))}\n"
     why, noise = pair_table(study, "why", WHY, design.why_triplets), noise_table(study, design.noise_triplets)
     yield f"## Why, or why not: {design.why_triplets:,} triplets\n\n{SIDE_BY_SIDE}\n\n{shown(why)}\n"
     yield f"## Under label noise: {design.noise_triplets:,} triplets\n\n{shown(noise)}\n"

@@ -48,17 +48,18 @@ def draw_gammas(study: Study, path: Path) -> bool:
     if not any(sum(bool(study.of("main", wrf_name(value), amount)) for value in GAMMAS) > 1 for amount in panels):
         return False
     for amount, panel in panels.items():
+        part = "grid" if study.of("grid", PLAIN, amount) else "main"
         for column, colour, label in (("val_stopped", "#1f5fa8", "validation"), ("train_last", "#bdbdbd", "training")):
             for scope, warmup in GRID:
                 recalls = {
-                    value: average(study.of("main", wrf_name(value, scope, warmup), amount), column) for value in GAMMAS
+                    value: average(study.of(part, wrf_name(value, scope, warmup), amount), column) for value in GAMMAS
                 }
                 known = [(value, recall) for value, recall in recalls.items() if recall is not None]
                 if known:
                     name = f"{label}, {'per tensor' if scope == 'tensor' else scope}" + ", warm-up" * bool(warmup)
                     panel.plot(*zip(*known), "-" if scope == "tensor" else "--", marker="s" if warmup else "o",
                                markersize=4, color=colour, label=name)  # fmt: skip
-            panel.axhline(average(study.of("main", PLAIN, amount), column) or 0, color=colour, linewidth=0.8)
+            panel.axhline(average(study.of(part, PLAIN, amount), column) or 0, color=colour, linewidth=0.8)
         panel.set_xscale("log")
         panel.set_xlabel("γ (thin lines: plain)")
         frame(panel, f"{amount:,} triplets")

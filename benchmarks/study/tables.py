@@ -15,6 +15,7 @@ from study.design import (
     CANDIDATES,
     ELSEWHERE,
     ELSEWHERE_GAMMAS,
+    GAMMAS,
     GRID,
     LORA,
     LORA_WRF,
@@ -24,6 +25,7 @@ from study.design import (
     RANDOM,
     REGULARISERS,
     SAM,
+    SCOPED,
     SMOOTHING,
     UNCHOSEN,
     Design,
@@ -39,7 +41,6 @@ WHY = {
     "weight decay x 10": "weight decay x 10: ",
     "all with dropout": "dropout: ",
     "steps x 2": "steps x 2: ",
-    "steps x 4": "steps x 4: ",
     "perturbed in the second half": "second half: ",
     "Q-Former of width 32": "head 32: ",
     "Q-Former of width 64": "head 64: ",
@@ -278,6 +279,22 @@ def pair_table(study: Study, part: str, labels: Mapping[str, str], amount: int) 
     return table
 
 
+def grid_table(study: Study, amount: int) -> Table:
+    """Return what WRF gains over plain training, with early stopping, for each gamma, scope and warm-up."""
+    places = [
+        f"{'per tensor' if scope == 'tensor' else scope}" + f", warm-up {warmup}" * bool(warmup)
+        for scope, warmup in GRID
+    ]
+    table = [["γ", "seeds", *places]]
+    plain = study.of("grid", PLAIN, amount)
+    for gamma in GAMMAS:
+        rows = [study.of("grid", wrf_name(gamma, *place), amount) for place in GRID]
+        if any(rows):
+            seeds = max(len(paired_seeds(own, plain)) for own in rows)
+            table.append([f"{gamma:g}", str(seeds), *(words(study.difference(own, plain)) for own in rows)])
+    return table
+
+
 def noise_table(study: Study, amount: int) -> Table:
     names = (PLAIN, SMOOTHING, RANDOM, SAM, study.wrf)
     table = [["share of wrong targets", "seeds", *names, "WRF less plain"]]
@@ -344,8 +361,6 @@ def comparisons(study: Study) -> Table:
     """Return the comparisons that the plan named before the runs, with their verdicts."""
     table = [["triplets", "comparison", "seeds", f"difference ({LEVEL} %)", "verdict"]]
     wrf, best = study.wrf, study.best_regulariser
-    gammas = dict.fromkeys((study.chosen["gamma"], PAPER))
-    choices = [(wrf_name(gamma, *place), wrf_name(gamma)) for gamma in gammas for place in GRID[1:3]]
     for amount in study.design.main_amounts:
         rows = {name: study.of("main", name, amount, decides=True) for name in study.main_names}
         longer = {name: study.of("why", f"steps x 2: {name}", amount) for name in (PLAIN, wrf)}
@@ -357,7 +372,7 @@ def comparisons(study: Study) -> Table:
             (f"{wrf} less {best or 'the best regulariser'}", rows[wrf], rows.get(best or "", {}), "hits_stopped"),
             (f"{wrf} less plain, last step", rows[wrf], rows[PLAIN], "hits_last"),
             (f"{wrf} less random, last step", rows[wrf], rows[RANDOM], "hits_last"),
-            *((f"{one} less {other}", rows[one], rows[other], "hits_stopped") for one, other in choices),
+            *((f"{one} less {other}", rows[one], rows[other], "hits_stopped") for one, other in SCOPED),
             (f"{LORA_WRF} less {LORA}", rows[LORA_WRF], rows[LORA], "hits_stopped"),
             (f"{wrf} less plain with twice the steps", rows[wrf], longer[PLAIN], "hits_stopped"),
             (f"{wrf} less plain, both with twice the steps", longer[wrf], longer[PLAIN], "hits_stopped"),

@@ -28,6 +28,7 @@ from study.tables import (
     comparisons,
     conclusion,
     elsewhere_conclusion,
+    grid_table,
     main_table,
     noise_table,
     pair_table,
@@ -110,7 +111,7 @@ def test_settings_are_never_chosen_in_the_world_of_the_table():
     of_part = {run.part: run.world for run in runs}
     assert len({of_part[part] for part in of_part if part != "choose"}) == 1
     assert of_part["main"] != of_part["choose"]
-    assert {"main", "why", "noise", *ELSEWHERE, "choose"} == set(of_part)
+    assert {"main", "grid", "why", "noise", *ELSEWHERE, "choose"} == set(of_part)
     assert {run.world for design in (QUICK, DEMO) for run in plan(design, {}).runs} == {of_part["choose"]}
     assert not set(FULL.choosing_seeds) & set(FULL.main_seeds)
     seeds = {
@@ -118,6 +119,10 @@ def test_settings_are_never_chosen_in_the_world_of_the_table():
     }
     assert seeds[PLAIN] == {1000: 12, 3000: 12, 300: 3, 10000: 3}
     assert seeds[SAM] == {1000: 5, 3000: 5, 300: 3, 10000: 3}
+    grid = Counter(run.name for run in runs if run.part == "grid" and run.triplets == 3000)
+    assert len(grid) == 1 + 5 * 2 * 2
+    assert set(grid.values()) == {3}
+    assert next(run.name for run in runs if run.part == "grid") == PLAIN, "its pairs are of one machine"
 
 
 def test_the_hypothesis_of_dropout_trains_each_method_with_the_same_dropout():
@@ -411,6 +416,23 @@ def test_rows_side_by_side_are_averaged_over_the_seeds_that_all_of_them_have():
     noise, why = told(Study(design, lost))
     assert noise == [["2", *["1.5"] * 5]] * 2 + [["3", *["1.0"] * 5]] * 2
     assert why[1] == ["3", *["1.0"] * 3]
+
+
+def test_the_grid_is_compared_with_its_own_plain_runs():
+    """Global WRF answers three of four queries and plain two; the main table's plain runs do not count."""
+    study = finished_study(SMALL, 12)
+    half, more = packed([[True, True, False, False]] * 2), packed([[True, True, True, False]] * 2)
+    rows = {
+        key: {**row, "hits_stopped": more if "global" in row["row"] else half, "start": "of the grid"}
+        for key, row in study.rows.items()
+        if row["part"] == "grid" and (row["row"], row["seed"]) != ("WRF 0.001 global", "2")
+    }
+    table = grid_table(Study(SMALL, {**study.rows, **rows}), 30)
+    assert table[0] == ["γ", "seeds", "per tensor", "global", "per tensor, warm-up 5", "global, warm-up 5"]
+    assert [row[:2] for row in table[1:]] == [[gamma, "3"] for gamma in ("0.0001", "0.0003", "0.001", "0.003", "0.01")]
+    same, gain = "+0.00 (+0.00 to +0.00)", "+25.00 (+0.00 to +75.00)"
+    assert {tuple(row[2:]) for row in table[1:]} == {(same, gain, same, gain)}
+    assert grid_table(Study(SMALL, {}), 30) == table[:1]
 
 
 def test_the_choice_is_shown_at_each_size():
