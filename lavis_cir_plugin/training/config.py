@@ -478,6 +478,11 @@ def _run_conflicts(run: DictConfig, command: str) -> Iterator[str]:
     elif command == "train" and (run.get("max_iters") is None or issubclass(runner, RunnerBase)):
         required.append("max_epoch")
     yield from (f"run.{key} is missing." for key in required if run.get(key) is None)
+    if is_trained and run.get("init_lr") is not None and run.min_lr > run.init_lr:
+        yield (
+            f"run.min_lr: {run.min_lr:g} is above run.init_lr: {run.init_lr:g}, so the learning rate would rise to it; "
+            "lower run.min_lr, or leave it out: it is 0 then."
+        )
     if run.lr_sched == "linear_warmup_step_lr" and not run.get("lr_decay_rate"):
         yield "run.lr_decay_rate must be a number > 0 under run.lr_sched: linear_warmup_step_lr."
     if run.get("train_dataset_ratios") is not None:

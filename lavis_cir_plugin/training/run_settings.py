@@ -33,7 +33,7 @@ class RunDefaults:
         runner: The training loop: ``runner_base`` and ``runner_wrf4cir`` count epochs, ``runner_iter`` and
             ``runner_wrf4cir_iter`` iterations.
         lr_sched: Schedule of the learning rate.
-        min_lr: Learning rate at the end.
+        min_lr: Learning rate at the end, at most ``init_lr``.
         weight_decay: AdamW's weight decay.
         batch_size_eval: Images or queries of a batch in evaluation, per process.
         num_workers: Processes that load data, per process of the run.

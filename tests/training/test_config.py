@@ -143,6 +143,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(option, message):
         ("run.output_dir=null", r"run\.output_dir must be the path of a folder, got null"),
         ("run.max_epoch=.inf", r"run\.max_epoch must be a whole number >= 1, or null, got Infinity"),
         ("run.warmup_lr=abc", r"run\.warmup_lr must be a number >= 0, got 'abc'"),
+        ("run.init_lr=1e-6", r"run\.min_lr: 1e-05 is above run\.init_lr: 1e-06, so the learning rate would rise"),
         ("run.lr_sched=linear_warmup_step_lr", r"run\.lr_decay_rate must be a number > 0 under"),
         ("run.seed=${nope}", r"cannot be resolved \(Interpolation key 'nope' not found"),
         ("run.train_splits=[]", r"run\.train_splits must be \[train\], the one split that LAVIS trains on, got \[\]"),
