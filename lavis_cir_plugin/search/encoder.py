@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
@@ -25,10 +27,19 @@ BLIP2 = "blip2"
 
 _SAMPLED_NUMBERS = 1024
 
+_locks: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
+_choosing = threading.Lock()
+
+
+def _turn_of(model: nn.Module) -> threading.Lock:
+    """Return the lock of a model, whichever encoders and indexes share it: TSCIR hooks a query's word into it."""
+    with _choosing:
+        return _locks.setdefault(model, threading.Lock())
+
 
 @dataclass
 class Encoder:
-    """A model with what brings pictures and texts into its shape.
+    """A model with what brings pictures and texts into its shape; threads take turns in asking it.
 
     Attributes:
         model: A model in evaluation mode, with this package's ``encode_target`` and ``encode_query``.
@@ -73,10 +84,10 @@ class Encoder:
     def targets(self, pictures: Tensor) -> Tensor:
         """Return unit features ``(B, K, D)`` float32 on the CPU of transformed pictures ``(B, 3, H, W)``."""
         self._check_mode()
-        features = self.model.encode_target(pictures.to(self.device)).float().cpu()
+        with _turn_of(self.model):
+            features = self.model.encode_target(pictures.to(self.device)).float().cpu()
         return F.normalize(features if features.dim() == 3 else features.unsqueeze(1), dim=-1)
 
-    @torch.no_grad()
     def query(self, pictures: Sequence[Image.Image], text: str | None, image_weight: float = 0.5) -> Tensor:
         r"""Return the unit query of each picture with a text ``(B, D)``, or of the text alone ``(1, D)``; on the CPU.
 
@@ -88,6 +99,10 @@ class Encoder:
             text: The change, or a description; ``None`` for pictures alone.
             image_weight: w from 0 to 1: 0 is the text alone, 1/2 what the model makes of both, 1 the picture alone.
         """
+        with _turn_of(self.model), torch.no_grad():
+            return self._query(pictures, text, image_weight)
+
+    def _query(self, pictures: Sequence[Image.Image], text: str | None, image_weight: float) -> Tensor:
         self._check_mode()
         if text is not None and (not pictures or image_weight == 0):
             return self._mode("text", text=text).expand(max(1, len(pictures)), -1)

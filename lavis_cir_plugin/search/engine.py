@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,20 @@ from lavis_cir_plugin.search.folders import MANIFEST
 from lavis_cir_plugin.search.gallery import Gallery
 from lavis_cir_plugin.search.manifest import read_manifest
 from lavis_cir_plugin.search.questions import Asked, Ranked, Searcher
+
+logger = logging.getLogger(__name__)
+
+
+def on_device(features: Tensor, device: torch.device, place: str) -> Tensor:
+    """Return features on the device, or as they are, with a warning, where they do not fit into a GPU's memory."""
+    if device.type == "cpu":
+        return features
+    try:
+        return features.to(device)
+    except torch.cuda.OutOfMemoryError:
+        size = features.numel() * features.element_size() / 2**30
+        logger.warning("%s is searched on the CPU: its %.1f GiB of features do not fit on %s", place, size, device)
+        return features
 
 
 class SearchIndex(Searcher):
@@ -56,23 +71,30 @@ class SearchIndex(Searcher):
         by_row = np.load(self.path / self.manifest.files["pictures"], mmap_mode="r", allow_pickle=False)
         pictures_rows = np.ascontiguousarray(by_row[:, 0])  # sorted
         live = pictures_rows[np.diff(pictures_rows, prepend=-1) > 0]
-        features = self.manifest.features(self.path).tensor(rows)
-        if self.device.type == "cuda":
-            features = features.to(self.device)
+        features = on_device(self.manifest.features(self.path).tensor(rows), self.device, self.place)
         self.looks = self.manifest.looks(self.path).array(rows)
-        candidates = self._candidates() if self.device.type == "cpu" else None  # a GPU scans faster than FAISS here
+        candidates = self._candidates() if features.device.type == "cpu" else None  # a GPU scans faster than FAISS
         self.gallery = Gallery(features, self.manifest.longest, None if len(live) == rows else live, candidates)
 
     def refreshed(self) -> SearchIndex:
         """Return this index, or a new one with the same loaded model where a writer has made a new state since.
 
         An opened index goes on seeing the state that it opened. So a server calls this between two requests.
+
+        Raises:
+            ValueError, FileNotFoundError: the new state, or the other model that made it, cannot be opened.
         """
         if _stamp(self.path) == self._opened_at:
             return self
         fresh = SearchIndex(self.path, self._given, self.device)
-        if "encoder" in vars(self) and fresh.manifest.identity == self.manifest.identity:
-            fresh.encoder = self.encoder
+        if "encoder" in vars(self):
+            try:
+                if fresh.manifest.identity == self.manifest.identity:
+                    fresh.encoder = self.encoder
+                fresh.encoder  # noqa: B018 (another model is loaded now, while this state can still be kept)
+            except BaseException:
+                fresh.close()
+                raise
         return fresh
 
     def picture(self, picture_id: int) -> Picture | None:

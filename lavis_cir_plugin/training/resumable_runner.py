@@ -400,7 +400,7 @@ class ResumableRunner(PortableRunner):
         self._restore_tensors(progress, path)
         self._start_at(progress["place"])
         self._resumed = progress
-        self._continues = self.folder.resolve() == Path(path).resolve().parent
+        self._continues = self.folder.resolve() == Path(path).parent.resolve()  # the checkpoint itself may be a link
         if self._continues:
             self._go_on_in_folder(progress, path)
         else:

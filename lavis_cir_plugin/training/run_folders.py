@@ -65,9 +65,8 @@ def find_checkpoint(asked: str | None, output_dir: str, config: Mapping[str, Any
             return _last_whole(path)
         return _last_whole(path.parent) if path.name == LAST else path
     left: list[str] = []
-    for log in sorted(Path(output_dir).glob(f"*/{LOG}"), key=os.path.getmtime, reverse=True):
-        if not _is_unfinished(log, config):
-            continue
+    unfinished = [log for log in Path(output_dir).glob(f"*/{LOG}") if _is_unfinished(log, config)]
+    for log in sorted(unfinished, key=os.path.getmtime, reverse=True):
         reason = _reason_to_pass_by(log.parent, asked)
         if reason is None:
             return _last_whole(log.parent)
@@ -79,10 +78,13 @@ def find_checkpoint(asked: str | None, output_dir: str, config: Mapping[str, Any
 
 
 def _is_unfinished(log: Path, config: Mapping[str, Any]) -> bool:
-    text = log.read_text(encoding="utf-8")
+    """Return whether a log is that of an unfinished run of the config; a file of another kind is not."""
     try:
+        text = log.read_text(encoding="utf-8")
         logged, _ = json.JSONDecoder().raw_decode(text)
-    except ValueError:
+    except (OSError, ValueError):
+        return False
+    if not isinstance(logged, dict) or not all(isinstance(section, dict) for section in logged.values()):
         return False
     differs = run_differences(logged, config) or differing_sections(logged, config)
     return not differs and _FINISHED not in text

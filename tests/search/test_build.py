@@ -20,7 +20,7 @@ from search_world import draw, draw_some, index, make_encoder
 from torch.utils.data import DataLoader
 
 from lavis_cir_plugin.core.locks import FileLock
-from lavis_cir_plugin.search import build, build_index_folder, engine, open_index
+from lavis_cir_plugin.search import build, build_index_folder, engine, open_index, questions
 from lavis_cir_plugin.search.catalogue import ReadableCatalogue
 from lavis_cir_plugin.search.folders import WRITER
 
@@ -230,6 +230,24 @@ def test_a_reader_keeps_the_state_that_it_opened(tmp_path, encoder):
     fresh = reader.refreshed()
     assert fresh is not reader
     assert (len(reader), len(fresh)) == (4, 6)
+
+
+def test_a_new_state_whose_model_cannot_be_loaded_leaves_the_one_before(tmp_path, encoder, monkeypatch):
+    """Another model's index takes the folder's place, and that model is gone."""
+    folder, out, other = tmp_path / "p", tmp_path / "i", tmp_path / "other"
+    draw_some(folder, 4)
+    for place, made_by in ((out, encoder), (other, make_encoder(seed=1))):
+        made_by.name = str(tmp_path / f"model of {place.name}")
+        index(folder, place, made_by)
+    monkeypatch.setattr(questions, "load_encoder", lambda name, device: encoder)
+    reader = open_index(out)
+    expected = reader.search(text="is red", k=3)
+    shutil.rmtree(out)
+    other.rename(out)
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match="model of other"):
+        reader.refreshed()
+    assert reader.search(text="is red", k=3) == expected
 
 
 @pytest.mark.parametrize("step", ["read_manifest", "ReadableCatalogue", "np.load"])

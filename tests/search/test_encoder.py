@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import threading
+import time
 
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from conftest import make_scoring_model
 from lavis.models import load_model
 from search_world import draw, draw_some, index, make_encoder
 
 from lavis_cir_plugin.benchmarks.images import open_rgb
-from lavis_cir_plugin.search import load_encoder, open_index
+from lavis_cir_plugin.processors import TargetPadProcessor
+from lavis_cir_plugin.search import Encoder, load_encoder, open_index
 from lavis_cir_plugin.search.encoder import _known_settings
 
 
@@ -129,3 +133,26 @@ def test_the_settings_by_which_indexes_know_a_model_stay_the_same(kind, names):
     """A further attribute of a model would have every index that there is refused as another model's."""
     (today, *_) = _known_settings(make_encoder(kind).model)
     assert {name for name, _ in today} == names
+
+
+def test_threads_take_turns_in_a_model_that_several_encoders_share():
+    """The model notes who is inside; each query stays for a moment, so that two at once would meet."""
+    model, inside, met = make_scoring_model("joint").eval(), [], []
+    original = model.encode_query
+
+    def encode_query(samples, mode):
+        inside.append(mode)
+        time.sleep(0.01)
+        met.append(len(inside))
+        found = original(samples, mode)
+        inside.pop()
+        return found
+
+    model.encode_query = encode_query
+    encoders = [Encoder(model, TargetPadProcessor(16)) for _ in range(2)]
+    threads = [threading.Thread(target=each.query, args=([], "is red")) for each in encoders * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert met == [1] * 8

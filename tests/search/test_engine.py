@@ -19,6 +19,7 @@ from search_world import draw, draw_some, index, make_encoder
 
 from lavis_cir_plugin.search import open_index
 from lavis_cir_plugin.search.answers import as_json, as_lines
+from lavis_cir_plugin.search.engine import on_device
 from lavis_cir_plugin.search.originals import ChangedError
 
 COUNT = 40
@@ -396,3 +397,23 @@ def test_a_gpu_gives_the_same_answers(world):
         answer = open_index(opened.path, on_gpu, "cuda").search(paths[3], "is red", 5)
     assert [hit.path for hit in answer.hits] == [hit.path for hit in expected.hits]
     assert [hit.score for hit in answer.hits] == pytest.approx([hit.score for hit in expected.hits], abs=1e-5)
+
+
+def test_features_that_do_not_fit_on_a_gpu_are_searched_where_they_are(caplog):
+    class Large:
+        """Half a gibibyte of features that no GPU takes."""
+
+        def to(self, device):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+        def numel(self):
+            return 2**28
+
+        def element_size(self):
+            return 2
+
+    features = Large()
+    assert on_device(features, torch.device("cpu"), "shop") is features
+    assert not caplog.text
+    assert on_device(features, torch.device("cuda"), "shop") is features
+    assert "shop is searched on the CPU: its 0.5 GiB of features do not fit on cuda" in caplog.text

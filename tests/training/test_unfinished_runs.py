@@ -58,6 +58,22 @@ def test_who_did_not_ask_learns_how_to_go_on(left, tmp_path, caplog):
     assert f"{folder} (run.resume_ckpt_path=auto would go on with it), and 1 more" in caplog.text
 
 
+@pytest.mark.parametrize("content", [b"2024-05-01 12:00", b"[1, 2]", b'{"run": null}', b'{"run": "\xe9"}', None])
+def test_files_of_others_that_are_called_like_a_log_are_no_matter(left, tmp_path, caplog, content):
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    if content is None:
+        (folder / "log.txt").symlink_to(tmp_path / "gone")
+    else:
+        (folder / "log.txt").write_bytes(content)
+    (tmp_path / "odd" / "log.txt").mkdir(parents=True)
+    assert find_checkpoint(None, str(tmp_path), CONFIG) is None
+    assert find_checkpoint("auto", str(tmp_path), CONFIG) is None
+    assert not caplog.text
+    own = left("own")
+    assert find_checkpoint("auto", str(tmp_path), CONFIG) == own / LAST
+
+
 def test_runs_of_another_config_and_finished_ones_are_no_matter(left, tmp_path, caplog):
     left("other", config={**CONFIG, "model": {"arch": "b"}})
     with (left("finished") / "log.txt").open("a") as log:
