@@ -62,10 +62,16 @@ def stopped_slowly(started):
     with interruptible("a command", lambda: "all is kept."):
         try:
             started.set()
-            time.sleep(60)
+            sleep_in_steps()
         finally:
             started.clear()
-            time.sleep(60)
+            sleep_in_steps()
+
+
+def sleep_in_steps():
+    """Sleep for a minute. A signal just before one long sleep would be handled only after it."""
+    for _ in range(6000):
+        time.sleep(0.01)
 
 
 def test_a_second_signal_ends_the_process_at_once():
