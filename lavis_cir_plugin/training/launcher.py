@@ -100,6 +100,8 @@ def run(command: str, args: argparse.Namespace, announce: Callable[[Any], None] 
     datasets = task.build_datasets(cfg)
     _refuse_output_among_images(Path(cfg.run_cfg.output_dir), datasets)
     model = _build_model(task, cfg)
+    if command == "train":
+        lora.check_loss_scale(model, bool(cfg.run_cfg.get("amp")))
     if hasattr(task, "prepare"):
         task.prepare(model, datasets, cfg)
     runner_class = resumable(registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base")))

@@ -175,6 +175,27 @@ def build_model(task: Any, cfg: Any, base: str | None = None) -> nn.Module:
     return model
 
 
+def check_loss_scale(model: nn.Module, amp: bool) -> None:
+    """Check that gradients reach the adapters.
+
+    Args:
+        model: Model with or without adapters.
+        amp: Whether GradScaler multiplies the loss, as ``run.amp`` says.
+
+    Raises:
+        ValueError: If adapters are in float16 modules and the loss is not scaled.
+    """
+    if amp:
+        return
+    half = [name for name, layer in _adapted(model) if layer.get_base_layer().weight.dtype == torch.float16]
+    if half:
+        raise ValueError(
+            f"run.lora.target_modules matches modules that are stored in float16 (first of {len(half)}: {half[0]}), "
+            "through which small gradients are lost without a loss scale; set run.amp: true, or "
+            "model.vit_precision: fp32."
+        )
+
+
 def add_adapters(model: nn.Module, lora: LoraSettings) -> None:
     """Add adapters to a model, in place, and freeze all weights but the adapters and ``also_train``.
 

@@ -77,6 +77,21 @@ def test_the_perturbation_follows_the_gradient_of_the_share(name, triplets):
     torch.testing.assert_close(loss, model(batch)["loss"])
 
 
+def test_the_direction_of_a_share_is_no_longer_than_that_of_the_batch(triplets):
+    """GradScaler's factor was found for the mean over the batch: half of the rows give half of their mean's gradient."""
+    model, batch = make_scoring_model("joint").train(), triplets(4)
+    optimizer = PerturbingOptimizer(
+        torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1), model,
+        WeightPerturbation(gamma=0.05, direction_share=0.5, every=2),
+    )  # fmt: skip
+    mean = torch.autograd.grad(
+        model.loss_of_share(batch, 0.5)["loss"], list(optimizer.weights.values()), materialize_grads=True,
+        allow_unused=True,
+    )  # fmt: skip
+    optimizer.perturb(model, loss_scale=lambda: 64.0)({**batch, "epoch": 0})
+    torch.testing.assert_close(optimizer.direction, [32 * gradient for gradient in mean])
+
+
 def test_a_frozen_tower_runs_once_for_both_passes(triplets):
     """The first pass shows the whole batch to a frozen tower, so that the second one finds its outputs."""
     model, batch, calls = make_scoring_model("frozen tower").train(), triplets(4), []

@@ -30,6 +30,7 @@ from lavis_cir_plugin.training.lora import (
     LoraSettings,
     add_adapters,
     build_model,
+    check_loss_scale,
     lora_pairs,
     merged_state,
     write_peft_folder,
@@ -294,6 +295,11 @@ def test_models_that_would_train_adapters_wrongly_are_refused(small_model):
     model.visual_encoder.half()
     with pytest.raises(ValueError, match=r"also_train matches \d+ parameters that are not float32 .*float16"):
         add_adapters(model, LoraSettings(target_modules=["query"], also_train="norm|query_tokens"))
+    add_adapters(model, LoraSettings(target_modules=["query", "fc1"]))
+    check_loss_scale(model, amp=True)
+    with pytest.raises(ValueError, match=r"float16 \(first of 1: visual_encoder.*fc1\).* run\.amp: true"):
+        check_loss_scale(model, amp=False)
+    model = small_model()
     model.model_pairs = [[model.vision_proj, model.text_proj]]
     with pytest.raises(ValueError, match="Blip2Cir keeps momentum copies of its weights"):
         add_adapters(model, LoraSettings(target_modules=["query"]))

@@ -48,11 +48,22 @@ class ImageTokens:
     @cached_property
     def affine(self) -> Tensor:
         """The layer norm of the tokens, ``(B, P, W)``."""
-        return self.norm(self.tokens.float())  # type: ignore[no-any-return]
+        return _as_multiplied(self.norm(self.tokens.float()))
 
     @cached_property
     def _normalised(self) -> Tensor:
-        return F.layer_norm(self.tokens.float(), self.norm.normalized_shape, eps=self.norm.eps)
+        return _as_multiplied(F.layer_norm(self.tokens.float(), self.norm.normalized_shape, eps=self.norm.eps))
+
+
+def _as_multiplied(tokens: Tensor) -> Tensor:
+    """Return tokens in the type in which autocast multiplies them, so that not every projection converts them anew.
+
+    Tokens with a gradient stay as they are: the gradients of all projections would be added up in half precision.
+    """
+    kind = tokens.device.type
+    if tokens.requires_grad or not torch.is_autocast_enabled(kind):
+        return tokens
+    return tokens.to(torch.get_autocast_dtype(kind))
 
 
 @dataclass(frozen=True)

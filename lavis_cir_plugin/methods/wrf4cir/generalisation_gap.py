@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from lavis_cir_plugin.core.checkpoints import config_in, load_strictly, read_checkpoint
 from lavis_cir_plugin.core.model_parts import frozen_names, tensor_places
-from lavis_cir_plugin.core.random_state import seed_cpu
+from lavis_cir_plugin.core.random_state import get_random_state, seed_cpu, set_random_state
 from lavis_cir_plugin.methods.wrf4cir.frozen_memo import FrozenMemo
 from lavis_cir_plugin.methods.wrf4cir.optimizer import PerturbingOptimizer
 from lavis_cir_plugin.methods.wrf4cir.perturbation import WeightPerturbation
@@ -257,9 +257,12 @@ def loss_along(
     losses = {direction: dict.fromkeys(multiples, 0.0) for direction in ("gradient", "random")}
 
     memo = FrozenMemo(model, device)
+    seed_cpu(SEED)
+    torch.cuda.manual_seed(SEED)  # losses that draw negatives draw them on the model's device
+    drawn = get_random_state(device)
 
     def loss_at(batch: dict[str, Any], new: Mapping[int, Tensor]) -> float:
-        seed_cpu(SEED)
+        set_random_state(drawn, device)
         memo.position.clear()
         tensors = {name: new[id(holder[key])] for name, holder, key in tensor_places(model) if id(holder[key]) in new}
         with torch.autocast(device.type, enabled=is_mixed):
@@ -272,7 +275,7 @@ def loss_along(
             buffers = {id(buffer): buffer.clone() for buffer in model.buffers()}
             # LAVIS's models assign to .data of frozen momentum copies; these detached tensors take the assignment.
             frozen = {id(weight): weight.detach() for weight in model.parameters() if not weight.requires_grad}
-            seed_cpu(SEED)  # the loss draws the same masks and negatives at every distance
+            set_random_state(drawn, device)  # the loss draws the same masks and negatives at every distance
             with memo.recording(), torch.autocast(device.type, enabled=is_mixed):
                 loss = model(dict(batch))["loss"]
             scale = 2.0**10 if is_mixed else 1.0  # small fp16 gradients would underflow, and only the direction matters

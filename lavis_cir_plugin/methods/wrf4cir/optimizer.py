@@ -257,7 +257,9 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         if saved is None:
             return
         self.steps = dict(saved["steps"])
-        if saved["settings"] != dataclasses.asdict(self.settings):
+        # A checkpoint of an earlier version lacks the settings that came later, which had their defaults' effect.
+        earlier = {**dataclasses.asdict(WeightPerturbation()), **saved["settings"]}
+        if earlier != dataclasses.asdict(self.settings):
             logging.warning("run.wrf differs from the checkpoint's: was %s, is %s", saved["settings"], self.settings)
         elif saved.get("direction") is not None:
             weights = self.weights.values()
@@ -434,6 +436,8 @@ class PerturbedModel:
         random_state = get_random_state(self.device)
         with self.memo.recording():
             direction = self._gradient(dict(samples))
+        # The half-precision copies of the clean weights serve no more: the second pass multiplies perturbed ones.
+        torch.clear_autocast_cache()
         set_random_state(random_state, self.device)
         self.optimizer.keep(direction)
         new.update(self._perturbed(direction))
@@ -471,7 +475,9 @@ class PerturbedModel:
         model: Any = without_ddp(self.model)
         share = self.optimizer.settings.direction_share
         output = model(samples) if share == 1 else model.loss_of_share(samples, share)
-        loss = _loss_in(output, model) * scale
+        # The mean over a share of the rows gives a row 1 / share times the gradient for which the scale was found, and
+        # fp16 would overflow. The length of the direction is of no account.
+        loss = _loss_in(output, model) * (scale * share)
         weights = list(self.optimizer.weights.values())
         gradients = list(torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True))
         if isinstance(self.model, DistributedDataParallel):

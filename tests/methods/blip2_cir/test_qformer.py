@@ -130,6 +130,26 @@ def test_a_projection_equals_norm_and_layer_in_a_row(case):
         torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["trained norm", "nothing trained"])
+def test_tokens_without_gradient_are_converted_once_under_autocast(mode):
+    """The outputs are the same bits: autocast would convert the same tokens for every projection."""
+    norm, layers, tokens = LayerNorm(WIDTH), [nn.Linear(WIDTH, 4) for _ in range(3)], torch.randn(2, 6, WIDTH)
+    images = ImageTokens(tokens, norm)
+    with torch.set_grad_enabled(mode == "trained norm"), torch.autocast("cpu", torch.bfloat16):
+        found = [images.project(layer) for layer in layers]
+        expected = [layer(norm(tokens)) for layer in layers]
+    assert {tensor.dtype for tensor in vars(images).values() if isinstance(tensor, torch.Tensor)} == {
+        torch.float32, torch.bfloat16,
+    }  # fmt: skip
+    assert all(torch.equal(own, other) for own, other in zip(found, expected))
+
+
+def test_tokens_with_gradient_stay_float32_under_autocast():
+    norm = LayerNorm(WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ImageTokens(torch.randn(2, 6, WIDTH, requires_grad=True), norm).affine.dtype == torch.float32
+
+
 def test_folding_spares_the_gradient_of_the_tokens():
     """Of the three products of a projection, the one that gives the tokens' gradient is not computed."""
     from torch.utils.flop_counter import FlopCounterMode

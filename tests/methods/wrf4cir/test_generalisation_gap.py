@@ -197,6 +197,24 @@ def test_loss_along_the_gradient_of_a_quadratic():
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
+class Drawing(nn.Module):
+    """A loss with a drawn factor, as one over drawn negatives is."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, samples):
+        return {"loss": torch.rand(()) * self.weight.square().sum()}
+
+
+def test_a_loss_draws_the_same_numbers_at_every_distance_and_in_every_call():
+    first, again = (gap.loss_along(Drawing().eval(), [{}, {}]) for _ in range(2))
+    assert first == again
+    start = first["random"][0]
+    assert first["gradient"] == pytest.approx({m: start * (1 + 0.001 * m) ** 2 for m in range(-10, 11)}, rel=1e-5)
+
+
 def test_the_rise_is_that_at_the_papers_radius():
     run = gap.RunCurves("a", {0: 1.0}, {}, 0, losses={"gradient": {0: 2.0, 1: 2.5, 10: 9.0}})
     assert run.rise("gradient") == 0.5

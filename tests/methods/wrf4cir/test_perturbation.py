@@ -582,6 +582,18 @@ def test_settings_and_counters_travel_with_the_state(batch):
     other.load_state_dict(stock)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_kept_direction_of_an_earlier_version_is_used_if_later_settings_have_their_defaults(share, batch):
+    net, optimizer = make(WeightPerturbation(gamma=0.1, every=3))
+    optimizer.perturb(net)(batch)["loss"].backward()
+    state = copy.deepcopy(optimizer.state_dict())
+    assert state["wrf"]["settings"].pop("direction_share") == 1
+    _, other = make(WeightPerturbation(gamma=0.1, every=3))
+    object.__setattr__(other.settings, "direction_share", share)  # this net has no loss of a share
+    other.load_state_dict(state)
+    assert (other.direction is not None) == (share == 1)
+
+
 def test_the_wrapper_is_an_optimizer_to_schedulers_and_scalers(batch):
     net, optimizer = make(WeightPerturbation(gamma=0.1))
     assert isinstance(optimizer, torch.optim.Optimizer)
