@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import zlib
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
 from lavis_cir_plugin.core.atomic_files import replacing
+from lavis_cir_plugin.core.error_messages import first_line
 from lavis_cir_plugin.core.settings import check_argument, one_of
 from lavis_cir_plugin.ranking import scoring
 from lavis_cir_plugin.ranking.ranks import rank, rerank
@@ -335,11 +337,20 @@ def _new_faiss_index(faiss: ModuleType, kind: str, width: int, lists: int, links
 
 
 def _on_gpu(faiss: ModuleType, kind: str, vectors: Any) -> Any:
-    """Return a copy on the first GPU, or ``None`` without a GPU or for graphs, which FAISS searches only on the CPU."""
+    """Return a copy on torch's current GPU.
+
+    Returns:
+        ``None`` without a GPU, without enough memory on it, or for graphs, which FAISS searches only on the CPU.
+    """
     if kind == "hnsw" or faiss.get_num_gpus() == 0:
         return None
-    resources = faiss.StandardGpuResources()
-    copy = faiss.index_cpu_to_gpu(resources, 0, vectors)
+    gpu = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    try:
+        resources = faiss.StandardGpuResources()
+        copy = faiss.index_cpu_to_gpu(resources, gpu, vectors)
+    except RuntimeError as error:
+        logging.warning("the index is searched on the CPU, as GPU %d does not take it (%s)", gpu, first_line(error))
+        return None
     copy.resources = resources  # the copy does not keep its resources alive by itself
     return copy
 

@@ -366,7 +366,7 @@ class _Writer:
             files["candidates"] = str(found.pop("file"))
         manifest = Manifest(
             generation=generation,
-            name=self.encoder.name,
+            name=self.encoder.name or (self.published.name if self.published else ""),  # of the same identity
             identity=self.identity,
             rows=self.rows,
             pictures=len(by_row),

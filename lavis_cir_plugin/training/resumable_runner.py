@@ -27,6 +27,7 @@ from lavis_cir_plugin.training import resume_checks, run_folders
 from lavis_cir_plugin.training.portable_runner import PortableRunner, replaced
 from lavis_cir_plugin.training.remaining_epoch import Meters, RemainingEpoch
 from lavis_cir_plugin.training.run_folders import BEST, LAST, PREVIOUS
+from lavis_cir_plugin.training.training_history import trained_on
 from lavis_cir_plugin.training.weight_average import WeightAverage
 
 # A resumed run takes these keys of the optimizer's groups from its config, and the learning rate from the schedule.
@@ -80,6 +81,7 @@ class ResumableRunner(PortableRunner):
         self._trained: RemainingEpoch | None = None  # the epoch that was trained last
         self._kept: str | None = None  # the moment up to which this process has saved or resumed the run
         self._average: WeightAverage | None = None  # of the weights, in a training with run.ema_decay
+        self._trained_on = sorted(trained_on(self.config.model_cfg, self.config.datasets_cfg))
 
     @property
     def folder(self) -> Path:
@@ -338,6 +340,7 @@ class ResumableRunner(PortableRunner):
             "model": {name: tensor for name, tensor in state.items() if name not in left_out},
             "optimizer": self.optimizer.state_dict(),
             "config": self.config.to_dict(),
+            "trained_on": self._trained_on,
             "scaler": self.scaler.state_dict() if self.scaler else None,
             self._unit: done,
         }

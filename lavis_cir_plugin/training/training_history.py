@@ -16,8 +16,9 @@ def trained_on(model: Mapping[str, Any], datasets: Mapping[str, Any]) -> set[str
     """Return the names of the data sets whose split ``train`` this run or an earlier run of its model has read.
 
     Args:
-        model: Section ``model`` of a config. The function reads the configs in the checkpoints that the section
-            names, then those in the checkpoints that these configs name, as long as they are existing local files.
+        model: Section ``model`` of a config. The function reads the checkpoints that the section names. Each of them
+            keeps the names under ``trained_on``. One from before version 0.7.1 has its config alone, so the checkpoints
+            that the config names are read, too, as long as they are existing local files.
         datasets: Section ``datasets`` of the same config, after
             :func:`~lavis_cir_plugin.training.config.choose_splits`.
     """
@@ -32,6 +33,9 @@ def _trained_on(model: Mapping[str, Any], datasets: Mapping[str, Any], seen: set
             continue
         place = Path(os.path.expanduser(path)).absolute()
         if place.is_file() and place not in seen:
-            earlier = config_in(mapped_checkpoint(place))  # an empty one for a file that no run wrote
+            content = mapped_checkpoint(place)
+            earlier = config_in(content)  # an empty one for a file that no run wrote
+            kept = content.get("trained_on") if isinstance(content, Mapping) else None
+            names.update(kept if isinstance(kept, list) else ())
             names |= _trained_on(earlier.get("model") or {}, earlier.get("datasets") or {}, {*seen, place})
     return names

@@ -78,7 +78,7 @@ def test_the_perturbation_follows_the_gradient_of_the_share(name, triplets):
 
 
 def test_the_direction_of_a_share_is_no_longer_than_that_of_the_batch(triplets):
-    """GradScaler's factor was found for the mean over the batch: half of the rows give half of their mean's gradient."""
+    """GradScaler's factor was found for the mean over all rows: half of them give half of their mean's gradient."""
     model, batch = make_scoring_model("joint").train(), triplets(4)
     optimizer = PerturbingOptimizer(
         torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1), model,

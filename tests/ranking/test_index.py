@@ -213,6 +213,26 @@ def test_a_gpu_searches_where_faiss_has_one(query, gallery, monkeypatch):
     assert searches == [20, 20]
 
 
+def test_an_index_that_the_gpu_does_not_take_is_searched_on_the_cpu(query, gallery, monkeypatch, caplog):
+    """FAISS reports a full GPU by a RuntimeError. The copy goes to the GPU that torch has chosen."""
+    import faiss
+
+    def refuse(resources, gpu, vectors):
+        raise RuntimeError(f"Error in GpuMemoryReservation: out of memory on {gpu}\nmore")
+
+    expected = build_index("flat", gallery).search(query, 5)[1]
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 4)
+    monkeypatch.setattr(faiss, "StandardGpuResources", SimpleNamespace, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", refuse, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    with caplog.at_level("WARNING"):
+        index = build_index("flat", gallery)
+    assert "as GPU 3 does not take it (Error in GpuMemoryReservation: out of memory on 3)" in caplog.text
+    monkeypatch.undo()
+    assert torch.equal(index.search(query, 5)[1], expected)
+
+
 def test_recall_by_hand():
     """The search finds both of (1, 2), none of (3, none) and one of (5, 6), which is 3 of 5."""
     exact = torch.tensor([[1, 2], [3, -1], [5, 6]])

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import signal
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from lavis_cir_plugin.core.locks import FileLock
 from lavis_cir_plugin.search import build, build_index_folder, engine, open_index, questions
 from lavis_cir_plugin.search.catalogue import ReadableCatalogue
 from lavis_cir_plugin.search.folders import WRITER
+from lavis_cir_plugin.search.manifest import read_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +73,15 @@ def test_one_folder_needs_no_list_and_what_load_run_returns_is_an_encoder(tmp_pa
     draw_some(tmp_path / "q", 1, start=7)
     again = build_index_folder(tmp_path / "q", tmp_path / "i", encoder, forget="../p", quiet=True, workers=0)
     assert (again.pictures, again.encoded) == (1, 1)
+
+
+def test_an_update_from_python_keeps_the_name_of_the_model(tmp_path, encoder):
+    """By its name the commands load the model again; an encoder that code has made has none."""
+    folder = draw_some(tmp_path / "p", 2)[0].parent
+    build_index_folder(folder, tmp_path / "i", replace(encoder, name="a run"), quiet=True, workers=0)
+    draw_some(folder, 1, start=7)
+    build_index_folder(folder, tmp_path / "i", replace(encoder, name=""), quiet=True, workers=0)
+    assert read_manifest(tmp_path / "i").name == "a run"
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,16 @@ def test_a_checkpoint_remembers_through_every_file_it_stands_on(tmp_path, protoc
     assert trained_on({**model, "load_finetuned": False}, {}) == set()  # then it is not read
 
 
+def test_a_checkpoint_remembers_without_the_files_it_stands_on(tmp_path):
+    """A run's checkpoint is copied alone to another machine."""
+    model = {"mapping_checkpoint": str(tmp_path / "moved.pth"), "finetuned": None}
+    run = {"config": {"model": model, "datasets": {"cirr": {"splits": ["train"]}}}, "trained_on": ["cirr", "fashioniq"]}
+    torch.save(run, tmp_path / "composing.pth")
+    assert trained_on({"pretrained": str(tmp_path / "composing.pth")}, {}) == {"cirr", "fashioniq"}
+    torch.save({"trained_on": "photographs"}, tmp_path / "foreign.pth")
+    assert trained_on({"pretrained": str(tmp_path / "foreign.pth")}, {}) == set()
+
+
 def test_files_of_others_say_nothing_and_a_circle_ends(tmp_path):
     (tmp_path / "foreign.pth").write_bytes(b"no checkpoint")
     circle = str(tmp_path / "circle.pth")
