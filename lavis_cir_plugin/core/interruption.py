@@ -8,7 +8,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from functools import partial
+from types import FrameType, TracebackType
+from typing import Any
 
 __all__ = ["interruptible"]
 
@@ -39,6 +41,7 @@ def interruptible(command: str, remark: Callable[[], str | None]) -> Iterator[No
         for each in before:
             signal.signal(each, signal.SIG_DFL)
         stopped_by.append(signal.Signals(number))
+        sys.excepthook = partial(_of_main_thread, sys.excepthook)
         raise KeyboardInterrupt
 
     before = {}
@@ -59,3 +62,15 @@ def interruptible(command: str, remark: Callable[[], str | None]) -> Iterator[No
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def _of_main_thread(
+    hook: Callable[..., Any], kind: type[BaseException], error: BaseException, place: TracebackType
+) -> None:
+    """Report an error of the main thread alone.
+
+    Python's thread that hands tensors to worker processes reports by ``sys.excepthook`` that a worker has gone away,
+    which is no news while the process ends and does not interrupt the main thread.
+    """
+    if threading.current_thread() is threading.main_thread():
+        hook(kind, error, place)

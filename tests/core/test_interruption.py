@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -43,6 +44,20 @@ def test_what_breaks_on_the_way_out_is_no_news(capsys):
         break_when_stopped()
     assert stopped.value.code == 143
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_thread_whose_worker_went_away_says_nothing_once_the_process_ends(capsys, monkeypatch):
+    """multiprocessing's own thread reports a broken connection by `sys.excepthook`."""
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    error = EOFError("a worker is gone")
+    with pytest.raises(SystemExit), interruptible("a command", lambda: None):
+        raise_signal(signal.SIGINT)
+    thread = threading.Thread(target=lambda: sys.excepthook(EOFError, error, None))
+    thread.start()
+    thread.join()
+    assert capsys.readouterr().err == ""
+    sys.excepthook(EOFError, error, None)
+    assert capsys.readouterr().err == "EOFError: a worker is gone\n"
 
 
 def test_another_process_that_speaks_for_all_leaves_nothing_to_say(capsys):
