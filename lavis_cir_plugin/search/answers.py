@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from lavis_cir_plugin.core.error_messages import printable
@@ -71,6 +72,12 @@ def _notes(answer: Answer) -> list[str]:
         notes.append(
             f"Candidates, not a scan: {100 * answer.recall:.1f} % of the exact 50 best were found for drawn queries; "
             "--exact scans everything."
+        )
+    gone = [hit.path for hit in answer.hits if not os.path.exists(hit.path)]
+    if gone:
+        notes.append(
+            f"Not on this machine: {len(gone)} of the {len(answer.hits)} files (first: {printable(gone[0])}); if they "
+            "were moved or deleted, lavis-cir index brings the index up to date."
         )
     return notes
 

@@ -223,6 +223,18 @@ def test_near_duplicates_are_folded_behind_the_best_and_k_results_still_come_bac
     assert group.score == max(hit.score for hit in every.hits if os.path.basename(hit.path) in alike)
 
 
+def test_files_that_are_not_there_any_more_are_named(tmp_path):
+    """The folder was renamed, and the index not brought up to date."""
+    draw_some(tmp_path / "p", 4)
+    encoder = make_encoder()
+    index(tmp_path / "p", tmp_path / "i", encoder)
+    answer = open_index(tmp_path / "i", encoder).search(text="is red", k=3)
+    assert not any("Not on this machine" in note for note in as_lines(answer)[1])
+    (tmp_path / "p").rename(tmp_path / "q")
+    note = as_lines(answer)[1][-1]
+    assert note.startswith(f"Not on this machine: 3 of the 3 files (first: {answer.hits[0].path}); ")
+
+
 def test_pictures_of_one_colour_each_differ_for_people_and_are_not_folded(tmp_path):
     """A random model may see no difference between them."""
     (tmp_path / "p").mkdir()
