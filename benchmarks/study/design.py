@@ -19,7 +19,7 @@ The small designs stay in the choosing world, because a world of another size ha
 GAMMAS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 PAPER = 1e-3
 GRID = (("tensor", 0), ("global", 0), ("tensor", 5), ("global", 5))
-"""Scope and warm-up epochs of WRF's rows, each with every gamma in the part ``grid``."""
+"""Scope and warm-up epochs of WRF's rows, each with every gamma."""
 PLAIN, RANDOM, SAM, ASAM = "plain", "random", "SAM", "ASAM"
 LORA, LORA_WRF = "LoRA", "LoRA + WRF"
 SMOOTHING, EMA, DROPOUT, DECAY = "label smoothing", "EMA of weights", "dropout", "weight decay x 10"
@@ -280,26 +280,13 @@ def elsewhere_rows(part: str) -> dict[str, Row]:
 
 
 SCOPED = [(wrf_name(value, *place), wrf_name(value)) for value in (3e-4, PAPER) for place in GRID[1:3]]
-"""Rows of the main table with another scope or with a warm-up, each with the row that it is compared with."""
-FEW_SEEDS = (LORA, LORA_WRF, *(name for name, _ in SCOPED))
-"""Rows of the main table with the seeds of the other parts."""
-
-
-def grid_names() -> list[str]:
-    """Return the rows of the grid: plain, and WRF with every gamma, scope and warm-up."""
-    return [PLAIN, *(wrf_name(value, *place) for place in GRID for value in GAMMAS)]
+"""Rows with another scope or with a warm-up that are compared with the row without."""
 
 
 def other_names(chosen: Chosen) -> list[str]:
     """Return the rows that are run for the other sizes: of WRF those per tensor without warm-up."""
     left_out = {wrf_name(value, *place) for value in GAMMAS for place in GRID[1:]}
     return [name for name in table_rows(chosen) if name not in left_out]
-
-
-def main_names(chosen: Chosen) -> list[str]:
-    """Return the rows of the main table with its own number of seeds."""
-    left_out = {*FEW_SEEDS, *(wrf_name(value) for value in GAMMAS if value > PAPER)}
-    return [name for name in other_names(chosen) if name not in left_out]
 
 
 @dataclass(frozen=True)
@@ -382,13 +369,11 @@ def table_runs(design: Design, chosen: Chosen) -> list[Run]:
         return {name: rows[name] for name in names}
 
     found = runs("main", named((PLAIN, RANDOM, wrf_name(chosen["gamma"]))), design.main_amounts, design.deciding_seeds)
-    found += runs("main", named(design.main_rows or main_names(chosen)), design.main_amounts, design.main_seeds)
+    found += runs("main", named(design.main_rows or rows), design.main_amounts, design.main_seeds)
     if design.has_parts:
         why = why_rows(chosen, design.steps, design.validations)
         longer = {name: row for name, row in why.items() if name.startswith("steps x 2")}
         found += runs("main", named(other_names(chosen)), design.other_amounts, design.other_seeds)
-        found += runs("main", named(FEW_SEEDS), design.main_amounts, design.other_seeds)
-        found += runs("grid", named(grid_names()), design.main_amounts, design.other_seeds)
         found += runs("why", why, [design.why_triplets], design.other_seeds)
         found += runs("why", longer, design.main_amounts, design.other_seeds)
         found += runs("noise", noise_rows(chosen), [design.noise_triplets], design.other_seeds)

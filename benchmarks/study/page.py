@@ -51,10 +51,11 @@ verdict.
 
 What to keep in mind:
 
-- One drawn world and one set of queries are behind all of these differences, and one start behind each table: another
-  machine trains another start (see the end of the page), so runs of two machines are never paired. Seeds vary the
-  triplets and their order alone, so no interval says how another world or another start would turn out. (Neighbouring
-  seeds share orders of places in the data, but other triplets stand at these places.)
+- One drawn world and one set of queries are behind all of these differences, and one start behind each size and model:
+  another processor may train another start (see the end of the page), and runs of two starts are never paired. VQA and
+  captioning begin with random weights of their seed. Seeds vary the triplets and their order alone, so no interval says
+  how another world or another start would turn out. (Neighbouring seeds share orders of places in the data, but other
+  triplets stand at these places.)
 - With 3,000 triplets plain training does not overfit in these steps: its validation recall still rises at the end. WRF
   learns more slowly, so a difference there can be one of speed; the row with twice the steps for both is the test.
 - γ was chosen for WRF. Random, SAM and ASAM have a perturbation of the same norm, and might do better with one of their
@@ -68,7 +69,8 @@ What to keep in mind:
 - The bootstrap counts the chance of a single answer in both of its draws, so intervals of many seeds are rather too
   wide. Those of three can be too narrow. Queries of one family of garments share pictures; whole families drawn instead
   of queries move the limits of the rows that decide by about a tenth of a point.
-- There are many rows, so some intervals will miss 0 by chance. Two lines are not compared by their brackets: that one
+- There are many rows, so some intervals will miss 0 by chance. A limit within a tenth of a point of 0 may lie on its
+  other side with other draws of the bootstrap. Two lines are not compared by their brackets: that one
   difference is a gain and another is none does not make the two different.
 """
 
@@ -81,9 +83,7 @@ along δ, the paper's perturbation at γ = 0.001 whatever a row was trained with
 length. `time` is processor time per step relative to plain, with features that are computed beforehand.
 """
 
-GRID_TABLE = (
-    """What WRF gains over plain training with early stopping. The runs are other ones than those of the main table."""
-)
+GRID_TABLE = """What WRF gains over plain training with early stopping: runs of the table above, side by side."""
 
 SIDE_BY_SIDE = """Here and below, a line has the seeds that all of its runs have, so what is also in the table above is
 of fewer seeds than there."""

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from stages import frame, save
 
 from study.design import GAMMAS, GRID, PLAIN, RANDOM, wrf_name
-from study.tables import Study, average, judged
+from study.tables import Study, average, judged, paired_seeds, shared_seeds, with_seeds
 
 COLOURS = {"a gain of a point": "#1f5fa8", "a gain under a point": "#7fa8d6", "a loss": "#c2571a"}
 """Colours of the verdicts; any other verdict is grey."""
@@ -29,7 +29,7 @@ def draw_differences(study: Study, path: Path) -> bool:
         figure.subplots(1, len(found), squeeze=False, sharex=True, sharey=True)[0], found.items()
     ):
         for name, gain in differences.items():
-            seeds = len(study.of("main", name, amount))
+            seeds = len(paired_seeds(study.of("main", name, amount), study.of("main", PLAIN, amount)))
             colour, place = COLOURS.get(judged(gain, seeds), GREY), names.index(name)
             panel.plot((gain.low, gain.high), (place, place), color=colour, linewidth=2)
             panel.plot(gain.mean, place, "o", color=colour, markersize=4)
@@ -48,18 +48,18 @@ def draw_gammas(study: Study, path: Path) -> bool:
     if not any(sum(bool(study.of("main", wrf_name(value), amount)) for value in GAMMAS) > 1 for amount in panels):
         return False
     for amount, panel in panels.items():
-        part = "grid" if study.of("grid", PLAIN, amount) else "main"
+        names = [PLAIN, *(wrf_name(value, *place) for place in GRID for value in GAMMAS)]
+        rows = {name: study.of("main", name, amount) for name in names}
+        rows = with_seeds(rows, shared_seeds(rows.values()))  # averages over other seeds would not compare
         for column, colour, label in (("val_stopped", "#1f5fa8", "validation"), ("train_last", "#bdbdbd", "training")):
             for scope, warmup in GRID:
-                recalls = {
-                    value: average(study.of(part, wrf_name(value, scope, warmup), amount), column) for value in GAMMAS
-                }
+                recalls = {value: average(rows[wrf_name(value, scope, warmup)], column) for value in GAMMAS}
                 known = [(value, recall) for value, recall in recalls.items() if recall is not None]
                 if known:
                     name = f"{label}, {'per tensor' if scope == 'tensor' else scope}" + ", warm-up" * bool(warmup)
                     panel.plot(*zip(*known), "-" if scope == "tensor" else "--", marker="s" if warmup else "o",
                                markersize=4, color=colour, label=name)  # fmt: skip
-            panel.axhline(average(study.of(part, PLAIN, amount), column) or 0, color=colour, linewidth=0.8)
+            panel.axhline(average(rows[PLAIN], column) or 0, color=colour, linewidth=0.8)
         panel.set_xscale("log")
         panel.set_xlabel("γ (thin lines: plain)")
         frame(panel, f"{amount:,} triplets")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean
@@ -36,12 +36,15 @@ from study.design import (
 from study.intervals import LEVEL, Interval, bootstrap, over_seeds
 from study.results import Result, unpack_scores
 
+PERTURBATION_ALONE = "second half: "
+"""Prefix of the row whose change leaves plain training as it is."""
+
 WHY = {
     "as in the main table": "",
     "weight decay x 10": "weight decay x 10: ",
     "all with dropout": "dropout: ",
     "steps x 2": "steps x 2: ",
-    "perturbed in the second half": "second half: ",
+    "perturbed in the second half": PERTURBATION_ALONE,
     "Q-Former of width 32": "head 32: ",
     "Q-Former of width 64": "head 64: ",
     "tower with a tenth of the steps": "weak tower: ",
@@ -135,14 +138,12 @@ class Study:
             return found
         return {seed: row for seed, row in found.items() if seed in self.design.main_seeds}
 
-    def side_by_side(self, part: str, names: Iterable[str], amount: int) -> dict[str, dict[int, Result]]:
+    def side_by_side(self, rows: Mapping[str, Mapping[int, Result]]) -> dict[str, dict[int, Result]]:
         """Return rows whose averages are compared, by name: each has the seeds that all rows with a result have.
 
         Of the main table these are at most the seeds of the other parts, whose averages stand below.
         """
-        rows = {name: self.of(part, name, amount) for name in names}
-        seeds = set(self.design.other_seeds).intersection(*filter(None, rows.values()))
-        return {name: {seed: row for seed, row in own.items() if seed in seeds} for name, own in rows.items()}
+        return with_seeds(rows, [seed for seed in shared_seeds(rows.values()) if seed in self.design.other_seeds])
 
     def difference(
         self, one: Mapping[int, Result], other: Mapping[int, Result], column: str = "hits_stopped"
@@ -176,8 +177,19 @@ class Study:
 
 
 def paired_seeds(one: Mapping[int, Result], other: Mapping[int, Result]) -> list[int]:
-    """Return the seeds of both rows whose runs began with the same weights; another machine trains other ones."""
+    """Return the seeds of both rows whose runs began with the same weights; another processor may train other ones."""
     return [seed for seed in sorted(one.keys() & other.keys()) if one[seed]["start"] == other[seed]["start"]]
+
+
+def shared_seeds(rows: Iterable[Mapping[int, Result]]) -> list[int]:
+    """Return the seeds that all rows with a result have, with the same weights at the beginning."""
+    known = [own for own in rows if own]
+    seeds = sorted(set(known[0]).intersection(*known[1:])) if known else []
+    return [seed for seed in seeds if len({own[seed]["start"] for own in known}) == 1]
+
+
+def with_seeds(rows: Mapping[str, Mapping[int, Result]], seeds: Collection[int]) -> dict[str, dict[int, Result]]:
+    return {name: {seed: row for seed, row in own.items() if seed in seeds} for name, own in rows.items()}
 
 
 def per_query(row: Result, column: str = "hits_stopped") -> Values:
@@ -212,6 +224,12 @@ def words(interval: Interval | None) -> str:
     return "–" if interval is None else str(interval)
 
 
+def pairs_of(own: Mapping[int, Result], plain: Mapping[int, Result]) -> str:
+    """Return a row's number of seeds, and how many of them are paired with plain training if not all are."""
+    paired = len(paired_seeds(own, plain))
+    return str(len(own)) if paired == len(own) else f"{len(own)}, {paired} paired"
+
+
 def average_gap(rows: Mapping[int, Result]) -> float | None:
     return mean(gap(row) for row in rows.values()) if rows else None
 
@@ -220,7 +238,8 @@ def main_table(study: Study, amount: int) -> Table:
     """Return the main table of one amount of triplets; rows without a finished run are left out."""
     heading = ["row", "seeds", "train", "val", "gap", "val, stopped", f"less plain ({LEVEL} %)", "loss", "rise along δ",
                "rise, random", "‖δ‖/‖θ‖", "‖θ‖, end / start", "time"]  # fmt: skip
-    plain_time = average(study.of("main", PLAIN, amount), "step_seconds")
+    plain = study.of("main", PLAIN, amount)
+    plain_time = average(plain, "step_seconds")
     table = [heading]
     for name in study.main_names:
         own = study.of("main", name, amount)
@@ -231,7 +250,7 @@ def main_table(study: Study, amount: int) -> Table:
         )
         table.append([
             name,
-            str(len(own)),
+            pairs_of(own, plain),
             *(number(average(own, column)) for column in ("train_last", "val_last")),
             number(average_gap(own)),
             number(average(own, "val_stopped")),
@@ -263,12 +282,15 @@ def choice_table(study: Study) -> Table:
 def pair_table(study: Study, part: str, labels: Mapping[str, str], amount: int) -> Table:
     """Return validation recall of plain, random and WRF under changes, and what WRF gains over the other two.
 
-    ``labels`` names the prefix of a row under each change; "" is the main table's row.
+    ``labels`` names the prefix of a row under each change; "" is the main table's row. A change of the perturbation
+    alone has no plain training of its own, and is compared with the main table's.
     """
     table = [["", "seeds", "plain", "random", "WRF", "WRF less plain", "WRF less random", "gap, plain", "gap, WRF"]]
     for label, prefix in labels.items():
-        names = [prefix + name for name in (PLAIN, RANDOM, study.wrf)]
-        rows = study.side_by_side(part if prefix else "main", names, amount)
+        own = {name: study.of(part if prefix else "main", prefix + name, amount) for name in (PLAIN, RANDOM, study.wrf)}
+        if prefix == PERTURBATION_ALONE:
+            own[PLAIN] = study.of("main", PLAIN, amount)
+        rows = study.side_by_side(own)
         plain, drawn, wrf = rows.values()
         if not (plain or drawn or wrf):
             continue
@@ -286,12 +308,14 @@ def grid_table(study: Study, amount: int) -> Table:
         for scope, warmup in GRID
     ]
     table = [["γ", "seeds", *places]]
-    plain = study.of("grid", PLAIN, amount)
+    plain = study.of("main", PLAIN, amount)
     for gamma in GAMMAS:
-        rows = [study.of("grid", wrf_name(gamma, *place), amount) for place in GRID]
-        if any(rows):
-            seeds = max(len(paired_seeds(own, plain)) for own in rows)
-            table.append([f"{gamma:g}", str(seeds), *(words(study.difference(own, plain)) for own in rows)])
+        names = [wrf_name(gamma, *place) for place in GRID]
+        pairs = (len(paired_seeds(study.of("main", name, amount), plain)) for name in names)
+        seeds = sorted(filter(None, pairs))
+        if seeds:
+            found = (words(study.gains[amount].get(name)) for name in names)
+            table.append([f"{gamma:g}", " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))), *found])
     return table
 
 
@@ -300,9 +324,9 @@ def noise_table(study: Study, amount: int) -> Table:
     table = [["share of wrong targets", "seeds", *names, "WRF less plain"]]
     for ratio in NOISE_RATIOS:
         prefix, part = (f"noise {ratio:g}: ", "noise") if ratio else ("", "main")
-        rows = study.side_by_side(part, [prefix + name for name in names], amount)
+        rows = study.side_by_side({name: study.of(part, prefix + name, amount) for name in names})
         if any(rows.values()):
-            difference = study.difference(rows[prefix + study.wrf], rows[prefix + PLAIN])
+            difference = study.difference(rows[study.wrf], rows[PLAIN])
             recalls = [number(average(own, "val_stopped")) for own in rows.values()]
             table.append([f"{ratio:g}", seeds_of(rows), *recalls, words(difference)])
     return table
@@ -315,7 +339,7 @@ def elsewhere_table(study: Study) -> Table:
     differences = [f"{name} less plain" for name in radii] + [f"{claimed} less random"]
     table = [["what is trained, and measured", "seeds", *names, *differences, "gap, plain", f"gap, {claimed}"]]
     for part in ELSEWHERE:
-        rows = study.side_by_side(part, names, amount)
+        rows = study.side_by_side({name: study.of(part, name, amount) for name in names})
         if not any(rows.values()):
             continue
         pairs = [(name, PLAIN) for name in radii] + [(claimed, RANDOM)]
@@ -433,7 +457,7 @@ def elsewhere_conclusion(study: Study) -> str:
     for part in ELSEWHERE:
         own, plain, drawn = (study.of(part, name, amount) for name in (claimed, PLAIN, RANDOM))
         if min(len(paired_seeds(own, plain)), len(paired_seeds(own, drawn))) < wanted:
-            return "These runs are not all there, so nothing is concluded yet."
+            return "These runs are not all there, or not of one start, so nothing is concluded yet."
         against = [_known(study.difference(own, other)) for other in (plain, drawn)]
         gains += all(interval.low > 0 for interval in against)
         losses += against[0].high < POINT

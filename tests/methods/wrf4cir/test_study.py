@@ -28,6 +28,7 @@ from study.tables import (
     comparisons,
     conclusion,
     elsewhere_conclusion,
+    elsewhere_table,
     grid_table,
     main_table,
     noise_table,
@@ -111,7 +112,7 @@ def test_settings_are_never_chosen_in_the_world_of_the_table():
     of_part = {run.part: run.world for run in runs}
     assert len({of_part[part] for part in of_part if part != "choose"}) == 1
     assert of_part["main"] != of_part["choose"]
-    assert {"main", "grid", "why", "noise", *ELSEWHERE, "choose"} == set(of_part)
+    assert {"main", "why", "noise", *ELSEWHERE, "choose"} == set(of_part)
     assert {run.world for design in (QUICK, DEMO) for run in plan(design, {}).runs} == {of_part["choose"]}
     assert not set(FULL.choosing_seeds) & set(FULL.main_seeds)
     seeds = {
@@ -119,10 +120,9 @@ def test_settings_are_never_chosen_in_the_world_of_the_table():
     }
     assert seeds[PLAIN] == {1000: 12, 3000: 12, 300: 3, 10000: 3}
     assert seeds[SAM] == {1000: 5, 3000: 5, 300: 3, 10000: 3}
-    grid = Counter(run.name for run in runs if run.part == "grid" and run.triplets == 3000)
-    assert len(grid) == 1 + 5 * 2 * 2
-    assert set(grid.values()) == {3}
-    assert next(run.name for run in runs if run.part == "grid") == PLAIN, "its pairs are of one machine"
+    at_once = Counter(run.name for run in runs if run.part == "main" and run.triplets == 3000)
+    assert len([name for name in at_once if name.startswith("WRF ")]) == 5 * 2 * 2
+    assert set(at_once.values()) == {5, 12}
 
 
 def test_the_hypothesis_of_dropout_trains_each_method_with_the_same_dropout():
@@ -418,21 +418,43 @@ def test_rows_side_by_side_are_averaged_over_the_seeds_that_all_of_them_have():
     assert why[1] == ["3", *["1.0"] * 3]
 
 
-def test_the_grid_is_compared_with_its_own_plain_runs():
-    """Global WRF answers three of four queries and plain two; the main table's plain runs do not count."""
+def test_radius_scope_and_warmup_stand_side_by_side():
+    """Global WRF answers three of four queries and plain two; a row without two of its seeds is told."""
     study = finished_study(SMALL, 12)
     half, more = packed([[True, True, False, False]] * 2), packed([[True, True, True, False]] * 2)
     rows = {
-        key: {**row, "hits_stopped": more if "global" in row["row"] else half, "start": "of the grid"}
+        key: {**row, "hits_stopped": more if "global" in row["row"] else half}
         for key, row in study.rows.items()
-        if row["part"] == "grid" and (row["row"], row["seed"]) != ("WRF 0.001 global", "2")
+        if (row["row"], row["seed"]) not in {("WRF 0.003 global", "2"), ("WRF 0.003 global", "4")}
     }
-    table = grid_table(Study(SMALL, {**study.rows, **rows}), 30)
+    table = grid_table(Study(SMALL, rows), 30)
     assert table[0] == ["γ", "seeds", "per tensor", "global", "per tensor, warm-up 5", "global, warm-up 5"]
-    assert [row[:2] for row in table[1:]] == [[gamma, "3"] for gamma in ("0.0001", "0.0003", "0.001", "0.003", "0.01")]
+    seeds = {"0.0001": "5", "0.0003": "5", "0.001": "5", "0.003": "3 to 5", "0.01": "5"}
+    assert dict(row[:2] for row in table[1:]) == seeds
     same, gain = "+0.00 (+0.00 to +0.00)", "+25.00 (+0.00 to +75.00)"
     assert {tuple(row[2:]) for row in table[1:]} == {(same, gain, same, gain)}
     assert grid_table(Study(SMALL, {}), 30) == table[:1]
+
+
+def test_runs_of_another_start_are_neither_paired_nor_averaged_with_the_others():
+    """In the main table their number is told; side by side the seed is left out."""
+    study = finished_study(dataclasses.replace(SMALL, noise_triplets=30), 12)
+    strange = {("main", "SAM", "1"), ("noise", "noise 0.2: SAM", "1"), ("tscir", "WRF 0.001", "0")}
+    rows = {
+        key: {**row, "start": "other"} if (row["part"], row["row"], row["seed"]) in strange else row
+        for key, row in study.rows.items()
+    }
+    mixed = Study(study.design, rows)
+    assert {row[0]: row[1] for row in main_table(mixed, 30)}[SAM] == "5, 4 paired"
+    assert [row[1] for row in noise_table(mixed, 30)[1:]] == ["2", "2", "3", "3"]
+    assert elsewhere_conclusion(mixed).endswith("or not of one start, so nothing is concluded yet.")
+    assert [row[1] for row in elsewhere_table(mixed)[1:]] == ["3", "2", "3", "3"]
+
+
+def test_a_change_of_the_perturbation_alone_is_compared_with_the_main_tables_plain_training():
+    design = dataclasses.replace(SMALL, why_triplets=30)
+    table = {row[0]: row for row in pair_table(finished_study(design, 12), "why", WHY, 30)}
+    assert table["perturbed in the second half"][1:6] == ["3", "50.0", "–", "50.0", "+0.00 (+0.00 to +0.00)"]
 
 
 def test_the_choice_is_shown_at_each_size():
