@@ -30,12 +30,14 @@ def add_command(subparsers: Any) -> None:
 def _export(args: argparse.Namespace) -> None:
     from lavis_cir_plugin import load_run
     from lavis_cir_plugin.core.atomic_files import check_new_folder, new_folder
+    from lavis_cir_plugin.training.run_folders import checkpoint_in
 
     output = Path(os.path.expanduser(args.output)).absolute()
     check_new_folder(output)
     model = load_run(args.run_or_checkpoint).model
+    source = checkpoint_in(Path(os.path.expanduser(args.run_or_checkpoint)))
     with new_folder(output) as content:
-        _WRITERS[args.format](model, content)
+        _WRITERS[args.format](model, content, source)
     print(f"{output}: {', '.join(sorted(found.name for found in output.iterdir()))}")
 
 
@@ -46,7 +48,7 @@ def _whole_state(model: Any) -> dict[str, Any]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in merged_state(model).items()}
 
 
-def _write_transformers(model: Any, folder: Path) -> None:
+def _write_transformers(model: Any, folder: Path, source: Path) -> None:
     """Write a folder for ``Blip2ForImageTextRetrieval.from_pretrained``, with float32 tensors.
 
     The folder lacks the matching head, which composed retrieval does not have. transformers warns and draws a random
@@ -71,19 +73,24 @@ def _write_transformers(model: Any, folder: Path) -> None:
     model.tokenizer.save_pretrained(folder)
 
 
-def _write_safetensors(model: Any, folder: Path) -> None:
+def _write_safetensors(model: Any, folder: Path, source: Path) -> None:
     from safetensors.torch import save_file
 
     save_file(_whole_state(model), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_lavis(model: Any, folder: Path) -> None:
+def _write_lavis(model: Any, folder: Path, source: Path) -> None:
+    """Write a checkpoint that also keeps the data sets of the run whose checkpoint is ``source``."""
     import torch
 
-    torch.save({"model": _whole_state(model)}, folder / "checkpoint.pth")
+    from lavis_cir_plugin.core.checkpoints import mapped_checkpoint
+    from lavis_cir_plugin.training.training_history import trained_on_by
+
+    names = sorted(trained_on_by(mapped_checkpoint(source)))
+    torch.save({"model": _whole_state(model), "trained_on": names}, folder / "checkpoint.pth")
 
 
-_WRITERS: Mapping[str, Callable[[Any, Path], None]] = {
+_WRITERS: Mapping[str, Callable[[Any, Path, Path], None]] = {
     "transformers": _write_transformers,
     "safetensors": _write_safetensors,
     "lavis": _write_lavis,

@@ -35,6 +35,7 @@ def _export(args: argparse.Namespace) -> None:
         write_peft_folder,
     )
     from lavis_cir_plugin.training.run_folders import checkpoint_in
+    from lavis_cir_plugin.training.training_history import trained_on_by
 
     path = checkpoint_in(Path(os.path.expanduser(args.run_or_checkpoint)))
     output = Path(os.path.expanduser(args.output)).absolute()
@@ -48,7 +49,8 @@ def _export(args: argparse.Namespace) -> None:
     model = build_model(BaseTask(), SimpleNamespace(model_cfg=model_cfg, run_cfg=run_cfg))
     with new_folder(output) as content:
         if args.merge:
-            torch.save({"model": merged_state(model)}, content / "checkpoint_merged.pth")
+            whole = {"model": merged_state(model), "trained_on": sorted(trained_on_by(saved))}
+            torch.save(whole, content / "checkpoint_merged.pth")
         else:
             write_peft_folder(model, LoraSettings(**sections["run"]["lora"]), content)
     print(f"{output}: {', '.join(sorted(found.name for found in output.iterdir()))}")

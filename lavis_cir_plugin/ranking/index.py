@@ -344,8 +344,9 @@ def _on_gpu(faiss: ModuleType, kind: str, vectors: Any) -> Any:
     """
     if kind == "hnsw" or faiss.get_num_gpus() == 0:
         return None
-    gpu = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    gpu = 0
     try:
+        gpu = torch.cuda.current_device() if torch.cuda.is_available() else 0
         resources = faiss.StandardGpuResources()
         copy = faiss.index_cpu_to_gpu(resources, gpu, vectors)
     except RuntimeError as error:

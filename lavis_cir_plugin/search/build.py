@@ -377,7 +377,8 @@ class _Writer:
             candidates=found,
         )
         manifest = replace(manifest, checksums=manifest.sampled(self.index))
-        write_blocks(self.index, manifest.blocks(self.index, read_blocks(self.index)))
+        before = read_blocks(self.index, self.published.generation) if self.published else {}
+        write_blocks(self.index, generation, manifest.blocks(self.index, before), before)
         manifest.write(self.index)
         self._remove_older(files)
         return notes

@@ -31,6 +31,16 @@ _locks: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
 _choosing = threading.Lock()
 
 
+def _forget_turns() -> None:
+    """Let a forked process begin without the turns of the other's threads, which it does not have."""
+    global _choosing
+    _locks.clear()
+    _choosing = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_turns)
+
+
 def _turn_of(model: nn.Module) -> threading.Lock:
     """Return the lock of a model, whichever encoders and indexes share it: TSCIR hooks a query's word into it."""
     with _choosing:

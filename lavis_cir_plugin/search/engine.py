@@ -26,13 +26,16 @@ logger = logging.getLogger(__name__)
 
 def on_device(features: Tensor, device: torch.device, place: str) -> Tensor:
     """Return features on the device, or as they are, with a warning, where they do not fit into a GPU's memory."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return features
     try:
         return features.to(device)
     except torch.cuda.OutOfMemoryError:
         size = features.numel() * features.element_size() / 2**30
-        logger.warning("%s is searched on the CPU: its %.1f GiB of features do not fit on %s", place, size, device)
+        logger.warning(
+            "%s is searched on the CPU: its %.1f GiB of features do not fit on %s beside what is there",
+            place, size, device,
+        )  # fmt: skip
         return features
 
 
@@ -82,7 +85,8 @@ class SearchIndex(Searcher):
         An opened index goes on seeing the state that it opened. So a server calls this between two requests.
 
         Raises:
-            ValueError, FileNotFoundError: the new state, or the other model that made it, cannot be opened.
+            ValueError, FileNotFoundError, RuntimeError: the new state, or the other model that made it, cannot be
+                opened; a GPU that is full is a RuntimeError.
         """
         if _stamp(self.path) == self._opened_at:
             return self

@@ -81,13 +81,11 @@ class Manifest:
 
         Args:
             index: The index's folder.
-            known: The blocks of an earlier state; files that only grow have kept all but the last of them.
+            known: The blocks of an earlier state; features and looks, which only grow, have kept all but the last.
         """
         sizes = self.sizes(index)
-        return {
-            name: block_checksums(index / name, sizes[job], (known or {}).get(name, [])[:-1])
-            for job, name in self.files.items()
-        }
+        kept = {job: (known or {}).get(self.files[job], [])[:-1] for job in ("features", "looks")}
+        return {name: block_checksums(index / name, sizes[job], kept.get(job, [])) for job, name in self.files.items()}
 
 
 def verify(index: Path) -> Manifest:
@@ -97,25 +95,35 @@ def verify(index: Path) -> Manifest:
         FileNotFoundError, ValueError: as `read_manifest`, or a byte differs.
     """
     manifest = read_manifest(index)
-    written = read_blocks(index)
+    written = read_blocks(index, manifest.generation)
     changed = [name for name, blocks in manifest.blocks(index).items() if blocks != written.get(name)]
     if changed:
         raise ValueError(f"{index / changed[0]} has changed since it was written; build the index again.")
     return manifest
 
 
-def read_blocks(index: Path) -> dict[str, list[str]]:
-    """Return the checksums of blocks that were written with the state of an index; nothing where there are none."""
+def read_blocks(index: Path, generation: int) -> dict[str, list[str]]:
+    """Return the checksums of blocks that were written with a state of an index; nothing where there are none."""
     try:
         content = json.loads((index / BLOCKS).read_bytes())
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    is_asked = content.pop("generation", generation) == generation  # version 0.7.0 named none
+    before: dict[str, list[str]] = content.pop("before", {})
+    return content if is_asked else before
 
 
-def write_blocks(index: Path, blocks: Mapping[str, list[str]]) -> None:
-    """Write checksums of blocks; before the manifest that they belong to, which they do not change."""
-    replace_file(index / BLOCKS, (json.dumps(blocks) + "\n").encode())
+def write_blocks(
+    index: Path, generation: int, blocks: Mapping[str, list[str]], before: Mapping[str, list[str]]
+) -> None:
+    """Write the checksums of a state's blocks before its manifest, and keep those of the state ``before``.
+
+    The latter is the published one until the manifest is written, and stays it if the process ends first.
+    """
+    content = {**blocks, "generation": generation, "before": before}
+    replace_file(index / BLOCKS, (json.dumps(content) + "\n").encode())
 
 
 def read_manifest(index: Path) -> Manifest:

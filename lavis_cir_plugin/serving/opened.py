@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lavis_cir_plugin.core.error_messages import first_line
 from lavis_cir_plugin.search import open_index
 
 logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 10.0
+"""Seconds until a state that could not be opened is tried again."""
 
 
 class Opened:
@@ -25,15 +30,17 @@ class Opened:
     def __init__(self, name: str, index: Any) -> None:
         self.name = name
         self._lock = threading.Lock()
+        self._opening = threading.Lock()  # of the request that opens a new state; the others see the one before
         self._index = index
         self._users: dict[int, int] = {}  # requests by the state that they see
         self._last_problem = ""
+        self._next_try = 0.0
 
     @contextmanager
     def in_use(self) -> Iterator[Any]:
-        """Return the newest state of the index, which stays open until the block ends."""
+        """Return the newest opened state of the index, which stays open until the block ends."""
+        self._refresh()
         with self._lock:
-            self._refresh()
             index = self._index
             self._users[id(index)] = self._users.get(id(index), 0) + 1
         try:
@@ -47,19 +54,32 @@ class Opened:
                         index.close()
 
     def _refresh(self) -> None:
-        """Open what a writer has made; what cannot be opened is said once, and the state before is kept."""
+        """Open what a writer has made.
+
+        What cannot be opened, such as another model that is too large, is said once. The state before is kept, and the
+        new one is tried again after `RETRY_SECONDS`.
+        """
+        if time.monotonic() < self._next_try or not self._opening.acquire(blocking=False):
+            return
         try:
             fresh = self._index.refreshed()
             self._last_problem = ""
-        except (ValueError, OSError) as error:
+        except Exception as error:  # whatever it is, requests can still be answered
             if str(error) != self._last_problem:
-                logger.warning("%s stays as it was: %s", self.name, error)
+                logger.warning("%s stays as it was: %s", self.name, first_line(error))
                 self._last_problem = str(error)
-            return
-        if fresh is not self._index:
-            if id(self._index) not in self._users:
-                self._index.close()
-            self._index = fresh
+            self._next_try = time.monotonic() + RETRY_SECONDS
+        else:
+            self._take(fresh)
+        finally:
+            self._opening.release()
+
+    def _take(self, fresh: Any) -> None:
+        with self._lock:
+            if fresh is not self._index:
+                if id(self._index) not in self._users:
+                    self._index.close()
+                self._index = fresh
 
 
 def open_indexes(paths: Sequence[str], model: str | None, device: str) -> dict[str, Opened]:

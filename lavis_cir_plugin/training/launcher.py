@@ -100,7 +100,7 @@ def run(command: str, args: argparse.Namespace, announce: Callable[[Any], None] 
     datasets = task.build_datasets(cfg)
     _refuse_output_among_images(Path(cfg.run_cfg.output_dir), datasets)
     model = _build_model(task, cfg)
-    if command == "train":
+    if command == "train" and not cfg.run_cfg.get("evaluate"):
         lora.check_loss_scale(model, bool(cfg.run_cfg.get("amp")))
     if hasattr(task, "prepare"):
         task.prepare(model, datasets, cfg)

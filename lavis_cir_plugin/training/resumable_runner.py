@@ -27,7 +27,7 @@ from lavis_cir_plugin.training import resume_checks, run_folders
 from lavis_cir_plugin.training.portable_runner import PortableRunner, replaced
 from lavis_cir_plugin.training.remaining_epoch import Meters, RemainingEpoch
 from lavis_cir_plugin.training.run_folders import BEST, LAST, PREVIOUS
-from lavis_cir_plugin.training.training_history import trained_on
+from lavis_cir_plugin.training.training_history import trained_on, trained_on_by
 from lavis_cir_plugin.training.weight_average import WeightAverage
 
 # A resumed run takes these keys of the optimizer's groups from its config, and the learning rate from the schedule.
@@ -81,7 +81,9 @@ class ResumableRunner(PortableRunner):
         self._trained: RemainingEpoch | None = None  # the epoch that was trained last
         self._kept: str | None = None  # the moment up to which this process has saved or resumed the run
         self._average: WeightAverage | None = None  # of the weights, in a training with run.ema_decay
-        self._trained_on = sorted(trained_on(self.config.model_cfg, self.config.datasets_cfg))
+        self._trained_on: set[str] = set()  # names of data sets, known to the main process, which writes checkpoints
+        if is_main_process() and not self.evaluate_only:
+            self._trained_on = trained_on(self.config.model_cfg, self.config.datasets_cfg)
 
     @property
     def folder(self) -> Path:
@@ -340,7 +342,7 @@ class ResumableRunner(PortableRunner):
             "model": {name: tensor for name, tensor in state.items() if name not in left_out},
             "optimizer": self.optimizer.state_dict(),
             "config": self.config.to_dict(),
-            "trained_on": self._trained_on,
+            "trained_on": sorted(self._trained_on),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             self._unit: done,
         }
@@ -368,6 +370,7 @@ class ResumableRunner(PortableRunner):
         if self._average is not None:
             self._average.restart(saved.get("progress", {}).get("averaged", 0))
         self._load_optimizer(saved, path)
+        self._trained_on |= trained_on_by(saved)
         if "progress" in saved:
             self._continue(saved, path)
         else:

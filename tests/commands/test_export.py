@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from lavis_cir_plugin.commands import main
 from lavis_cir_plugin.commands.export import FORMATS
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
+from lavis_cir_plugin.training.training_history import trained_on
 
 
 def export(run, folder, form) -> None:
@@ -72,6 +73,13 @@ def test_every_format_loads_here_to_the_same_scores(form, run, tmp_path, capsys)
     state = loaded.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in trained.state_dict().items())
     assert all(map(torch.equal, query_and_targets(loaded), query_and_targets(trained)))
+
+
+def test_lavis_checkpoint_keeps_what_the_run_was_trained_on(run, tmp_path):
+    saved = torch.load(run[0] / "checkpoint_best.pth")
+    torch.save({**saved, "trained_on": ["cirr", "fashioniq"]}, run[0] / "checkpoint_best.pth")
+    export(run[0], tmp_path / "out", "lavis")
+    assert trained_on({"pretrained": str(tmp_path / "out/checkpoint.pth")}, {}) == {"cirr", "fashioniq"}
 
 
 def test_transformers_loads_the_folder_and_gives_the_same_scores(run, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import multiprocessing
 import threading
 import time
 
@@ -18,7 +19,7 @@ from search_world import draw, draw_some, index, make_encoder
 from lavis_cir_plugin.benchmarks.images import open_rgb
 from lavis_cir_plugin.processors import TargetPadProcessor
 from lavis_cir_plugin.search import Encoder, load_encoder, open_index
-from lavis_cir_plugin.search.encoder import _known_settings
+from lavis_cir_plugin.search.encoder import _known_settings, _turn_of
 
 
 @pytest.fixture(params=["blip2", "open_clip"])
@@ -133,6 +134,15 @@ def test_the_settings_by_which_indexes_know_a_model_stay_the_same(kind, names):
     """A further attribute of a model would have every index that there is refused as another model's."""
     (today, *_) = _known_settings(make_encoder(kind).model)
     assert {name for name, _ in today} == names
+
+
+def test_a_forked_process_does_not_wait_for_the_turn_of_a_thread_that_it_does_not_have():
+    encoder = Encoder(make_scoring_model("joint").eval(), TargetPadProcessor(16))
+    with _turn_of(encoder.model):
+        process = multiprocessing.get_context("fork").Process(target=encoder.query, args=([], "is red"))
+        process.start()
+        process.join(60)
+    assert process.exitcode == 0
 
 
 def test_threads_take_turns_in_a_model_that_several_encoders_share():

@@ -14,7 +14,7 @@ from search_world import draw_some, index, make_encoder
 
 from lavis_cir_plugin.search import open_index
 from lavis_cir_plugin.search.folders import MANIFEST, WRITER
-from lavis_cir_plugin.search.manifest import VERSION, verify
+from lavis_cir_plugin.search.manifest import BLOCKS, VERSION, Manifest, verify
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,29 @@ def test_every_byte_is_verified_on_demand(tmp_path, monkeypatch):
     assert len(open_index(tmp_path / "i", make_encoder())) == 3
     with pytest.raises(ValueError, match="has changed since it was written; build the index again"):
         verify(tmp_path / "i")
+
+
+def test_a_state_is_verified_also_after_a_writer_was_stopped_before_the_next_one(original, tmp_path, monkeypatch):
+    """The checksums of the next state's blocks are written before its manifest."""
+    shutil.copytree(original / "p", tmp_path / "p")
+    index(tmp_path / "p", tmp_path / "i", make_encoder())
+    before = verify(tmp_path / "i")
+    draw_some(tmp_path / "p", 2, start=50)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            index(tmp_path / "p", tmp_path / "i", make_encoder())
+    assert verify(tmp_path / "i") == before
+    index(tmp_path / "p", tmp_path / "i", make_encoder())
+    assert verify(tmp_path / "i").pictures == before.pictures + 2
+    path = tmp_path / "i" / BLOCKS
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({name: content[name] for name in content.keys() - {"generation", "before"}}))
+    assert verify(tmp_path / "i").pictures == before.pictures + 2, "as version 0.7.0 wrote them"
 
 
 def test_a_folder_without_write_permission_is_searched(original, out):

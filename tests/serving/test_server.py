@@ -23,7 +23,7 @@ from serving_world import served
 from lavis_cir_plugin.commands import main
 from lavis_cir_plugin.search import open_index
 from lavis_cir_plugin.serving.limits import Limits
-from lavis_cir_plugin.serving.opened import Opened, free_name
+from lavis_cir_plugin.serving.opened import RETRY_SECONDS, Opened, free_name
 from lavis_cir_plugin.serving.patience import patient
 from lavis_cir_plugin.serving.server import hosts_for, is_this_machine, listening, token_for
 
@@ -199,6 +199,53 @@ def test_a_state_that_cannot_be_opened_is_said_once_and_the_one_before_is_kept(w
         with opened.in_use() as found:
             assert len(found.search(text="a").hits) == 3
     assert caplog.text.count("toys stays as it was:") == 1
+
+
+class Refreshed:
+    """An index whose next state is what a function returns."""
+
+    def __init__(self, refreshed):
+        self.refreshed = refreshed
+
+    def close(self):
+        pass
+
+
+def test_a_new_state_that_fails_in_any_way_is_tried_again_after_a_while(caplog, monkeypatch):
+    """A GPU that is full is a RuntimeError, and loading a model takes seconds."""
+    tries = []
+
+    def refreshed():
+        tries.append(1)
+        raise RuntimeError("CUDA out of memory\nmore")
+
+    opened = Opened("toys", Refreshed(refreshed))
+    for _ in range(3):
+        with opened.in_use():
+            pass
+    assert (len(tries), caplog.text.count("toys stays as it was: CUDA out of memory\n")) == (1, 1)
+    opened._next_try -= RETRY_SECONDS
+    with opened.in_use():
+        assert len(tries) == 2
+
+
+def test_while_one_request_opens_a_new_state_the_others_are_answered_from_the_one_before():
+    begun, go_on, fresh = threading.Event(), threading.Event(), Refreshed(lambda: fresh)
+
+    def refreshed():
+        begun.set()
+        assert go_on.wait(60)
+        return fresh
+
+    before = Refreshed(refreshed)
+    opened = Opened("toys", before)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(lambda: opened.in_use().__enter__())
+        assert begun.wait(60)
+        with opened.in_use() as found:
+            assert found is before
+        go_on.set()
+        assert first.result() is fresh
 
 
 def test_indexes_of_one_name_are_numbered():

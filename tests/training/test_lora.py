@@ -35,6 +35,7 @@ from lavis_cir_plugin.training.lora import (
     merged_state,
     write_peft_folder,
 )
+from lavis_cir_plugin.training.training_history import trained_on
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 CLIP = {"vit_model": "clip_L", "vit_config": {"patch_size": 8, "width": 12, "layers": 2, "heads": 2}}
@@ -410,6 +411,7 @@ def test_the_merged_checkpoint_needs_no_lora(trained, tmp_path, capsys):
     main.main(["lora", str(trained.run), "--output", str(tmp_path / "merged"), "--merge"])
     assert "checkpoint_merged.pth" in capsys.readouterr().out
     merged = tmp_path / "merged/checkpoint_merged.pth"
+    assert trained_on({"pretrained": str(merged)}, {}) == {"fashioniq"}
     batch = {"image": torch.randn(3, 3, 64, 64), "target": torch.randn(3, 3, 64, 64), "text_input": ["is red"] * 3}
     whole, adapted = rebuilt(merged), rebuilt(trained.best, LORA)
     assert not any("lora" in name for name, _ in whole.named_parameters())

@@ -314,6 +314,13 @@ def test_another_number_of_processes_is_refused(stopped):
         go_on()
 
 
+def test_a_run_that_goes_on_keeps_what_the_checkpoint_was_trained_on(stopped):
+    folder, go_on = stopped
+    run_folders.write_run_checkpoint(folder, {**read_checkpoint(str(folder / LAST)), "trained_on": ["cirr"]}, LAST)
+    go_on("run.max_epoch=2")
+    assert read_checkpoint(str(folder / LAST))["trained_on"] == ["cirr", "fashioniq"]
+
+
 def test_another_radius_is_a_warning(stopped, caplog):
     _, go_on = stopped
     with caplog.at_level("WARNING"):

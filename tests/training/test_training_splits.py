@@ -158,7 +158,22 @@ def test_a_checkpoint_remembers_without_the_files_it_stands_on(tmp_path):
     run = {"config": {"model": model, "datasets": {"cirr": {"splits": ["train"]}}}, "trained_on": ["cirr", "fashioniq"]}
     torch.save(run, tmp_path / "composing.pth")
     assert trained_on({"pretrained": str(tmp_path / "composing.pth")}, {}) == {"cirr", "fashioniq"}
-    torch.save({"trained_on": "photographs"}, tmp_path / "foreign.pth")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1],
+        {"trained_on": "photographs"},
+        {"trained_on": [["x"], 3]},
+        {"config": "a text"},
+        {"config": {"model": "ViT-B-32", "datasets": ["coco"]}},
+        {"config": {"model": {"pretrained": 3}, "datasets": {"coco": "train"}}},
+        {"config": {"datasets": {"coco": {"splits": 3}, "flickr": {"splits": "pretrained"}}}},
+    ],
+)
+def test_what_other_programs_keep_in_their_checkpoints_gives_no_names(content, tmp_path):
+    torch.save(content, tmp_path / "foreign.pth")
     assert trained_on({"pretrained": str(tmp_path / "foreign.pth")}, {}) == set()
 
 

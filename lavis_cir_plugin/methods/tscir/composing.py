@@ -231,7 +231,7 @@ class TscirComposing(TscirMapping):
         try:
             return super().encode_query(samples)
         finally:
-            self.are_adapters_off = False
+            del self.are_adapters_off  # an attribute of the model counts as a setting of an index's features
 
     are_adapters_off = False
 

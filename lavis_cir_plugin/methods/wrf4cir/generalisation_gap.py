@@ -258,7 +258,7 @@ def loss_along(
 
     memo = FrozenMemo(model, device)
     seed_cpu(SEED)
-    torch.cuda.manual_seed(SEED)  # losses that draw negatives draw them on the model's device
+    torch.cuda.manual_seed_all(SEED)  # losses that draw negatives draw them on the model's device
     drawn = get_random_state(device)
 
     def loss_at(batch: dict[str, Any], new: Mapping[int, Tensor]) -> float:

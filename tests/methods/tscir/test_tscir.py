@@ -170,7 +170,9 @@ def test_injection_and_adapters_change_the_query_when_they_speak(make, clip_mode
     for adapter in model.adapters.values():
         nn.init.normal_(adapter.up)
     samples = {"image": pictures(), "text_input": TEXTS}
+    attributes = set(vars(model))
     full, stage_one = model.encode_query(samples), model.encode_query(samples, "mapping")
+    assert set(vars(model)) == attributes, "an index would know another model by another attribute"
     assert not torch.allclose(full, stage_one, atol=1e-3)
     assert not torch.allclose(stage_one, silence(copy.deepcopy(model)).encode_query(samples, "mapping"), atol=1e-4)
 
