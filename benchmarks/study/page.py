@@ -86,7 +86,8 @@ length. `time` is processor time per step relative to plain, with features that 
 GRID_TABLE = """What WRF gains over plain training with early stopping: runs of the table above, side by side."""
 
 SIDE_BY_SIDE = """Here and below, a line has the seeds that all of its runs have, so what is also in the table above is
-of fewer seeds than there."""
+of fewer seeds than there. "Less the first line's" is the gain of a line less that of the first, which says whether the
+change makes a difference to WRF."""
 
 FOOT = """## How the settings were chosen
 

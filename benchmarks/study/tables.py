@@ -149,10 +149,7 @@ class Study:
         self, one: Mapping[int, Result], other: Mapping[int, Result], column: str = "hits_stopped"
     ) -> Interval | None:
         """Return the mean of one row less another over the seeds that both have, in points of recall."""
-        seeds = paired_seeds(one, other)
-        if not seeds:
-            return None
-        return bootstrap(np.stack([per_query(one[seed], column) - per_query(other[seed], column) for seed in seeds]))
+        return over_both(differences_by_seed(one, other, column))
 
     @cached_property
     def gains(self) -> dict[int, dict[str, Interval]]:
@@ -196,6 +193,18 @@ def per_query(row: Result, column: str = "hits_stopped") -> Values:
     """Return each example's score in percent, ``(examples,)``; a query's is the mean of R@10 and R@50: 0, 50 or 100."""
     values: Values = 100 * unpack_scores(row[column]).mean(axis=0)
     return values
+
+
+def differences_by_seed(
+    one: Mapping[int, Result], other: Mapping[int, Result], column: str = "hits_stopped"
+) -> dict[int, Values]:
+    """Return one row less another, ``(examples,)`` in percent, for each seed that both have."""
+    return {seed: per_query(one[seed], column) - per_query(other[seed], column) for seed in paired_seeds(one, other)}
+
+
+def over_both(values: Mapping[int, Values]) -> Interval | None:
+    """Return the mean over seeds and examples of values by seed; ``None`` without a seed."""
+    return bootstrap(np.stack(list(values.values()))) if values else None
 
 
 def gap(row: Result) -> float:
@@ -282,10 +291,12 @@ def choice_table(study: Study) -> Table:
 def pair_table(study: Study, part: str, labels: Mapping[str, str], amount: int) -> Table:
     """Return validation recall of plain, random and WRF under changes, and what WRF gains over the other two.
 
-    ``labels`` names the prefix of a row under each change; "" is the main table's row. A change of the perturbation
-    alone has no plain training of its own, and is compared with the main table's.
+    ``labels`` names the prefix of a row under each change; "", the first, is the main table's row. A change of the
+    perturbation alone has no plain training of its own, and is compared with the main table's.
     """
-    table = [["", "seeds", "plain", "random", "WRF", "WRF less plain", "WRF less random", "gap, plain", "gap, WRF"]]
+    table = [["", "seeds", "plain", "random", "WRF", "WRF less plain", "less the first line's", "WRF less random",
+              "gap, plain", "gap, WRF"]]  # fmt: skip
+    first: dict[int, Values] = {}
     for label, prefix in labels.items():
         own = {name: study.of(part if prefix else "main", prefix + name, amount) for name in (PLAIN, RANDOM, study.wrf)}
         if prefix == PERTURBATION_ALONE:
@@ -295,7 +306,10 @@ def pair_table(study: Study, part: str, labels: Mapping[str, str], amount: int) 
         if not (plain or drawn or wrf):
             continue
         gaps = [average_gap(own) for own in (plain, wrf)]
-        against = [study.difference(wrf, other) for other in (plain, drawn)]
+        gains = differences_by_seed(wrf, plain)
+        first = first or gains
+        change = {seed: gains[seed] - first[seed] for seed in gains.keys() & first.keys()} if gains is not first else {}
+        against = [over_both(gains), over_both(change), study.difference(wrf, drawn)]
         recalls = [number(average(own, "val_stopped")) for own in (plain, drawn, wrf)]
         table.append([label, seeds_of(rows), *recalls, *map(words, against), *map(number, gaps)])
     return table

@@ -457,6 +457,21 @@ def test_a_change_of_the_perturbation_alone_is_compared_with_the_main_tables_pla
     assert table["perturbed in the second half"][1:6] == ["3", "50.0", "–", "50.0", "+0.00 (+0.00 to +0.00)"]
 
 
+def test_a_gain_under_a_change_is_compared_with_the_gain_without():
+    """WRF answers two of four queries more than plain; with dropout it answers one more: 25 points less of a gain."""
+    study = finished_study(dataclasses.replace(SMALL, why_triplets=30), 12)
+    gained = {"plain": 0, study.wrf: 2, "dropout: plain": 1, f"dropout: {study.wrf}": 2}
+    rows = {
+        key: {**row, "hits_stopped": packed([[index < gained[row["row"]] for index in range(4)]] * 2)}
+        for key, row in study.rows.items()
+        if row["row"] in gained and row["part"] in ("main", "why")
+    }
+    table = {row[0]: row for row in pair_table(Study(study.design, {**study.rows, **rows}), "why", WHY, 30)}
+    column = table[""].index("less the first line's")
+    assert table["as in the main table"][column] == "–"
+    assert table["all with dropout"][column].startswith("-25.00 (")
+
+
 def test_the_choice_is_shown_at_each_size():
     """A candidate with 10 points less at the second size, and 40 at the first: 35 on average."""
     design = dataclasses.replace(SMALL, main_amounts=(30, 60))
