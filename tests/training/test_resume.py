@@ -321,6 +321,16 @@ def test_a_run_that_goes_on_keeps_what_the_checkpoint_was_trained_on(stopped):
     assert read_checkpoint(str(folder / LAST))["trained_on"] == ["cirr", "fashioniq"]
 
 
+def test_a_run_whose_checkpoint_is_a_link_goes_on_in_its_folder(stopped, tmp_path):
+    """Somebody has moved it to a larger disk."""
+    folder, go_on = stopped
+    (folder / LAST).rename(tmp_path / "moved.pth")
+    (folder / LAST).symlink_to(tmp_path / "moved.pth")
+    go_on("run.max_epoch=2", asked=folder / LAST)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [folder.name]
+    assert is_finished(tmp_path / "out")
+
+
 def test_another_radius_is_a_warning(stopped, caplog):
     _, go_on = stopped
     with caplog.at_level("WARNING"):
