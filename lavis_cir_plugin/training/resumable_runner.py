@@ -27,7 +27,7 @@ from lavis_cir_plugin.training import resume_checks, run_folders
 from lavis_cir_plugin.training.portable_runner import PortableRunner, replaced
 from lavis_cir_plugin.training.remaining_epoch import Meters, RemainingEpoch
 from lavis_cir_plugin.training.run_folders import BEST, LAST, PREVIOUS
-from lavis_cir_plugin.training.training_history import trained_on, trained_on_by
+from lavis_cir_plugin.training.training_history import trained_on_by
 from lavis_cir_plugin.training.weight_average import WeightAverage
 
 # A resumed run takes these keys of the optimizer's groups from its config, and the learning rate from the schedule.
@@ -83,7 +83,7 @@ class ResumableRunner(PortableRunner):
         self._average: WeightAverage | None = None  # of the weights, in a training with run.ema_decay
         self._trained_on: set[str] = set()  # names of data sets, known to the main process, which writes checkpoints
         if is_main_process() and not self.evaluate_only:
-            self._trained_on = trained_on(self.config.model_cfg, self.config.datasets_cfg)
+            self._trained_on = trained_on_by({"config": self.config.to_dict()})
 
     @property
     def folder(self) -> Path:
