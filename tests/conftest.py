@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ collect_ignore = [] if importlib.util.find_spec("qdrant_edge") else ["engine_in_
 # Tests run in as many processes as there are cores. With more threads than cores, each step of a small model waits for
 # threads that do not run; torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell lets what it starts in the background ignore Ctrl-C, which tests send to themselves and to their processes.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small enough for milliseconds, with every kind of layer of the real model.
 SMALL: dict[str, Any] = {
