@@ -12,7 +12,7 @@ from functools import partial
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["interruptible"]
+__all__ = ["interruptible", "report_main_thread_alone"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -41,7 +41,7 @@ def interruptible(command: str, remark: Callable[[], str | None]) -> Iterator[No
         for each in before:
             signal.signal(each, signal.SIG_DFL)
         stopped_by.append(signal.Signals(number))
-        sys.excepthook = partial(_of_main_thread, sys.excepthook)
+        report_main_thread_alone()
         raise KeyboardInterrupt
 
     before = {}
@@ -64,13 +64,17 @@ def interruptible(command: str, remark: Callable[[], str | None]) -> Iterator[No
             signal.signal(each, handler)
 
 
+def report_main_thread_alone() -> None:
+    """Let ``sys.excepthook`` report errors of the main thread and of no other.
+
+    Python's thread that hands tensors to another process reports there that the other one has gone away. That is no
+    news in a process that ends, nor in a worker, which ends with its parent.
+    """
+    sys.excepthook = partial(_of_main_thread, sys.excepthook)
+
+
 def _of_main_thread(
     hook: Callable[..., Any], kind: type[BaseException], error: BaseException, place: TracebackType
 ) -> None:
-    """Report an error of the main thread alone.
-
-    Python's thread that hands tensors to worker processes reports by ``sys.excepthook`` that a worker has gone away,
-    which is no news while the process ends and does not interrupt the main thread.
-    """
     if threading.current_thread() is threading.main_thread():
         hook(kind, error, place)

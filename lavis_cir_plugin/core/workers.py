@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from lavis_cir_plugin.core.interruption import report_main_thread_alone
+
 __all__ = ["worker_setup"]
 
 _PR_SET_PDEATHSIG = 1
@@ -31,6 +33,7 @@ def worker_setup() -> Callable[..., None]:
 def _begin(parent: int, *_: object) -> None:
     # Ctrl-C reaches all processes of a terminal. The parent stops its workers, so no worker prints a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    report_main_thread_alone()
     if "torch" in sys.modules:  # workers with one thread per core each would wait for each other
         sys.modules["torch"].set_num_threads(1)
     if not (os.getppid() == parent and _killed_with_parent() and os.getppid() == parent):

@@ -8,11 +8,13 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 
 from lavis_cir_plugin.commands import main
 from lavis_cir_plugin.core.interruption import interruptible
+from lavis_cir_plugin.core.workers import worker_setup
 
 FORK = multiprocessing.get_context("fork")
 
@@ -58,6 +60,24 @@ def test_a_thread_whose_worker_went_away_says_nothing_once_the_process_ends(caps
     assert capsys.readouterr().err == ""
     sys.excepthook(EOFError, error, None)
     assert capsys.readouterr().err == "EOFError: a worker is gone\n"
+
+
+def report_from_a_thread_and_from_the_main_one(setup):
+    setup()
+    report = partial(sys.excepthook, EOFError, EOFError("the parent is gone"), None)
+    thread = threading.Thread(target=report)
+    thread.start()
+    thread.join()
+    sys.stderr.write("then\n")
+    report()
+
+
+def test_a_worker_whose_parent_went_away_says_nothing_of_it(capfd, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    process = FORK.Process(target=report_from_a_thread_and_from_the_main_one, args=(worker_setup(),))
+    process.start()
+    process.join(60)
+    assert capfd.readouterr().err == "then\nEOFError: the parent is gone\n"
 
 
 def test_another_process_that_speaks_for_all_leaves_nothing_to_say(capsys):
