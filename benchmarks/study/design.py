@@ -281,8 +281,6 @@ def elsewhere_rows(part: str) -> dict[str, Row]:
 
 SCOPED = [(wrf_name(value, *place), wrf_name(value)) for value in (3e-4, PAPER) for place in GRID[1:3]]
 """Rows with another scope or with a warm-up that are compared with the row without."""
-LOST = [wrf_name(GAMMAS[-1], *place) for place in GRID]
-"""Rows of the main table with the seeds of the other parts, because every seed of them loses ten points and more."""
 
 
 def other_names(chosen: Chosen) -> list[str]:
@@ -371,10 +369,8 @@ def table_runs(design: Design, chosen: Chosen) -> list[Run]:
         return {name: rows[name] for name in names}
 
     found = runs("main", named((PLAIN, RANDOM, wrf_name(chosen["gamma"]))), design.main_amounts, design.deciding_seeds)
-    main = design.main_rows or [name for name in rows if name not in LOST]
-    found += runs("main", named(main), design.main_amounts, design.main_seeds)
+    found += runs("main", named(design.main_rows or rows), design.main_amounts, design.main_seeds)
     if design.has_parts:
-        found += runs("main", named(LOST), design.main_amounts, design.other_seeds)
         why = why_rows(chosen, design.steps, design.validations)
         longer = {name: row for name, row in why.items() if name.startswith("steps x 2")}
         found += runs("main", named(other_names(chosen)), design.other_amounts, design.other_seeds)
