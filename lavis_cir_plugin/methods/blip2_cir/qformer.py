@@ -12,18 +12,13 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lavis_cir_plugin.methods.blip2_cir.attention import Projection, attend, attend_to_tokens
+
 Read = Union[Literal["queries"], Tensor]
 
 
 class ImageTokens:
-    r"""Tokens of an image tower behind a layer norm, as the cross-attention's keys and values read them.
-
-    With the normalised tokens :math:`\hat x`, the norm's gain g and bias β, a projection is
-
-    .. math:: W (g \odot \hat x + \beta) + b = (W \,\mathrm{diag}(g))\, \hat x + (W \beta + b)
-
-    While the norm is trained and the tower is not, the right side is computed: autograd then gets the gradients of g
-    and β from those of the weights, and spares the gradient of the tokens, one of three matrix products.
+    """Tokens of an image tower and the layer norm behind it.
 
     Args:
         tokens: Tokens ``(B, P, W)`` of any float type; they are normalised in float32, because a half-precision
@@ -35,15 +30,10 @@ class ImageTokens:
         self.tokens = tokens
         self.norm = norm
 
-    def project(self, linear: nn.Module) -> Tensor:
-        """Return ``linear`` of the layer norm of the tokens, ``(B, P, out)``."""
-        norm = self.norm
-        is_head_trained = torch.is_grad_enabled() and norm.weight.requires_grad and not self.tokens.requires_grad
-        # A replaced or hooked layer, such as one with an adapter, does more than its product.
-        if not is_head_trained or type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
-            return linear(self.affine)  # type: ignore[no-any-return]
-        bias = linear.bias + (linear.weight * norm.bias).sum(dim=1)  # autocast would make a matrix product half
-        return F.linear(self._normalised, linear.weight * norm.weight, bias)
+    @property
+    def is_norm_trained_alone(self) -> bool:
+        """Whether the norm gets a gradient and the tokens get none."""
+        return torch.is_grad_enabled() and self.norm.weight.requires_grad and not self.tokens.requires_grad
 
     @cached_property
     def affine(self) -> Tensor:
@@ -51,7 +41,8 @@ class ImageTokens:
         return _as_multiplied(self.norm(self.tokens.float()))
 
     @cached_property
-    def _normalised(self) -> Tensor:
+    def normalised(self) -> Tensor:
+        """The layer norm of the tokens without gain and bias, ``(B, P, W)``."""
         return _as_multiplied(F.layer_norm(self.tokens.float(), self.norm.normalized_shape, eps=self.norm.eps))
 
 
@@ -150,8 +141,37 @@ def _layer(layer: Any, asking: Sequence[Sequences], asked: Sequence[Sequences]) 
 
 
 def _cross_attention(part: Any, queries: Sequence[Tensor], images: Sequence[ImageTokens]) -> list[Tensor]:
-    keys, values = ([own.project(linear) for own in images] for linear in (part.self.key, part.self.value))
-    return _attention(part, _Packed.of(queries), keys, values, [None] * len(images))
+    """Return ``BertAttention`` of queries ``(B, K, H)`` per kind to its images, which all have one norm."""
+    own, heads, dropout = part.self, part.self.num_attention_heads, _dropout(part.self)
+    asking = _Packed.of(queries)
+    asked = asking.through(own.query).parts()
+    if all(kind.is_norm_trained_alone for kind in images) and _is_product(own.key) and _is_product(own.value):
+        key, value = (_behind(images[0].norm, linear) for linear in (own.key, own.value))
+        read = [attend_to_tokens(q, kind.normalised, key, value, heads, dropout) for q, kind in zip(asked, images)]
+    else:
+        projected = [(own.key(kind.affine), own.value(kind.affine)) for kind in images]
+        read = [attend(q, keys, values, heads, dropout=dropout) for q, (keys, values) in zip(asked, projected)]
+    return _output(part, asking, read)
+
+
+def _is_product(linear: nn.Module) -> bool:
+    """Return whether a layer is its product alone; a replaced or hooked one, as with an adapter, does more."""
+    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+
+
+def _behind(norm: nn.LayerNorm, linear: nn.Linear) -> Projection:
+    r"""Return the projection of normalised tokens that equals a linear layer behind a norm's gain g and bias β.
+
+    .. math:: W (g \odot \hat x + \beta) + b = (W \,\mathrm{diag}(g))\, \hat x + (W \beta + b)
+
+    Autograd gets the gradients of g and β from those of the weights, so nothing needs the gradient of the tokens.
+    """
+    bias = linear.bias + (linear.weight * norm.bias).sum(dim=1)  # autocast would make a matrix product half
+    return Projection(linear.weight * norm.weight, bias)
+
+
+def _dropout(attention: Any) -> float:
+    return float(attention.dropout.p) if attention.dropout.training else 0.0
 
 
 def _attention(
@@ -162,19 +182,13 @@ def _attention(
     visible: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """Return ``BertAttention`` of states ``(B, A, H)`` per kind, on projected keys and values ``(B, S, H)``."""
-    own = part.self
+    heads, dropout = part.self.num_attention_heads, _dropout(part.self)
+    parts = zip(asking.through(part.self.query).parts(), keys, values, visible)
+    return _output(part, asking, [attend(q, k, v, heads, mask, dropout) for q, k, v, mask in parts])
 
-    def by_head(states: Tensor) -> Tensor:
-        return states.view(*states.shape[:2], own.num_attention_heads, -1).transpose(1, 2)
 
-    dropout = own.dropout.p if own.dropout.training else 0.0
-    contexts = [
-        F.scaled_dot_product_attention(by_head(q), by_head(k), by_head(v), attn_mask=mask, dropout_p=dropout)
-        .transpose(1, 2)
-        .flatten(2)
-        for q, k, v, mask in zip(asking.through(own.query).parts(), keys, values, visible)
-    ]
-    return replace(asking, rows=part.output(_Packed.of(contexts).rows, asking.rows)).parts()
+def _output(part: Any, asking: _Packed, read: Sequence[Tensor]) -> list[Tensor]:
+    return replace(asking, rows=part.output(_Packed.of(read).rows, asking.rows)).parts()
 
 
 def _feed_forward(intermediate: nn.Module, output: nn.Module, states: Sequence[Tensor]) -> list[Tensor]:
