@@ -71,33 +71,35 @@ def attend_to_tokens(
     asked = asked * asked.shape[-1] ** -0.5
     weights = [part.to(tokens.dtype) for part in (asked, *key.by_head(heads), *value.by_head(heads))]
     with torch.autocast(tokens.device.type, enabled=False):
-        return _TokenAttention.apply(tokens, dropout, *weights).flatten(2)  # type: ignore[no-any-return]
+        return _TokenAttention.apply(tokens, *weights, dropout).flatten(2)  # type: ignore[no-any-return]
 
 
 class _TokenAttention(torch.autograd.Function):
     """The equation of `attend_to_tokens` with its gradient.
 
     Autograd would copy the widest states, ``(B, K, heads, W)``, before every product, because one product goes through
-    them by head and the next by image. Products that write where the next one reads need no copies.
+    them by head and the next by image. Products that write where the next one reads need no copies, and the second
+    product of each direction writes where the first one has been read.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         tokens: Tensor,
-        dropout: float,
         queries: Tensor,
         key: Tensor,
         key_bias: Tensor,
         value: Tensor,
         value_bias: Tensor,
+        dropout: float,
     ) -> Tensor:
-        scores = torch.bmm(_by_image(_through(queries, key)), tokens.transpose(1, 2))
+        asked = _through(queries, key)
+        scores = torch.bmm(_by_image(asked), tokens.transpose(1, 2))
         scores += _by_image((queries * key_bias).sum(-1, keepdim=True))
         attention = scores.softmax(-1)
         kept = F.dropout(torch.ones_like(attention), dropout) if dropout else None
         weights = attention if kept is None else attention * kept
-        read = torch.bmm(weights, tokens).view(*queries.shape[:3], -1)
+        read = torch.bmm(weights, tokens, out=_by_image(asked)).view_as(asked)
         total = weights.sum(-1).view(*queries.shape[:3], 1)
         ctx.save_for_backward(tokens, queries, key, key_bias, value, value_bias, attention, kept, read, total)
         return _through(read, value.transpose(1, 2)) + total * value_bias
@@ -107,16 +109,17 @@ class _TokenAttention(torch.autograd.Function):
         tokens, queries, key, key_bias, value, value_bias, attention, kept, read, total = ctx.saved_tensors
         of_value = torch.bmm(_by_head(gradient).transpose(1, 2), _by_head(read))
         of_value_bias = (gradient * total).sum((0, 1))
-        of_weights = torch.bmm(_by_image(_through(gradient, value)), tokens.transpose(1, 2))
+        of_read = _through(gradient, value)
+        of_weights = torch.bmm(_by_image(of_read), tokens.transpose(1, 2))
         of_weights += _by_image((gradient * value_bias).sum(-1, keepdim=True))
         of_scores = attention * (of_weights if kept is None else of_weights * kept)
         of_scores -= attention * of_scores.sum(-1, keepdim=True)
-        of_asked = torch.bmm(of_scores, tokens).view_as(read)
+        of_asked = torch.bmm(of_scores, tokens, out=_by_image(of_read)).view_as(of_read)
         of_shift = of_scores.sum(-1).view_as(total)  # rounding alone: a shift of all scores changes no softmax
         of_key = torch.bmm(_by_head(queries).transpose(1, 2), _by_head(of_asked))
         of_key_bias = (queries * of_shift).sum((0, 1))
         of_queries = _through(of_asked, key.transpose(1, 2)) + of_shift * key_bias
-        return None, None, of_queries, of_key, of_key_bias, of_value, of_value_bias
+        return None, of_queries, of_key, of_key_bias, of_value, of_value_bias, None
 
 
 def _through(states: Tensor, weights: Tensor) -> Tensor:

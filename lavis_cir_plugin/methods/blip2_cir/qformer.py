@@ -171,7 +171,8 @@ def _behind(norm: nn.LayerNorm, linear: nn.Linear) -> Projection:
 
 
 def _dropout(attention: Any) -> float:
-    return float(attention.dropout.p) if attention.dropout.training else 0.0
+    probability: float = attention.dropout.p if attention.dropout.training else 0.0
+    return probability
 
 
 def _attention(
