@@ -168,7 +168,8 @@ CHILDREN = {"seconds": seconds_of, "mib": mib_of, "equal": equal_steps}
 def train(kind: Kind, steps: int, on_step: Any) -> None:
     import torch
 
-    settings = {"vit_config": {"layers": 2}} if kind.has_features else {}  # the tower is not called
+    # Where features are given the tower is not called; version 0.4 had another default of its depth.
+    settings = {"vit_config": {"layers": 2 if kind.has_features else 24}}
     picture = (257, 1024) if kind.has_features else (3, 224, 224)
     runner, _ = make_run(settings, kind.wrf, BATCH * (steps + 1), picture, on_step)
     embeddings = runner.model.Qformer["bert"].embeddings  # with the vocabulary of BERT

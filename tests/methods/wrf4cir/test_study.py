@@ -336,6 +336,15 @@ def finished_study(design, gain):
     return Study(design, rows)
 
 
+@pytest.mark.parametrize(("design", "count"), [(FULL, 30), (QUICK, 9), (DEMO, 6)])
+def test_a_study_shows_the_comparisons_of_the_rows_that_it_has(design, count, capsys, monkeypatch):
+    monkeypatch.setattr(wrf_study, "write_page", lambda *_: None)
+    study = finished_study(design, 12)
+    wrf_study.show(study)
+    assert ("less plain" in capsys.readouterr().out) == (design is not FULL)
+    assert len(comparisons(study)[1:]) == count
+
+
 def test_differences_are_of_the_seeds_that_both_rows_have():
     """In all seeds one of four queries is gained: 25 points; a missing seed of plain leaves the others."""
     study = finished_study(SMALL, 12)
