@@ -96,9 +96,10 @@ class _TokenAttention(torch.autograd.Function):
         asked = _through(queries, key)
         scores = torch.bmm(_by_image(asked), tokens.transpose(1, 2))
         scores += _by_image((queries * key_bias).sum(-1, keepdim=True))
-        attention = scores.softmax(-1)
+        # Half precision would lose the small weights and what distinguishes their gradients.
+        attention = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         kept = F.dropout(torch.ones_like(attention), dropout) if dropout else None
-        weights = attention if kept is None else attention * kept
+        weights = (attention if kept is None else attention * kept).to(tokens.dtype)
         read = torch.bmm(weights, tokens, out=_by_image(asked)).view_as(asked)
         total = weights.sum(-1).view(*queries.shape[:3], 1)
         ctx.save_for_backward(tokens, queries, key, key_bias, value, value_bias, attention, kept, read, total)
@@ -114,8 +115,9 @@ class _TokenAttention(torch.autograd.Function):
         of_weights += _by_image((gradient * value_bias).sum(-1, keepdim=True))
         of_scores = attention * (of_weights if kept is None else of_weights * kept)
         of_scores -= attention * of_scores.sum(-1, keepdim=True)
-        of_asked = torch.bmm(of_scores, tokens, out=_by_image(of_read)).view_as(of_read)
-        of_shift = of_scores.sum(-1).view_as(total)  # rounding alone: a shift of all scores changes no softmax
+        of_asked = torch.bmm(of_scores.to(tokens.dtype), tokens, out=_by_image(of_read)).view_as(of_read)
+        # Rounding alone, because a shift of all scores changes no softmax.
+        of_shift = of_scores.sum(-1).view_as(total).to(tokens.dtype)
         of_key = torch.bmm(_by_head(queries).transpose(1, 2), _by_head(of_asked))
         of_key_bias = (queries * of_shift).sum((0, 1))
         of_queries = _through(of_asked, key.transpose(1, 2)) + of_shift * key_bias
