@@ -33,7 +33,8 @@ def test_attention_equals_a_loop_over_plain_numbers():
     """One image, one query in each of two heads of width 1, two positions, then the second of them hidden."""
     queries, keys = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[0.0, 1.0], [3.0, -1.0]]])
     values = torch.tensor([[[10.0, 20.0], [30.0, 40.0]]])
-    first, second = 1 / (1 + torch.tensor(3.0).exp()), 1 / (1 + torch.tensor(-4.0).exp())  # of exp(0), exp(3); ...
+    # The first head's scores are 0 and 3, the second's 2 and -2; these are the weights of the first position.
+    first, second = 1 / (1 + torch.tensor(3.0).exp()), 1 / (1 + torch.tensor(-4.0).exp())
     expected = [10 * first + 30 * (1 - first), 20 * second + 40 * (1 - second)]
     torch.testing.assert_close(attend(queries, keys, values, 2), torch.stack(expected)[None, None])
     hidden = torch.tensor([True, False])[None, None, None]
