@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from lavis.tasks.base_task import BaseTask
 from omegaconf import OmegaConf
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,11 +46,11 @@ VARIANTS: dict[str, tuple[WeightPerturbation | None, bool, bool]] = {
     "plain, cached features": (None, True, True),
     "WRF, cached features": (EXACT, True, True),
 }
-# Tower and head in the proportion of ViT-g and BERT-base: 12 to 1 in operations.
+# Tower and head in the proportion of BLIP-2's ViT-g and BERT-base.
 SMALL = {
     "vit_precision": "fp32",
     "image_size": 98,
-    "num_query_token": 8,
+    "num_query_token": 10,
     "embed_dim": 64,
     "vit_config": {"patch_size": 14, "embed_dim": 640, "depth": 12, "num_heads": 10, "mlp_ratio": 4},
     "qformer_config": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
@@ -71,8 +72,10 @@ def main() -> None:
     where = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"blip2_cir, {where}, batch {args.batch_size}, {args.rounds} interleaved rounds")
     if not on_gpu:
-        tower, head = operations(model, samples)
-        print(f"frozen tower : head, forward and backward = {tower / head:.1f} : 1 in operations (BLIP-2: 12.4 : 1)")
+        print(
+            f"frozen tower : head, forward and backward = {proportion(model, samples):.1f} : 1 in operations "
+            f"(BLIP-2: {blip2_proportion(args.batch_size):.1f} : 1)"
+        )
     with tempfile.TemporaryDirectory() as folder:
         cached = with_cached_features(model, samples, Path(folder))
         steps = {name: make_step(*variant, model, samples, cached, device) for name, variant in VARIANTS.items()}
@@ -104,14 +107,22 @@ def batch(size: int, image_size: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-def operations(model: Blip2Cir, samples: dict[str, Any]) -> tuple[int, int]:
-    """Count the floating-point operations of the tower, and of everything else in a plain step."""
+def proportion(model: Blip2Cir, samples: dict[str, Any]) -> float:
+    """Return the floating-point operations of the tower divided by those of everything else in a plain step."""
     with FlopCounterMode(display=False) as tower, torch.no_grad():
         model.image_features(torch.cat([samples["image"], samples["target"]]))
     with FlopCounterMode(display=False) as step:
         model(samples)["loss"].backward()
     model.zero_grad()
-    return tower.get_total_flops(), step.get_total_flops() - tower.get_total_flops()
+    return tower.get_total_flops() / (step.get_total_flops() - tower.get_total_flops())
+
+
+def blip2_proportion(batch_size: int) -> float:
+    """Return :func:`proportion` of BLIP-2, counted on tensors that have shapes and no values."""
+    device = torch.device("cpu")
+    model = build({"vit_precision": "fp32"}, device)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return proportion(model, batch(batch_size, 224, device))
 
 
 def with_cached_features(model: Blip2Cir, samples: dict[str, Any], folder: Path) -> Callable[[], dict[str, Any]]:

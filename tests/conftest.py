@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,15 @@ def features_of_runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark_datasets, "features_root", lambda: base / str(hash(name_of_test())))
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    """Close the process group that a run opens in a test, because LAVIS's models compute otherwise in one."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def name_of_test() -> str:

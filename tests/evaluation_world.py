@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lavis_cir_plugin.benchmarks.types import Benchmark, Group, Query, no_metrics
 from lavis_cir_plugin.data.benchmark_datasets import BenchmarkDataset
-from lavis_cir_plugin.data.feature_cache import LEAST_PICTURES
+from lavis_cir_plugin.data.feature_cache import PICTURES_PER_BLOCK
 from lavis_cir_plugin.tasks.evaluation import Evaluation
 
 NAMES = tuple("abcdefghijklm")
@@ -69,7 +69,7 @@ def make_evaluation(
         names = [name for picture in inputs[0] for name, own in dataset.preloaded.items() if torch.equal(own, picture)]
         assert len(names) == len(inputs[0])
         # A smaller batch is filled up to this number with its own pictures.
-        seen.update(set(names) if len(names) == LEAST_PICTURES else names)
+        seen.update(set(names) if len(names) == PICTURES_PER_BLOCK else names)
 
     model.image_tower.register_forward_pre_hook(count)
     registry.mapping["paths"]["output_dir"] = str(folder)

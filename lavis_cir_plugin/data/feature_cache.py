@@ -52,10 +52,10 @@ _MODULES_OF_0_4 = {
 }
 """Module path of version 0.4 by present module path, for classes that a tower or a transform may contain."""
 
-# Below this number of pictures a CPU's libraries take other kernels for the product of a tower's last layer, whose rows
-# are one per picture. From four pictures on, all towers here give the same bits for any number.
-LEAST_PICTURES = 8
-"""Least number of pictures in a call of a tower."""
+# The product of a tower's last layer may have one row per picture. A CPU's libraries hand out rows to threads in
+# blocks, and one to three rows that are left over are added up in another order, which shows in their last bits.
+PICTURES_PER_BLOCK = 8
+"""Number of pictures whose multiples a call of a tower has."""
 
 _FILE_KEYS = ("path", "size", "mtime")
 _File = tuple[str, int, int]
@@ -526,14 +526,14 @@ def tower_features(model: HasImageTower, pictures: Tensor) -> Tensor:
     """Return the features of pictures ``(B, 3, H, W)``, in the tower's own precision also under autocast.
 
     A picture's features do not depend on the other pictures of the call. They could depend on the number of pictures
-    in their last bits, because matrix products with few rows are added up in another order; so a call never has fewer
-    than `LEAST_PICTURES`.
+    in their last bits, so a call is filled up to a multiple of `PICTURES_PER_BLOCK`.
     """
     device = next(model.image_tower.parameters()).device
     model.image_tower.eval()
     count = len(pictures)
-    if count < LEAST_PICTURES:
-        pictures = pictures[torch.arange(LEAST_PICTURES, device=pictures.device) % count]
+    filled = math.ceil(count / PICTURES_PER_BLOCK) * PICTURES_PER_BLOCK
+    if count < filled:
+        pictures = pictures[torch.arange(filled, device=pictures.device) % count]
     with torch.autocast(device.type, enabled=False):
         return model.image_features(pictures.to(device))[:count]
 

@@ -31,7 +31,7 @@ from lavis_cir_plugin.core.settings import (
 )
 from lavis_cir_plugin.models.combiner import Combiner, read_combiner
 from lavis_cir_plugin.models.contrastive_losses import contrastive_loss, symmetric_contrastive_loss, with_gradient_of
-from lavis_cir_plugin.models.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
+from lavis_cir_plugin.models.model_inputs import check_pictures, read_pairs, read_pictures, read_targets, read_texts
 from lavis_cir_plugin.models.open_clip_towers import (
     PIXELS,
     ImageTower,
@@ -41,6 +41,7 @@ from lavis_cir_plugin.models.open_clip_towers import (
     model_of_run,
     pixel_normalisation,
 )
+from lavis_cir_plugin.models.quick_gelu import replace_quick_gelu
 
 TYPES = {path.stem.removeprefix("clip_"): str(path) for path in sorted((CONFIGS / "models").glob("clip_*.yaml"))}
 """Config file by model type. A type is named after the open_clip model; all models on open_clip share these files."""
@@ -147,6 +148,8 @@ class ClipCir(BaseModel):  # type: ignore[misc]
         ]
         for tower in self.frozen:
             tower.requires_grad_(False)
+        if image:
+            replace_quick_gelu(self.image_tower)
         bias = getattr(self.text_tower.clip, "logit_bias", None)
         if bias is not None:
             bias.requires_grad_(False)  # SigLIP's bias feeds no loss here, and DDP would wait for its gradient
@@ -259,16 +262,17 @@ class ClipCir(BaseModel):  # type: ignore[misc]
             samples: A batch as :meth:`forward` takes it.
             share: Share > 0 of the B rows, rounded up to a whole row; 1 gives the loss of the batch.
         """
-        rows = math.ceil(share * len(read_texts(samples)))
+        texts = read_texts(samples)
+        rows = math.ceil(share * len(texts))
         if "target" not in samples:
-            pictures, texts = read_pairs(samples, self.image_tower.tokens_shape)
+            pictures, _ = read_pairs(samples, self.image_tower.tokens_shape)
             images = with_gradient_of(rows, self._unit_image, self._of_frozen_tower(pictures))
             captions = with_gradient_of(rows, self._unit_text, texts)
             ids = image_ids(samples)
             loss = symmetric_contrastive_loss(images, captions, self.temperature, ids, rows, self.label_smoothing)
             return {"loss": loss}
         query = self.query_features(samples if share == 1 else self._first(rows, samples))
-        targets = self._of_frozen_tower(read_pictures(samples, "target"))
+        targets = self._of_frozen_tower(read_targets(samples, texts))
         found = with_gradient_of(rows, self.target_features, targets)
         ids = samples.get("target_id")
         return {"loss": contrastive_loss(query, found, self.temperature, ids, self.label_smoothing)}

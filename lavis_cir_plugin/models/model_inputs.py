@@ -72,15 +72,26 @@ def read_pairs(samples: Mapping[str, Any], features: tuple[int, int]) -> tuple[T
     return pictures, texts
 
 
-def check_counts(pictures: Tensor, texts: Sequence[str]) -> None:
-    """Refuse a batch whose numbers of pictures and texts differ.
+def read_targets(samples: Mapping[str, Any], texts: Sequence[str]) -> Tensor:
+    """Return the target pictures of a batch, or their features, of which each text has one.
+
+    Raises:
+        ValueError: If :func:`read_pictures` or :func:`check_counts` raises it.
+    """
+    targets = read_pictures(samples, "target")
+    check_counts(targets, texts, "target")
+    return targets
+
+
+def check_counts(pictures: Tensor, texts: Sequence[str], key: str = "image") -> None:
+    """Refuse a batch whose numbers of pictures, which have this key, and texts differ.
 
     Raises:
         ValueError: If the numbers differ.
     """
     if len(pictures) != len(texts):
         raise ValueError(
-            f"image has {len(pictures)} and text_input {len(texts)} entries; give as many texts as pictures, one each."
+            f"{key} has {len(pictures)} and text_input {len(texts)} entries; give as many texts as pictures, one each."
         )
 
 

@@ -49,6 +49,16 @@ def test_other_numbers_of_texts_and_pictures_are_refused(model, batch, texts):
             call(changed)
 
 
+@pytest.mark.parametrize("count", [2, 6])
+def test_other_numbers_of_targets_and_texts_are_refused(model, batch, count):
+    """Both numbers are even, as that of all pictures together is."""
+    changed = {**batch, "target": make_triplets(count)["target"], "reference_caption": batch["text_input"]}
+    if type(model).__name__ == "TscirMapping":
+        pytest.skip("it is trained without targets")
+    with pytest.raises(ValueError, match=rf"target has {count} and text_input 4 entries; give as many texts as"):
+        model(changed)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,4 +1,4 @@
-"""Multi-head attention in two forms: to projected keys and values, and to image tokens that are never projected."""
+"""Multi-head attention to keys and values, and to image tokens, which are projected only where that takes less."""
 
 from __future__ import annotations
 
@@ -44,17 +44,16 @@ class Projection(NamedTuple):
 def attend_to_tokens(
     queries: Tensor, tokens: Tensor, key: Projection, value: Projection, heads: int, dropout: float = 0.0
 ) -> Tensor:
-    r"""Return what `attend` returns for keys and values that are projections of tokens, without computing them.
+    r"""Return what `attend` returns for keys and values that are projections of tokens.
 
-    With a head's query q, its projections :math:`W_k, b_k, W_v, b_v`, and the tokens x,
+    Where `spares_products` says so, they are not computed. With a head's query q, its projections
+    :math:`W_k, b_k, W_v, b_v`, and the tokens x,
 
     .. math::
         a &= \mathrm{softmax}\big(((q W_k)\, x^\top + q b_k) / \sqrt d\big) \\
         y &= (a x)\, W_v^\top + \big(\textstyle\sum a\big)\, b_v
 
-    The terms are those of :math:`\mathrm{softmax}(q k^\top / \sqrt d)\, v` in another order. Products of K queries in
-    all heads with P tokens take the place of those of P tokens with H outputs, twice in each direction; BLIP-2 has 32
-    queries, 12 heads and H = 768, so they are half as many. The tokens get no gradient.
+    The terms are those of :math:`\mathrm{softmax}(q k^\top / \sqrt d)\, v` in another order. Tokens get no gradient.
 
     Args:
         queries: ``(B, K, H)``.
@@ -67,11 +66,26 @@ def attend_to_tokens(
     Returns:
         ``(B, K, H)``.
     """
+    if not spares_products(queries, tokens, heads):
+        return attend(queries, F.linear(tokens, *key), F.linear(tokens, *value), heads, dropout=dropout)
     asked = queries.unflatten(-1, (heads, -1))
     asked = asked * asked.shape[-1] ** -0.5
     weights = [part.to(tokens.dtype) for part in (asked, *key.by_head(heads), *value.by_head(heads))]
     with torch.autocast(tokens.device.type, enabled=False):
         return _TokenAttention.apply(tokens, *weights, dropout).flatten(2)  # type: ignore[no-any-return]
+
+
+def spares_products(queries: Tensor, tokens: Tensor, heads: int) -> bool:
+    """Return whether attention to tokens takes fewer multiplications if they are not projected, in both directions.
+
+    Queries ``(B, K, H)`` then go six times through the projections, and four times from the W numbers of a token to
+    scores or back, in each head. Otherwise P tokens go four times through the projections, and the queries six times
+    through scores, of H numbers in all heads together. BLIP-2 has 32 queries and 12 heads, H = 768, P = 257 and
+    W = 1024 or 1408, so two thirds are left.
+    """
+    (count, hidden), (places, width) = queries.shape[1:], tokens.shape[1:]
+    unprojected = 6 * count * hidden * width + 4 * heads * count * places * width
+    return unprojected < 4 * places * hidden * width + 6 * count * places * hidden
 
 
 class _TokenAttention(torch.autograd.Function):

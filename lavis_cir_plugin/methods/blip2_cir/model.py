@@ -37,7 +37,8 @@ from lavis_cir_plugin.methods.blip2_cir.hub_weights import check_hub_config, rea
 from lavis_cir_plugin.methods.blip2_cir.losses import LOSSES, TrainingOutputs
 from lavis_cir_plugin.methods.blip2_cir.qformer import ImageTokens, Sequences, encode
 from lavis_cir_plugin.models.fused_attention import fuse_attention
-from lavis_cir_plugin.models.model_inputs import check_pictures, read_pairs, read_pictures, read_texts
+from lavis_cir_plugin.models.model_inputs import check_pictures, read_pairs, read_pictures, read_targets, read_texts
+from lavis_cir_plugin.models.quick_gelu import replace_quick_gelu
 from lavis_cir_plugin.models.tokenizer import TOKENIZER, load_tokenizer, token_ids
 
 DEFAULT_LOSS_WEIGHTS = {"joint": {"itc": 1.0}, "sentence_prompt": {"itc": 1.0, "rtc": 1.0, "align": 1.0}}
@@ -48,6 +49,10 @@ Mode = Literal["multimodal", "text", "image"]
 # block less than `layers`; LAVIS 1.0.2 sets `layers` to 22, so that its tower lacks two blocks of the checkpoints.
 _EVA_G = {"patch_size": 14, "embed_dim": 1408, "depth": 39, "num_heads": 16, "mlp_ratio": 4.3637}
 _CLIP_L = {"patch_size": 14, "width": 1024, "layers": 24, "heads": 16}
+
+# glibc gives a block of more than 32 MiB back to the system when it is freed. Each layer of the tower would have new
+# pages, which takes longer than its activation function.
+_LARGEST_KEPT = 32 * 2**20
 
 # A checkpoint may hold heads of BLIP-2's other objectives, which composed retrieval does not use.
 _UNUSED_IN_CHECKPOINTS = ("itm_head.", "Qformer.cls.", "Qformer.bert.embeddings.position_ids")
@@ -149,6 +154,7 @@ class Blip2Cir(Blip2Base):
         self.visual_encoder.requires_grad_(not freeze_vit)
         if freeze_vit:
             fuse_attention(self.visual_encoder)
+            replace_quick_gelu(self.visual_encoder)
 
         config = BertConfig(
             vocab_size=len(self.tokenizer),
@@ -316,7 +322,7 @@ class Blip2Cir(Blip2Base):
             share: Share > 0 of the B triplets, rounded up to a whole triplet; 1 gives the losses of the batch.
         """
         pictures, texts = read_pairs(samples, self._tokens_shape)
-        both = torch.cat([pictures, read_pictures(samples, "target")])
+        both = torch.cat([pictures, read_targets(samples, texts)])
         if not self._is_tower_trained:  # a second pass over the batch finds the outputs for all pictures again
             both = self._tower_tokens(both)
         both = both.unflatten(0, (2, -1))
@@ -432,8 +438,17 @@ class Blip2Cir(Blip2Base):
             raise ValueError("model.vit_precision: 'fp16' needs a GPU; on a CPU set model.vit_precision: fp32.")
         precision = torch.autocast(images.device.type, dtype=torch.float16) if is_half else nullcontext()
         with precision, torch.set_grad_enabled(torch.is_grad_enabled() and self._is_tower_trained):
-            tokens = self.visual_encoder(images)
+            parts = [self.visual_encoder(part) for part in self._parts(images)]
+        tokens = torch.cat(parts) if len(parts) > 1 else parts[0]
         return tokens.half() if is_half else tokens
+
+    def _parts(self, images: Tensor) -> Sequence[Tensor]:
+        """Split pictures for a frozen tower on a CPU so that its widest states are no block that glibc gives back."""
+        if images.device.type != "cpu" or self._is_tower_trained:
+            return [images]
+        widest = max(layer.out_features for layer in self.visual_encoder.modules() if isinstance(layer, nn.Linear))
+        size = len(images) * self._tokens_shape[0] * widest * images.element_size()
+        return images.tensor_split(max(1, math.ceil(size / _LARGEST_KEPT)))
 
     @property
     def _tokens_shape(self) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Union
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
+from lavis.models.blip2_models.blip2 import LayerNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -104,7 +105,8 @@ def encode(encoder: Any, kinds: Sequence[Sequences]) -> list[Tensor]:
     kind, and the last layer computes the positions that are read and no others.
 
     Args:
-        encoder: LAVIS's ``BertEncoder`` with absolute positions; its modules are called, so adapters in them work.
+        encoder: LAVIS's ``BertEncoder`` with absolute positions. Its linear layers, layer norms and feed-forward parts
+            are called, so that adapters and hooks in them work; its attentions and its layers as wholes are not.
         kinds: Sequences of each kind. Kinds may differ in number and lengths of their sequences.
 
     Returns:
@@ -145,7 +147,8 @@ def _cross_attention(part: Any, queries: Sequence[Tensor], images: Sequence[Imag
     own, heads, dropout = part.self, part.self.num_attention_heads, _dropout(part.self)
     asking = _Packed.of(queries)
     asked = asking.through(own.query).parts()
-    if all(kind.is_norm_trained_alone for kind in images) and _is_product(own.key) and _is_product(own.value):
+    is_norm_trained_alone = all(kind.is_norm_trained_alone for kind in images)
+    if is_norm_trained_alone and all(map(_is_plain, (images[0].norm, own.key, own.value))):
         key, value = (_behind(images[0].norm, linear) for linear in (own.key, own.value))
         read = [attend_to_tokens(q, kind.normalised, key, value, heads, dropout) for q, kind in zip(asked, images)]
     else:
@@ -154,9 +157,11 @@ def _cross_attention(part: Any, queries: Sequence[Tensor], images: Sequence[Imag
     return _output(part, asking, read)
 
 
-def _is_product(linear: nn.Module) -> bool:
-    """Return whether a layer is its product alone; a replaced or hooked one, as with an adapter, does more."""
-    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether a module is its equation alone; a replaced or hooked one, as with an adapter, does more."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    has_own_class = type(module) not in (nn.Linear, nn.LayerNorm, LayerNorm)
+    return not (has_own_class or any(hooks) or "forward" in vars(module))
 
 
 def _behind(norm: nn.LayerNorm, linear: nn.Linear) -> Projection:

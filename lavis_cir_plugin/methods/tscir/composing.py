@@ -26,7 +26,7 @@ from lavis_cir_plugin.methods.tscir.losses import mixed_negatives_loss, soft_tex
 from lavis_cir_plugin.methods.tscir.mapping import PLAIN_SENTENCE, Blocks, Template, TscirMapping, check_blocks
 from lavis_cir_plugin.models.clip_cir import ClipModel, ClipWeights, image_ids
 from lavis_cir_plugin.models.contrastive_losses import symmetric_contrastive_loss
-from lavis_cir_plugin.models.model_inputs import read_pairs, read_pictures, read_texts
+from lavis_cir_plugin.models.model_inputs import read_pairs, read_pictures, read_targets, read_texts
 from lavis_cir_plugin.models.open_clip_towers import PIXELS, HiddenStateEdit, count_blocks
 
 
@@ -193,7 +193,7 @@ class TscirComposing(TscirMapping):
                 "model.loss_weights.sta needs the captions of the reference images, which these triplets do not have; "
                 "set model.loss_weights.sta: 0."
             )
-        tokens, target_tokens = self._tokens(torch.cat([pictures, read_pictures(samples, "target")])).chunk(2)
+        tokens, target_tokens = self._tokens(torch.cat([pictures, read_targets(samples, texts)])).chunk(2)
         reference, target = (nn.functional.normalize(t[:, 0].float(), dim=-1) for t in (tokens, target_tokens))
         composed = self._sentences(texts)
         needs_plain = bool(self.loss_weights["reference"] or self.loss_weights["sta"])

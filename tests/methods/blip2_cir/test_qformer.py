@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from lavis.models.blip2_models.blip2 import LayerNorm
 from lavis.models.blip2_models.Qformer import BertConfig, BertModel
 from torch import nn
 
+from lavis_cir_plugin.methods.blip2_cir import qformer
 from lavis_cir_plugin.methods.blip2_cir.qformer import ImageTokens, Sequences, encode
 
-QUERIES, WIDTH, HIDDEN = 3, 10, 8
+QUERIES, WIDTH, HIDDEN = 3, 10, 12
 
 
 def make_encoder(cross_every=2, **changes):
@@ -49,7 +52,7 @@ def stock(encoder, kind):
     seen = kind.states.new_ones(kind.states.shape[:2])
     if kind.text_mask is not None:
         seen[:, count:] = kind.text_mask
-    images = kind.images and kind.images.norm(kind.images.tokens)
+    images = kind.images and kind.images.norm(kind.images.tokens.float())
     mask = (1 - seen[:, None, None, :]) * -10000.0
     out = encoder(kind.states, mask, encoder_hidden_states=images, query_length=count).last_hidden_state
     return out[:, :count] if isinstance(kind.read, str) else out[torch.arange(len(out)), count + kind.read]
@@ -83,27 +86,57 @@ def test_values_and_gradients_equal_those_of_lavis_encoder_on_each_kind(cross_ev
 @pytest.mark.parametrize("is_tower_trained", [False, True])
 def test_recomputed_activations_change_nothing(is_tower_trained):
     """A Q-Former with gradient_checkpointing gives the same gradients; a trained tower's tokens take another way."""
-    results = []
+    results, calls = [], []
     for is_recomputing in (False, True):
         encoder, norm = make_encoder()
         encoder.config.gradient_checkpointing = is_recomputing
+        encoder.layer[0].attention.self.query.register_forward_hook(lambda *_, now=is_recomputing: calls.append(now))
         kinds = make_kinds(norm)
         for images in (kind.images for kind in kinds if kind.images is not None):
             images.tokens.requires_grad_(is_tower_trained)
         results.append(gradients(encode(encoder, kinds), [norm.weight, *encoder.layer[0].parameters()]))
+    assert calls == [False, True, True]
     for plain, recomputed in zip(*results):
         torch.testing.assert_close(plain, recomputed)
 
 
-def test_dropout_is_drawn_in_training_alone():
+@pytest.mark.parametrize("part", ["attention", "crossattention"])
+@pytest.mark.parametrize("is_norm_trained", [False, True])
+def test_dropout_of_each_attention_is_drawn_in_training_alone(part, is_norm_trained):
+    """A frozen norm takes another way to the images than a trained one."""
     encoder, norm = make_encoder()
-    for part in encoder.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.5
+    norm.requires_grad_(is_norm_trained)
+    getattr(encoder.layer[0], part).self.dropout.p = 0.5
     kinds = make_kinds(norm)
     assert not torch.equal(encode(encoder, kinds)[0], encode(encoder, kinds)[0])
     encoder.eval()
     assert torch.equal(encode(encoder, kinds)[0], encode(encoder, kinds)[0])
+
+
+def test_dropout_of_all_other_parts_is_drawn_in_training_alone():
+    encoder, norm = make_encoder()
+    for part in encoder.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.5
+    for layer in encoder.layer:
+        layer.attention.self.dropout.p = 0.0
+    for layer in encoder.layer[::2]:
+        layer.crossattention.self.dropout.p = 0.0
+    kinds = make_kinds(norm)
+    assert not torch.equal(encode(encoder, kinds)[0], encode(encoder, kinds)[0])
+    encoder.eval()
+    assert torch.equal(encode(encoder, kinds)[0], encode(encoder, kinds)[0])
+
+
+def test_tokens_without_gradient_are_not_projected_where_the_norm_is_trained():
+    encoder, norm = make_encoder()
+    with mock.patch.object(qformer, "attend_to_tokens", wraps=qformer.attend_to_tokens) as unprojected:
+        encode(encoder, make_kinds(norm))
+        # Of three layers the first and the last see images, of two kinds; of one kind the last layer's text is read.
+        assert unprojected.call_count == 3
+        norm.requires_grad_(False)
+        encode(encoder, make_kinds(norm))
+        assert unprojected.call_count == 3
 
 
 class Doubled(nn.Linear):
@@ -113,20 +146,50 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("case", ["norm alone", "replaced layer", "hooked layer", "trained tower", "frozen norm"])
-@pytest.mark.parametrize("name", ["key", "value"])
-def test_what_is_trained_or_added_to_a_projection_changes_the_way_and_not_the_result(case, name):
+class DoubledNorm(LayerNorm):
+    """A layer norm that does more than its equation."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def halve_gradients(module, gradients, *_):
+    return tuple(gradient if gradient is None else gradient / 2 for gradient in gradients)
+
+
+# What is done to a key, a value or the norm. The last two hooks change gradients alone.
+ADDITIONS = {
+    "nothing": lambda module: None,
+    "forward hook": lambda module: module.register_forward_hook(lambda module, inputs, output: 2 * output),
+    "hook before": lambda module: module.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],)),
+    "own forward": lambda module: setattr(module, "forward", lambda x: 2 * type(module).forward(module, x)),
+    "gradient hook": lambda module: module.register_full_backward_hook(halve_gradients),
+    "gradient hook before": lambda module: module.register_full_backward_pre_hook(halve_gradients),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", ["norm alone", "trained tower", "trained tower of one kind", "frozen norm", "half tokens", "eps"]
+)
+@pytest.mark.parametrize("addition", ["replaced", *ADDITIONS])
+@pytest.mark.parametrize("name", ["key", "value", "norm"])
+def test_what_is_trained_or_added_to_a_layer_changes_the_way_and_not_the_result(case, addition, name):
     encoder, norm = make_encoder(cross_every=1)
     attention = encoder.layer[0].crossattention.self
-    if case == "replaced layer":
-        replaced = Doubled(WIDTH, HIDDEN)
-        replaced.load_state_dict(getattr(attention, name).state_dict())
-        setattr(attention, name, replaced)
-    if case == "hooked layer":
-        getattr(attention, name).register_forward_hook(lambda module, inputs, output: 2 * output)
+    module = norm if name == "norm" else getattr(attention, name)
+    if addition == "replaced":
+        module.__class__ = DoubledNorm if name == "norm" else Doubled
+    else:
+        ADDITIONS[addition](module)
+    norm.eps = 0.3 if case == "eps" else norm.eps
     norm.requires_grad_(case != "frozen norm")
     kinds = make_kinds(norm)
-    tokens = [kind.images.tokens.requires_grad_(case == "trained tower") for kind in kinds if kind.images is not None]
+    images = [kind.images for kind in kinds if kind.images is not None]
+    if case == "half tokens":
+        for own in images:
+            own.tokens = own.tokens.half()
+    trained = {"trained tower": 2, "trained tower of one kind": 1}.get(case, 0)
+    tokens = [own.tokens.requires_grad_(place < trained) for place, own in enumerate(images)]
     weights = [attention.key.weight, attention.value.weight, attention.value.bias, *norm.parameters(), *tokens]
     wanted = [weight for weight in weights if weight.requires_grad]
     ours, theirs = encode(encoder, kinds), [stock(encoder, kind) for kind in kinds]
@@ -161,4 +224,4 @@ def test_autocast_changes_the_outputs_by_its_rounding_alone():
     with torch.autocast("cpu", torch.bfloat16):
         found = encode(encoder, make_kinds(norm))
     for own, other in zip(found, expected):
-        torch.testing.assert_close(own.float(), other, atol=0.05, rtol=0.05)
+        torch.testing.assert_close(own.float(), other, atol=0.1, rtol=0.05)

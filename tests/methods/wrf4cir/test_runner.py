@@ -13,7 +13,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import webdataset
 from conftest import SMALL, TripletsInMemory, make_triplets
 from cuda_rehearsal import off_cuda, rehearsal
@@ -74,18 +73,8 @@ def make_runner(tmp_path, small_model, triplets):
     return make
 
 
-@pytest.fixture
-def no_group():
-    """Let the runner open a process group of its own, as a run does."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def test_a_run_with_amp_on_a_gpu_computes_in_half_precision_and_goes_on_as_if_never_stopped(
-    make_runner, small_model, no_group, tmp_path
+    make_runner, small_model, tmp_path
 ):
     """``run.amp`` on a rehearsed GPU: LAVIS's loop, its prefetching loader and GradScaler, checkpoints and a resume."""
     seen, small = [], {"freeze_vit": True, "qformer_config": {**SMALL["qformer_config"], "num_hidden_layers": 1}}
