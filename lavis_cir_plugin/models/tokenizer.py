@@ -49,7 +49,7 @@ def load_tokenizer(name: str) -> BertTokenizer:
     return tokenizer
 
 
-def token_ids(tokenizer: BertTokenizer, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
+def token_ids(tokenizer: BertTokenizer, texts: Sequence[str], max_length: int) -> tuple[Tensor, list[int]]:
     """Return the tokens of texts, padded on the right to the longest text of the batch.
 
     A text's tokens are remembered: LAVIS's tokenizer is written in Python, and a text comes again in every epoch, in
@@ -62,7 +62,7 @@ def token_ids(tokenizer: BertTokenizer, texts: Sequence[str], max_length: int) -
             that fills them all, because it may have been.
 
     Returns:
-        Ids ``(B, T)`` int64, and the mask ``(B, T)`` int64, 1 where a token stands and 0 at padding.
+        Ids ``(B, T)`` int64, and the number of tokens of each text.
     """
     rows = [torch.tensor(_ids_of_text(tokenizer, text, max_length)) for text in texts]
     ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
@@ -74,7 +74,7 @@ def token_ids(tokenizer: BertTokenizer, texts: Sequence[str], max_length: int) -
             max_length,
             texts[lengths.index(max_length)],
         )
-    return ids, (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
+    return ids, lengths
 
 
 @lru_cache(maxsize=2**16)  # FashionIQ's training has 36,000 texts, of some 300 bytes with their tokens

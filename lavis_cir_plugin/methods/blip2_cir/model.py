@@ -328,15 +328,15 @@ class Blip2Cir(Blip2Base):
         both = both.unflatten(0, (2, -1))
         rows = math.ceil(share * len(texts))
         reference, target = self._tower_tokens(both[:, :rows].flatten(0, 1)).chunk(2)
-        words, mask = self._embed_words(texts[:rows])
-        fused, found = encode(self._encoder, [self._fused_kind(reference, words, mask), self._picture_kind(target)])
+        words, lengths = self._embed_words(texts[:rows])
+        fused, found = encode(self._encoder, [self._fused_kind(reference, words, lengths), self._picture_kind(target)])
         targets = F.normalize(self.vision_proj(found), dim=-1)
         if rows < len(texts):
             targets = torch.cat([targets, self.encode_target(both[1, rows:])])
         has_prompt = self.fusion == "sentence_prompt"
         if has_prompt:
             query, text_query = self._read_texts(
-                [self._sentence_states(fused, words), self._prompted_states(words)], mask
+                [self._sentence_states(fused, words), self._prompted_states(words)], lengths
             )
         else:
             query, text_query = self._project_fused(fused), None
@@ -371,8 +371,8 @@ class Blip2Cir(Blip2Base):
         if mode == "image":
             return F.normalize(self.encode_target(read_pictures(samples)).mean(dim=1), dim=-1)
         if mode == "text":
-            words, mask = self._embed_words(read_texts(samples))
-            return self._read_texts([self._prompted_states(words)], mask)[0]
+            words, lengths = self._embed_words(read_texts(samples))
+            return self._read_texts([self._prompted_states(words)], lengths)[0]
         return self.query_features(samples)
 
     @torch.no_grad()
@@ -388,11 +388,11 @@ class Blip2Cir(Blip2Base):
     def query_features(self, samples: Mapping[str, Any]) -> Tensor:
         """Return :meth:`encode_query` of ``image`` and ``text_input``, with gradients."""
         pictures, texts = read_pairs(samples, self._tokens_shape)
-        words, mask = self._embed_words(texts)
-        fused = encode(self._encoder, [self._fused_kind(self._tower_tokens(pictures), words, mask)])[0]
+        words, lengths = self._embed_words(texts)
+        fused = encode(self._encoder, [self._fused_kind(self._tower_tokens(pictures), words, lengths)])[0]
         if self.fusion == "joint":
             return self._project_fused(fused)
-        return self._read_texts([self._sentence_states(fused, words)], mask)[0]
+        return self._read_texts([self._sentence_states(fused, words)], lengths)[0]
 
     def target_features(self, image: Tensor) -> Tensor:
         """Return :meth:`encode_target`, with gradients."""
@@ -446,8 +446,8 @@ class Blip2Cir(Blip2Base):
         """Split pictures for a frozen tower on a CPU so that its widest states are no block that glibc gives back."""
         if images.device.type != "cpu" or self._is_tower_trained:
             return [images]
-        widest = max(layer.out_features for layer in self.visual_encoder.modules() if isinstance(layer, nn.Linear))
-        size = len(images) * self._tokens_shape[0] * widest * images.element_size()
+        widths = (layer.out_features for layer in self.visual_encoder.modules() if isinstance(layer, nn.Linear))
+        size = len(images) * self._tokens_shape[0] * max(widths, default=1) * images.element_size()
         return images.tensor_split(max(1, math.ceil(size / _LARGEST_KEPT)))
 
     @property
@@ -471,19 +471,15 @@ class Blip2Cir(Blip2Base):
         image = check_pictures(image, self._tokens_shape)
         return image if image.ndim == 3 else self.image_features(image)
 
-    def _tokenize(self, text: Sequence[str]) -> tuple[Tensor, Tensor]:
-        # Padded positions are masked everywhere, so padding to max_txt_len would not change the outputs.
-        ids, mask = token_ids(self.tokenizer, text, self.max_txt_len)
-        # A copy that blocks would wait until a GPU has done everything queued before it.
-        return ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
-
-    def _embed_words(self, text: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return word embeddings ``(B, T, hidden)`` without positions, and the mask ``(B, T)`` of the padding.
+    def _embed_words(self, text: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """Return word embeddings ``(B, T, hidden)`` without positions, and the number of each text's tokens.
 
         All passes share one look-up, because each look-up gives the whole table a dense gradient.
         """
-        ids, mask = self._tokenize(text)
-        return self.Qformer["bert"].embeddings.word_embeddings(ids), mask
+        ids, lengths = token_ids(self.tokenizer, text, self.max_txt_len)
+        # A copy that blocks would wait until a GPU has done everything queued before it.
+        ids = ids.to(self.device, non_blocking=True)
+        return self.Qformer["bert"].embeddings.word_embeddings(ids), lengths
 
     def _placed(self, words: Tensor) -> Tensor:
         """Add the positions 0, 1, … to ``(B, L, hidden)``."""
@@ -499,15 +495,15 @@ class Blip2Cir(Blip2Base):
         queries = self._as_input(self.query_tokens.expand(len(tokens), -1, -1))
         return Sequences(queries, queries[:, :0], "queries", ImageTokens(tokens, self.ln_vision))
 
-    def _fused_kind(self, tokens: Tensor, words: Tensor, mask: Tensor) -> Sequences:
+    def _fused_kind(self, tokens: Tensor, words: Tensor, lengths: Sequence[int]) -> Sequences:
         """Return [queries; text] in front of B pictures; the query outputs are read, or the text's [CLS]."""
         reads_queries = self.fusion == "sentence_prompt" or self.pooling == "mean_queries"
         return Sequences(
             queries=self._as_input(self.query_tokens.expand(len(tokens), -1, -1)),
             text=self._as_input(self._placed(words)),
-            read="queries" if reads_queries else mask.new_zeros(len(tokens)),
+            read="queries" if reads_queries else [0] * len(tokens),
             images=ImageTokens(tokens, self.ln_vision),
-            text_mask=mask,
+            lengths=lengths,
         )
 
     def _sentence_states(self, fused: Tensor, words: Tensor) -> tuple[Tensor, int]:
@@ -522,17 +518,16 @@ class Blip2Cir(Blip2Base):
         prompt = self.prompt_tokens.expand(len(words), -1, -1)
         return self._as_input(self._placed(torch.cat([words[:, :1], prompt, words[:, 1:]], dim=1))), 0
 
-    def _read_texts(self, passes: Sequence[tuple[Tensor, int]], mask: Tensor) -> tuple[Tensor, ...]:
+    def _read_texts(self, passes: Sequence[tuple[Tensor, int]], lengths: Sequence[int]) -> tuple[Tensor, ...]:
         """Return the unit-length projection ``(B, embed_dim)`` of the read position for each of some passes.
 
-        The passes see no image and treat every position as text. Each has states ``(B, L, hidden)`` whose last
-        positions ``mask`` ``(B, T)`` masks.
+        The passes see no image and treat every position as text. Each has states ``(B, L, hidden)``, at the end of
+        which the words of B texts of these lengths are padded to the longest.
         """
         states = torch.cat([own for own, _ in passes])
-        seen = mask.new_ones(len(mask), states.shape[1])
-        seen[:, -mask.shape[1] :] = mask
-        read = torch.cat([mask.new_full((len(own),), position) for own, position in passes])
-        kind = Sequences(states[:, :0], states, read, text_mask=seen.repeat(len(passes), 1))
+        before = states.shape[1] - max(lengths)
+        read = [position for own, position in passes for _ in range(len(own))]
+        kind = Sequences(states[:, :0], states, read, lengths=[before + length for length in lengths] * len(passes))
         return F.normalize(self.text_proj(encode(self._encoder, [kind])[0]), dim=-1).chunk(len(passes))
 
     def _project_fused(self, fused: Tensor) -> Tensor:

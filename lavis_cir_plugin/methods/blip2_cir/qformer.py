@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any, Literal, Union
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lavis_cir_plugin.methods.blip2_cir.attention import Projection, attend, attend_to_tokens
 
-Read = Union[Literal["queries"], Tensor]
+Read = Union[Literal["queries"], Sequence[int]]
 
 
 class ImageTokens:
@@ -65,36 +66,17 @@ class Sequences:
     Attributes:
         queries: States ``(B, K, H)``, which attend to the images and have a feed-forward part of their own.
         text: States ``(B, T, H)``.
-        read: What is read of the last layer: ``queries``, or one position of each text, ``(B,)`` int64.
+        read: What is read of the last layer: ``queries``, or one position of each text, B numbers.
         images: Tokens of B images; ``None`` if K is 0.
-        text_mask: ``(B, T)``, 1 where a text position can be seen and 0 at padding; ``None`` if all can be seen.
+        lengths: Number of positions of each text, B numbers from 1 to T; behind them is padding, which no position
+            sees. ``None`` if all are T.
     """
 
     queries: Tensor
     text: Tensor
     read: Read
     images: ImageTokens | None = None
-    text_mask: Tensor | None = None
-
-    @property
-    def states(self) -> Tensor:
-        """All states ``(B, K + T, H)``."""
-        return torch.cat([self.queries, self.text], dim=1)
-
-    @property
-    def visible(self) -> Tensor | None:
-        """Whether a position can be seen, ``(B, 1, 1, K + T)`` bool."""
-        if self.text_mask is None:
-            return None
-        queries = self.text_mask.new_ones(self.queries.shape[:2])
-        return torch.cat([queries, self.text_mask], dim=1).bool()[:, None, None, :]
-
-    def only_read(self) -> Sequences:
-        """Return the states of the positions that are read, without the others."""
-        if isinstance(self.read, str):
-            return replace(self, text=self.text[:, :0])
-        rows = torch.arange(len(self.text), device=self.text.device)
-        return replace(self, queries=self.queries[:, :0], text=self.text[rows, self.read][:, None])
+    lengths: Sequence[int] | None = None
 
 
 def encode(encoder: Any, kinds: Sequence[Sequences]) -> list[Tensor]:
@@ -102,7 +84,7 @@ def encode(encoder: Any, kinds: Sequence[Sequences]) -> list[Tensor]:
 
     The outputs are those of LAVIS's ``BertEncoder`` on each kind for itself, as long as nothing is dropped out. Its
     row-wise layers run once over the rows of all kinds, so that a weight gets one gradient where it would get one per
-    kind, and the last layer computes the positions that are read and no others.
+    kind. They do not run over padding, and the last layer computes the positions that are read and no others.
 
     Args:
         encoder: LAVIS's ``BertEncoder`` with absolute positions. Its linear layers, layer norms and feed-forward parts
@@ -115,46 +97,48 @@ def encode(encoder: Any, kinds: Sequence[Sequences]) -> list[Tensor]:
     is_recomputed = getattr(encoder.config, "gradient_checkpointing", False) and encoder.training
     for images in (kind.images for kind in kinds if kind.images is not None and is_recomputed):
         images.affine  # noqa: B018 (a layer that is recomputed must find what its first pass found)
+    packed = _Packed.of(kinds)
     for layer in encoder.layer[:-1]:
         run = partial(_layer, layer)
         if is_recomputed:
             run = partial(checkpoint, run, use_reentrant=False)
-        kinds = run(kinds, kinds)
-    outputs = _layer(encoder.layer[-1], [kind.only_read() for kind in kinds], kinds)
-    return [kind.queries if isinstance(kind.read, str) else kind.text[:, 0] for kind in outputs]
+        packed = run(packed, packed)
+    found = _layer(encoder.layer[-1], packed.only_read(), packed).sequences()
+    return [own if isinstance(kind.read, str) else own[:, 0] for own, kind in zip(found, kinds)]
 
 
-def _layer(layer: Any, asking: Sequence[Sequences], asked: Sequence[Sequences]) -> list[Sequences]:
-    """Return the output states of the asking positions, which attend to all positions of the asked sequences."""
-    states = _Packed.of([kind.states for kind in asked])
-    askers = states if asking is asked else _Packed.of([kind.states for kind in asking])
-    keys, values = (states.through(part).parts() for part in (layer.attention.self.key, layer.attention.self.value))
-    attended = _attention(layer.attention, askers, keys, values, [kind.visible for kind in asked])
-    split = [part.split([kind.queries.shape[1], kind.text.shape[1]], 1) for part, kind in zip(attended, asking)]
-    queries, text = [own for own, _ in split], [own for _, own in split]
-    crossing = [i for i, own in enumerate(queries) if own.shape[1]]
-    if layer.has_cross_attention and crossing:
-        images = [asking[i].images for i in crossing]
-        crossed = _cross_attention(layer.crossattention, [queries[i] for i in crossing], images)  # type: ignore[arg-type]
-        queries = [dict(zip(crossing, crossed)).get(i, own) for i, own in enumerate(queries)]
-    queries = _feed_forward(layer.intermediate_query, layer.output_query, queries)
-    text = _feed_forward(layer.intermediate, layer.output, text)
-    return [replace(kind, queries=own, text=words) for kind, own, words in zip(asking, queries, text)]
+def _layer(layer: Any, asking: _Packed, asked: _Packed) -> _Packed:
+    """Return the output states of the asking rows, which attend to all rows of the asked sequences."""
+    own, heads, dropout = layer.attention.self, layer.attention.self.num_attention_heads, _dropout(layer.attention.self)
+    visible = [place.visible for place in asked.places]
+    keys, values = (asked.with_rows(part(asked.rows)).sequences() for part in (own.key, own.value))
+    projected = asking.with_rows(own.query(asking.rows)).sequences()
+    attended = [attend(q, k, v, heads, mask, dropout) for q, k, v, mask in zip(projected, keys, values, visible)]
+    states = asking.with_rows(layer.attention.output(_rows(asking.places, attended), asking.rows))
+    queries, text = states.queries, states.text
+    if len(queries):
+        if layer.has_cross_attention:
+            queries = _cross_attention(layer.crossattention, queries, [place for place in asking.places if place.count])
+        queries = layer.output_query(layer.intermediate_query(queries), queries)
+    if len(text):
+        text = layer.output(layer.intermediate(text), text)
+    return asking.with_rows(torch.cat([queries, text]))
 
 
-def _cross_attention(part: Any, queries: Sequence[Tensor], images: Sequence[ImageTokens]) -> list[Tensor]:
-    """Return ``BertAttention`` of queries ``(B, K, H)`` per kind to its images, which all have one norm."""
+def _cross_attention(part: Any, queries: Tensor, places: Sequence[_Place]) -> Tensor:
+    """Return ``BertAttention`` of the queries ``(Q, H)`` of all kinds to their images, which all have one norm."""
     own, heads, dropout = part.self, part.self.num_attention_heads, _dropout(part.self)
-    asking = _Packed.of(queries)
-    asked = asking.through(own.query).parts()
+    images: list[Any] = [place.kind.images for place in places]
+    projected = own.query(queries)
+    asked = [projected[place.query_rows].unflatten(0, (-1, place.count)) for place in places]
     is_norm_trained_alone = all(kind.is_norm_trained_alone for kind in images)
     if is_norm_trained_alone and all(map(_is_plain, (images[0].norm, own.key, own.value))):
         key, value = (_behind(images[0].norm, linear) for linear in (own.key, own.value))
         read = [attend_to_tokens(q, kind.normalised, key, value, heads, dropout) for q, kind in zip(asked, images)]
     else:
-        projected = [(own.key(kind.affine), own.value(kind.affine)) for kind in images]
-        read = [attend(q, keys, values, heads, dropout=dropout) for q, (keys, values) in zip(asked, projected)]
-    return _output(part, asking, read)
+        pairs = [(own.key(kind.affine), own.value(kind.affine)) for kind in images]
+        read = [attend(q, keys, values, heads, dropout=dropout) for q, (keys, values) in zip(asked, pairs)]
+    return part.output(torch.cat([states.flatten(0, 1) for states in read]), queries)  # type: ignore[no-any-return]
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -180,44 +164,100 @@ def _dropout(attention: Any) -> float:
     return probability
 
 
-def _attention(
-    part: Any,
-    asking: _Packed,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    visible: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """Return ``BertAttention`` of states ``(B, A, H)`` per kind, on projected keys and values ``(B, S, H)``."""
-    heads, dropout = part.self.num_attention_heads, _dropout(part.self)
-    parts = zip(asking.through(part.self.query).parts(), keys, values, visible)
-    return _output(part, asking, [attend(q, k, v, heads, mask, dropout) for q, k, v, mask in parts])
+class _Place:
+    """Where the rows of one kind lie among the rows of all kinds, and where in its sequences they belong.
 
+    Attributes:
+        kind: The sequences.
+        count: Number K of queries.
+        lengths: Number of positions of each text.
+        query_rows: The kind's rows among the Q rows of all kinds' queries.
+        text_rows: The kind's rows among the R rows of all kinds' texts, without padding.
+        visible: Whether a position can be seen, ``(B, 1, 1, K + T)`` bool; ``None`` if there is no padding.
+    """
 
-def _output(part: Any, asking: _Packed, read: Sequence[Tensor]) -> list[Tensor]:
-    return replace(asking, rows=part.output(_Packed.of(read).rows, asking.rows)).parts()
+    def __init__(self, kind: Sequences, first_query: int, first_text: int) -> None:
+        self.kind = kind
+        batch, self.count = kind.queries.shape[:2]
+        self.lengths = list(kind.lengths or [kind.text.shape[1]] * batch)
+        self.query_rows = slice(first_query, first_query + batch * self.count)
+        self.text_rows = slice(first_text, first_text + sum(self.lengths))
+        self.visible: Tensor | None = None
+        self._unpadded: Tensor | None = None
+        if self.text_rows.stop - first_text < batch * kind.text.shape[1]:
+            self._find_padding(kind.text.shape[1], kind.text.device)
 
+    def _find_padding(self, length: int, device: torch.device) -> None:
+        # From numbers, because the number of rows could be read from a GPU's mask only after all that is queued.
+        ends = torch.tensor(self.lengths)[:, None, None, None] + self.count
+        self.visible = (torch.arange(self.count + length) < ends).to(device, non_blocking=True)
+        places = [row * length + place for row, end in enumerate(self.lengths) for place in range(end)]
+        self._unpadded = torch.tensor(places).to(device, non_blocking=True)
 
-def _feed_forward(intermediate: nn.Module, output: nn.Module, states: Sequence[Tensor]) -> list[Tensor]:
-    packed = _Packed.of(states)
-    if not len(packed.rows):
-        return list(states)
-    return packed.through(lambda rows: output(intermediate(rows), rows)).parts()
+    def sequences(self, queries: Tensor, text: Tensor) -> Tensor:
+        """Return the kind's sequences ``(B, K + T, H)`` of rows of all kinds; padding is 0."""
+        batch, length, width = self.kind.text.shape
+        own = text[self.text_rows]
+        if self._unpadded is not None:
+            own = own.new_zeros(batch * length, width).index_copy(0, self._unpadded, own)
+        parts = queries[self.query_rows].view(batch, self.count, width), own.view(batch, length, width)
+        return torch.cat(parts, dim=1) if self.count and length else parts[0 if self.count else 1]
+
+    def split(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows of the queries and of the texts of the kind's sequences."""
+        queries, text = (part.flatten(0, 1) for part in sequences.split([self.count, self.kind.text.shape[1]], dim=1))
+        return queries, text if self._unpadded is None else text.index_select(0, self._unpadded)
+
+    def only_read(self, queries: Tensor, text: Tensor) -> Sequences:
+        """Return the kind's states at the positions that are read, of rows of all kinds."""
+        if isinstance(self.kind.read, str):
+            own = queries[self.query_rows].unflatten(0, (-1, self.count))
+            return replace(self.kind, queries=own, text=own[:, :0], lengths=None)
+        firsts = accumulate(self.lengths[:-1], initial=self.text_rows.start)
+        places = torch.tensor([first + place for first, place in zip(firsts, self.kind.read)])
+        own = text.index_select(0, places.to(text.device, non_blocking=True))[:, None]
+        return replace(self.kind, queries=own[:, :0], text=own, lengths=None)
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """The rows ``(sum of B L, H)`` of tensors ``(B, L, H)`` of several kinds, so that a layer runs once over them."""
+    """States of all kinds as rows ``(Q + R, H)``: of their queries, then of their texts without padding."""
 
     rows: Tensor
-    shapes: Sequence[torch.Size]
+    places: Sequence[_Place]
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> _Packed:
-        return cls(torch.cat([tensor.flatten(0, 1) for tensor in tensors]), [tensor.shape[:2] for tensor in tensors])
+    def of(cls, kinds: Sequence[Sequences]) -> _Packed:
+        places: list[_Place] = []
+        query = text = 0
+        for kind in kinds:
+            places.append(_Place(kind, query, text))
+            query, text = places[-1].query_rows.stop, places[-1].text_rows.stop
+        return cls(_rows(places, (torch.cat([kind.queries, kind.text], dim=1) for kind in kinds)), places)
 
-    def through(self, function: Callable[[Tensor], Tensor]) -> _Packed:
-        return replace(self, rows=function(self.rows))
+    @property
+    def queries(self) -> Tensor:
+        """The rows ``(Q, H)`` of all queries."""
+        return self.rows[: self.places[-1].query_rows.stop]
 
-    def parts(self) -> list[Tensor]:
-        parts = self.rows.split([shape.numel() for shape in self.shapes])
-        return [part.view(*shape, self.rows.shape[-1]) for part, shape in zip(parts, self.shapes)]
+    @property
+    def text(self) -> Tensor:
+        """The rows ``(R, H)`` of all texts."""
+        return self.rows[self.places[-1].query_rows.stop :]
+
+    def with_rows(self, rows: Tensor) -> _Packed:
+        return _Packed(rows, self.places)
+
+    def sequences(self) -> list[Tensor]:
+        """Return the sequences ``(B, K + T, H)`` of each kind."""
+        return [place.sequences(self.queries, self.text) for place in self.places]
+
+    def only_read(self) -> _Packed:
+        """Return the states of the positions that are read, without the others."""
+        return _Packed.of([place.only_read(self.queries, self.text) for place in self.places])
+
+
+def _rows(places: Sequence[_Place], sequences: Iterable[Tensor]) -> Tensor:
+    """Return the rows ``(Q + R, H)`` of the sequences ``(B, K + T, H)`` of each kind."""
+    queries, text = zip(*(place.split(own) for place, own in zip(places, sequences)))
+    return torch.cat([*queries, *text])

@@ -21,7 +21,7 @@ from torch import nn
 from lavis_cir_plugin.core.checkpoints import count_blocks_in
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
 from lavis_cir_plugin.methods.blip2_cir.qformer import encode
-from lavis_cir_plugin.models.tokenizer import load_tokenizer
+from lavis_cir_plugin.models.tokenizer import load_tokenizer, token_ids
 from lavis_cir_plugin.ranking.scoring import similarity
 
 FUSIONS = ("joint", "sentence_prompt")
@@ -122,7 +122,8 @@ def test_joint_passes_equal_lavis_own_qformer(small_model, triplets):
     model = small_model().eval()
     batch = triplets(2)
     bert = model.Qformer["bert"]
-    ids, mask = model._tokenize(batch["text_input"])
+    ids, lengths = token_ids(model.tokenizer, batch["text_input"], model.max_txt_len)
+    mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
     with torch.no_grad():
         image = model.ln_vision(model.visual_encoder(batch["image"]))
         stock = bert(
@@ -274,6 +275,33 @@ def test_a_sprc_checkpoint_loads_and_scores_the_same(tower, tmp_path, small_mode
         query = naive.query(images[i], torch.tensor(model.tokenizer(text).input_ids), "sentence_prompt")
         for j in range(4):
             assert float(scores[i, j]) == pytest.approx(float((naive.target(targets[j]) @ query).max()), abs=1e-5)
+
+
+@pytest.mark.parametrize(("count", "calls"), [(7, [3, 2, 2]), (3, [3])])
+def test_a_frozen_tower_takes_few_pictures_at_a_time_on_a_cpu(count, calls, small_model, triplets, monkeypatch):
+    """A picture has five tokens, and the widest states are the 36 numbers of query, key and value; in bytes 720."""
+    model, pictures, seen = small_model(freeze_vit=True), triplets(7)["image"][:count], []
+    whole = model.image_features(pictures)
+    model.visual_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    monkeypatch.setattr("lavis_cir_plugin.methods.blip2_cir.model._LARGEST_KEPT", 3 * 720)
+    torch.testing.assert_close(model.image_features(pictures), whole)
+    assert seen == calls
+    model.visual_encoder.requires_grad_(True)
+    assert model.image_features(pictures).requires_grad
+    assert seen == [*calls, count]
+
+
+def test_padding_changes_no_text_and_is_not_computed(small_model, triplets):
+    """A text alone has no padding; beside a longer one it has some."""
+    model, batch, rows = small_model().eval(), triplets(2), []
+    alone = [
+        model.encode_query({"image": batch["image"][i : i + 1], "text_input": batch["text_input"][i]}) for i in (0, 1)
+    ]
+    model.Qformer["bert"].encoder.layer[0].intermediate.register_forward_hook(lambda *args: rows.append(len(args[2])))
+    torch.testing.assert_close(model.encode_query(batch), torch.cat(alone))
+    lengths = token_ids(model.tokenizer, batch["text_input"], model.max_txt_len)[1]
+    assert rows == [sum(lengths)]
+    assert lengths[0] < lengths[1]
 
 
 def test_blip2_weights_load_and_only_the_prompt_starts_anew(tmp_path, small_model):

@@ -37,25 +37,26 @@ def make_kinds(norm):
     def states(*shape):
         return torch.randn(*shape, generator=generator)
 
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
     return [
         Sequences(states(2, QUERIES, HIDDEN), states(2, 0, HIDDEN), "queries", ImageTokens(states(2, 6, WIDTH), norm)),
-        Sequences(states(3, QUERIES, HIDDEN), states(3, 4, HIDDEN), torch.tensor([0, 1, 2]),
-                  ImageTokens(states(3, 6, WIDTH), norm), mask),
-        Sequences(states(2, 0, HIDDEN), states(2, 4, HIDDEN), torch.tensor([3, 0]), None, mask[[0, 2]]),
+        Sequences(states(3, QUERIES, HIDDEN), states(3, 4, HIDDEN), [0, 1, 2],
+                  ImageTokens(states(3, 6, WIDTH), norm), [4, 2, 3]),
+        Sequences(states(2, 0, HIDDEN), states(2, 4, HIDDEN), [3, 0], None, [4, 3]),
     ]  # fmt: skip
 
 
 def stock(encoder, kind):
     """Run LAVIS's encoder on one kind and return what is read."""
     count = kind.queries.shape[1]
-    seen = kind.states.new_ones(kind.states.shape[:2])
-    if kind.text_mask is not None:
-        seen[:, count:] = kind.text_mask
+    states = torch.cat([kind.queries, kind.text], dim=1)
+    ends = count + torch.tensor(kind.lengths or [kind.text.shape[1]] * len(states))
+    seen = (torch.arange(states.shape[1]) < ends[:, None]).float()
     images = kind.images and kind.images.norm(kind.images.tokens.float())
     mask = (1 - seen[:, None, None, :]) * -10000.0
-    out = encoder(kind.states, mask, encoder_hidden_states=images, query_length=count).last_hidden_state
-    return out[:, :count] if isinstance(kind.read, str) else out[torch.arange(len(out)), count + kind.read]
+    out = encoder(states, mask, encoder_hidden_states=images, query_length=count).last_hidden_state
+    return (
+        out[:, :count] if isinstance(kind.read, str) else out[torch.arange(len(out)), count + torch.tensor(kind.read)]
+    )
 
 
 def gradients(outputs, weights):
