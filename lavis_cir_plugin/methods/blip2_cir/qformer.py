@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
@@ -115,7 +115,7 @@ def _layer(layer: Any, asking: _Packed, asked: _Packed) -> _Packed:
     projected = asking.with_rows(own.query(asking.rows)).sequences()
     attended = [attend(q, k, v, heads, mask, dropout) for q, k, v, mask in zip(projected, keys, values, visible)]
     states = asking.with_rows(layer.attention.output(_rows(asking.places, attended), asking.rows))
-    queries, text = states.queries, states.text
+    queries, text = states.queries_and_text()
     if len(queries):
         if layer.has_cross_attention:
             queries = _cross_attention(layer.crossattention, queries, [place for place in asking.places if place.count])
@@ -129,8 +129,8 @@ def _cross_attention(part: Any, queries: Tensor, places: Sequence[_Place]) -> Te
     """Return ``BertAttention`` of the queries ``(Q, H)`` of all kinds to their images, which all have one norm."""
     own, heads, dropout = part.self, part.self.num_attention_heads, _dropout(part.self)
     images: list[Any] = [place.kind.images for place in places]
-    projected = own.query(queries)
-    asked = [projected[place.query_rows].unflatten(0, (-1, place.count)) for place in places]
+    projected = own.query(queries).split([place.sizes[0] for place in places])
+    asked = [states.unflatten(0, (-1, place.count)) for states, place in zip(projected, places)]
     is_norm_trained_alone = all(kind.is_norm_trained_alone for kind in images)
     if is_norm_trained_alone and all(map(_is_plain, (images[0].norm, own.key, own.value))):
         key, value = (_behind(images[0].norm, linear) for linear in (own.key, own.value))
@@ -165,27 +165,26 @@ def _dropout(attention: Any) -> float:
 
 
 class _Place:
-    """Where the rows of one kind lie among the rows of all kinds, and where in its sequences they belong.
+    """Where the rows of one kind belong in its sequences: first those of its queries, then those of its texts.
 
     Attributes:
         kind: The sequences.
         count: Number K of queries.
         lengths: Number of positions of each text.
-        query_rows: The kind's rows among the Q rows of all kinds' queries.
-        text_rows: The kind's rows among the R rows of all kinds' texts, without padding.
+        sizes: Number of rows of the queries, and of the texts without padding.
         visible: Whether a position can be seen, ``(B, 1, 1, K + T)`` bool; ``None`` if there is no padding.
     """
 
-    def __init__(self, kind: Sequences, first_query: int, first_text: int) -> None:
+    def __init__(self, kind: Sequences) -> None:
         self.kind = kind
         batch, self.count = kind.queries.shape[:2]
-        self.lengths = list(kind.lengths or [kind.text.shape[1]] * batch)
-        self.query_rows = slice(first_query, first_query + batch * self.count)
-        self.text_rows = slice(first_text, first_text + sum(self.lengths))
+        length = kind.text.shape[1]
+        self.lengths = list(kind.lengths or [length] * batch)
+        self.sizes = batch * self.count, sum(self.lengths)
         self.visible: Tensor | None = None
         self._unpadded: Tensor | None = None
-        if self.text_rows.stop - first_text < batch * kind.text.shape[1]:
-            self._find_padding(kind.text.shape[1], kind.text.device)
+        if self.sizes[1] < batch * length:
+            self._find_padding(length, kind.text.device)
 
     def _find_padding(self, length: int, device: torch.device) -> None:
         # From numbers, because the number of rows could be read from a GPU's mask only after all that is queued.
@@ -195,25 +194,24 @@ class _Place:
         self._unpadded = torch.tensor(places).to(device, non_blocking=True)
 
     def sequences(self, queries: Tensor, text: Tensor) -> Tensor:
-        """Return the kind's sequences ``(B, K + T, H)`` of rows of all kinds; padding is 0."""
+        """Return the sequences ``(B, K + T, H)`` of these rows; padding is 0."""
         batch, length, width = self.kind.text.shape
-        own = text[self.text_rows]
         if self._unpadded is not None:
-            own = own.new_zeros(batch * length, width).index_copy(0, self._unpadded, own)
-        parts = queries[self.query_rows].view(batch, self.count, width), own.view(batch, length, width)
+            text = text.new_zeros(batch * length, width).index_copy(0, self._unpadded, text)
+        parts = queries.view(batch, self.count, width), text.view(batch, length, width)
         return torch.cat(parts, dim=1) if self.count and length else parts[0 if self.count else 1]
 
-    def split(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows of the queries and of the texts of the kind's sequences."""
+    def rows(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows of the queries and of the texts of these sequences."""
         queries, text = (part.flatten(0, 1) for part in sequences.split([self.count, self.kind.text.shape[1]], dim=1))
         return queries, text if self._unpadded is None else text.index_select(0, self._unpadded)
 
     def only_read(self, queries: Tensor, text: Tensor) -> Sequences:
-        """Return the kind's states at the positions that are read, of rows of all kinds."""
+        """Return the states of the positions that are read, of these rows."""
         if isinstance(self.kind.read, str):
-            own = queries[self.query_rows].unflatten(0, (-1, self.count))
+            own = queries.unflatten(0, (-1, self.count))
             return replace(self.kind, queries=own, text=own[:, :0], lengths=None)
-        firsts = accumulate(self.lengths[:-1], initial=self.text_rows.start)
+        firsts = accumulate(self.lengths[:-1], initial=0)
         places = torch.tensor([first + place for first, place in zip(firsts, self.kind.read)])
         own = text.index_select(0, places.to(text.device, non_blocking=True))[:, None]
         return replace(self.kind, queries=own[:, :0], text=own, lengths=None)
@@ -221,43 +219,39 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Packed:
-    """States of all kinds as rows ``(Q + R, H)``: of their queries, then of their texts without padding."""
+    """States of all kinds as rows ``(Q + R, H)``: of all queries, then of all texts without padding."""
 
     rows: Tensor
     places: Sequence[_Place]
 
     @classmethod
     def of(cls, kinds: Sequence[Sequences]) -> _Packed:
-        places: list[_Place] = []
-        query = text = 0
-        for kind in kinds:
-            places.append(_Place(kind, query, text))
-            query, text = places[-1].query_rows.stop, places[-1].text_rows.stop
+        places = [_Place(kind) for kind in kinds]
         return cls(_rows(places, (torch.cat([kind.queries, kind.text], dim=1) for kind in kinds)), places)
-
-    @property
-    def queries(self) -> Tensor:
-        """The rows ``(Q, H)`` of all queries."""
-        return self.rows[: self.places[-1].query_rows.stop]
-
-    @property
-    def text(self) -> Tensor:
-        """The rows ``(R, H)`` of all texts."""
-        return self.rows[self.places[-1].query_rows.stop :]
 
     def with_rows(self, rows: Tensor) -> _Packed:
         return _Packed(rows, self.places)
 
+    def queries_and_text(self) -> Sequence[Tensor]:
+        """Return the rows ``(Q, H)`` of all queries and those ``(R, H)`` of all texts."""
+        return self.rows.split([sum(sizes) for sizes in zip(*(place.sizes for place in self.places))])
+
+    def by_kind(self) -> Iterator[tuple[_Place, Tensor, Tensor]]:
+        """Yield each kind's place with the rows of its queries and of its texts."""
+        # One split, because each slice would get a gradient of all rows.
+        parts = self.rows.split([size for sizes in zip(*(place.sizes for place in self.places)) for size in sizes])
+        yield from zip(self.places, parts, parts[len(self.places) :])
+
     def sequences(self) -> list[Tensor]:
         """Return the sequences ``(B, K + T, H)`` of each kind."""
-        return [place.sequences(self.queries, self.text) for place in self.places]
+        return [place.sequences(queries, text) for place, queries, text in self.by_kind()]
 
     def only_read(self) -> _Packed:
         """Return the states of the positions that are read, without the others."""
-        return _Packed.of([place.only_read(self.queries, self.text) for place in self.places])
+        return _Packed.of([place.only_read(queries, text) for place, queries, text in self.by_kind()])
 
 
 def _rows(places: Sequence[_Place], sequences: Iterable[Tensor]) -> Tensor:
     """Return the rows ``(Q + R, H)`` of the sequences ``(B, K + T, H)`` of each kind."""
-    queries, text = zip(*(place.split(own) for place, own in zip(places, sequences)))
+    queries, text = zip(*(place.rows(own) for place, own in zip(places, sequences)))
     return torch.cat([*queries, *text])
