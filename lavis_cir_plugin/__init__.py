@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lavis_cir_plugin.training.run_loading import load_run
 
 __all__ = ["CONFIGS", "PROJECTS", "load_run", "register"]
-__version__ = "0.7.2"
+__version__ = "0.7.3"
 
 _PACKAGE = Path(__file__).parent
 _WITH_DECORATORS = ("processors", "data", "models", "training", "tasks", "methods")

@@ -52,10 +52,10 @@ _MODULES_OF_0_4 = {
 }
 """Module path of version 0.4 by present module path, for classes that a tower or a transform may contain."""
 
-# The product of a tower's last layer may have one row per picture. A CPU's libraries hand out rows to threads in
-# blocks, and one to three rows that are left over are added up in another order, which shows in their last bits.
+# The product of a tower's last layer may have one row per picture. On a CPU its rows are computed in blocks of up to
+# eight, and a block of one to three rows is added up in another order, which shows in the last bits.
 PICTURES_PER_BLOCK = 8
-"""Number of pictures whose multiples a call of a tower has."""
+"""Every call of a tower has a multiple of this number of pictures."""
 
 _FILE_KEYS = ("path", "size", "mtime")
 _File = tuple[str, int, int]

@@ -84,7 +84,7 @@ def read_targets(samples: Mapping[str, Any], texts: Sequence[str]) -> Tensor:
 
 
 def check_counts(pictures: Tensor, texts: Sequence[str], key: str = "image") -> None:
-    """Refuse a batch whose numbers of pictures, which have this key, and texts differ.
+    """Refuse a batch that has not as many pictures under this key as texts.
 
     Raises:
         ValueError: If the numbers differ.

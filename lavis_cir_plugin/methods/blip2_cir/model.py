@@ -52,7 +52,7 @@ _CLIP_L = {"patch_size": 14, "width": 1024, "layers": 24, "heads": 16}
 
 # glibc gives a block of more than 32 MiB back to the system when it is freed. Each layer of the tower would have new
 # pages, which takes longer than its activation function.
-_LARGEST_KEPT = 32 * 2**20
+_LARGEST_BLOCK_KEPT = 32 * 2**20
 
 # A checkpoint may hold heads of BLIP-2's other objectives, which composed retrieval does not use.
 _UNUSED_IN_CHECKPOINTS = ("itm_head.", "Qformer.cls.", "Qformer.bert.embeddings.position_ids")
@@ -443,12 +443,15 @@ class Blip2Cir(Blip2Base):
         return tokens.half() if is_half else tokens
 
     def _parts(self, images: Tensor) -> Sequence[Tensor]:
-        """Split pictures for a frozen tower on a CPU so that its widest states are no block that glibc gives back."""
+        """Split pictures for a frozen tower on a CPU so that its widest states take no more than `_LARGEST_BLOCK_KEPT`.
+
+        The tokens are the same bits, because every product of these towers has one row per token, hence many rows.
+        """
         if images.device.type != "cpu" or self._is_tower_trained:
             return [images]
         widths = (layer.out_features for layer in self.visual_encoder.modules() if isinstance(layer, nn.Linear))
         size = len(images) * self._tokens_shape[0] * max(widths, default=1) * images.element_size()
-        return images.tensor_split(max(1, math.ceil(size / _LARGEST_KEPT)))
+        return images.tensor_split(max(1, min(len(images), math.ceil(size / _LARGEST_BLOCK_KEPT))))
 
     @property
     def _tokens_shape(self) -> tuple[int, int]:

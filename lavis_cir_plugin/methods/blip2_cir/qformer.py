@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal, Union
 
@@ -66,7 +66,7 @@ class Sequences:
     Attributes:
         queries: States ``(B, K, H)``, which attend to the images and have a feed-forward part of their own.
         text: States ``(B, T, H)``.
-        read: What is read of the last layer: ``queries``, or one position of each text, B numbers.
+        read: What is read of the last layer: ``queries``, or one position of each text, B numbers below its length.
         images: Tokens of B images; ``None`` if K is 0.
         lengths: Number of positions of each text, B numbers from 1 to T; behind them is padding, which no position
             sees. ``None`` if all are T.
@@ -99,38 +99,46 @@ def encode(encoder: Any, kinds: Sequence[Sequences]) -> list[Tensor]:
         images.affine  # noqa: B018 (a layer that is recomputed must find what its first pass found)
     packed = _Packed.of(kinds)
     for layer in encoder.layer[:-1]:
-        run = partial(_layer, layer)
         if is_recomputed:
-            run = partial(checkpoint, run, use_reentrant=False)
-        packed = run(packed, packed)
+            rows = checkpoint(_rows_after, layer, packed.layouts, packed.rows, use_reentrant=False)
+        else:
+            rows = _rows_after(layer, packed.layouts, packed.rows)
+        packed = packed.with_rows(rows)
     found = _layer(encoder.layer[-1], packed.only_read(), packed).sequences()
     return [own if isinstance(kind.read, str) else own[:, 0] for own, kind in zip(found, kinds)]
+
+
+def _rows_after(layer: Any, layouts: Sequence[_Layout], rows: Tensor) -> Tensor:
+    """Return the output rows of a layer; torch restores a GPU's random numbers only of an argument that is a tensor."""
+    packed = _Packed(rows, layouts)
+    return _layer(layer, packed, packed).rows
 
 
 def _layer(layer: Any, asking: _Packed, asked: _Packed) -> _Packed:
     """Return the output states of the asking rows, which attend to all rows of the asked sequences."""
     own, heads, dropout = layer.attention.self, layer.attention.self.num_attention_heads, _dropout(layer.attention.self)
-    visible = [place.visible for place in asked.places]
+    visible = [layout.visible for layout in asked.layouts]
     keys, values = (asked.with_rows(part(asked.rows)).sequences() for part in (own.key, own.value))
     projected = asking.with_rows(own.query(asking.rows)).sequences()
     attended = [attend(q, k, v, heads, mask, dropout) for q, k, v, mask in zip(projected, keys, values, visible)]
-    states = asking.with_rows(layer.attention.output(_rows(asking.places, attended), asking.rows))
+    states = asking.with_rows(layer.attention.output(asking.with_sequences(attended).rows, asking.rows))
     queries, text = states.queries_and_text()
     if len(queries):
         if layer.has_cross_attention:
-            queries = _cross_attention(layer.crossattention, queries, [place for place in asking.places if place.count])
+            crossing = [layout for layout in asking.layouts if layout.count]
+            queries = _cross_attention(layer.crossattention, queries, crossing)
         queries = layer.output_query(layer.intermediate_query(queries), queries)
     if len(text):
         text = layer.output(layer.intermediate(text), text)
     return asking.with_rows(torch.cat([queries, text]))
 
 
-def _cross_attention(part: Any, queries: Tensor, places: Sequence[_Place]) -> Tensor:
+def _cross_attention(part: Any, queries: Tensor, layouts: Sequence[_Layout]) -> Tensor:
     """Return ``BertAttention`` of the queries ``(Q, H)`` of all kinds to their images, which all have one norm."""
     own, heads, dropout = part.self, part.self.num_attention_heads, _dropout(part.self)
-    images: list[Any] = [place.kind.images for place in places]
-    projected = own.query(queries).split([place.sizes[0] for place in places])
-    asked = [states.unflatten(0, (-1, place.count)) for states, place in zip(projected, places)]
+    images: list[Any] = [layout.images for layout in layouts]
+    projected = own.query(queries).split([layout.sizes[0] for layout in layouts])
+    asked = [states.unflatten(0, (-1, layout.count)) for states, layout in zip(projected, layouts)]
     is_norm_trained_alone = all(kind.is_norm_trained_alone for kind in images)
     if is_norm_trained_alone and all(map(_is_plain, (images[0].norm, own.key, own.value))):
         key, value = (_behind(images[0].norm, linear) for linear in (own.key, own.value))
@@ -164,57 +172,61 @@ def _dropout(attention: Any) -> float:
     return probability
 
 
-class _Place:
-    """Where the rows of one kind belong in its sequences: first those of its queries, then those of its texts.
+class _Layout:
+    """Converts states of one kind between sequences ``(B, K + T, H)`` and rows without padding.
+
+    The rows are B K of queries and, apart from them, one for each text position.
 
     Attributes:
-        kind: The sequences.
+        images: Those of the sequences.
+        read: That of the sequences.
         count: Number K of queries.
-        lengths: Number of positions of each text.
-        sizes: Number of rows of the queries, and of the texts without padding.
+        sizes: Number of rows of the queries, and of the texts.
         visible: Whether a position can be seen, ``(B, 1, 1, K + T)`` bool; ``None`` if there is no padding.
     """
 
     def __init__(self, kind: Sequences) -> None:
-        self.kind = kind
-        batch, self.count = kind.queries.shape[:2]
-        length = kind.text.shape[1]
-        self.lengths = list(kind.lengths or [length] * batch)
-        self.sizes = batch * self.count, sum(self.lengths)
+        self.images, self.read = kind.images, kind.read
+        self.batch, self.count = kind.queries.shape[:2]
+        self.length = kind.text.shape[1]
+        self.lengths = list(kind.lengths or [self.length] * self.batch)
+        self.sizes = self.batch * self.count, sum(self.lengths)
         self.visible: Tensor | None = None
-        self._unpadded: Tensor | None = None
-        if self.sizes[1] < batch * length:
-            self._find_padding(length, kind.text.device)
+        self._unpadded: Tensor | None = None  # the places (R,) of the text's rows among its B T positions
+        if self.sizes[1] < self.batch * self.length:
+            self._find_padding(kind.text.device)
 
-    def _find_padding(self, length: int, device: torch.device) -> None:
-        # From numbers, because the number of rows could be read from a GPU's mask only after all that is queued.
-        ends = torch.tensor(self.lengths)[:, None, None, None] + self.count
-        self.visible = (torch.arange(self.count + length) < ends).to(device, non_blocking=True)
-        places = [row * length + place for row, end in enumerate(self.lengths) for place in range(end)]
-        self._unpadded = torch.tensor(places).to(device, non_blocking=True)
+    def _find_padding(self, device: torch.device) -> None:
+        lengths = torch.tensor(self.lengths).to(device, non_blocking=True)
+        self.visible = (
+            torch.arange(self.count + self.length, device=device) < (self.count + lengths)[:, None, None, None]
+        )
+        padding = self.length - lengths
+        # Without their number, which is known here, a GPU would have to be waited for.
+        before = (padding.cumsum(0) - padding).repeat_interleave(lengths, output_size=self.sizes[1])
+        self._unpadded = before + torch.arange(self.sizes[1], device=device)
+
+    def text_rows(self, text: Tensor) -> Tensor:
+        """Return the rows ``(R, H)`` of texts ``(B, T, H)``."""
+        rows = text.flatten(0, 1)
+        return rows if self._unpadded is None else rows.index_select(0, self._unpadded)
 
     def sequences(self, queries: Tensor, text: Tensor) -> Tensor:
         """Return the sequences ``(B, K + T, H)`` of these rows; padding is 0."""
-        batch, length, width = self.kind.text.shape
         if self._unpadded is not None:
-            text = text.new_zeros(batch * length, width).index_copy(0, self._unpadded, text)
-        parts = queries.view(batch, self.count, width), text.view(batch, length, width)
-        return torch.cat(parts, dim=1) if self.count and length else parts[0 if self.count else 1]
-
-    def rows(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows of the queries and of the texts of these sequences."""
-        queries, text = (part.flatten(0, 1) for part in sequences.split([self.count, self.kind.text.shape[1]], dim=1))
-        return queries, text if self._unpadded is None else text.index_select(0, self._unpadded)
+            text = text.new_zeros(self.batch * self.length, text.shape[1]).index_copy(0, self._unpadded, text)
+        parts = [(queries, self.count), (text, self.length)]
+        return torch.cat([rows.unflatten(0, (self.batch, length)) for rows, length in parts if length], dim=1)
 
     def only_read(self, queries: Tensor, text: Tensor) -> Sequences:
         """Return the states of the positions that are read, of these rows."""
-        if isinstance(self.kind.read, str):
-            own = queries.unflatten(0, (-1, self.count))
-            return replace(self.kind, queries=own, text=own[:, :0], lengths=None)
+        if isinstance(self.read, str):
+            own = queries.unflatten(0, (self.batch, self.count))
+            return Sequences(own, own[:, :0], self.read, self.images)
         firsts = accumulate(self.lengths[:-1], initial=0)
-        places = torch.tensor([first + place for first, place in zip(firsts, self.kind.read)])
+        places = torch.tensor([first + place for first, place in zip(firsts, self.read)])
         own = text.index_select(0, places.to(text.device, non_blocking=True))[:, None]
-        return replace(self.kind, queries=own[:, :0], text=own, lengths=None)
+        return Sequences(own[:, :0], own, self.read)
 
 
 @dataclass(frozen=True)
@@ -222,36 +234,43 @@ class _Packed:
     """States of all kinds as rows ``(Q + R, H)``: of all queries, then of all texts without padding."""
 
     rows: Tensor
-    places: Sequence[_Place]
+    layouts: Sequence[_Layout]
 
     @classmethod
     def of(cls, kinds: Sequence[Sequences]) -> _Packed:
-        places = [_Place(kind) for kind in kinds]
-        return cls(_rows(places, (torch.cat([kind.queries, kind.text], dim=1) for kind in kinds)), places)
+        layouts = [_Layout(kind) for kind in kinds]
+        text = [layout.text_rows(kind.text) for layout, kind in zip(layouts, kinds)]
+        return cls(torch.cat([*(kind.queries.flatten(0, 1) for kind in kinds), *text]), layouts)
+
+    @property
+    def sizes(self) -> tuple[list[int], list[int]]:
+        """For each kind, the number of rows of its queries, and of its texts."""
+        return [layout.sizes[0] for layout in self.layouts], [layout.sizes[1] for layout in self.layouts]
 
     def with_rows(self, rows: Tensor) -> _Packed:
-        return _Packed(rows, self.places)
+        """Return other states in the same places."""
+        return _Packed(rows, self.layouts)
+
+    def with_sequences(self, sequences: Iterable[Tensor]) -> _Packed:
+        """Return the states ``(B, K + T, H)`` of each kind in the same places."""
+        parts = [own.split([layout.count, layout.length], dim=1) for own, layout in zip(sequences, self.layouts)]
+        text = [layout.text_rows(own) for (_, own), layout in zip(parts, self.layouts)]
+        return self.with_rows(torch.cat([*(own.flatten(0, 1) for own, _ in parts), *text]))
 
     def queries_and_text(self) -> Sequence[Tensor]:
         """Return the rows ``(Q, H)`` of all queries and those ``(R, H)`` of all texts."""
-        return self.rows.split([sum(sizes) for sizes in zip(*(place.sizes for place in self.places))])
+        return self.rows.split([sum(sizes) for sizes in self.sizes])
 
-    def by_kind(self) -> Iterator[tuple[_Place, Tensor, Tensor]]:
-        """Yield each kind's place with the rows of its queries and of its texts."""
-        # One split, because each slice would get a gradient of all rows.
-        parts = self.rows.split([size for sizes in zip(*(place.sizes for place in self.places)) for size in sizes])
-        yield from zip(self.places, parts, parts[len(self.places) :])
+    def by_kind(self) -> Iterator[tuple[_Layout, Tensor, Tensor]]:
+        """Yield each kind's layout with the rows of its queries and of its texts."""
+        queries, text = self.sizes
+        parts = self.rows.split([*queries, *text])  # one split, because each slice would get a gradient of all rows
+        yield from zip(self.layouts, parts, parts[len(queries) :])
 
     def sequences(self) -> list[Tensor]:
         """Return the sequences ``(B, K + T, H)`` of each kind."""
-        return [place.sequences(queries, text) for place, queries, text in self.by_kind()]
+        return [layout.sequences(queries, text) for layout, queries, text in self.by_kind()]
 
     def only_read(self) -> _Packed:
         """Return the states of the positions that are read, without the others."""
-        return _Packed.of([place.only_read(queries, text) for place, queries, text in self.by_kind()])
-
-
-def _rows(places: Sequence[_Place], sequences: Iterable[Tensor]) -> Tensor:
-    """Return the rows ``(Q + R, H)`` of the sequences ``(B, K + T, H)`` of each kind."""
-    queries, text = zip(*(place.rows(own) for place, own in zip(places, sequences)))
-    return torch.cat([*queries, *text])
+        return _Packed.of([layout.only_read(queries, text) for layout, queries, text in self.by_kind()])

@@ -277,13 +277,13 @@ def test_a_sprc_checkpoint_loads_and_scores_the_same(tower, tmp_path, small_mode
             assert float(scores[i, j]) == pytest.approx(float((naive.target(targets[j]) @ query).max()), abs=1e-5)
 
 
-@pytest.mark.parametrize(("count", "calls"), [(7, [3, 2, 2]), (3, [3])])
-def test_a_frozen_tower_takes_few_pictures_at_a_time_on_a_cpu(count, calls, small_model, triplets, monkeypatch):
+@pytest.mark.parametrize(("count", "limit", "calls"), [(7, 3, [3, 2, 2]), (3, 3, [3]), (2, 0.4, [1, 1])])
+def test_a_frozen_tower_takes_few_pictures_at_a_time_on_a_cpu(count, limit, calls, small_model, triplets, monkeypatch):
     """A picture has five tokens, and the widest states are the 36 numbers of query, key and value; in bytes 720."""
     model, pictures, seen = small_model(freeze_vit=True), triplets(7)["image"][:count], []
     whole = model.image_features(pictures)
     model.visual_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    monkeypatch.setattr("lavis_cir_plugin.methods.blip2_cir.model._LARGEST_KEPT", 3 * 720)
+    monkeypatch.setattr("lavis_cir_plugin.methods.blip2_cir.model._LARGEST_BLOCK_KEPT", limit * 720)
     torch.testing.assert_close(model.image_features(pictures), whole)
     assert seen == calls
     model.visual_encoder.requires_grad_(True)

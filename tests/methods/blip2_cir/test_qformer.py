@@ -95,7 +95,11 @@ def test_recomputed_activations_change_nothing(is_tower_trained):
         kinds = make_kinds(norm)
         for images in (kind.images for kind in kinds if kind.images is not None):
             images.tokens.requires_grad_(is_tower_trained)
-        results.append(gradients(encode(encoder, kinds), [norm.weight, *encoder.layer[0].parameters()]))
+        with mock.patch.object(qformer, "checkpoint", wraps=qformer.checkpoint) as recomputing:
+            results.append(gradients(encode(encoder, kinds), [norm.weight, *encoder.layer[0].parameters()]))
+        assert recomputing.call_count == 2 * is_recomputing
+        # Of a GPU torch restores the random numbers if it finds a tensor on it among the arguments.
+        assert all(any(isinstance(own, torch.Tensor) for own in call.args) for call in recomputing.call_args_list)
     assert calls == [False, True, True]
     for plain, recomputed in zip(*results):
         torch.testing.assert_close(plain, recomputed)
