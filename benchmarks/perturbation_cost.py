@@ -12,7 +12,6 @@ import gc
 import random
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -180,7 +179,7 @@ def make_step(
 def measure_in_turns(
     steps: dict[str, Callable[[], None]], rounds: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Return the seconds of each step in each round, and the most memory a step took above what it began with.
+    """Return the seconds of each step in each round, and on a GPU the most memory it took above what it began with.
 
     The five rounds before the first only warm up, and in them memory is measured; after as many as the longest cycle
     of a variant, each has met each of its kinds of steps.
@@ -200,40 +199,27 @@ def measure_in_turns(
 
 
 def peak_of(run_step: Callable[[], None], device: torch.device) -> int:
-    """Return the bytes that a step took at its peak: the allocator's on a GPU, resident memory on a CPU."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    """Return the bytes that a step took at its peak on a GPU; for a CPU, see step_cost.py."""
+    if device.type != "cuda":
         run_step()
-        return torch.cuda.max_memory_allocated() - before
-    before, highest, done = resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.wait(0.001):
-            highest = max(highest, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+        return 0
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     run_step()
-    done.set()
-    watcher.join()
-    return max(highest - before, 0)
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return torch.cuda.max_memory_allocated() - before
 
 
 def show(seconds: dict[str, list[float]], peaks: dict[str, int]) -> None:
-    print(f"\n  {'':<24} {'steps/s':>8} {'x plain':>8} {'spread':>13} {'peak MiB':>9}")
+    has_peaks = any(peaks.values())
+    print(f"\n  {'':<24} {'steps/s':>8} {'x plain':>8} {'spread':>13}" + " peak MiB" * has_peaks)
     for name, times in seconds.items():
         # A variant that repeats every five steps is compared in means of five.
         ratios = sorted(own / plain for own, plain in zip(fives(times), fives(seconds[PLAIN])))
         spread = f"{ratios[0]:.2f} - {ratios[-1]:.2f}"
         rate = 1 / statistics.median(fives(times))
-        print(f"  {name:<24} {rate:>8.2f} {statistics.median(ratios):>8.3f} {spread:>13} {peaks[name] / 2**20:>9.0f}")
+        peak = f" {peaks[name] / 2**20:>8.0f}" if has_peaks else ""
+        print(f"  {name:<24} {rate:>8.2f} {statistics.median(ratios):>8.3f} {spread:>13}{peak}")
 
 
 def fives(times: list[float]) -> list[float]:
