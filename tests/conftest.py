@@ -90,6 +90,26 @@ def no_process_group_is_left():
         distributed.destroy_process_group()
 
 
+@pytest.fixture
+def set_threads():
+    """Return torch's function for the number of threads, and restore the number after the test."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def tokens_and_mask(model: Any, texts: list[str]) -> tuple[Any, Any]:
+    """Return the tokens of texts for a ``blip2_cir`` and, as LAVIS and transformers take it, the mask of padding."""
+    import torch
+
+    from lavis_cir_plugin.models.tokenizer import token_ids
+
+    ids, lengths = token_ids(model.tokenizer, texts, model.max_txt_len)
+    return ids, (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
+
+
 def name_of_test() -> str:
     return os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
 
@@ -142,6 +162,9 @@ class TripletsInMemory:
 
 SMALL_CLIP = {"clip_model": "small_clip"}
 SMALL_TSCIR = {**SMALL_CLIP, "hidden_width": 10, "injection_width": 8, "injection_heads": 2, "injection_blocks": [0, 1]}
+LAVIS_VIT_L = {"vit_model": "clip_L", "vit_config": {"patch_size": 8, "width": 12, "layers": 2, "heads": 2}}
+"""Changes of ``SMALL`` that give it LAVIS's CLIP tower."""
+
 SCORING_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "joint": ("blip2_cir", SMALL),
     "mean_queries": ("blip2_cir", {**SMALL, "pooling": "mean_queries"}),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from conftest import SMALL
+from conftest import SMALL, tokens_and_mask
 
 from lavis_cir_plugin.methods.blip2_cir.model import Blip2Cir
-from lavis_cir_plugin.models.tokenizer import load_tokenizer, token_ids
+from lavis_cir_plugin.models.tokenizer import load_tokenizer
 
 # Two heads are not what transformers takes by default, in either part.
 VOCABULARY = len(load_tokenizer(SMALL["tokenizer"]))
@@ -51,8 +51,7 @@ def assert_same_outputs(theirs, ours) -> None:
     """Image, text and image-text outputs of texts of different lengths."""
     pictures = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     texts = ["is red", "has longer sleeves and no collar", "is darker"]
-    ids, lengths = token_ids(ours.tokenizer, texts, ours.max_txt_len)
-    mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
+    ids, mask = tokens_and_mask(ours, texts)
     with torch.no_grad():
         out = theirs(pixel_values=pictures, input_ids=ids, attention_mask=mask)
         targets = ours.encode_target(pictures)

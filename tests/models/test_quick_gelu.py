@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_scoring_model
+from conftest import LAVIS_VIT_L, make_scoring_model
 from lavis.models import clip_vit
 from torch import nn
 
@@ -42,24 +42,17 @@ def test_half_precision_keeps_small_results(dtype):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_equal_numbers_have_equal_results_wherever_they_stand(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        values = torch.linspace(-6, 6, 200)
-        for value, row in zip(values, QuickGelu()(values[:, None].expand(-1, 1009).contiguous())):
-            assert len(row.unique()) == 1, value
-    finally:
-        torch.set_num_threads(before)
+def test_equal_numbers_have_equal_results_wherever_they_stand(threads, set_threads):
+    set_threads(threads)
+    values = torch.linspace(-6, 6, 200)
+    for value, row in zip(values, QuickGelu()(values[:, None].expand(-1, 1009).contiguous())):
+        assert len(row.unique()) == 1, value
 
 
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        (
-            "frozen tower",
-            {"vit_model": "clip_L", "vit_config": {"patch_size": 8, "width": 12, "layers": 2, "heads": 2}},
-        ),
+        ("frozen tower", LAVIS_VIT_L),
         ("clip", {"clip_model": "ViT-B-32-quickgelu", "freeze_text": True}),
     ],
 )

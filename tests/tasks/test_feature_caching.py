@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SMALL, make_scoring_model
+from conftest import LAVIS_VIT_L, SMALL, make_scoring_model
 from launched import in_two_processes
 from lavis.common.logger import SmoothedValue
 from lavis.common.registry import registry
@@ -305,28 +305,18 @@ def test_a_picture_that_cannot_be_read_ends_the_training_in_its_own_sentence(roo
         Training(small_model(freeze_vit=True), dataset, None).epochs(0)
 
 
-@pytest.fixture(params=[1, 2, 16])
-def threads(request):
-    """Compute with this number of threads, as many as processors there could be."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-LAVIS_VIT_L = {"vit_model": "clip_L", "vit_config": {"patch_size": 8, "width": 12, "layers": 2, "heads": 2}}
-
-
+@pytest.mark.parametrize("threads", [1, 2, 16])
 @pytest.mark.parametrize(
     ("name", "changes"),
     [("frozen tower", {}), ("frozen tower", LAVIS_VIT_L), ("clip", {}), ("mapping", {}), ("composing", {})],
 )
-def test_features_depend_on_no_other_picture_of_the_call(name, changes, threads):
+def test_features_depend_on_no_other_picture_of_the_call(name, changes, threads, set_threads):
     """Each of 28 pictures has the same bits alone, in batches of 2 to 28, and in other company."""
+    set_threads(threads)
     model = make_scoring_model(name, **changes)
     pictures = torch.randn(28, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     alone = torch.cat([tower_features(model, picture[None]) for picture in pictures])
-    for size in (2, 3, 5, 7, 8, 9, 10, 11, 16, 17, 25, 28):
+    for size in (2, 3, 5, 7, 8, 9, 10, 11, 12, 16, 17, 23, 24, 25, 28):
         for first in range(0, 29 - size, 4):
             assert torch.equal(tower_features(model, pictures[first : first + size]), alone[first : first + size])
 

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from conftest import SMALL
+from conftest import SMALL, tokens_and_mask
 from lavis.models import eva_vit, load_model, load_model_and_preprocess, model_zoo
 from lavis.models.blip2_models import Qformer
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
@@ -122,8 +122,7 @@ def test_joint_passes_equal_lavis_own_qformer(small_model, triplets):
     model = small_model().eval()
     batch = triplets(2)
     bert = model.Qformer["bert"]
-    ids, lengths = token_ids(model.tokenizer, batch["text_input"], model.max_txt_len)
-    mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
+    ids, mask = tokens_and_mask(model, batch["text_input"])
     with torch.no_grad():
         image = model.ln_vision(model.visual_encoder(batch["image"]))
         stock = bert(
